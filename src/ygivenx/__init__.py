@@ -1,0 +1,42 @@
+"""log Pr(y|x), exact, proven and cheap.
+
+A batch is a forest of tokens with weights on its edges: scoring reads sums of log-probabilities along
+paths, training is their weighted sum, and an ordinary padded batch is the case in which nothing is shared.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# One line per public name. Modules load on first use: `import ygivenx` costs nothing, torch included.
+_HOME = {
+    "Encoder": "encode",
+    "Example": "sequence",
+    "Sequence": "sequence",
+    "Rejected": "sequence",
+    "Forest": "forest",
+    "pack": "forest",
+    "load": "model",
+    "loss": "objective",
+    "selective_cross_entropy": "head",
+    "score": "scoring",
+    "ledger": "accounts",
+    "check": "accounts",
+    "probe": "probing",
+    "audit": "auditing",
+    "Trainer": "trainer",
+    "YgivenxError": "errors",
+    "RowError": "errors",
+}
+__all__ = list(_HOME)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

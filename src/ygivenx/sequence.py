@@ -1,0 +1,130 @@
+"""The nouns between a row and a forest: Segment, Sequence, Example, Rejected."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# Kinds of segments, in the field's terms. A role of its own (developer, critic, ...) is its own kind.
+KINDS = (
+    "bos", "template", "system", "user", "tool", "prompt",
+    "reasoning", "answer", "tool_call", "end_of_turn",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens [start, stop) of one kind.
+
+    `output` says that the model itself has to produce them (they are part of some y);
+    `message` is the index of the message that they come from, None for none.
+    """
+
+    start: int
+    stop: int
+    kind: str
+    output: bool = False
+    message: int | None = None
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids with the weight of each token as a target.
+
+    ids: int64 [T]. weights: float32 [T]; weights[i] multiplies −log Pr(ids[i] | ids[:i]), so the first is 0.
+    segments partition [0, T) in order. tokens: the text of each token, for people. notes: what a reader
+    has to know (a repair, a moved border, a rendering that differs from inference).
+    """
+
+    ids: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+    segments: tuple[Segment, ...] = ()
+    tokens: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        ids = np.ascontiguousarray(self.ids, dtype=np.int64)
+        weights = np.ascontiguousarray(self.weights, dtype=np.float32)
+        if ids.ndim != 1 or ids.shape != weights.shape:
+            raise ValueError(f"ids and weights must be 1-D of one length, got {ids.shape} and {weights.shape}")
+        if len(weights) and weights[0] != 0:
+            raise ValueError("the first token has no context to be predicted from: its weight must be 0")
+        if not np.isfinite(weights).all() or (weights < 0).any():
+            raise ValueError("weights must be finite and not negative")
+        ids.flags.writeable = weights.flags.writeable = False
+        object.__setattr__(self, "ids", ids)
+        object.__setattr__(self, "weights", weights)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """A view for other trainers: the id where a token is trained, else −100. int64 [T]."""
+        return np.where(self.weights > 0, self.ids, -100)
+
+    @property
+    def trained(self) -> list[str]:
+        """The text of the trained tokens, in order."""
+        return [t for t, w in zip(self.tokens, self.weights, strict=True) if w > 0]
+
+    def __str__(self) -> str:
+        from .show import coloured
+
+        return coloured(self)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as the sequences that train it: one, or one per turn where the template rewrites history."""
+
+    sequences: tuple[Sequence, ...]
+    row: Any = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def only(self) -> Sequence:
+        """The one sequence; raises ValueError where there are several."""
+        if len(self.sequences) != 1:
+            raise ValueError(f"this example has {len(self.sequences)} sequences, one per turn: use .sequences")
+        return self.sequences[0]
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        return self.only.ids
+
+    @property
+    def weights(self) -> npt.NDArray[np.float32]:
+        return self.only.weights
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return self.only.segments
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        return self.only.tokens
+
+    @property
+    def trained(self) -> list[str]:
+        return [t for s in self.sequences for t in s.trained]
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self.sequences)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.sequences))
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A row that can't be used: `reason` is a stable code, `where` the place, `message` the whole error."""
+
+    row: Any
+    reason: str
+    where: str
+    message: str
