@@ -68,6 +68,16 @@ class Sequence:
         return np.where(self.weights > 0, self.ids, -100)
 
     @property
+    def output(self) -> npt.NDArray[np.bool_]:
+        """bool [T]: the tokens of y, trained or not. Without segments, those with a weight."""
+        if not self.segments:
+            return self.weights > 0
+        mask = np.zeros(len(self), bool)
+        for segment in self.segments:
+            mask[segment.start : segment.stop] = segment.output
+        return mask
+
+    @property
     def trained(self) -> list[str]:
         """The text of the trained tokens, in order."""
         return [t for t, w in zip(self.tokens, self.weights, strict=True) if w > 0]

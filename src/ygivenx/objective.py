@@ -1,0 +1,89 @@
+"""The loss of a forest: −Σ w(v)·log p(v) / W, and nothing for a token without a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .errors import LossError
+from .forest import Edges, Forest
+from .head import selective_cross_entropy
+from .model import head_of, hidden_states
+from .sequence import Example, Sequence
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Batch = Forest | Sequence | Example | Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one forward pass over a forest gives.
+
+    value: scalar tensor, differentiable, Σ w·(−log p) / weight_sum, in nats.
+    weight_sum: the denominator that `value` was divided by.
+    log_p: float32 [E], log Pr(target | its path) per edge, detached; `edges` says which edge is which.
+    """
+
+    value: torch.Tensor
+    weight_sum: float
+    log_p: torch.Tensor
+    edges: Edges
+    forest: Forest
+
+    def __str__(self) -> str:
+        return (
+            f"Loss: {float(self.value.detach()):.4f} nats per unit of weight, "
+            f"{len(self.edges.rows):,} trained edges of weight {self.weight_sum:g}\n{self.forest}"
+        )
+
+
+def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **options: Any) -> Loss:
+    """−Σ w(v)·log Pr(v | path to v) / W over the trained edges of a forest (chain rule; design of the name).
+
+    `batch` is a Forest, or sequences and examples that become one. `denominator` is W: by default the sum of
+    the batch's own weights; give the sum over the whole optimiser step when this batch is only a part of it.
+    Further options go to `hidden_states` (such as `route=`).
+
+    Raises LossError if the batch has no weight at all and no denominator is given: 0/0 isn't a loss.
+    """
+    forest = as_forest(batch)
+    edges = forest.edges()
+    weight_sum = float(edges.weights.sum(dtype=np.float64)) if denominator is None else float(denominator)
+    if not weight_sum > 0:
+        raise LossError(
+            "no token of this batch has a weight",
+            why="the loss is a weighted mean, and the weights add up to 0",
+            fix="leave such rows out, or pass denominator= with the weight of the whole step",
+        )
+    hidden = hidden_states(model, forest, **options)
+    head = head_of(model)
+    log_p, total = selective_cross_entropy(
+        hidden,
+        head.weight,
+        _tensor(edges.rows, hidden),
+        _tensor(edges.targets, hidden),
+        _tensor(edges.weights, hidden),
+        bias=head.bias,
+        softcap=head.softcap,
+        scale=head.scale,
+    )
+    return Loss(total / weight_sum, weight_sum, log_p, edges, forest)
+
+
+def as_forest(batch: Batch) -> Forest:
+    """A Forest as it is; a sequence, an example or an iterable of them as a new one."""
+    if isinstance(batch, Forest):
+        return batch
+    if isinstance(batch, Sequence | Example):
+        batch = [batch]
+    return Forest.of(batch)
+
+
+def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.array(values)).to(like.device)

@@ -1,0 +1,45 @@
+"""A sequence for the eye: trained tokens coloured in a terminal, ⟦bracketed⟧ in plain text."""
+
+from __future__ import annotations
+
+import os
+import sys
+from itertools import groupby
+
+from .sequence import Sequence
+
+# C0 and C1 controls would reach the reader's terminal as commands: show their pictures instead.
+_PICTURES = {c: 0x2400 + c for c in range(0x20)} | {0x7F: 0x2421} | {c: 0xFFFD for c in range(0x80, 0xA0)}
+_VISIBLE = {c: p for c, p in _PICTURES.items() if c not in (0x0A, 0x09)}
+
+
+def visible(text: str) -> str:
+    """`text` with control characters (but newline and tab) as pictures."""
+    return text.translate(_VISIBLE)
+
+
+def wants_colour() -> bool:
+    """Whether standard output is a terminal that nobody asked to keep plain (no-color.org)."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def coloured(sequence: Sequence, colour: bool | None = None) -> str:
+    """The text of a sequence with its trained tokens marked, then one line of counts and its notes."""
+    colour = wants_colour() if colour is None else colour
+    mark = ("\x1b[1;32m", "\x1b[0m") if colour else ("⟦", "⟧")
+    dim = ("\x1b[2m", "\x1b[0m") if colour else ("", "")
+    runs = groupby(zip(_texts(sequence), sequence.weights, strict=True), key=lambda tw: float(tw[1]))
+    parts = []
+    for weight, run in runs:
+        start, stop = mark if weight > 0 else dim
+        body = visible("".join(t for t, _ in run))
+        label = f"×{weight:g}" if weight not in (0.0, 1.0) else ""
+        parts.append(f"{start}{body}{label}{stop}")
+    trained = int((sequence.weights > 0).sum())
+    lines = ["".join(parts), f"[{len(sequence)} tokens, {trained} trained, weight {sequence.weights.sum():g}]"]
+    lines += [f"note: {note}" for note in sequence.notes]
+    return "\n".join(lines)
+
+
+def _texts(sequence: Sequence) -> tuple[str, ...]:
+    return sequence.tokens or tuple(f"<{i}>" for i in sequence.ids)
