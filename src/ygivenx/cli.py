@@ -1,0 +1,257 @@
+"""The command `ygx`: rows in, ledgers, scores and fine-tuned models out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import YgivenxError
+from .intake import console as err
+from .intake import open_encoder, open_model, open_rows, source, take, the_row
+
+OK, FINDINGS, USAGE = 0, 1, 2
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="log Pr(y|x), exact, proven and cheap. Exit codes: 0 ok, 1 findings, 2 usage or input error.",
+)
+
+Data = Annotated[str, typer.Argument(help="JSONL, JSON, CSV, Parquet, Arrow, or a saved dataset's directory")]
+Model = Annotated[str, typer.Option("--model", "-m", help="a model's directory or name; `sample` is SmolLM2")]
+Gguf = Annotated[str | None, typer.Option("--gguf-file", help="the GGUF file inside the model's directory")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
+Format = Annotated[str | None, typer.Option("--format", help="name the row format where columns are ambiguous")]
+ColX = Annotated[str | None, typer.Option("--x", help="the column of the input")]
+ColY = Annotated[str | None, typer.Option("--y", help="the column of the output")]
+Plain = Annotated[bool, typer.Option("--plain", help="x and y are text as the model reads it: no chat template")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="read at most so many rows")]
+RowNumber = Annotated[int, typer.Option("--row", min=0, help="which row, from 0")]
+Control = Annotated[str, typer.Option("--control", help="control tokens in a row's text: refuse, text or parse")]
+Policy = Annotated[str, typer.Option("--train", help="what is trained: assistant, last, all, or a role")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16")]
+
+
+# -- commands ----------------------------------------------------------------------------------------------
+
+
+@app.command()
+def show(
+    data: Data,
+    model: Model,
+    row: RowNumber = 0,
+    gguf_file: Gguf = None,
+    fmt: Format = None,
+    x: ColX = None,
+    y: ColY = None,
+    plain: Plain = False,
+    train: Policy = "assistant",
+    control: Control = "refuse",
+    as_json: AsJson = False,
+) -> None:
+    """Print one row as the model reads it, its trained tokens coloured.
+
+    Example: `ygx show data.jsonl --model sample --row 3`
+    """
+    reader = open_rows(data, fmt, x, y, plain, row + 1)
+    example = the_row(reader, open_encoder(model, gguf_file, train=train, control=control), row)
+    if as_json:
+        return emit({"format": reader.format, "sequences": [_sequence_json(s) for s in example.sequences]})
+    err.print(f"format: {reader.format}", highlight=False, markup=False)
+    print(example)
+
+
+def _sequence_json(s: Any) -> dict[str, Any]:
+    segments = [{f.name: getattr(g, f.name) for f in fields(g)} for g in s.segments]
+    return {
+        "ids": s.ids.tolist(),
+        "weights": s.weights.tolist(),
+        "tokens": list(s.tokens),
+        "segments": segments,
+        "notes": list(s.notes),
+    }
+
+
+@app.command()
+def ledger(
+    data: Data,
+    model: Model,
+    row: RowNumber = 0,
+    gguf_file: Gguf = None,
+    fmt: Format = None,
+    x: ColX = None,
+    y: ColY = None,
+    plain: Plain = False,
+    train: Policy = "assistant",
+    control: Control = "refuse",
+    dtype: Dtype = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Where the log-probability of one row goes, by segment; marginal + conditional = joint.
+
+    Example: `ygx ledger data.jsonl --model sample --row 3`
+    """
+    from .accounts import ledger as account_for
+    from .encode import Encoder
+
+    reader = open_rows(data, fmt, x, y, plain, row + 1)
+    loaded, tokenizer = open_model(model, gguf_file, dtype)
+    book = account_for(loaded, the_row(reader, Encoder(tokenizer, train=train, control=control), row))
+    if as_json:
+        emit(book.to_dict())
+    else:
+        print(book)
+    if not book.balanced:
+        raise typer.Exit(FINDINGS)
+
+
+@app.command()
+def score(
+    data: Data,
+    model: Model,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL; standard output if left out")] = None,
+    gguf_file: Gguf = None,
+    fmt: Format = None,
+    x: ColX = None,
+    y: ColY = None,
+    plain: Plain = False,
+    limit: Limit = None,
+    control: Control = "refuse",
+    dtype: Dtype = "float32",
+    max_tokens: Annotated[int, typer.Option(help="distinct tokens in one forward pass")] = 4096,
+    tokens: Annotated[bool, typer.Option("--tokens", help="add the value of each token")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """log Pr(x), log Pr(y|x) and log Pr([x,y]) of every row, in nats.
+
+    Example: `ygx score pairs.jsonl --model sample -o scores.jsonl`
+    """
+    from .encode import Encoder
+    from .scoring import score_sequences
+
+    loaded, tokenizer = open_model(model, gguf_file, dtype)
+    examples, account = take(open_rows(data, fmt, x, y, plain, limit), Encoder(tokenizer, control=control))
+    sequences = [s for e in examples for s in e.sequences]
+    with err.status(f"scoring {len(sequences):,} sequences"):
+        scores = score_sequences(loaded, sequences, max_tokens=max_tokens)
+    account |= _score_means(scores)
+    lines = [json.dumps(_finite(s.to_dict(tokens=tokens)), ensure_ascii=False) for s in scores]
+    if output is not None:
+        output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    elif not as_json:
+        print("\n".join(lines))
+    err.print(
+        f"log Pr(y|x) {account['conditional_nats_per_token']:.4f} nats/token over {account['tokens_y']:,} tokens of y",
+        highlight=False,
+    )
+    if as_json:
+        emit(account)
+
+
+def _score_means(scores: list[Any]) -> dict[str, Any]:
+    n = sum(s.tokens for s in scores)
+    total = sum(s.log_p_y_given_x for s in scores)
+    return {"scored": len(scores), "tokens_y": n, "conditional_nats_per_token": -total / n if n else float("nan")}
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="a YAML file with the keys below; flags override it")] = None,
+    data: Annotated[str | None, typer.Option(help="the rows to train on")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="directory or name; `sample` is SmolLM2")] = None,
+    gguf_file: Gguf = None,
+    output_dir: Annotated[str | None, typer.Option(help="checkpoints and the final model")] = None,
+    fmt: Format = None,
+    x: ColX = None,
+    y: ColY = None,
+    plain: Annotated[bool | None, typer.Option("--plain", help="x and y are text as the model reads it")] = None,
+    limit: Limit = None,
+    eval_data: Annotated[str | None, typer.Option(help="held-out rows of the same format")] = None,
+    eval_limit: Annotated[int | None, typer.Option(min=1)] = None,
+    eval_steps: Annotated[int | None, typer.Option(min=1, help="evaluate every so many steps")] = None,
+    policy: Annotated[str | None, typer.Option("--train", help="assistant, last, all, or a role")] = None,
+    control: Annotated[str | None, typer.Option(help="control tokens in text: refuse, text or parse")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2)] = None,
+    overflow: Annotated[str | None, typer.Option(help="refuse, drop_turns or truncate")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=2, help="distinct tokens in one micro-batch")] = None,
+    denominator: Annotated[str | None, typer.Option(help="tokens or sequence")] = None,
+    epochs: Annotated[float | None, typer.Option()] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    gradient_accumulation_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    learning_rate: Annotated[float | None, typer.Option()] = None,
+    lr_scheduler: Annotated[str | None, typer.Option()] = None,
+    warmup_steps: Annotated[int | None, typer.Option(min=0)] = None,
+    weight_decay: Annotated[float | None, typer.Option()] = None,
+    max_grad_norm: Annotated[float | None, typer.Option()] = None,
+    gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing")] = None,
+    lora: Annotated[int | None, typer.Option(min=1, help="the rank of LoRA adapters (extra: lora)")] = None,
+    dtype: Annotated[str | None, typer.Option()] = None,
+    logging_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    save_steps: Annotated[int | None, typer.Option(min=1)] = None,
+    save_total_limit: Annotated[int | None, typer.Option(min=1)] = None,
+    resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint's directory")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune on log Pr(y|x): loss on the tokens of y alone.
+
+    Example: `ygx train --data train.jsonl --x question --y answer --model sample --output-dir runs/a`
+    """
+    flags = {k: v for k, v in locals().items() if k not in ("config", "as_json", "fmt", "policy")}
+    from .config import TrainConfig
+    from .finetune import finetune
+
+    result = finetune(TrainConfig.of(config, flags | {"format": fmt, "train": policy}), err)
+    if as_json:
+        emit(result)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="where result.json and report.html go")] = Path("runs/demo"),
+    control: Annotated[bool, typer.Option("--control", help="also train on all tokens, and compare")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a real model on y only and show what that did, in a few minutes on a CPU.
+
+    Example: `ygx demo --control`
+    """
+    from .demo.run import run
+
+    result = run(output_dir, control=control, seed=seed, console=err if as_json else Console())
+    if as_json:
+        emit(result)
+
+
+@app.command()
+def doctor(model: Annotated[str | None, typer.Option("--model", "-m")] = None, gguf_file: Gguf = None, as_json: AsJson = False) -> None:
+    """What is installed, which routes and dtype will run, and what is missing for what.
+
+    Example: `ygx doctor --model sample`
+    """
+    from .doctor import examine, told
+
+    found = examine(source(model, gguf_file) if model else None)
+    if as_json:
+        emit(found)
+    else:
+        print(told(found))
+
+
+def main() -> None:
+    """Entry point: errors of ours are told in full on standard error, with exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except YgivenxError as error:
+        err.print(f"error: {error}", style="bold red", highlight=False, markup=False)
+        sys.exit(USAGE)
+    except BrokenPipeError:
+        sys.exit(OK)

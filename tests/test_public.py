@@ -1,0 +1,33 @@
+"""The public surface: it is what `__all__` says, it loads lazily, and each name is documented."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import ygivenx as yx
+
+
+def test_all_names_load_and_are_documented():
+    for name in yx.__all__:
+        assert getattr(yx, name).__doc__, name
+
+
+def test_nothing_else_is_public():
+    assert set(dir(yx)) == set(yx.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'scores'"):
+        yx.scores  # noqa: B018
+
+
+def test_import_is_free_of_torch():
+    code = "import sys, ygivenx, ygivenx.encode, ygivenx.forest, ygivenx.data; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_functions_are_not_shadowed_by_modules():
+    """`yx.loss` must stay the function, whatever has been imported."""
+    for name in ("loss", "score", "ledger", "probe", "audit"):
+        assert callable(getattr(yx, name))

@@ -1,0 +1,178 @@
+"""The Trainer: one denominator per step, evaluation by role, resume that is bitwise equal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import llama, sequences
+from transformers import TrainingArguments
+
+import ygivenx as yx
+from ygivenx import checkpoint
+from ygivenx.errors import CheckpointError, ConfigError, LossError
+from ygivenx.sequence import Sequence
+
+HERE = Path(__file__).parent
+
+
+def make(tmp_path, data, model=None, **overrides):
+    own = {k: overrides.pop(k) for k in ("max_tokens", "denominator", "eval_dataset") if k in overrides}
+    settings = {"output_dir": str(tmp_path), "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 1}
+    args = TrainingArguments(**settings | overrides)
+    return yx.Trainer(model=model or llama(), args=args, train_dataset=data, **{"max_tokens": 64} | own)
+
+
+def gradient(trainer) -> torch.Tensor:
+    """The gradient of the first optimiser step, as the optimiser sees it."""
+    seen = {}
+
+    def keep(optimizer, *_):
+        seen.setdefault("g", torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]))
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    return seen["g"]
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+def test_accumulation_does_not_change_the_gradient(tmp_path, steps):
+    """The same rows in 1, 2 and 4 micro-batches of unequal weight: one denominator, one gradient."""
+    data = sequences(4, seed=5)
+    whole = gradient(make(tmp_path, data, max_steps=1, max_tokens=10_000, max_grad_norm=0.0))
+    size = max(len(s) for s in data) if steps == 4 else sum(len(s) for s in data) // 2 + 12
+    trainer = make(tmp_path, data, max_steps=1, max_tokens=size, gradient_accumulation_steps=steps, max_grad_norm=0.0)
+    assert len(trainer.train_dataset) == steps
+    parts = gradient(trainer)
+    assert ((parts - whole).norm() / whole.norm()).item() < 1e-6
+
+
+def test_loss_is_the_plain_cross_entropy_of_the_trained_tokens(tmp_path):
+    data = sequences(3, seed=2)
+    model = llama()
+    total, count = 0.0, 0
+    for s in data:
+        logits = model(torch.from_numpy(np.array(s.ids))[None]).logits[0, :-1].double()
+        picked = logits.log_softmax(-1).gather(1, torch.from_numpy(np.array(s.ids[1:]))[:, None])[:, 0]
+        total -= float((picked * torch.from_numpy(np.array(s.weights[1:]))).sum())
+        count += int(s.weights.sum())
+    trainer = make(tmp_path, data, model=model, max_steps=1, max_tokens=10_000, logging_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_the_sequence_denominator_is_the_mean_of_means(tmp_path):
+    data = sequences(3, seed=2)
+    each = [yx.loss(llama(), s).value.item() for s in data]
+    trainer = make(tmp_path, data, max_steps=1, max_tokens=10_000, logging_steps=1, denominator="sequence")
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(np.mean(each), abs=1e-4)
+
+
+def test_evaluation_tells_y_from_x(tmp_path):
+    data = sequences(5, seed=3)
+    trainer = make(tmp_path, data, eval_dataset=data)
+    metrics = trainer.evaluate()
+    books = [yx.ledger(trainer.model, s) for s in data]
+    y = -sum(b.conditional for b in books) / sum(int(s.output.sum()) for s in data)
+    x = -sum(b.marginal for b in books) / sum(int((~s.output).sum()) - 1 for s in data)
+    assert metrics["eval_conditional_nats"] == pytest.approx(y, rel=1e-5)
+    assert metrics["eval_marginal_nats"] == pytest.approx(x, rel=1e-5)
+
+
+def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path):
+    model = llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    data = [*sequences(2), Sequence(np.array([7, 7, 7]), np.array([0, 1, 1], np.float32))]
+    trainer = make(tmp_path, data, model=model, max_tokens=26, max_steps=3)
+    before = model.lm_head.weight.clone()
+    with pytest.raises(LossError, match="row 2"):
+        for _ in range(3):
+            trainer.train()
+    assert torch.isfinite(model.lm_head.weight).all() or torch.equal(before, model.lm_head.weight)
+
+
+def test_packs_without_weight_are_counted_not_trained(tmp_path):
+    silent = Sequence(np.arange(60), np.zeros(60, np.float32))
+    trainer = make(tmp_path, [*sequences(2, low=10, high=20), silent])
+    assert trainer.train_dataset.skipped == 1
+    with pytest.raises(ConfigError, match="nothing to train on"):
+        make(tmp_path, [silent])
+
+
+@pytest.mark.parametrize("bad", [{"denominator": "rows"}, {"data_collator": len}, {"compute_loss_func": len}])
+def test_options_that_have_no_meaning_here_are_refused(tmp_path, bad):
+    with pytest.raises(ConfigError):
+        yx.Trainer(model=llama(), args=TrainingArguments(str(tmp_path)), train_dataset=sequences(2), **bad)
+
+
+def weights_of(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+def test_resume_is_bitwise_equal(tmp_path):
+    data = sequences(12, seed=4)
+    settings = {"num_train_epochs": 3, "save_steps": 2, "gradient_accumulation_steps": 2, "max_tokens": 48}
+    straight = make(tmp_path / "a", data, **settings)
+    straight.train()
+    last = checkpoint.newest(tmp_path / "a")
+    first = checkpoint.listed(tmp_path / "a")[0]
+    os.makedirs(tmp_path / "b")
+    os.rename(first, tmp_path / "b" / first.name)
+    again = make(tmp_path / "b", data, model=llama(seed=9), **settings)
+    again.train(resume_from_checkpoint="auto")
+    assert weights_of(tmp_path / "b" / last.name) == weights_of(last)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    settings = {"max_steps": 2, "save_steps": 2}
+    make(tmp_path, sequences(4, seed=1), **settings).train()
+    with pytest.raises(CheckpointError, match="packs changed"):
+        make(tmp_path, sequences(4, seed=2), **settings).train(resume_from_checkpoint="auto")
+
+
+def test_resume_without_a_checkpoint(tmp_path):
+    trainer = make(tmp_path, sequences(4), max_steps=1)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        trainer.train(resume_from_checkpoint=True)
+    trainer.train(resume_from_checkpoint="auto")
+    assert trainer.state.global_step == 1
+
+
+KILLED = """
+import sys
+sys.path.insert(0, {here!r})
+from pathlib import Path
+from test_trainer import make, sequences
+make(Path({out!r}), sequences(12, seed=4), max_steps={steps}, save_steps=1, max_tokens=48).train(resume_from_checkpoint="auto")
+"""
+
+
+def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
+    """A real process, killed (SIGKILL) while it writes checkpoints, again and again, then left to finish."""
+    steps = 12
+    for attempt in range(4):
+        code = KILLED.format(here=str(HERE), out=str(tmp_path / "killed"), steps=steps)
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if attempt < 3:
+            seen = len(checkpoint.listed(tmp_path / "killed"))
+            while process.poll() is None and len(checkpoint.listed(tmp_path / "killed")) < seen + 2:
+                time.sleep(0.005)
+            process.send_signal(signal.SIGKILL)
+        _, stderr = process.communicate(timeout=120)
+        assert attempt < 3 or process.returncode == 0, stderr.decode()
+    make(tmp_path / "straight", sequences(12, seed=4), max_steps=steps, save_steps=1, max_tokens=48).train()
+    ends = [tmp_path / name / f"checkpoint-{steps}" for name in ("killed", "straight")]
+    assert weights_of(ends[0]) == weights_of(ends[1])
+    told = [json.loads((end / "trainer_state.json").read_text())["global_step"] for end in ends]
+    assert told == [steps, steps]
