@@ -1,0 +1,234 @@
+"""From a gradient back to the loss: which token was the target of a row, and with what weight.
+
+A loss that is a weighted sum of cross-entropies has, at the logits z of one row,
+
+    ∂L/∂z = W·softmax(z) − Σ w(v)·onehot(v),  W = Σ w(v)
+
+(derivative of the log-softmax), so every entry but the targets' is W·p, and what is missing there is w.
+At the head's input h, with z = h·Uᵀ, the same row reads ∂L/∂h = Σ w(v)·(Σ p·U − U[v]): the target is the
+token whose direction explains the gradient, its weight the length along it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK = 64  # rows at a time: [CHUNK, vocabulary] in float64
+MAX_TARGETS = 16  # more targets than this in one row is a distillation, not a cross-entropy
+
+# How far an entry may lie from W·p, relative to p + 1/V, before it counts as a target: rounding of the logits
+# and of the loss's own softmax stays far below.
+OUTLIER = {torch.float64: 1e-5, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+# The share of a row's gradient at the head's input that its targets may leave unexplained.
+UNEXPLAINED = {torch.float64: 1e-5, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
+
+
+class Found(NamedTuple):
+    """One target: `row` of the input, token id, weight, log p of the target before the update (nats).
+
+    smoothing: the label smoothing ε of its row. residual: the share of the row's gradient that a weighted
+    cross-entropy doesn't explain (0 to about 1).
+    """
+
+    row: int
+    target: int
+    weight: float
+    log_p: float
+    smoothing: float
+    residual: float
+
+
+@dataclass(frozen=True)
+class HeadForm:
+    """logits = softcap·tanh(scale·(h·weightᵀ + bias)/softcap): what turns a head's output into logits."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def finish(self, raw: Tensor) -> tuple[Tensor, Tensor | float]:
+        """(logits, ∂logits/∂raw) of the head module's raw output."""
+        z = raw * self.scale
+        if self.softcap is None:
+            return z, self.scale
+        z = self.softcap * torch.tanh(z / self.softcap)
+        return z, self.scale * (1 - (z / self.softcap) ** 2)
+
+
+def from_logits(raw: Tensor, grad: Tensor, form: HeadForm) -> list[Found]:
+    """Targets of each row of a head's output. raw, grad [n, V]; rows with a zero gradient have none."""
+    found: list[Found] = []
+    rows = grad.ne(0).any(1).nonzero().flatten()
+    for chunk in rows.split(CHUNK):
+        z, slope = form.finish(raw[chunk].double())
+        found += _solve_logits(chunk, z, grad[chunk].double() / slope, OUTLIER[raw.dtype])
+    return found
+
+
+def _solve_logits(rows: Tensor, z: Tensor, g: Tensor, tolerance: float) -> list[Found]:
+    vocab = z.shape[1]
+    log_p = z.log_softmax(1)
+    p = log_p.exp()
+    mass, smoothing, excess = _explain(g, p)
+    unit = torch.maximum(mass.abs(), g.abs().amax(1))[:, None]
+    targets = excess.abs() > tolerance * unit * (p + 1 / vocab)
+    # A loss on everything (distillation) has no sparse targets: keep the entry that is pushed up most.
+    targets[targets.sum(1) > MAX_TARGETS] = False
+    empty = ~targets.any(1)
+    targets[empty, g[empty].argmin(1)] = True
+    total = g.abs().sum(1)
+    unexplained = (excess.abs() * ~targets).sum(1) / total
+    unbalanced = g.sum(1).abs() / unit[:, 0]
+    residual = torch.maximum(unexplained, unbalanced)
+    weights = -excess / (1 - smoothing)[:, None]
+    at, target = targets.nonzero(as_tuple=True)
+    columns = (rows[at], target, weights[at, target], log_p[at, target], smoothing[at], residual[at])
+    return [Found(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
+
+
+def _explain(g: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(W, ε, g − W·(p − ε/V)) per row: the part of the gradient that pushes all tokens down alike.
+
+    Few entries are targets, so the median of g/p over the most probable tokens is W whatever the targets
+    are. Label smoothing adds −W·ε/V everywhere, which a line through the non-targets finds.
+    """
+    vocab = p.shape[1]
+    likely, where = p.topk(min(vocab, 128), 1)
+    mass = (g.gather(1, where) / likely).nan_to_num().median(1).values
+    excess = g - mass[:, None] * p
+    smoothing = torch.zeros_like(mass)
+    spread = excess.abs().sum(1) - excess.abs().amax(1)
+    bent = (spread > 1e-2 * g.abs().sum(1)).nonzero().flatten()
+    if not len(bent):
+        return mass, smoothing, excess
+    slope, offset = _line(g[bent], p[bent], excess[bent].abs().argmax(1))
+    straight = g[bent] - slope[:, None] * p[bent] - offset[:, None]
+    better = straight.abs().sum(1) - straight.abs().amax(1) < 0.1 * spread[bent]
+    bent = bent[better]
+    mass[bent], excess[bent] = slope[better], straight[better]
+    smoothing[bent] = (-offset * vocab / slope)[better].clamp(0, 0.999)
+    return mass, smoothing, excess
+
+
+def _line(g: Tensor, p: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares g = slope·p + offset over all entries but one per row, weighted by 1/(p + 1/V)²."""
+    omega = (p + 1 / p.shape[1]) ** -2
+    omega.scatter_(1, without[:, None], 0)
+    omega /= omega.sum(1, keepdim=True)
+    p_mean, g_mean = (omega * p).sum(1), (omega * g).sum(1)
+    centred = p - p_mean[:, None]
+    slope = (omega * centred * (g - g_mean[:, None])).sum(1) / (omega * centred**2).sum(1)
+    return slope, g_mean - slope * p_mean
+
+
+def from_hidden(hidden: Tensor, grad: Tensor, form: HeadForm, hints: Tensor) -> list[Found]:
+    """Targets of each row of the head's input, for losses that never show their logits.
+
+    hidden, grad [n, H]; hints int64 [n]: the token that wins where two explain a gradient equally well (rows of
+    the head's matrix that are equal), −1 for none.
+    """
+    found: list[Found] = []
+    rows = grad.ne(0).any(1).nonzero().flatten()
+    weight = form.weight.detach()
+    norms = weight.float().pow(2).sum(1)
+    for chunk in rows.split(CHUNK):
+        g, hint = grad[chunk], hints[chunk]
+        # Fused losses differ in whether a bf16 head's logits are rounded: the better explanation is theirs.
+        trials = [_solve_hidden(z, g, form, norms, hint) for z in _logits(hidden[chunk], form)]
+        for i, row in enumerate(chunk.tolist()):
+            best = min((trial[i] for trial in trials), key=lambda rows: rows[0].residual)
+            found += [f._replace(row=row) for f in best]
+    return found
+
+
+def _logits(x: Tensor, form: HeadForm) -> list[Tensor]:
+    weight = form.weight.detach()
+    dtypes = dict.fromkeys((weight.dtype, torch.promote_types(weight.dtype, torch.float32)))
+    raws = [x.to(d) @ weight.to(d).T + (0 if form.bias is None else form.bias.detach().to(d)) for d in dtypes]
+    return [raw.double() for raw in raws]
+
+
+def _solve_hidden(raw: Tensor, grad: Tensor, form: HeadForm, norms: Tensor, hint: Tensor) -> list[list[Found]]:
+    z, slope = form.finish(raw)
+    log_p = z.log_softmax(1)
+    rows = _Directions(log_p, slope * torch.ones_like(z), form.weight.detach())
+    g = grad.double()
+    candidates = torch.cat([rows.shortlist(g, norms), rows.top[:, None], hint.clamp(min=0)[:, None]], 1)
+    weights, residuals = rows.fit(g, candidates)
+    residuals[:, -1] = torch.where(hint < 0, torch.inf, residuals[:, -1])
+    best = residuals.argmin(1)
+    # Equal rows of the head's matrix explain a gradient equally well: the next token is the likelier reading.
+    tied = residuals[:, -1] <= 1.5 * residuals.gather(1, best[:, None])[:, 0]
+    best[tied] = candidates.shape[1] - 1
+    limit = UNEXPLAINED[grad.dtype]
+    found = []
+    for i, b in enumerate(best.tolist()):
+        picks = [(int(candidates[i, b]), float(weights[i, b]))]
+        residual = float(residuals[i, b])
+        if residual > limit:
+            picks, residual = rows.pursue(i, g[i], limit)
+        found.append([Found(i, t, w, float(log_p[i, t]), 0.0, residual) for t, w in picks])
+    return found
+
+
+class _Directions:
+    """d(t) = Σ p·s·U − s[t]·U[t] of one chunk of rows: where target t pushes the head's input."""
+
+    def __init__(self, log_p: Tensor, slope: Tensor, weight: Tensor) -> None:
+        self.weight, self.slope = weight, slope
+        p = log_p.exp()
+        self.top = p.argmax(1)
+        self.p_top = p.gather(1, self.top[:, None])[:, 0]
+        others = p.scatter(1, self.top[:, None], 0)
+        self.rest = others.sum(1)  # 1 − p(top) without cancellation
+        self.others = ((others * slope).float() @ weight.float()).double()
+
+    def mean(self) -> Tensor:
+        """Σ p·s·U, float64 [n, H]."""
+        top_slope = self.slope.gather(1, self.top[:, None])
+        return self.others + self.p_top[:, None] * top_slope * self.weight[self.top].double()
+
+    def of(self, tokens: Tensor) -> Tensor:
+        """float64 [n, C, H] for tokens [n, C]; exact for a confident top token too."""
+        scaled = self.slope.gather(1, tokens)[..., None] * self.weight[tokens].double()
+        confident = self.others[:, None] - self.rest[:, None, None] * scaled
+        is_top = (tokens == self.top[:, None])[..., None]
+        return torch.where(is_top, confident, self.mean()[:, None] - scaled)
+
+    def shortlist(self, g: Tensor, norms: Tensor, size: int = 8) -> Tensor:
+        """The tokens [n, size] whose directions explain most of g, in float32."""
+        mean = self.mean()
+        slope = self.slope.float()
+        along = (g * mean).sum(1, keepdim=True).float() - slope * (g.float() @ self.weight.float().T)
+        length = mean.pow(2).sum(1, keepdim=True).float() + slope**2 * norms
+        length -= 2 * slope * (mean.float() @ self.weight.float().T)
+        gain = along**2 / length.clamp(min=1e-6 * float(norms.mean()))
+        return gain.topk(min(size, gain.shape[1]), 1).indices
+
+    def fit(self, g: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(weight, ‖g − w·d‖/‖g‖) of each candidate [n, C]."""
+        d = self.of(tokens)
+        w = (d * g[:, None]).sum(2) / d.pow(2).sum(2).clamp(min=1e-300)
+        residual = (g[:, None] - w[..., None] * d).norm(dim=2) / g.norm(dim=1, keepdim=True)
+        return w, residual
+
+    def pursue(self, i: int, g: Tensor, limit: float) -> tuple[list[tuple[int, float]], float]:
+        """Several targets of row i, by orthogonal matching pursuit (Pati et al. 1993)."""
+        every = torch.arange(self.weight.shape[0])[None]
+        chosen: list[int] = []
+        weights, residual = torch.zeros(0), g
+        directions = self.mean()[i] - self.slope[i][:, None] * self.weight.double()
+        lengths = directions.norm(dim=1).clamp(min=1e-12)
+        for _ in range(min(MAX_TARGETS, every.shape[1])):
+            chosen.append(int(((directions @ residual).abs() / lengths).argmax()))
+            basis = directions[chosen].T
+            weights = torch.linalg.lstsq(basis, g[:, None]).solution[:, 0]
+            residual = g - basis @ weights
+            if residual.norm() <= limit * g.norm():
+                break
+        return list(zip(chosen, weights.tolist(), strict=True)), float(residual.norm() / g.norm())
