@@ -1,0 +1,6 @@
+"""The page: ledgers, token strips, findings and curves as one static HTML file that touches no network."""
+
+from .page import Page
+from .parts import Curve, Finding, LedgerRow, LedgerTable, Table, TokenStrip
+
+__all__ = ["Curve", "Finding", "LedgerRow", "LedgerTable", "Page", "Table", "TokenStrip"]

@@ -1,0 +1,210 @@
+"""From parts to one HTML file: style, script and data inlined, everything else forbidden by its own CSP.
+
+Data never becomes markup: it travels as JSON without `<`, `>` or `&` in an inert script block, and page.js
+writes it with textContent alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+
+from .parts import Curve, Finding, LedgerTable, Table, TokenStrip
+
+SCRIPTS = ("dom.js", "chart.js", "rows.js", "page.js")
+FINDING_FIELDS = ("rule", "severity", "message", "count", "share", "examples", "why", "fix")
+LEDGER_FIELDS = ("kind", "tokens", "weight", "log_p", "nats_per_token", "share")
+SEVERITIES = ("error", "warning", "info")
+MARKUP = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
+
+
+@dataclass
+class Page:
+    """A report under construction: fill its lists, then `write` it. Sections without content are left out.
+
+    summary: a few key facts, name to value. findings: see `Finding`; worst first on the page.
+    """
+
+    title: str
+    subtitle: str = ""
+    summary: dict[str, Any] = field(default_factory=dict)
+    findings: list[Finding | Any] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    ledgers: list[LedgerTable] = field(default_factory=list)
+    rows: list[TokenStrip] = field(default_factory=list)
+
+    def html(self) -> str:
+        """The whole file. The same parts give the same bytes."""
+        style = _asset("page.css")
+        script = "\n".join(map(_asset, SCRIPTS))
+        return Template(_asset("page.html")).substitute(
+            csp=_policy(style, script),
+            title=html.escape(_utf8(self.title)),
+            style=style,
+            data=_json(self._payload()),
+            script=script,
+        )
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file, making its directory, and return its path."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(self.html(), encoding="utf-8", newline="\n")
+        return target
+
+    def _payload(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "subtitle": self.subtitle,
+            "summary": _pairs(self.summary),
+            "findings": sorted(map(_finding, self.findings), key=_rank),
+            "charts": _charts(self.curves),
+            "tables": [_table(t) for t in self.tables],
+            "ledgers": [_ledger(t) for t in self.ledgers],
+            **_strips(self.rows),
+        }
+
+
+def _asset(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(style: str, script: str) -> str:
+    """Nothing may load, and of inline code only what we ship may run."""
+    return (
+        f"default-src 'none'; style-src '{_sha256(style)}'; script-src '{_sha256(script)}'; "
+        "base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+
+
+def _sha256(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def _json(value: Any) -> str:
+    """ASCII JSON that can't leave a script element: lone surrogates, U+2028 and controls are escaped too."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).translate(MARKUP)
+
+
+def _utf8(text: str) -> str:
+    return text.encode("utf-8", "replace").decode()
+
+
+def _plain(value: Any) -> Any:
+    """JSON's types: NaN becomes null, infinities their sign in words, what is unknown its text."""
+    if value is None or isinstance(value, bool | np.bool_):
+        return None if value is None else bool(value)
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return _real(float(value))
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [_plain(v) for v in value]
+    return str(value)
+
+
+def _real(value: float) -> float | str | None:
+    if math.isfinite(value):
+        return value
+    return None if math.isnan(value) else "∞" if value > 0 else "−∞"
+
+
+def _short(value: float | None) -> float | str | None:
+    """A token's log p, to 1e-4 nats: a page with a million tokens has to stay small."""
+    return None if value is None else _real(round(float(value), 4))
+
+
+def _pairs(named: Mapping[str, Any]) -> list[list[Any]]:
+    return [[str(name), _plain(value)] for name, value in named.items()]
+
+
+def _fields(record: Any, names: Iterable[str]) -> dict[str, Any]:
+    get = record.get if isinstance(record, Mapping) else lambda name: getattr(record, name, None)
+    return {name: _plain(get(name)) for name in names}
+
+
+def _finding(finding: Any) -> dict[str, Any]:
+    return _fields(finding, FINDING_FIELDS)
+
+
+def _rank(finding: dict[str, Any]) -> int:
+    severity = finding["severity"]
+    return SEVERITIES.index(severity) if severity in SEVERITIES else len(SEVERITIES)
+
+
+def _charts(curves: list[Curve]) -> list[dict[str, Any]]:
+    order = list(dict.fromkeys(c.chart for c in curves))
+    grouped = groupby(sorted(curves, key=lambda c: order.index(c.chart)), key=lambda c: c.chart)
+    charts = []
+    for title, members in grouped:
+        lines = list(members)
+        charts.append(
+            {
+                "title": title,
+                "x_label": lines[0].x_label,
+                "curves": [{"name": c.name, "x": _plain(list(c.x)), "y": _plain(list(c.y))} for c in lines],
+            }
+        )
+    return charts
+
+
+def _table(table: Table) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "columns": list(map(str, table.columns)),
+        "rows": [[_plain(cell) for cell in row] for row in table.rows],
+        "notes": list(map(str, table.notes)),
+    }
+
+
+def _ledger(table: LedgerTable) -> dict[str, Any]:
+    return {
+        "title": table.title,
+        "rows": [_fields(row, LEDGER_FIELDS) for row in table.rows],
+        "facts": _pairs(table.facts),
+        "notes": list(map(str, table.notes)),
+    }
+
+
+def _strips(rows: list[TokenStrip]) -> dict[str, Any]:
+    """Token texts and ids once for the whole page, weights and kinds as runs of [value, length]."""
+    vocabulary: dict[tuple[str, int | None], int] = {}
+    kinds: dict[str, int] = {}
+    strips = [_strip(row, vocabulary, kinds) for row in rows]
+    return {"vocabulary": list(map(list, vocabulary)), "kinds": list(kinds), "strips": strips}
+
+
+def _strip(
+    row: TokenStrip, vocabulary: dict[tuple[str, int | None], int], kinds: dict[str, int]
+) -> dict[str, Any]:
+    ids: Iterable[int | None] = map(int, row.ids) if len(row.ids) else [None] * len(row.tokens)
+    keys = zip(map(str, row.tokens), ids, strict=True)
+    return {
+        "title": row.title,
+        "tokens": [vocabulary.setdefault(key, len(vocabulary)) for key in keys],
+        "weights": _runs(_plain(float(w)) for w in row.weights),
+        "log_p": [_short(v) for v in row.log_p],
+        "kinds": _runs(kinds.setdefault(str(k), len(kinds)) for k in row.kinds),
+        "notes": list(map(str, row.notes)),
+        "fields": _pairs(row.fields),
+    }
+
+
+def _runs(values: Iterable[Any]) -> list[list[Any]]:
+    return [[value, sum(1 for _ in run)] for value, run in groupby(values)]
