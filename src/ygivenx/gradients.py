@@ -23,6 +23,8 @@ MAX_TARGETS = 16  # more targets than this in one row is a distillation, not a c
 # How far an entry may lie from W·p, relative to p + 1/V, before it counts as a target: rounding of the logits
 # and of the loss's own softmax stays far below.
 OUTLIER = {torch.float64: 1e-5, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 2e-1}
+# The share of a row's gradient off W·p, its largest entry apart, from which label smoothing is looked for.
+BEND = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 # The share of a row's gradient at the head's input that its targets may leave unexplained.
 UNEXPLAINED = {torch.float64: 1e-5, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
 
@@ -66,17 +68,21 @@ def from_logits(raw: Tensor, grad: Tensor, form: HeadForm) -> list[Found]:
     rows = grad.ne(0).any(1).nonzero().flatten()
     for chunk in rows.split(CHUNK):
         z, slope = form.finish(raw[chunk].double())
-        found += _solve_logits(chunk, z, grad[chunk].double() / slope, OUTLIER[raw.dtype])
+        # A saturated soft cap has lost the digits of its gradient: expect no more of it than it has.
+        rounding = 8 * torch.finfo(raw.dtype).eps * form.scale / slope
+        found += _solve_logits(chunk, z, grad[chunk].double() / slope, raw.dtype, rounding)
     return found
 
 
-def _solve_logits(rows: Tensor, z: Tensor, g: Tensor, tolerance: float) -> list[Found]:
+def _solve_logits(
+    rows: Tensor, z: Tensor, g: Tensor, dtype: torch.dtype, rounding: Tensor | float
+) -> list[Found]:
     vocab = z.shape[1]
     log_p = z.log_softmax(1)
     p = log_p.exp()
-    mass, smoothing, excess = _explain(g, p)
+    mass, smoothing, excess = _explain(g, p, BEND[dtype])
     unit = torch.maximum(mass.abs(), g.abs().amax(1))[:, None]
-    targets = excess.abs() > tolerance * unit * (p + 1 / vocab)
+    targets = excess.abs() > (OUTLIER[dtype] + rounding) * unit * (p + 1 / vocab)
     # A loss on everything (distillation) has no sparse targets: keep the entry that is pushed up most.
     targets[targets.sum(1) > MAX_TARGETS] = False
     empty = ~targets.any(1)
@@ -91,7 +97,7 @@ def _solve_logits(rows: Tensor, z: Tensor, g: Tensor, tolerance: float) -> list[
     return [Found(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
 
 
-def _explain(g: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _explain(g: Tensor, p: Tensor, bend: float) -> tuple[Tensor, Tensor, Tensor]:
     """(W, ε, g − W·(p − ε/V)) per row: the part of the gradient that pushes all tokens down alike.
 
     Few entries are targets, so the median of g/p over the most probable tokens is W whatever the targets
@@ -103,19 +109,31 @@ def _explain(g: Tensor, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     excess = g - mass[:, None] * p
     smoothing = torch.zeros_like(mass)
     spread = excess.abs().sum(1) - excess.abs().amax(1)
-    bent = (spread > 1e-2 * g.abs().sum(1)).nonzero().flatten()
+    bent = (spread > bend * g.abs().sum(1)).nonzero().flatten()
     if not len(bent):
         return mass, smoothing, excess
-    slope, offset = _line(g[bent], p[bent], excess[bent].abs().argmax(1))
-    straight = g[bent] - slope[:, None] * p[bent] - offset[:, None]
-    better = straight.abs().sum(1) - straight.abs().amax(1) < 0.1 * spread[bent]
-    bent = bent[better]
-    mass[bent], excess[bent] = slope[better], straight[better]
-    smoothing[bent] = (-offset * vocab / slope)[better].clamp(0, 0.999)
+    g, p = g[bent], p[bent]
+    # A smoothed row's target is off the line: it is off most, is pushed up most, or is sure of itself.
+    suspects = (excess[bent].abs().argmax(1), g.argmin(1), p.argmax(1))
+    lines = [_line(g, p, suspect) for suspect in suspects]
+    misfits = torch.stack([line.misfit for line in lines])
+    chosen = misfits.argmin(0)
+    better = misfits.amin(0) < 0.1 * spread[bent]
+    for i, line in enumerate(lines):
+        use = better & (chosen == i)
+        mass[bent[use]], excess[bent[use]] = line.slope[use], line.excess[use]
+        smoothing[bent[use]] = (-line.offset * vocab / line.slope)[use].clamp(0, 0.999)
     return mass, smoothing, excess
 
 
-def _line(g: Tensor, p: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:
+class _Line(NamedTuple):
+    slope: Tensor
+    offset: Tensor
+    excess: Tensor
+    misfit: Tensor
+
+
+def _line(g: Tensor, p: Tensor, without: Tensor) -> _Line:
     """Least squares g = slope·p + offset over all entries but one per row, weighted by 1/(p + 1/V)²."""
     omega = (p + 1 / p.shape[1]) ** -2
     omega.scatter_(1, without[:, None], 0)
@@ -123,14 +141,17 @@ def _line(g: Tensor, p: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:
     p_mean, g_mean = (omega * p).sum(1), (omega * g).sum(1)
     centred = p - p_mean[:, None]
     slope = (omega * centred * (g - g_mean[:, None])).sum(1) / (omega * centred**2).sum(1)
-    return slope, g_mean - slope * p_mean
+    offset = g_mean - slope * p_mean
+    excess = g - slope[:, None] * p - offset[:, None]
+    misfit = excess.abs().scatter(1, without[:, None], 0).sum(1)
+    return _Line(slope, offset, excess, misfit)
 
 
 def from_hidden(hidden: Tensor, grad: Tensor, form: HeadForm, hints: Tensor) -> list[Found]:
     """Targets of each row of the head's input, for losses that never show their logits.
 
-    hidden, grad [n, H]; hints int64 [n]: the token that wins where two explain a gradient equally well (rows of
-    the head's matrix that are equal), −1 for none.
+    hidden, grad [n, H]; hints int64 [n]: the token that wins where two explain a gradient equally well
+    (rows of the head's matrix that are equal), −1 for none.
     """
     found: list[Found] = []
     rows = grad.ne(0).any(1).nonzero().flatten()
@@ -153,7 +174,9 @@ def _logits(x: Tensor, form: HeadForm) -> list[Tensor]:
     return [raw.double() for raw in raws]
 
 
-def _solve_hidden(raw: Tensor, grad: Tensor, form: HeadForm, norms: Tensor, hint: Tensor) -> list[list[Found]]:
+def _solve_hidden(
+    raw: Tensor, grad: Tensor, form: HeadForm, norms: Tensor, hint: Tensor
+) -> list[list[Found]]:
     z, slope = form.finish(raw)
     log_p = z.log_softmax(1)
     rows = _Directions(log_p, slope * torch.ones_like(z), form.weight.detach())

@@ -100,7 +100,9 @@ class Probe:
         form = _head_form(self.model, head)
         self._hooks = [
             self.model.get_input_embeddings().register_forward_hook(self._on_embedding),
-            backbone.register_forward_hook(lambda _m, a, k, out: self._on_backbone(form, a, k, out), with_kwargs=True),
+            backbone.register_forward_hook(
+                lambda _m, a, k, out: self._on_backbone(form, a, k, out), with_kwargs=True
+            ),
             head.register_forward_hook(lambda m, a, out: self._on_head(m, a[0], out)),
         ]
         return self
