@@ -35,10 +35,11 @@ class TokenRow:
     """One prediction of one forward pass.
 
     position: column of the predicted token in row `sequence` of micro-batch `micro_batch` (padding counts);
-    input_id: the token that predicts, next_id: the one at `position` (−1 past the end). target and weight come
-    from the gradient; an untrained row has target = next_id and weight 0. weight is in units of the loss that
-    backward was called on: Σ weights = 1 for a mean over the step. log_p: nats, NaN where untrained.
-    document: number of the packed document within its row. attended: whether the predicted token is no padding.
+    input_id: the token that predicts, next_id: the one at `position` (−1 past the end).
+    target and weight come from the gradient; an untrained row has target = next_id and weight 0. The weight is
+    in units of the loss that backward was called on: Σ weights = 1 for a mean over the step.
+    log_p: nats, NaN where untrained. document: number of the packed document within its row.
+    attended: whether the predicted token is no padding.
     """
 
     micro_batch: int
@@ -61,7 +62,7 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward pass with gradient was fed. All [B, T]; ids are −1 where only embeddings were given."""
+    """What one forward pass with gradient was fed, [B, T]; ids are −1 where only embeddings were given."""
 
     ids: np.ndarray
     attended: np.ndarray
@@ -140,7 +141,7 @@ class Probe:
 
     @property
     def weighting(self) -> str:
-        """How the weights depend on the tokens: "none", "uniform", "probability" (w ∝ p, as in DFT) or "varied"."""
+        """How weights depend on tokens: "none", "uniform", "probability" (w ∝ p, as in DFT) or "varied"."""
         rows = self.trained()
         if not rows:
             return "none"
@@ -250,7 +251,7 @@ class _Pass:
         return MicroBatch(self.ids, self.attended, self.documents, found)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> Any:
     """The transformers model inside DDP, FSDP, torch.compile and PEFT wrappers; raises ModelError if none."""
     seen: Any = model
     while True:
@@ -276,7 +277,7 @@ def backbone_of(model: Any) -> nn.Module:
 
 
 def leakage(model: nn.Module, inputs: dict[str, Any], groups: np.ndarray) -> np.ndarray:
-    """How much each group of tokens depends on the others: float64 [G, G], row g of ∂ hidden(g) / ∂ embedding.
+    """How much each group of tokens depends on the others, float64 [G, G]: ∂ hidden / ∂ embedding.
 
     inputs: what the model would be fed (labels are ignored). groups int [B, T]: the document of each token,
     numbered from 0 over the whole batch, −1 for tokens of none. Entry [g, k] is the norm of the gradient of a
