@@ -1,4 +1,4 @@
-"""JSON as the standard has it: what Python's module forgives (NaN, doubled keys) is an error with a reason."""
+"""JSON as the standard has it: what Python's module forgives (NaN, a key twice) is an error with a reason."""
 
 from __future__ import annotations
 
@@ -21,59 +21,64 @@ class Strict:
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            seen: set[str] = set()
-            key = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            why = "only one of the values would be kept"
-            self._fault = RowError(f"the key {key!a} occurs twice", reason="duplicate_key", why=why)
+        made: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in made:
+                why = "only one of its values would be kept"
+                self._fault = RowError(f"the key {key!a} occurs twice", reason="duplicate_key", why=why)
+            made[key] = value
         return made
 
     def _constant(self, name: str) -> None:
         self._fault = RowError(f"{name} is no JSON number", reason="not_a_number")
 
     def value(self, text: str, start: int = 0) -> tuple[Any, int, RowError | None]:
-        """(value, index after it, fault or None); raises RowError `broken_json` or `too_deep` if it has no end."""
+        """(value, index after it, fault or None).
+
+        Raises json.JSONDecodeError where no value ends, RowError where Python can't hold it.
+        """
         self._fault = None
         try:
             value, end = self._decoder.raw_decode(text, start)
+        except json.JSONDecodeError:
+            raise
         except RecursionError:
             raise RowError("nested too deeply", reason="too_deep") from None
-        except json.JSONDecodeError as e:
-            why = f"{e.msg} at character {e.pos - start + 1}"
-            raise RowError("not JSON", reason="broken_json", why=why) from None
-        except ValueError as e:  # an integer of thousands of digits
-            raise RowError("not JSON", reason="broken_json", why=str(e)) from None
+        except ValueError as e:
+            raise RowError("a number of too many digits", reason="not_a_number", why=str(e)) from None
         return value, end, self._fault
 
     def whole(self, text: str) -> Any:
         """The one value that `text` is; raises RowError."""
-        value, end, fault = self.value(text, len(text) - len(text.lstrip(_SPACE)))
+        try:
+            value, end, fault = self.value(text, len(text) - len(text.lstrip(_SPACE)))
+        except json.JSONDecodeError as e:
+            why = f"{e.msg} at character {e.pos + 1}"
+            raise RowError("not JSON", reason="broken_json", why=why) from None
         if text[end:].strip(_SPACE):
-            raise RowError(
-                "not JSON", reason="broken_json", why=f"the value ends at character {end}, the text doesn't"
-            )
+            raise RowError("not JSON", reason="broken_json", why=f"more text after character {end}")
         if fault:
             raise fault
         return value
 
 
 class _Window:
-    """The text ahead in a stream; holds what is being decoded and not more than twice that."""
+    """The text ahead in a stream; holds the value that is being decoded and not much more."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.text, self.at, self.ended = "", 0, False
         self._read = stream.read
-        # Bytes that aren't UTF-8 become lone surrogates, and so the fault of the element that has them.
+        # Bytes that aren't UTF-8 become lone surrogates, and so a fault of the element that has them.
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
 
     def grow(self) -> None:
+        """Drop what is behind, read as much again as lies ahead: a long value is tried log(length) times."""
         data = self._read(max(_CHUNK, len(self.text) - self.at))
         self.ended = not data
         self.text, self.at = self.text[self.at :] + self._decode(data, self.ended), 0
 
     def next(self) -> str:
-        """The next character that isn't space, unread; "" at the end."""
+        """The next character that isn't space, which stays ahead; "" at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in _SPACE:
                 self.at += 1
@@ -85,35 +90,38 @@ class _Window:
 def elements(stream: BinaryIO, limit: int) -> Iterator[tuple[Any, RowError | None]]:
     """(value, fault) for each element of a JSON array, read piece by piece.
 
-    An array that ends early gives a last (text, `cut_off`). Raises DataError where the array itself is broken or
-    an element is longer than `limit` characters: where the next element begins is then anybody's guess.
+    Where the file ends before its array does, the rest is a last (text, `cut_off`). Raises DataError where
+    the array is broken otherwise, or an element is longer than `limit` characters: where the next one begins
+    would be a guess.
     """
     window, strict = _Window(stream), Strict()
     window.next()
     window.at += 1  # the bracket
-    done = window.next() == "]"
-    while not done:
+    closed = window.next() == "]"
+    window.at += closed
+    while not closed:
         try:
             value, window.at, fault = _element(window, strict, limit)
-        except RowError as e:
-            if not window.ended or e.reason != "broken_json":
-                raise _broken(e) from None
-            yield window.text[window.at :], _cut_off(e)
+        except json.JSONDecodeError as e:
+            if not _is_cut_off(e):
+                raise _broken(f"{e.msg}: {e.doc[e.pos : e.pos + 40]!a}") from None
+            yield window.text[window.at :], _cut_off()
             return
         yield value, fault
         separator = window.next()
         if separator == "":
-            yield "", _cut_off(None)
+            yield "", _cut_off()
             return
         if separator not in ",]":
-            raise _broken(RowError(f"{separator!a} where a comma belongs", reason="broken_json"))
+            raise _broken(f"{separator!a} where a comma belongs")
         window.at += 1
-        done = separator == "]"
+        closed = separator == "]"
     if window.next():
-        raise _broken(RowError("text after the array", reason="broken_json"))
+        raise _broken("there is more text after the array")
 
 
 def _element(window: _Window, strict: Strict, limit: int) -> tuple[Any, int, RowError | None]:
+    """The next element, its end and its fault; reads on until it is whole."""
     window.next()
     while True:
         try:
@@ -121,10 +129,12 @@ def _element(window: _Window, strict: Strict, limit: int) -> tuple[Any, int, Row
             if end < len(window.text) or window.ended:  # else it may go on, as numbers do
                 return value, end, fault or _invalid_utf8(window.text[window.at : end])
         except RowError as e:
-            if window.ended or e.reason == "too_deep":
+            raise _broken(f"{e.what} {e.why}") from None
+        except json.JSONDecodeError:
+            if window.ended:
                 raise
         if len(window.text) - window.at > limit:
-            raise RowError(f"no end within {limit:,} characters", reason="too_long")
+            raise _broken(f"an element is longer than {limit:,} characters")
         window.grow()
 
 
@@ -139,13 +149,17 @@ def _invalid_utf8(text: str) -> RowError | None:
     return None
 
 
-def _cut_off(e: RowError | None) -> RowError:
-    return RowError("the file ends before its array does", reason="cut_off", why=e.why if e else "")
+def _is_cut_off(e: json.JSONDecodeError) -> bool:
+    """Whether the last token of a whole file is where decoding stopped: more text might have mended it."""
+    rest = e.doc[e.pos :].strip(_SPACE)
+    in_token = len(rest) < len("-Infinity") or e.msg.startswith("Unterminated")
+    return not rest or (in_token and not rest.endswith("]"))
 
 
-def _broken(e: RowError) -> DataError:
-    why = "; ".join(w for w in (e.what, e.why) if w)
+def _cut_off() -> RowError:
+    return RowError("the file ends before its array does", reason="cut_off")
+
+
+def _broken(why: str) -> DataError:
     fix = "mend the file, or write one row a line (.jsonl): then a broken row costs no other"
-    return DataError(
-        "the array breaks off in the middle, and the rows after that can't be found", why=why, fix=fix
-    )
+    return DataError("the array is broken, and the rows after that can't be found", why=why, fix=fix)
