@@ -1,0 +1,5 @@
+"""`python -m ygivenx` is `ygx`."""
+
+from .cli import main
+
+main()

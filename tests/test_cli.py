@@ -1,0 +1,122 @@
+"""`ygx` end to end, in real processes where the exit code matters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from ygivenx.cli import app
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}]},
+    {"messages": [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Hello"}]},
+    {"messages": [{"content": "no role"}]},
+]
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in ROWS))
+    return path
+
+
+def ygx(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ygivenx", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_every_command_has_help_with_an_example():
+    names = [c.name or c.callback.__name__ for c in app.registered_commands]
+    assert {"demo", "show", "score", "ledger", "train", "doctor"} <= set(names)
+    for name in names:
+        shown = CliRunner().invoke(app, [name, "--help"])
+        assert shown.exit_code == 0
+        assert "Example" in shown.output
+        assert "--json" in shown.output
+
+
+@pytest.mark.model
+def test_show(smol_tokenizer, rows):
+    done = ygx("show", rows, "--model", "sample")
+    assert done.returncode == 0, done.stderr
+    assert "⟦4<|im_end|>⟧" in done.stdout
+    assert "messages" in done.stderr
+
+
+@pytest.mark.model
+def test_show_refuses_with_place_and_reason(smol_tokenizer, rows):
+    done = ygx("show", rows, "--model", "sample", "--row", 1)
+    assert done.returncode == 2
+    assert "<|im_end|>" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.model
+def test_score_counts_every_row(smol_tokenizer, rows, tmp_path):
+    done = ygx("score", rows, "--model", "sample", "-o", tmp_path / "out.jsonl", "--json")
+    assert done.returncode == 0, done.stderr
+    account = json.loads(done.stdout)
+    assert (account["read"], account["accepted"], account["quarantined"]) == (3, 1, 2)
+    assert "1 accepted + 2 quarantined = 3 read" in done.stderr
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert json.loads(line)["log_p_xy"] <= json.loads(line)["log_p_x"] < 0
+
+
+@pytest.mark.model
+def test_ledger(smol_tokenizer, rows):
+    done = ygx("ledger", rows, "--model", "sample", "--json")
+    assert done.returncode == 0, done.stderr
+    book = json.loads(done.stdout)
+    assert book["balanced"]
+    assert sum(r["log_p"] for r in book["rows"]) == pytest.approx(book["joint"])
+
+
+@pytest.mark.model
+def test_train_then_the_model_is_there(smol_tokenizer, rows, tmp_path):
+    done = ygx(
+        "train", "--data", rows, "--model", "sample", "--output-dir", tmp_path / "run", "--max-steps", 2,
+        "--learning-rate", 1e-4, "--logging-steps", 1, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["steps"] == 2
+    assert told["losses"][1] < told["losses"][0]
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    again = ygx("show", rows, "--model", tmp_path / "run" / "final")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["show", "absent.jsonl", "--model", "absent"], "absent"),
+        (["train", "--data", "x.jsonl"], "missing: model, output_dir"),
+    ],
+)
+def test_input_errors_exit_with_2(args, message):
+    done = ygx(*args)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_key_of_a_config_names_the_nearest(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: a\nmodel: b\noutput_dir: c\nlearning_rat: 1\n")
+    done = ygx("train", path)
+    assert done.returncode == 2
+    assert "did you mean 'learning_rate'" in done.stderr
+
+
+def test_doctor():
+    done = ygx("doctor", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["packages"]["torch"]
+    assert found["attention"]
+    assert found["head"]

@@ -1,0 +1,112 @@
+"""yx.loss: only y counts. Targets in x can't move it by one bit, and its gradient at x's logits is zero."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import VOCAB, llama, sequences
+
+import ygivenx as yx
+from ygivenx.errors import LossError
+from ygivenx.sequence import Sequence
+
+
+def dense_loss(model, data) -> torch.Tensor:
+    """The slow twin: one plain forward pass per sequence, every logit, float64."""
+    total, weight = torch.zeros((), dtype=torch.float64), 0.0
+    for s in data:
+        ids = torch.from_numpy(np.array(s.ids))
+        log_p = model(ids[None]).logits[0, :-1].double().log_softmax(-1)
+        w = torch.from_numpy(np.array(s.weights[1:])).double()
+        total = total - (w * log_p.gather(1, ids[1:, None])[:, 0]).sum()
+        weight += float(w.sum())
+    return total / weight
+
+
+def test_value_and_gradient_equal_the_dense_twin():
+    data = sequences(6, seed=1)
+    fast, slow = llama(), llama()
+    out = yx.loss(fast, data)
+    out.value.backward()
+    expected = dense_loss(slow, data)
+    expected.backward()
+    assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (name, p), q in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
+
+
+def test_the_last_token_of_x_as_a_target_has_no_part():
+    """Same weights, other *targets* in x at positions that nothing reads: not one bit changes."""
+    model, s = llama(), sequences(1, seed=8)[0]
+    out = yx.loss(model, s)
+    trained = np.flatnonzero(s.weights)
+    assert set(out.edges.targets.tolist()) == set(s.ids[trained].tolist())
+    assert len(out.edges.rows) == len(trained)
+
+
+def test_float_weights_and_denominator():
+    s = sequences(1, seed=4)[0]
+    half = Sequence(s.ids, s.weights * 0.5, s.segments)
+    model = llama()
+    assert yx.loss(model, half).value.item() == pytest.approx(yx.loss(model, s).value.item(), rel=1e-6)
+    assert yx.loss(model, half).weight_sum == pytest.approx(s.weights.sum() / 2)
+    assert yx.loss(model, s, denominator=1.0).value.item() == pytest.approx(
+        yx.loss(model, s).value.item() * float(s.weights.sum()), rel=1e-6
+    )
+
+
+def test_no_weight_is_an_error_not_a_zero():
+    silent = Sequence(np.arange(5), np.zeros(5, np.float32))
+    with pytest.raises(LossError, match="no token of this batch has a weight"):
+        yx.loss(llama(), silent)
+    assert yx.loss(llama(), silent, denominator=3.0).value.item() == 0
+
+
+def test_a_batch_without_weight_still_has_a_graph():
+    """One rank may have nothing to train while the others do: its backward must run, and give zeros."""
+    model = llama()
+    yx.loss(model, Sequence(np.arange(5), np.zeros(5, np.float32)), denominator=3.0).value.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.model
+def test_x_contributes_exactly_zero_on_the_real_model(smol):
+    """The gradient at the head's input is exactly zero at every position that predicts a token of x."""
+    model, tokenizer = smol
+    row = {"messages": [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4."}]}
+    example = yx.Encoder(tokenizer)(row)
+    from ygivenx.head import selective_cross_entropy
+    from ygivenx.model import head_of, hidden_states
+
+    forest = yx.Forest.of([example.only])
+    edges = forest.edges()
+    hidden = hidden_states(model, forest).detach().requires_grad_()
+    rows, targets, weights = (torch.from_numpy(np.array(a)) for a in (edges.rows, edges.targets, edges.weights))
+    _, loss = selective_cross_entropy(hidden, head_of(model).weight, rows, targets, weights)
+    loss.backward()
+    norms = hidden.grad.norm(dim=1)
+    predicts_y = np.zeros(len(norms), bool)
+    predicts_y[np.flatnonzero(example.weights) - 1] = True
+    assert (norms[torch.from_numpy(~predicts_y)] == 0).all()
+    assert (norms[torch.from_numpy(predicts_y)] > 0).all()
+    model.zero_grad()
+
+
+@pytest.mark.model
+def test_targets_in_x_are_not_read_on_the_real_model(smol):
+    """The last token of an x that ends a sequence is only ever a target; replace it, and no bit of y moves."""
+    model, tokenizer = smol
+    ids = np.array(tokenizer("The capital of France is Paris and the river is the Seine")["input_ids"])
+    weights = np.zeros(len(ids), np.float32)
+    weights[4:7] = 1  # y ends before the text does: what follows is x for nobody
+    with torch.no_grad():
+        before = yx.loss(model, Sequence(ids, weights)).value
+        changed = ids.copy()
+        changed[7:] = np.random.default_rng(0).integers(10, 1000, len(ids) - 7)
+        after = yx.loss(model, Sequence(changed, weights)).value
+    assert torch.equal(before, after)
+
+
+def test_vocabulary_is_what_the_head_has():
+    assert llama().lm_head.weight.shape[0] == VOCAB

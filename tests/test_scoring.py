@@ -1,0 +1,85 @@
+"""Scores are sums along paths: identities, order, duplicates, borders."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import llama, sequences
+
+import ygivenx as yx
+from ygivenx.scoring import score_sequences
+from ygivenx.sequence import Segment, Sequence
+
+
+def one_by_one(model, s: Sequence) -> np.ndarray:
+    """The slow twin: a plain forward pass and float64."""
+    ids = torch.from_numpy(np.array(s.ids))
+    with torch.no_grad():
+        log_p = model(ids[None]).logits[0].double().log_softmax(-1)
+    return np.array([np.nan, *log_p[:-1].gather(1, ids[1:, None])[:, 0].tolist()])
+
+
+@pytest.mark.parametrize("max_tokens", [24, 64, 10_000])
+def test_values_equal_the_twin_whatever_the_packs(max_tokens):
+    model, data = llama(), sequences(9, seed=6)
+    for s, told in zip(data, score_sequences(model, data, max_tokens=max_tokens), strict=True):
+        expected = one_by_one(model, s)
+        np.testing.assert_allclose(told.token_log_p, expected, atol=2e-5)
+        assert told.log_p_y_given_x == pytest.approx(expected[s.output].sum(), abs=1e-4)
+        assert told.log_p_x + told.log_p_y_given_x == pytest.approx(told.log_p_xy)
+        assert told.tokens == s.output.sum()
+
+
+def test_order_and_duplicates_do_not_matter():
+    model, data = llama(), sequences(5, seed=2)
+    forward = score_sequences(model, data)
+    both = score_sequences(model, data[::-1] + data)
+    for i, s in enumerate(forward):
+        assert both[4 - i].log_p_xy == pytest.approx(s.log_p_xy, abs=1e-5)
+        assert both[5 + i].log_p_xy == pytest.approx(s.log_p_xy, abs=1e-5)
+
+
+def test_conditional_is_additive_over_any_cut_of_y():
+    model, s = llama(), sequences(1, seed=7, low=20, high=21)[0]
+    whole = score_sequences(model, [s])[0]
+    start = int(np.flatnonzero(s.output)[0])
+    for cut in range(start + 1, len(s)):
+        parts = [
+            Sequence(s.ids[:cut], np.zeros(cut, np.float32), (Segment(0, start, "prompt"), Segment(start, cut, "answer", True))),
+            Sequence(s.ids, np.zeros(len(s), np.float32), (Segment(0, cut, "prompt"), Segment(cut, len(s), "answer", True))),
+        ]
+        a, b = score_sequences(model, parts)
+        assert a.log_p_y_given_x + b.log_p_y_given_x == pytest.approx(whole.log_p_y_given_x, abs=1e-4)
+
+
+def test_one_token_continuations_sum_to_one():
+    from tiny import VOCAB
+
+    x = sequences(1, seed=1)[0].ids
+    data = [
+        Sequence(np.append(x, v), np.zeros(len(x) + 1, np.float32), (Segment(0, len(x), "prompt"), Segment(len(x), len(x) + 1, "answer", True)))
+        for v in range(VOCAB)
+    ]
+    told = score_sequences(llama(), data)
+    assert sum(np.exp(s.log_p_y_given_x) for s in told) == pytest.approx(1, abs=1e-5)
+    assert sum(s.greedy for s in told) == 1
+
+
+@pytest.mark.model
+def test_real_text(smol):
+    model, tokenizer = smol
+    pairs = [("The capital of France is", " Paris"), ("The capital of France is", " Rome"), ("2 + 2 =", " 4")]
+    scores = yx.score(model, tokenizer, pairs)
+    assert scores[0].log_p_y_given_x > scores[1].log_p_y_given_x
+    assert all(yx.check(s.log_p_xy, s.log_p_x) for s in scores)
+    assert scores[0].log_p_x == pytest.approx(scores[1].log_p_x, abs=1e-4)
+
+
+@pytest.mark.model
+def test_direct_and_by_difference_on_the_real_model(smol):
+    model, tokenizer = smol
+    x, y = "The three primary colours are", " red, yellow and blue"
+    s = yx.score(model, tokenizer, [(x, y)])[0]
+    marginal = yx.score(model, tokenizer, [("", x)])[0]
+    assert s.log_p_xy - marginal.log_p_xy == pytest.approx(s.log_p_y_given_x, abs=2e-4)
