@@ -94,7 +94,7 @@ function chartTable(chart, steps) {
 
 /** A figure for {title, x_label, curves}. */
 function chartFigure(chart) {
-  const canvas = svg("svg", { class: "chart", tabindex: "0", role: "img", "aria-label": `${chart.title}: ${chart.curves.map((c) => c.name).join(", ")}. Arrow keys read the values.` });
+  const canvas = svg("svg", { class: "chart", tabindex: "0", role: "slider", "aria-label": `${chart.title}, by ${chart.x_label}` });
   const legend = el("ul", "legend", ...chart.curves.map((curve, i) => el("li", "",
     svg("svg", { class: "key", width: 28, height: 10, "aria-hidden": "true" }, svg("path", { d: "M0,5L28,5", class: `line line-${i % 4}` })),
     text("span", "", curve.name), el("output", "number", ""))));
@@ -102,7 +102,7 @@ function chartFigure(chart) {
   const steps = [...new Set(chart.curves.flatMap((curve) => curve.x.filter(isNumber)))].sort((a, b) => a - b);
   const state = { at: null, index: steps.length - 1 };
 
-  function read(index, aloud) {
+  function read(index) {
     if (!steps.length) return;
     state.index = Math.max(0, Math.min(steps.length - 1, index));
     const x = steps[state.index], values = valuesAt(chart, x), px = state.at.x(x);
@@ -111,20 +111,21 @@ function chartFigure(chart) {
     canvas.querySelector(".cursor").replaceChildren(
       svg("line", { x1: px, x2: px, y1: CHART.top, y2: CHART.height - CHART.bottom }),
       ...values.flatMap((y, i) => isNumber(y) ? [svg("circle", { cx: px, cy: state.at.y(y), r: 4, class: `dot line-${i % 4}` })] : []));
-    if (aloud) announce([where.textContent, ...chart.curves.map((curve, i) => `${curve.name} ${shown(values[i])}`)].join(", "));
+    set(canvas, { "aria-valuemin": 0, "aria-valuemax": steps.length - 1, "aria-valuenow": state.index,
+      "aria-valuetext": [where.textContent, ...chart.curves.map((curve, i) => `${curve.name} ${shown(values[i])}`)].join(", ") });
   }
   function nearest(x) {
     return steps.reduce((best, value, i) => Math.abs(value - x) < Math.abs(steps[best] - x) ? i : best, 0);
   }
   canvas.addEventListener("pointermove", (event) => {
     const { left } = canvas.getBoundingClientRect(), { at } = state;
-    read(nearest(at.left + (event.clientX - left - CHART.left) / (at.end - CHART.left) * (at.right - at.left)), false);
+    read(nearest(at.left + (event.clientX - left - CHART.left) / (at.end - CHART.left) * (at.right - at.left)));
   });
   canvas.addEventListener("keydown", (event) => {
     const move = { ArrowLeft: state.index - 1, ArrowRight: state.index + 1, Home: 0, End: steps.length - 1 }[event.key];
     if (move === undefined) return;
     event.preventDefault();
-    read(move, true);
+    read(move);
   });
 
   const values = el("details", "", el("summary", "", "Values as a table"));
@@ -132,7 +133,7 @@ function chartFigure(chart) {
   const holder = el("div", "holder", canvas);
   new ResizeObserver(([entry]) => {
     state.at = drawChart(canvas, chart, Math.max(260, Math.floor(entry.contentRect.width)));
-    read(state.index, false);
+    read(state.index);
   }).observe(holder);
   return el("figure", "", text("figcaption", "", chart.title), el("div", "reading", legend, where), holder, values);
 }

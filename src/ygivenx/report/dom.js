@@ -30,8 +30,6 @@ function button(label, onClick) {
   return node;
 }
 
-const announce = (message) => { byId("live").textContent = message; };
-
 const isNumber = (value) => typeof value === "number";
 const signed = (shown) => shown.replace(/^-/, "−");
 const decimals = (value, digits) => signed(value.toLocaleString("en", {
@@ -75,18 +73,20 @@ function paint(parent, value, whitespace = true) {
 }
 
 /** Named values: [[name, value], ...]. */
-function facts(pairs, className) {
+function facts(pairs, className, format = shown) {
   const list = el("dl", className);
   for (const [name, value] of pairs) {
     const cell = set(el("dd", isNumber(value) ? "number" : ""), { dir: "auto" });
-    list.append(el("div", "", text("dt", "", name), paint(cell, shown(value), false)));
+    list.append(el("div", "", text("dt", "", name), paint(cell, format(value), false)));
   }
   return list;
 }
 
-/** A table with a caption; `foot` is the last row's place in tfoot. Cells are values or nodes. */
+const numeral = (value) => isNumber(value) || value instanceof Node || /^[−+-]?[\d.,]+(e[−-]?\d+)?( ?%)?$/.test(value);
+
+/** A table with a caption; `foot` is a last row of its own. Cells are values or nodes. */
 function table(caption, columns, rows, foot) {
-  const numeric = columns.map((_, i) => i > 0 && rows.some((row) => isNumber(row[i]) || row[i] instanceof Node));
+  const numeric = columns.map((_, i) => i > 0 && rows.some((row) => numeral(row[i])));
   const line = (cells, header) => el("tr", "", ...cells.map((cell, i) => {
     const node = el(header || i === 0 ? "th" : "td", numeric[i] ? "number" : "");
     if (header || i === 0) set(node, { scope: header ? "col" : "row" });

@@ -17,11 +17,11 @@ function exampleNode(example) {
 function findingNode(finding) {
   const severity = ["error", "warning", "info"].includes(finding.severity) ? finding.severity : "info";
   const extent = [];
-  if (finding.count !== null) extent.push(`${shown(finding.count)} ×`);
+  if (finding.count !== null) extent.push(`${shown(finding.count)} ${finding.count === 1 ? "case" : "cases"}`);
   if (finding.share !== null) extent.push(percent(finding.share));
-  const part = (name, value) => value ? el("div", "part", el("h4", "", name), paint(text("p", "", ""), shown(value), false)) : null;
+  const part = (name, value) => value ? el("div", "part", el("h3", "", name), paint(text("p", "", ""), shown(value), false)) : null;
   const examples = finding.examples?.length
-    ? el("div", "part", el("h4", "", "Examples"), el("ol", "examples", ...finding.examples.map(exampleNode))) : null;
+    ? el("div", "part", el("h3", "", "Examples"), el("ol", "examples", ...finding.examples.map(exampleNode))) : null;
   const node = el("details", `finding ${severity}`,
     el("summary", "", el("span", "severity", shown(finding.severity)), paint(text("span", "message", ""), shown(finding.message), false),
       el("span", "extent number", extent.join(" · ")), el("code", "rule", shown(finding.rule))),
@@ -34,6 +34,7 @@ function ledgerNode(ledger) {
   const keys = ["kind", "tokens", "weight", "log_p", "nats_per_token", "share"];
   const names = ["segment", "tokens", "weight", "Σ log p", "nats / token", "share of loss"];
   const fixed = (value) => isNumber(value) ? decimals(value, 3) : shown(value);
+  const exact = (value) => isNumber(value) && Math.abs(value) >= 0.01 ? decimals(value, 4) : shown(value);
   const cell = { log_p: fixed, nats_per_token: fixed, share: shareNode };
   const cells = (row) => keys.map((key) => (cell[key] ?? ((value) => value))(row[key]));
   const sum = (key) => ledger.rows.reduce((total, row) => total + (isNumber(row[key]) ? row[key] : 0), 0);
@@ -42,7 +43,7 @@ function ledgerNode(ledger) {
   const scored = ledger.rows.reduce((count, row) => count + (row.nats_per_token ? -row.log_p / row.nats_per_token : 0), 0);
   total.nats_per_token = scored ? -total.log_p / scored : null;
   return el("article", "ledger", table(ledger.title, names, ledger.rows.map(cells), cells(total)),
-    ledger.facts.length ? facts(ledger.facts, "fields") : null, notes(ledger.notes));
+    ledger.facts.length ? facts(ledger.facts, "fields", exact) : null, notes(ledger.notes));
 }
 
 function shareNode(share) {
@@ -54,7 +55,8 @@ function shareNode(share) {
 function setTheme(theme) {
   if (theme === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = theme;
-  byId("theme").textContent = `Theme: ${theme}`;
+  byId("theme").lastChild.textContent = `Theme: ${theme}`;
+  set(byId("theme"), { "aria-label": `Theme: ${theme}` });
 }
 
 function nextTheme() {
@@ -101,7 +103,9 @@ function main() {
     list = new RowList(data);
     section("rows", "Rows", data.strips.length, list.node);
   }
+  if (!byId("nav").childElementCount && !data.summary.length) byId("main").append(el("p", "note", "Nothing was reported."));
   listenToKeys(list);
+  addEventListener("beforeprint", () => { for (const finding of document.querySelectorAll(".finding")) finding.open = true; });
   performance.mark("drawn");
 }
 

@@ -125,9 +125,11 @@ def _real(value: float) -> float | str | None:
     return None if math.isnan(value) else "∞" if value > 0 else "−∞"
 
 
-def _short(value: float | None) -> float | str | None:
-    """A token's log p, to 1e-4 nats: a page with a million tokens has to stay small."""
-    return None if value is None else _real(round(float(value), 4))
+def _reals(values: Iterable[float | None], digits: int | None = None) -> list[float | str | None]:
+    """`_real` of many at once, rounded to `digits`."""
+    array = np.asarray(list(values), dtype=np.float64)  # None becomes NaN
+    plain = (array if digits is None else array.round(digits)).tolist()
+    return plain if np.isfinite(array).all() else list(map(_real, plain))
 
 
 def _pairs(named: Mapping[str, Any]) -> list[list[Any]]:
@@ -158,7 +160,7 @@ def _charts(curves: list[Curve]) -> list[dict[str, Any]]:
             {
                 "title": title,
                 "x_label": lines[0].x_label,
-                "curves": [{"name": c.name, "x": _plain(list(c.x)), "y": _plain(list(c.y))} for c in lines],
+                "curves": [{"name": c.name, "x": _reals(c.x), "y": _reals(c.y)} for c in lines],
             }
         )
     return charts
@@ -198,8 +200,8 @@ def _strip(
     return {
         "title": row.title,
         "tokens": [vocabulary.setdefault(key, len(vocabulary)) for key in keys],
-        "weights": _runs(_plain(float(w)) for w in row.weights),
-        "log_p": [_short(v) for v in row.log_p],
+        "weights": _runs(_reals(row.weights, 6)),
+        "log_p": _reals(row.log_p, 4),  # 1e-4 nats: a page with a million tokens has to stay small
         "kinds": _runs(kinds.setdefault(str(k), len(kinds)) for k in row.kinds),
         "notes": list(map(str, row.notes)),
         "fields": _pairs(row.fields),

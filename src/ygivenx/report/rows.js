@@ -82,9 +82,11 @@ function hits(row, words) {
 
 function tokenNode(row, i, { test, touched }) {
   const node = paint(el("span", "token"), row.token(i));
+  if (!row.token(i)) node.append(el("i", "empty"));
+  if (!row.token(i).trim()) set(node, { "aria-label": JSON.stringify(row.token(i)) });
   const weight = row.weights[i], bin = surprise(row.logP[i]);
   node.dataset.i = i;
-  set(node, { role: "option", tabindex: i === row.current ? "0" : "-1", "aria-selected": String(weight > 0) });
+  set(node, { role: "option", tabindex: i === row.current ? "0" : "-1" });
   if (bin !== null) node.classList.add(`bin-${bin}`);
   if (weight > 0) {
     node.classList.add("trained");
@@ -109,7 +111,7 @@ function runNodes(row, from, to, view) {
 }
 
 function stripNode(row, view) {
-  const strip = set(el("div", "strip"), { role: "listbox", "aria-label": `Tokens of row ${row.index + 1}`, "aria-orientation": "horizontal", "aria-multiselectable": "true" });
+  const strip = set(el("div", "strip"), { role: "listbox", "aria-label": `Tokens of row ${row.index + 1}`, "aria-orientation": "horizontal" });
   const total = row.tokens.length;
   row.current = Math.min(row.current, Math.max(0, Math.min(total, STRIP_LIMIT) - 1));
   strip.append(...runNodes(row, 0, Math.min(total, STRIP_LIMIT), view));
@@ -118,6 +120,7 @@ function stripNode(row, view) {
     strip.append(...runNodes(row, STRIP_LIMIT, total, view));
     more.remove();
   });
+  more.classList.add("more");
   return [strip, more];
 }
 
@@ -139,8 +142,8 @@ function tokenFacts(row, i) {
   const missing = i === 0 ? "none: nothing before it" : "none";
   return [
     ["token", JSON.stringify(row.token(i))],
-    ["id", row.id(i)],
-    ["position", i],
+    ["id", row.id(i) === null ? null : String(row.id(i))],
+    ["position", String(i)],
     ["segment", row.kind(i)],
     ["log p", logP === null ? missing : isNumber(logP) ? `${decimals(logP, 4)} nats` : logP],
     ["probability", isNumber(logP) ? probability(logP) : logP === "−∞" ? "0" : null],
@@ -253,6 +256,7 @@ class RowList {
   show(page) {
     hideTip();
     this.page = page;
+    const focused = this.list.contains(document.activeElement);
     const from = page * PAGE_SIZE, drawn = this.kept.slice(from, from + PAGE_SIZE);
     this.list.replaceChildren(...drawn.map((row) => rowNode(row, { ...this.view, touched: hits(row, this.filters.words) })));
     set(this.list, { start: from + 1 });
@@ -267,20 +271,14 @@ class RowList {
       back.disabled = page === 0;
       on.disabled = page === this.pages - 1;
     }
-  }
-
-  /** Show row `index` whatever the filters, and put the focus on its strip. */
-  reveal(index) {
-    let at = this.kept.indexOf(this.rows[index]);
-    if (at < 0) { this.kept = this.rows; at = index; }
-    this.show(Math.floor(at / PAGE_SIZE));
-    this.list.querySelector(`[data-row="${index}"] .token[tabindex="0"]`)?.focus();
+    if (focused) this.list.querySelector('.token[tabindex="0"]')?.focus({ preventScroll: true });
   }
 
   rowOf(token) { return this.rows[Number(token.closest(".row").dataset.row)]; }
 
   focus(item, i) {
     const row = this.rows[Number(item.dataset.row)];
+    if (i >= STRIP_LIMIT) item.querySelector(".more")?.click();
     const target = item.querySelector(`.token[data-i="${i}"]`);
     if (!target) return;
     item.querySelector('.token[tabindex="0"]')?.setAttribute("tabindex", "-1");
