@@ -9,7 +9,7 @@ Reasons of `Rejected`:
 - the file: invalid_utf8, broken_json, cut_off (half a row at the end), not_a_number (NaN, Infinity),
   duplicate_key, too_deep, too_long, broken_csv, wrong_field_count, unreadable_value (Arrow);
 - the row: not_an_object, missing_column, wrong_type, lone_surrogate, conflict, missing_field;
-- its messages: empty_messages, missing_role, unknown_role, null_content, unknown_part, part_order, bad_weight.
+- messages: empty_messages, missing_role, unknown_role, null_content, unknown_part, part_order, bad_weight.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -70,18 +71,23 @@ def open_source(name: str, split: str | None, limit: int, is_row: Callable[[list
 # --- text ------------------------------------------------------------------------------------------------
 
 
-def _open(path: Path) -> BinaryIO:
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
     """The bytes of a text file, unpacked by what it is rather than by what it is called."""
-    stream: Any = path.open("rb")
+    with path.open("rb") as packed, _unpacked(packed) as stream:
+        if stream.peek(2)[:2] in _UTF16:
+            raise DataError("the text is UTF-16", where=str(path), fix="convert it to UTF-8")
+        yield stream
+
+
+def _unpacked(stream: io.BufferedReader) -> io.BufferedReader:
+    import pyarrow as pa
+
     magic = stream.peek(4)[:4]
     if magic.startswith(_GZIP):
-        stream = io.BufferedReader(gzip.GzipFile(fileobj=stream))
-    elif magic == _ZSTD:
-        import pyarrow as pa
-
-        stream = io.BufferedReader(pa.input_stream(stream, compression="zstd"))
-    if stream.peek(2)[:2] in _UTF16:
-        raise DataError("the text is UTF-16", where=str(path), fix="convert it to UTF-8")
+        return io.BufferedReader(gzip.GzipFile(fileobj=stream))
+    if magic == _ZSTD:
+        return io.BufferedReader(pa.input_stream(stream, compression="zstd"))
     return stream
 
 
@@ -128,12 +134,13 @@ def _json_line(place: str, line: bytes, strict: Strict) -> RawRow:
 def _json_rows(path: Path, limit: int, is_row: Callable[[list[str]], bool]) -> Iterator[RawRow | None]:
     """A .json file: an array, an object that is a row or holds rows, or after all one row a line."""
     with _open(path) as stream:
-        if stream.read(4096).removeprefix(_BOM).lstrip()[:1] == b"[":
-            stream.seek(0)
+        is_array = stream.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
+    if is_array:
+        with _open(path) as stream:
             for n, (value, fault) in enumerate(elements(stream, limit), 1):
                 yield RawRow(f"row {n}", value, fault)
-            return
-        stream.seek(0)
+        return
+    with _open(path) as stream:
         lines = (line for line in _lines(stream, limit) if line is None or line.strip())
         first, more = next(lines, b""), next(lines, b"") != b""
     if first and more and _json_line("", first, Strict()).fault is None:
@@ -198,23 +205,28 @@ def _named(record: RawRow, names: list[str]) -> RawRow | None:
 
 
 class _CsvText:
-    """Lines of a stream as the csv module wants them; `long` says that one was left out for its length."""
+    """Lines of a stream as the csv module wants them; `number` of them were read.
+
+    Raises RowError at one that is too long, and goes on behind it.
+    """
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
-        self._lines, self.limit, self.long = _lines(stream, limit), limit, False
+        self._lines, self._limit, self.number = _lines(stream, limit), limit, 0
 
     def __iter__(self) -> _CsvText:
         return self
 
     def __next__(self) -> str:
         line = next(self._lines)
-        self.long |= line is None
-        return "\n" if line is None else line.decode(errors="surrogateescape")
+        self.number += 1
+        if line is None:
+            raise _too_long(self._limit)
+        return line.decode(errors="surrogateescape")
 
 
 def _record(reader: Any, text: _CsvText) -> RawRow | None:
     """The next record of a CSV file as a list of cells; None at the end."""
-    place, text.long = f"line {reader.line_num + 1}", False
+    place = f"line {text.number + 1}"
     try:
         cells = next(reader)
     except StopIteration:
@@ -222,8 +234,8 @@ def _record(reader: Any, text: _CsvText) -> RawRow | None:
     except csv.Error as e:
         reason = "cut_off" if "unexpected end" in str(e) else "broken_csv"
         return RawRow(place, None, RowError("not a record", reason=reason, why=str(e)))
-    if text.long:
-        return RawRow(place, None, _too_long(text.limit))
+    except RowError as e:
+        return RawRow(place, None, e)
     for n, cell in enumerate(cells, 1):
         try:
             cell.isascii() or cell.encode()
@@ -265,7 +277,7 @@ def _batches(path: Path) -> Iterator[Any]:
 
 
 def _values(batch: Any) -> Iterator[tuple[Any, RowError | None]]:
-    """(row as a dict, None), or (None, fault) for one without a Python value, such as text that isn't UTF-8."""
+    """(row as a dict, None); (None, fault) for one without a Python value, such as text that isn't UTF-8."""
     import pyarrow as pa
 
     try:

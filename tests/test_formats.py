@@ -1,0 +1,264 @@
+"""What a row becomes: formats by columns, messages as templates read them, faults with their field."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ygivenx.data import Conversation, Pair, normalise
+from ygivenx.errors import ConfigError, DataError, RowError
+from ygivenx.formats import recognise
+
+USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+HUMAN, GPT = {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}
+PLAIN = Conversation((USER, REPLY))
+
+
+@pytest.mark.parametrize(
+    ("row", "noun"),
+    [
+        ({"messages": [USER, REPLY]}, PLAIN),
+        ({"messages": json.dumps([USER, REPLY])}, PLAIN),
+        ({"messages": [USER, REPLY], "text": "rendered", "id": 7}, PLAIN),
+        ({"conversations": [HUMAN, GPT]}, PLAIN),
+        ({"conversations": [USER, REPLY]}, PLAIN),
+        ({"messages": [HUMAN, GPT]}, PLAIN),
+        ({"question": "2+2?", "answer": "4"}, PLAIN),
+        ({"instruction": "2+2?", "input": "", "output": "4", "history": None}, PLAIN),
+        ({"prompt": [USER], "completion": [REPLY]}, PLAIN),
+        ({"prompt": "2+2=", "completion": "4"}, Pair("2+2=", "4")),
+        ({"x": "2+2=", "y": "4"}, Pair("2+2=", "4")),
+        ({"text": "2+2=4"}, Pair("", "2+2=4")),
+    ],
+)
+def test_every_format_by_its_columns(row, noun):
+    assert normalise(row) == noun
+
+
+def test_alpaca_joins_input_history_and_system():
+    row = {"instruction": "add", "input": "2 2", "output": "4", "system": "s", "history": [["a", "b"]]}
+    assert [(m["role"], m["content"]) for m in normalise(row).messages] == [
+        ("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "add\n2 2"), ("assistant", "4"),
+    ]  # fmt: skip
+
+
+def test_named_columns_are_a_conversation_or_as_text_a_pair():
+    row = {"task": "2+2?", "solution": "4"}
+    assert normalise(row, columns=("task", "solution")) == PLAIN
+    assert normalise(row, columns=("task", "solution"), as_text=True) == Pair("2+2?", "4")
+
+
+def test_replies_inside_a_prompt_are_context():
+    noun = normalise({"prompt": [USER, REPLY, USER], "completion": [REPLY]})
+    assert [m.get("weight") for m in noun.messages] == [None, 0.0, None, None]
+
+
+def test_sharegpt_calls_roles_tools_and_system():
+    row = {
+        "conversations": [
+            HUMAN,
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+            {"from": "observation", "value": "4"},
+            GPT | {"weight": 0.5},
+        ],
+        "tools": '[{"name": "add", "parameters": {}}]',
+        "system": "s",
+    }
+    noun = normalise(row)
+    assert [m["role"] for m in noun.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert noun.messages[2] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert noun.messages[4]["weight"] == 0.5
+    assert noun.tools == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
+def test_parallel_sharegpt_calls():
+    value = json.dumps([CALL["function"], CALL["function"]])
+    noun = normalise({"conversations": [HUMAN, {"from": "function_call", "value": value}]})
+    assert noun.messages[1]["tool_calls"] == [CALL, CALL]
+
+
+def test_typed_parts_become_fields():
+    parts = [
+        {"type": "reasoning", "value": "think"},
+        {"type": "text", "text": "so "},
+        {"type": "text", "value": "be it"},
+        {"type": "tool_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+    ]
+    message = normalise(
+        {"messages": [USER, {"role": "assistant", "content": parts, "loss_weight": 1}]}
+    ).messages[1]
+    assert message == {
+        "role": "assistant", "reasoning_content": "think", "content": "so be it", "tool_calls": [CALL], "weight": 1.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        CALL,
+        {"name": "add", "arguments": {"a": 2}},
+        {"function": {"name": "add", "arguments": '{"a": 2}'}},
+        {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}, "id": None},
+    ],
+)
+def test_calls_in_all_their_forms(call):
+    # No content, and nulls from a columnar file, beside a call.
+    row = {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call], "name": None}]}
+    assert normalise(row).messages[1] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+
+
+def test_openais_older_calls():
+    row = {
+        "messages": [
+            USER,
+            {"role": "assistant", "function_call": CALL["function"]},
+            {"role": "function", "content": "4"},
+        ]
+    }
+    noun = normalise(row)
+    assert noun.messages[1]["tool_calls"] == [CALL]
+    assert noun.messages[2]["role"] == "tool"
+
+
+@pytest.mark.parametrize(
+    ("keys", "weight"),
+    [
+        ({"weight": 0}, 0.0),
+        ({"loss_weight": 0.5}, 0.5),
+        ({"train": True}, 1.0),
+        ({"training": False, "weight": 0}, 0.0),
+    ],
+)
+def test_weights_under_every_name(keys, weight):
+    message = normalise({"messages": [USER, REPLY | keys]}).messages[1]
+    assert message == REPLY | {"weight": weight}
+
+
+def test_further_columns_reach_the_template():
+    row = {
+        "messages": [USER],
+        "documents": [{"title": "t"}],
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
+    noun = normalise(row)
+    assert noun.documents == [{"title": "t"}]
+    assert noun.template_kwargs == {"enable_thinking": False}
+
+
+def message_fault(message, reason, field):
+    return {"messages": [USER, message]}, reason, f"messages[1]{field}"
+
+
+def call_fault(call, reason, field):
+    return message_fault(REPLY | {"tool_calls": [call]}, reason, f".tool_calls[0].{field}")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "field"),
+    [
+        ([], "not_an_object", ""),
+        ({}, "unknown_format", ""),
+        ({"messages": [USER], "conversations": [HUMAN]}, "unknown_format", ""),
+        ({"messages": []}, "empty_messages", "messages"),
+        ({"messages": {"role": "user"}}, "wrong_type", "messages"),
+        ({"messages": "[half"}, "broken_json", "messages"),
+        message_fault("hi", "wrong_type", ""),
+        message_fault({"content": "4"}, "missing_role", ".role"),
+        message_fault({"role": 4, "content": "4"}, "wrong_type", ".role"),
+        message_fault({"role": "assistant"}, "null_content", ".content"),
+        message_fault({"role": "assistant", "content": None, "tool_calls": []}, "null_content", ".content"),
+        message_fault({"role": "assistant", "content": 4}, "wrong_type", ".content"),
+        message_fault({"role": "assistant", "content": "\ud800"}, "lone_surrogate", ".content"),
+        message_fault({"role": "assistant", "content": ["4"]}, "wrong_type", ".content[0]"),
+        message_fault({"role": "user", "content": [{"type": "image"}]}, "unknown_part", ".content[0]"),
+        message_fault({"role": "user", "content": [{"type": ["text"]}]}, "unknown_part", ".content[0]"),
+        message_fault({"role": "user", "content": [{"type": "text"}]}, "wrong_type", ".content[0]"),
+        message_fault(
+            {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "reasoning", "value": "b"}]},
+            "part_order", ".content",
+        ),
+        message_fault(
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}], "reasoning_content": "b"},
+            "conflict", ".reasoning_content",
+        ),
+        message_fault(REPLY | {"reasoning_content": 4}, "wrong_type", ".reasoning_content"),
+        message_fault(REPLY | {"weight": "1"}, "bad_weight", ".weight"),
+        message_fault(REPLY | {"weight": True}, "bad_weight", ".weight"),
+        message_fault(REPLY | {"weight": -1}, "bad_weight", ".weight"),
+        message_fault(REPLY | {"weight": float("nan")}, "bad_weight", ".weight"),
+        message_fault(REPLY | {"weight": 10**400}, "bad_weight", ".weight"),
+        message_fault(REPLY | {"train": 1}, "bad_weight", ".train"),
+        message_fault(REPLY | {"train": True, "loss_weight": 0}, "conflict", ".weight"),
+        message_fault(REPLY | {"tool_calls": CALL}, "wrong_type", ".tool_calls"),
+        message_fault(REPLY | {"tool_calls": [CALL], "function_call": CALL}, "conflict", ".function_call"),
+        call_fault({"arguments": {}}, "wrong_type", "name"),
+        call_fault({"name": "f"}, "missing_field", "arguments"),
+        call_fault({"name": "f", "arguments": "{"}, "broken_json", "arguments"),
+        call_fault({"name": "f", "arguments": "4"}, "wrong_type", "arguments"),
+        ({"messages": [USER], "tools": "[{]"}, "broken_json", "tools"),
+        ({"messages": [USER], "tools": '[{"a": 1, "a": 2}]'}, "duplicate_key", "tools"),
+        ({"messages": [USER], "tools": [{"a": "no name"}]}, "missing_field", "tools[0].name"),
+        ({"messages": [USER], "tools": {"name": "f"}}, "wrong_type", "tools"),
+        ({"messages": [{"role": "system", "content": "s"}], "system": "t"}, "conflict", "system"),
+        ({"conversations": [{"from": "humn", "value": "?"}]}, "unknown_role", "conversations[0].from"),
+        ({"conversations": [{"from": "human", "value": None}]}, "null_content", "conversations[0].value"),
+        ({"conversations": [{"from": "function_call", "value": "add"}]}, "broken_json", "conversations[0].value"),
+        ({"prompt": "x", "completion": None}, "wrong_type", "completion"),
+        ({"prompt": [USER], "completion": "4"}, "wrong_type", "prompt"),
+        ({"prompt": "x", "completion": "y", "tools": [{"name": "f"}]}, "conflict", "tools"),
+        ({"question": "x", "answer": 4}, "wrong_type", "answer"),
+        ({"instruction": "x", "output": "y", "input": 0}, "wrong_type", "input"),
+        ({"instruction": "x", "output": "y", "history": [["a"]]}, "wrong_type", "history[0]"),
+        ({"text": None}, "wrong_type", "text"),
+    ],
+)  # fmt: skip
+def test_every_fault_names_its_field(row, reason, field):
+    with pytest.raises(RowError) as caught:
+        normalise(row)
+    assert (caught.value.reason, caught.value.field) == (reason, field)
+
+
+def test_an_unknown_role_gets_the_nearest():
+    with pytest.raises(RowError, match="did you mean 'human'"):
+        normalise({"conversations": [{"from": "humn", "value": "?"}]})
+
+
+@pytest.mark.parametrize(
+    ("columns", "what"),
+    [
+        (["messages", "conversations"], "fit 2 formats: messages, sharegpt"),
+        (["prompt", "completion", "messages"], "fit 2 formats: messages, prompt_completion"),
+        (["mesages", "id"], "did you mean 'messages' by 'mesages'"),
+        (["prompt", "canonical_solution"], "prompt_completion lacks 'completion'"),
+        (["foo"], "fit no known format"),
+        ([], "fit no known format"),
+    ],
+)
+def test_unknown_and_ambiguous_columns_say_what_to_do(columns, what):
+    with pytest.raises(DataError, match=what) as caught:
+        recognise(columns)
+    assert all(repr(c) in caught.value.why for c in columns)
+    assert "fmt=" in caught.value.fix
+    assert "x= and y=" in caught.value.fix
+
+
+def test_a_name_decides_where_columns_are_ambiguous():
+    assert recognise(["messages", "conversations"], fmt="sharegpt").name == "sharegpt"
+
+
+@pytest.mark.parametrize(
+    ("named", "error", "what"),
+    [
+        ({"fmt": "sharegtp"}, ConfigError, "did you mean 'sharegpt'"),
+        ({"x": "question"}, ConfigError, "go together"),
+        ({"x": "question", "y": "answer", "fmt": "alpaca"}, ConfigError, "beside"),
+        ({"as_text": True}, ConfigError, "two columns"),
+        ({"x": "questions", "y": "answer"}, DataError, "did you mean 'question'"),
+        ({"fmt": "alpaca"}, DataError, "'instruction'"),
+    ],
+)
+def test_wrong_names(named, error, what):
+    with pytest.raises(error, match=what):
+        recognise(["question", "answer"], **named)
