@@ -154,8 +154,8 @@ def check(joint: float, marginal: float, *, tolerance: float = 0.0) -> Check:
                 f"impossible: the {name} is {value:g}, and a log-probability is at most 0.",
             )
     # −inf − (−inf) says nothing: an impossible x leaves every y undefined.
-    if math.isinf(marginal):
-        return Check(False, math.nan, "undefined: Pr(x) = 0, so nothing is conditioned on it.")
+    if joint == marginal == -math.inf:
+        return Check(True, math.nan, "possible, but log Pr(y|x) is undefined: Pr(x) = 0.")
     conditional = joint - marginal
     if conditional > tolerance:
         return Check(

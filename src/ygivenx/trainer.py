@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, Sampler
 from . import checkpoint
 from .errors import CheckpointError, ConfigError, LossError
 from .forest import Forest, pack
-from .objective import loss
+from .objective import Loss, loss
 from .scoring import node_log_probs
 from .sequence import Example, Sequence
 
@@ -44,6 +44,16 @@ class Packs(Dataset[dict[str, Any]]):
         self.forests = [f for f in packs if f.weight.any()]
         self.skipped = len(packs) - len(self.forests)
         self.names = [[labels[i] for i in f.members] for f in self.forests]
+
+    def __str__(self) -> str:
+        distinct = sum(len(f.token) for f in self.forests)
+        total = sum(len(p) for f in self.forests for p in f.paths)
+        trained = sum(int((f.weight[p] > 0).sum()) for f in self.forests for p in f.paths)
+        return (
+            f"{sum(len(f.paths) for f in self.forests):,} sequences in {len(self):,} packs: {total:,} tokens, "
+            f"{distinct:,} distinct (sharing {total / max(distinct, 1):.2f}), {trained / max(total, 1):.1%} trained"
+            + (f"; {self.skipped} packs without any weight left out" if self.skipped else "")
+        )
 
     def __len__(self) -> int:
         return len(self.forests)
@@ -206,19 +216,19 @@ class Trainer(transformers.Trainer):
         inner = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             out = through(model, inner, lambda: loss(inner, forest, denominator=num_items_in_batch))
-        self._refuse_non_finite(out.value, inputs["names"])
+        self._refuse_non_finite(out, inputs["names"])
         self.meter.add(forest)
         # Ranks average their gradients, and W already counts all ranks: undo the average.
         value = out.value * self.args.world_size
         return (value, {"log_p": out.log_p}) if return_outputs else value
 
-    def _refuse_non_finite(self, value: torch.Tensor, names: list[str]) -> None:
-        bad = (~torch.isfinite(value.detach())).to(torch.float32)
+    def _refuse_non_finite(self, out: Loss, names: list[str]) -> None:
+        bad = (~torch.isfinite(out.value.detach())).to(torch.float32)
         anywhere = self.accelerator.reduce(bad, "sum") if self.args.world_size > 1 else bad
         if anywhere.item():
-            here = f"in this pack: {', '.join(names)}" if bad.item() else "on another rank"
+            here = f"in {', '.join(_culprits(out, names))}" if bad.item() else "on another rank"
             raise LossError(
-                f"the loss is {float(value):g}, {here}",
+                f"the loss is {out.value.item():g}, {here}",
                 where=f"step {self.state.global_step + 1}",
                 why="an update with it would spoil every weight; none was made",
                 fix="look at these rows with `ygx show`, or lower the learning rate",
@@ -376,6 +386,13 @@ def _role_sums(s: Sequence, log_p: np.ndarray) -> np.ndarray:
     return np.array(
         [log_p[output].sum(), output.sum(), log_p[x].sum(), x.sum(), np.nansum(w * log_p), math.fsum(w)]
     )
+
+
+def _culprits(out: Loss, names: list[str]) -> list[str]:
+    """The sequences with a non-finite log p; all of the pack where no single one stands out."""
+    bad = out.edges.nodes[~torch.isfinite(out.log_p).cpu().numpy()]
+    found = [name for name, path in zip(names, out.forest.paths, strict=True) if np.isin(path, bad).any()]
+    return found or names
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
