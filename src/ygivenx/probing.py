@@ -36,7 +36,7 @@ class TokenRow:
 
     position: column of the predicted token in row `sequence` of micro-batch `micro_batch` (padding counts);
     input_id: the token that predicts, next_id: the one at `position` (−1 past the end).
-    target and weight come from the gradient; an untrained row has target = next_id and weight 0. The weight is
+    target and weight come from the gradient; an untrained row has target = next_id and weight 0; it is
     in units of the loss that backward was called on: Σ weights = 1 for a mean over the step.
     log_p: nats, NaN where untrained. document: number of the packed document within its row.
     attended: whether the predicted token is no padding.
@@ -201,7 +201,7 @@ class _Pass:
         known = _fit(ids, shape, -1)
         mask = inputs.get("attention_mask")
         attended = _fit(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, shape, 1).astype(bool)
-        documents = _documents(inputs.get("position_ids"), attended)
+        documents = documents_of(inputs.get("position_ids"), attended)
         made = cls(hidden.detach(), known, attended, documents, form, by_logits=np.zeros(known.size, bool))
         hidden.register_hook(_quiet(made.on_hidden))
         return made
@@ -340,10 +340,11 @@ def _fit(values: Tensor | None, shape: tuple[int, ...], missing: int) -> np.ndar
     return out
 
 
-def _documents(position_ids: Tensor | None, attended: np.ndarray) -> np.ndarray:
-    if not isinstance(position_ids, Tensor) or position_ids.dim() != 2:
+def documents_of(position_ids: Any, attended: np.ndarray) -> np.ndarray:
+    """int64 [B, T]: the packed document of each token: a new one begins where positions restart at 0."""
+    if position_ids is None or np.ndim(position_ids) != 2:
         return np.zeros(attended.shape, np.int64)
-    positions = np.broadcast_to(position_ids.detach().cpu().numpy(), attended.shape)
+    positions = np.broadcast_to(np.asarray(position_ids), attended.shape)
     starts = (positions == 0) & attended
     return np.maximum(np.cumsum(starts, 1) - 1, 0)
 

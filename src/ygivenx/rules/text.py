@@ -1,0 +1,110 @@
+"""Rules about the text that is trained on: the same as inference shows, whole, and kept apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..evidence import Evidence
+from .base import Hit, rule
+from .shared import EXAMPLES, STRAY, first_lost, leaks_of, lost_tokens, stray_tokens, wanted_in
+
+
+@rule(
+    "context-differs",
+    "error",
+    why="The ids that are trained on aren't those that inference would show: what is learned applies to a "
+    "context that never occurs.",
+    fix="Render with the model's chat template and its generation prompt, once, without added special "
+    "tokens.",
+)
+def context_differs(ev: Evidence) -> Iterator[Hit]:
+    rows = [s for s in ev.seen if s.pieces]
+    found = []
+    for s in rows:
+        stray = stray_tokens(ev, s)
+        lost = sum(int(lost_tokens(p).sum()) for p in s.pieces)
+        if stray.any() or lost:
+            text = ev.text(s.ids[stray][:12]) or ev.text(first_lost(s))
+            note = f"{int(stray.sum())} tokens too many, {lost} missing"
+            found.append({"where": s.where, "difference": note, "text": text})
+    if found:
+        yield Hit(
+            "rows differ from what the chat template shows at inference",
+            len(found),
+            len(found) / len(rows),
+            tuple(found[:EXAMPLES]),
+        )
+
+
+@rule(
+    "doubled-bos",
+    "error",
+    why="Two beginning-of-sequence tokens are a context that the model never saw, and that inference won't "
+    "show.",
+    fix="Tokenise the template's text with add_special_tokens=False.",
+)
+def doubled_bos(ev: Evidence) -> Iterator[Hit]:
+    bos = getattr(ev.tokenizer, "bos_token_id", None)
+    if bos is None:
+        return
+    rows = [(s.where, s.ids[s.attended]) for s in ev.seen] or [
+        (f"example {i}", s.ids) for i, s in enumerate(ev.sequences)
+    ]
+    twice = [(where, ids) for where, ids in rows if len(ids) > 1 and ids[0] == ids[1] == bos]
+    if twice:
+        examples = tuple({"where": w, "text": ev.text(ids[:12])} for w, ids in twice[:EXAMPLES])
+        yield Hit("rows begin with two BOS tokens", len(twice), len(twice) / len(rows), examples)
+
+
+@rule(
+    "y-truncated",
+    "warning",
+    why="The end of y was cut off with its end-of-turn token: the model learns to stop nowhere, or to stop "
+    "early.",
+    fix="Raise max_length, shorten x, or leave such rows out by name.",
+)
+def y_truncated(ev: Evidence) -> Iterator[Hit]:
+    pieces = [(s, p) for s in ev.seen for p in s.pieces]
+    cut = [(s, p) for s, p in pieces if wanted_in(p.sequence)[p.missing_tail].any()]
+    if cut:
+        examples = tuple(
+            {"where": s.where, "text": ev.text(p.sequence.ids[p.missing_tail][:20])}
+            for s, p in cut[:EXAMPLES]
+        )
+        yield Hit("documents lose part of their y at the end", len(cut), len(cut) / len(pieces), examples)
+
+
+@rule(
+    "document-cut",
+    "error",
+    why="The row begins in the middle of a document: its y is trained without its x.",
+    fix="Pack whole documents (packing_strategy='bfd'), or one document a row.",
+)
+def document_cut(ev: Evidence) -> Iterator[Hit]:
+    pieces = [(s, p) for s in ev.seen for p in s.pieces]
+    cut = [(s, p) for s, p in pieces if p.missing_head > STRAY // 4]
+    if cut:
+        examples = tuple(
+            {"where": s.where, "text": ev.text(s.ids[p.start : p.start + 16])} for s, p in cut[:EXAMPLES]
+        )
+        yield Hit("documents are trained without their beginning", len(cut), len(cut) / len(pieces), examples)
+
+
+@rule(
+    "packing-leak",
+    "error",
+    why="Packed documents attend to each other: an answer is conditioned on somebody else's conversation.",
+    fix="Restart position_ids with padding-free collation, or give a block-diagonal mask.",
+)
+def packing_leak(ev: Evidence) -> Iterator[Hit]:
+    yield from leaks_of(ev, "document", "documents depend on other documents of their row")
+
+
+@rule(
+    "padding-attended",
+    "error",
+    why="Real tokens attend to padding: their hidden states change with the length of their neighbours.",
+    fix="Pass attention_mask.",
+)
+def padding_attended(ev: Evidence) -> Iterator[Hit]:
+    yield from leaks_of(ev, "padding", "rows depend on their padding")

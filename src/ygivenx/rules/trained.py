@@ -1,0 +1,221 @@
+"""Rules about which tokens are trained, by a batch's labels or a step's gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..evidence import UNKNOWN, Evidence
+from .base import Hit, rule
+from .shared import (
+    EXAMPLES,
+    after_end,
+    collect,
+    misplaced,
+    of_kind,
+    padding_of,
+    parts_of,
+    share_equal,
+    supplied,
+    tokens,
+    wanted_y,
+)
+
+NOT_A_ROLE = ("template", "bos", "tool", "reasoning", "end_of_turn", UNKNOWN, "")
+
+
+@rule(
+    "loss-on-x",
+    "error",
+    why="Fine-tuning minimises −log Pr(y|x). Loss on x teaches the model to write its user's questions, and "
+    "takes gradient from the answers.",
+    fix="Mask what the model doesn't produce: assistant_only_loss / completion_only_loss, or labels −100 on "
+    "x.",
+)
+def loss_on_x(ev: Evidence) -> Iterator[Hit]:
+    yield from tokens(ev, "tokens of the input are trained", lambda s: supplied(s) & ~of_kind(s, *NOT_A_ROLE))
+
+
+@rule(
+    "tool-result-trained",
+    "error",
+    why="At inference the tool writes its result. A model trained on results learns to invent them.",
+    fix="Give tool messages no loss.",
+)
+def tool_result_trained(ev: Evidence) -> Iterator[Hit]:
+    yield from tokens(ev, "tokens of tool results are trained", lambda s: supplied(s) & of_kind(s, "tool"))
+
+
+@rule(
+    "history-reasoning-trained",
+    "error",
+    why="The template removes earlier reasoning at inference: the model would learn to produce it where it "
+    "is never asked to, in a context that never occurs.",
+    fix="Train each turn in the context that inference shows (split mode), or drop the reasoning of the "
+    "history.",
+)
+def history_reasoning(ev: Evidence) -> Iterator[Hit]:
+    yield from tokens(
+        ev, "tokens of earlier reasoning are trained", lambda s: supplied(s) & of_kind(s, "reasoning")
+    )
+
+
+@rule(
+    "prompt-header-trained",
+    "warning",
+    why="The generation prompt supplies these tokens (role header, prefilled <think>, role markers): the "
+    "model never has to produce them, and their near-zero loss dilutes the mean.",
+    fix="Start the mask after the generation prompt.",
+)
+def prompt_header_trained(ev: Evidence) -> Iterator[Hit]:
+    yield from tokens(
+        ev,
+        "tokens that the prompt supplies are trained",
+        lambda s: supplied(s) & of_kind(s, "template", "bos") & ~after_end(s),
+    )
+
+
+@rule(
+    "after-end-trained",
+    "info",
+    why="What follows the token that ends a turn (a newline, say) is never generated: decoding has stopped.",
+    fix="End the mask with the end-of-turn token.",
+)
+def after_end_trained(ev: Evidence) -> Iterator[Hit]:
+    yield from tokens(
+        ev,
+        "tokens after the end of a turn are trained",
+        lambda s: supplied(s) & of_kind(s, "template") & after_end(s),
+    )
+
+
+@rule(
+    "y-untrained",
+    "error",
+    why="Tokens that the model has to produce get no gradient: that part of y is not learned.",
+    fix="Extend the mask over the whole reply; check response templates and truncation.",
+)
+def y_untrained(ev: Evidence) -> Iterator[Hit]:
+    yield from tokens(
+        ev,
+        "tokens of y are not trained",
+        lambda s: wanted_y(s) & ~s.trained & ~of_kind(s, "end_of_turn"),
+        of=lambda s: wanted_y(s) & ~of_kind(s, "end_of_turn"),
+    )
+
+
+@rule(
+    "end-untrained",
+    "error",
+    why="The token that ends a turn gets no gradient, so the model isn't taught to stop.",
+    fix="Keep the end-of-turn token in the mask; never mask by `== pad_token_id` where pad equals it.",
+)
+def end_untrained(ev: Evidence) -> Iterator[Hit]:
+    yield from tokens(
+        ev,
+        "end-of-turn tokens are not trained",
+        lambda s: wanted_y(s) & ~s.trained & of_kind(s, "end_of_turn"),
+        of=lambda s: wanted_y(s) & of_kind(s, "end_of_turn"),
+    )
+
+
+@rule(
+    "shifted-labels",
+    "error",
+    why="The trained target isn't the next token of the text: the model learns to copy or to skip.",
+    fix="Shift exactly once: transformers' models shift labels themselves, a loss of your own has to.",
+)
+def shifted_labels(ev: Evidence) -> Iterator[Hit]:
+    wrong = collect(ev, misplaced, of=lambda s: s.trained & (s.ids >= 0))
+    if not wrong.count:
+        return
+    offsets = {
+        name: share_equal(ev.seen, k) for name, k in (("the input token itself", 1), ("two ahead", -1))
+    }
+    name, share = max(offsets.items(), key=lambda item: item[1])
+    kind = f", {share:.0%} of them {name}" if share > 0.5 else ""
+    yield wrong.hit(f"targets are not the next token{kind}")
+
+
+@rule(
+    "padding-trained",
+    "error",
+    why="Padding is no text; training on it teaches the model to repeat the pad token and inflates the "
+    "denominator.",
+    fix="Set labels to −100 where attention_mask is 0.",
+)
+def padding_trained(ev: Evidence) -> Iterator[Hit]:
+    yield from tokens(ev, "padding tokens are trained", lambda s: s.trained & padding_of(ev, s))
+
+
+@rule(
+    "nothing-trained",
+    "error",
+    why="A row without a trained token costs a forward and backward pass and teaches nothing; a batch of "
+    "them is a loss of 0, or NaN.",
+    fix="Check the response template or mask, and max_length; leave such rows out by name.",
+)
+def nothing_trained(ev: Evidence) -> Iterator[Hit]:
+    units = [(s, part) for s in ev.seen for part in parts_of(s)]
+    empty = [(s, part) for s, part in units if not s.trained[part].any()]
+    if empty:
+        whole = len(empty) == len(units)
+        yield Hit(
+            "no row has a trained token" if whole else "rows have no trained token",
+            len(empty),
+            len(empty) / len(units),
+            tuple({"where": s.where, "text": ev.text(s.ids[part][:40])} for s, part in empty[:EXAMPLES]),
+            "error" if whole else "warning",
+        )
+
+
+@rule(
+    "not-finite",
+    "error",
+    why="A NaN or infinite gradient destroys the weights in one update; trainers log such a loss as 0.0.",
+    fix="Leave out rows without a trained token, and divide by max(1, tokens).",
+)
+def not_finite(ev: Evidence) -> Iterator[Hit]:
+    yield from tokens(ev, "gradients are not finite", lambda s: ~np.isfinite(s.weight))
+
+
+@rule(
+    "weights-ignored",
+    "error",
+    why="The rows ask for weights per token or message, and the trainer doesn't apply them.",
+    fix="Use a trainer that carries float weights (yx.Trainer), or a loss that reads them.",
+)
+def weights_ignored(ev: Evidence) -> Iterator[Hit]:
+    asked, given = [], []
+    for s in ev.seen:
+        at = s.trained & (s.expected > 0)
+        unit = np.median(s.weight[at] / s.expected[at]) if at.any() else 1.0
+        asked += (s.expected[at]).tolist()
+        given += (s.weight[at] / unit).tolist()
+    if not asked or np.ptp(asked) < 1e-3 or (ev.probe is not None and ev.probe.weighting == "probability"):
+        return
+    off = np.abs(np.array(given) / np.array(asked) - 1) > 0.05
+    if off.any():
+        yield Hit(
+            "tokens are trained with another weight than their rows ask for",
+            int(off.sum()),
+            float(off.mean()),
+        )
+
+
+@rule(
+    "labels-ignored",
+    "error",
+    why="The batch's labels say one thing and the gradient another: the loss doesn't use the mask it is "
+    "given.",
+    fix="Pass labels to the loss, with ignore_index −100; check fused kernels and overridden compute_loss.",
+)
+def labels_ignored(ev: Evidence) -> Iterator[Hit]:
+    labels = {(s.micro_batch, s.row): s for s in ev.labels}
+    pairs = [(s, labels.get((s.micro_batch, s.row))) for s in ev.steps]
+    kept = [(s, told) for s, told in pairs if told is not None and len(told.ids) == len(s.ids)]
+    differ = {id(s): s.trained != told.trained for s, told in kept}
+    found = collect(ev, lambda s: differ[id(s)], seen=[s for s, _ in kept])
+    if found.count:
+        yield found.hit("predictions are trained against their labels' mask")
