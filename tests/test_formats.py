@@ -89,9 +89,8 @@ def test_typed_parts_become_fields():
     message = normalise(
         {"messages": [USER, {"role": "assistant", "content": parts, "loss_weight": 1}]}
     ).messages[1]
-    assert message == {
-        "role": "assistant", "reasoning_content": "think", "content": "so be it", "tool_calls": [CALL], "weight": 1.0,
-    }  # fmt: skip
+    fields = {"reasoning_content": "think", "content": "so be it", "tool_calls": [CALL], "weight": 1.0}
+    assert message == {"role": "assistant"} | fields
 
 
 @pytest.mark.parametrize(
@@ -176,11 +175,11 @@ def call_fault(call, reason, field):
         message_fault({"role": "user", "content": [{"type": ["text"]}]}, "unknown_part", ".content[0]"),
         message_fault({"role": "user", "content": [{"type": "text"}]}, "wrong_type", ".content[0]"),
         message_fault(
-            {"role": "assistant", "content": [{"type": "text", "text": "a"}, {"type": "reasoning", "value": "b"}]},
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "reasoning", "value": "b"}]},
             "part_order", ".content",
         ),
         message_fault(
-            {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}], "reasoning_content": "b"},
+            {"role": "user", "content": [{"type": "thinking", "thinking": "a"}], "reasoning_content": "b"},
             "conflict", ".reasoning_content",
         ),
         message_fault(REPLY | {"reasoning_content": 4}, "wrong_type", ".reasoning_content"),
@@ -204,7 +203,7 @@ def call_fault(call, reason, field):
         ({"messages": [{"role": "system", "content": "s"}], "system": "t"}, "conflict", "system"),
         ({"conversations": [{"from": "humn", "value": "?"}]}, "unknown_role", "conversations[0].from"),
         ({"conversations": [{"from": "human", "value": None}]}, "null_content", "conversations[0].value"),
-        ({"conversations": [{"from": "function_call", "value": "add"}]}, "broken_json", "conversations[0].value"),
+        ({"conversations": [{"from": "tool_call", "value": "add"}]}, "broken_json", "conversations[0].value"),
         ({"prompt": "x", "completion": None}, "wrong_type", "completion"),
         ({"prompt": [USER], "completion": "4"}, "wrong_type", "prompt"),
         ({"prompt": "x", "completion": "y", "tools": [{"name": "f"}]}, "conflict", "tools"),
