@@ -231,7 +231,7 @@ def from_json(value: Any, at: str) -> Any:
     try:
         return Strict().whole(value)
     except RowError as e:
-        raise RowError(f"the text isn't JSON: {e.what}", reason=e.reason, field=at, why=e.why) from None
+        raise RowError(e.what, reason=e.reason, field=at, why=e.why) from None
 
 
 def _wrong_type(value: Any, wanted: str, at: str) -> RowError:

@@ -53,7 +53,7 @@ class Strict:
         try:
             value, end, fault = self.value(text, len(text) - len(text.lstrip(_SPACE)))
         except json.JSONDecodeError as e:
-            why = f"{e.msg} at character {e.pos + 1}"
+            why = f"{e.msg.removesuffix(' at')} at character {e.pos + 1}"
             raise RowError("not JSON", reason="broken_json", why=why) from None
         if text[end:].strip(_SPACE):
             raise RowError("not JSON", reason="broken_json", why=f"more text after character {end}")
