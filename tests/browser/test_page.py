@@ -272,6 +272,25 @@ def test_what_cannot_be_seen_is_spelled_out(browser, tmp_path) -> None:
     )
 
 
+def test_search_where_lower_case_is_longer(browser, tmp_path) -> None:
+    tokens = ["İİİ", " X", "yz"]
+    row = TokenStrip("t", tokens, [0] * 3, [None] * 3, ["user"] * 3)
+    browser.open(Page("t", rows=[row]), tmp_path)
+    browser.filter("Text", "xyZ")
+    browser.until("return document.querySelector('.hit')")
+    assert browser.texts(".hit") == [" X", "yz"]
+
+
+def test_an_impossible_token_is_the_worst(browser, tmp_path) -> None:
+    row = TokenStrip("t", ["a", "b", "c"], [0, 1, 1], [None, float("-inf"), -3.0], ["answer"] * 3)
+    browser.open(Page("t", rows=[strip(0), row]), tmp_path)
+    browser.filter("Order", "highest loss first")
+    browser.until("return document.querySelector('.row h3').textContent === 't'")
+    assert browser.texts(".row .stats")[0] == "3 tokens · 2 trained · ∞ nats per token · lowest log p −∞"
+    assert "bin-6" in browser.find(".row .token:nth-child(2)").get_attribute("class")
+    assert browser.texts(".row:first-child .token:not([class*=bin])") == ["a"]
+
+
 def test_long_sequences_are_drawn_on_demand(browser, tmp_path) -> None:
     n = 4000
     row = TokenStrip("long", ["a"] * n, [0.0] * (n - 1) + [1.0], [None] + [-1.0] * (n - 1), ["answer"] * n)

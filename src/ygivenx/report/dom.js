@@ -32,10 +32,14 @@ function button(label, onClick) {
 
 const isNumber = (value) => typeof value === "number";
 const signed = (shown) => shown.replace(/^-/, "−");
-const decimals = (value, digits) => signed(value.toLocaleString("en", {
-  minimumFractionDigits: digits, maximumFractionDigits: digits,
-}));
-const percent = (value) => isNumber(value) ? `${decimals(value * 100, 1)} %` : shown(value);
+const decimals = (value, digits) =>
+  signed(
+    value.toLocaleString("en", {
+      minimumFractionDigits: digits,
+      maximumFractionDigits: digits,
+    }),
+  );
+const percent = (value) => (isNumber(value) ? `${decimals(value * 100, 1)} %` : shown(value));
 
 /** A value for people: whole numbers grouped, others with 4 significant digits, null as a dash. */
 function shown(value) {
@@ -45,11 +49,17 @@ function shown(value) {
   if (Number.isInteger(value)) return signed(value.toLocaleString("en"));
   const size = Math.abs(value);
   if (size < 1e-3 || size >= 1e6) return signed(value.toExponential(1));
-  return signed(value.toLocaleString("en", { maximumSignificantDigits: Math.max(4, Math.trunc(Math.log10(size)) + 3) }));
+  return signed(
+    value.toLocaleString("en", { maximumSignificantDigits: Math.max(4, Math.trunc(Math.log10(size)) + 3) }),
+  );
 }
 
 // Joiners belong to words and emoji; anywhere else, like other invisible characters, they are spelled out.
-const VISIBLE = /( )|(\n)|(\t)|(\r)|([\p{Cc}\p{Cs}\u00ad\u061c\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]|(?<![\p{L}\p{M}\p{Extended_Pictographic}\ufe0f])[\u200c\u200d]|[\u200c\u200d](?![\p{L}\p{M}\p{Extended_Pictographic}]))/gu;
+const JOINS = String.raw`[\p{L}\p{M}\p{Extended_Pictographic}\ufe0f]`;
+const INVISIBLE =
+  String.raw`[\p{Cc}\p{Cs}\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb` +
+  String.raw`\u{e0000}-\u{e007f}]`;
+const VISIBLE = new RegExp(`[ ]|${INVISIBLE}|(?<!${JOINS})[\u200c\u200d]|[\u200c\u200d](?!${JOINS})`, "gu");
 const SPACES = { " ": "space", "\n": "newline", "\t": "tab" };
 
 function codePoint(character) {
@@ -65,7 +75,10 @@ function paint(parent, value, whitespace = true) {
     const character = match[0];
     const space = SPACES[character];
     if (space && !whitespace) continue;
-    parent.append(value.slice(from, match.index), space ? el("i", space, character) : el("i", "control", codePoint(character)));
+    parent.append(
+      value.slice(from, match.index),
+      space ? el("i", space, character) : el("i", "control", codePoint(character)),
+    );
     from = match.index + character.length;
   }
   parent.append(value.slice(from));
@@ -82,23 +95,35 @@ function facts(pairs, className, format = shown) {
   return list;
 }
 
-const numeral = (value) => isNumber(value) || value instanceof Node || /^[−+-]?[\d.,]+(e[−-]?\d+)?( ?%)?$/.test(value);
+const numeral = (value) =>
+  isNumber(value) || value instanceof Node || /^[−+-]?[\d.,]+(e[−-]?\d+)?( ?%)?$/.test(value);
 
 /** A table with a caption; `foot` is a last row of its own. Cells are values or nodes. */
 function table(caption, columns, rows, foot) {
   const numeric = columns.map((_, i) => i > 0 && rows.some((row) => numeral(row[i])));
-  const line = (cells, header) => el("tr", "", ...cells.map((cell, i) => {
-    const node = el(header || i === 0 ? "th" : "td", numeric[i] ? "number" : "");
-    if (header || i === 0) set(node, { scope: header ? "col" : "row" });
-    node.dir = "auto";
-    if (cell instanceof Node) node.append(cell);
-    else paint(node, shown(cell), false);
-    return node;
-  }));
-  const node = el("table", "", text("caption", "", caption), el("thead", "", line(columns, true)),
-    el("tbody", "", ...rows.map((row) => line(row, false))));
+  const line = (cells, header) =>
+    el(
+      "tr",
+      "",
+      ...cells.map((cell, i) => {
+        const node = el(header || i === 0 ? "th" : "td", numeric[i] ? "number" : "");
+        if (header || i === 0) set(node, { scope: header ? "col" : "row" });
+        node.dir = "auto";
+        if (cell instanceof Node) node.append(cell);
+        else paint(node, shown(cell), false);
+        return node;
+      }),
+    );
+  const node = el(
+    "table",
+    "",
+    text("caption", "", caption),
+    el("thead", "", line(columns, true)),
+    el("tbody", "", ...rows.map((row) => line(row, false))),
+  );
   if (foot) node.append(el("tfoot", "", line(foot, false)));
   return set(el("div", "scroll", node), { tabindex: "0", role: "region", "aria-label": caption });
 }
 
-const notes = (texts) => texts.length ? el("ul", "notes", ...texts.map((note) => text("li", "", note))) : null;
+const notes = (texts) =>
+  texts.length ? el("ul", "notes", ...texts.map((note) => text("li", "", note))) : null;

@@ -4,28 +4,48 @@ const THEMES = ["auto", "light", "dark"];
 
 function section(id, title, count, ...children) {
   const heading = el("h2", "", title, count === null ? null : el("span", "count", shown(count)));
-  const link = set(el("a", "", title, count === null ? null : el("span", "count", shown(count))), { href: `#${id}` });
+  const link = set(el("a", "", title, count === null ? null : el("span", "count", shown(count))), {
+    href: `#${id}`,
+  });
   byId("nav").append(link);
   byId("main").append(set(el("section", "", heading, ...children), { id, "aria-label": title }));
 }
 
 function exampleNode(example) {
   const named = example !== null && typeof example === "object" && !Array.isArray(example);
-  return el("li", "", named ? facts(Object.entries(example), "fields") : paint(text("p", "", ""), shown(example), false));
+  return el(
+    "li",
+    "",
+    named ? facts(Object.entries(example), "fields") : paint(text("p", "", ""), shown(example), false),
+  );
 }
 
 function findingNode(finding) {
   const severity = ["error", "warning", "info"].includes(finding.severity) ? finding.severity : "info";
   const extent = [];
-  if (finding.count !== null) extent.push(`${shown(finding.count)} ${finding.count === 1 ? "case" : "cases"}`);
+  if (finding.count !== null)
+    extent.push(`${shown(finding.count)} ${finding.count === 1 ? "case" : "cases"}`);
   if (finding.share !== null) extent.push(percent(finding.share));
-  const part = (name, value) => value ? el("div", "part", el("h3", "", name), paint(text("p", "", ""), shown(value), false)) : null;
+  const part = (name, node) => el("div", "part", el("h3", "", name), node);
+  const prose = (name, value) => (value ? part(name, paint(text("p", "", ""), shown(value), false)) : null);
   const examples = finding.examples?.length
-    ? el("div", "part", el("h3", "", "Examples"), el("ol", "examples", ...finding.examples.map(exampleNode))) : null;
-  const node = el("details", `finding ${severity}`,
-    el("summary", "", el("span", "severity", shown(finding.severity)), paint(text("span", "message", ""), shown(finding.message), false),
-      el("span", "extent number", extent.join(" · ")), el("code", "rule", shown(finding.rule))),
-    part("Why it matters", finding.why), part("What to do", finding.fix), examples);
+    ? part("Examples", el("ol", "examples", ...finding.examples.map(exampleNode)))
+    : null;
+  const node = el(
+    "details",
+    `finding ${severity}`,
+    el(
+      "summary",
+      "",
+      el("span", "severity", shown(finding.severity)),
+      paint(text("span", "message", ""), shown(finding.message), false),
+      el("span", "extent number", extent.join(" · ")),
+      el("code", "rule", shown(finding.rule)),
+    ),
+    prose("Why it matters", finding.why),
+    prose("What to do", finding.fix),
+    examples,
+  );
   node.open = severity === "error";
   return node;
 }
@@ -33,17 +53,31 @@ function findingNode(finding) {
 function ledgerNode(ledger) {
   const keys = ["kind", "tokens", "weight", "log_p", "nats_per_token", "share"];
   const names = ["segment", "tokens", "weight", "Σ log p", "nats / token", "share of loss"];
-  const fixed = (value) => isNumber(value) ? decimals(value, 3) : shown(value);
-  const exact = (value) => isNumber(value) && Math.abs(value) >= 0.01 ? decimals(value, 4) : shown(value);
+  const fixed = (value) => (isNumber(value) ? decimals(value, 3) : shown(value));
+  const exact = (value) => (isNumber(value) && Math.abs(value) >= 0.01 ? decimals(value, 4) : shown(value));
   const cell = { log_p: fixed, nats_per_token: fixed, share: shareNode };
   const cells = (row) => keys.map((key) => (cell[key] ?? ((value) => value))(row[key]));
   const sum = (key) => ledger.rows.reduce((total, row) => total + (isNumber(row[key]) ? row[key] : 0), 0);
-  const total = { kind: "total", tokens: sum("tokens"), weight: sum("weight"), log_p: sum("log_p"), share: sum("share") };
+  const total = {
+    kind: "total",
+    tokens: sum("tokens"),
+    weight: sum("weight"),
+    log_p: sum("log_p"),
+    share: sum("share"),
+  };
   // A first token has no log p, so the mean's count comes from the rows' own means.
-  const scored = ledger.rows.reduce((count, row) => count + (row.nats_per_token ? -row.log_p / row.nats_per_token : 0), 0);
+  const scored = ledger.rows.reduce(
+    (count, row) => count + (row.nats_per_token ? -row.log_p / row.nats_per_token : 0),
+    0,
+  );
   total.nats_per_token = scored ? -total.log_p / scored : null;
-  return el("article", "ledger", table(ledger.title, names, ledger.rows.map(cells), cells(total)),
-    ledger.facts.length ? facts(ledger.facts, "fields", exact) : null, notes(ledger.notes));
+  return el(
+    "article",
+    "ledger",
+    table(ledger.title, names, ledger.rows.map(cells), cells(total)),
+    ledger.facts.length ? facts(ledger.facts, "fields", exact) : null,
+    notes(ledger.notes),
+  );
 }
 
 function shareNode(share) {
@@ -66,19 +100,23 @@ function nextTheme() {
 
 function keyActions(list) {
   const keys = { "?": () => byId("keys").showModal(), d: nextTheme };
-  if (list) Object.assign(keys, {
-    "/": () => list.search.focus(),
-    "[": () => list.turn(-1),
-    "]": () => list.turn(1),
-    c: () => list.colour(list.node.className === "colour-log-p" ? "weight" : "log-p"),
-  });
+  if (list)
+    Object.assign(keys, {
+      "/": () => list.search.focus(),
+      "[": () => list.turn(-1),
+      "]": () => list.turn(1),
+      c: () => list.colour(list.node.className === "colour-log-p" ? "weight" : "log-p"),
+    });
   return keys;
 }
 
 function listenToKeys(list) {
   const keys = keyActions(list);
   addEventListener("keydown", (event) => {
-    if (event.key === "Escape") { hideTip(); return; }
+    if (event.key === "Escape") {
+      hideTip();
+      return;
+    }
     const typing = event.target.matches?.("input, select, textarea") || byId("keys").open;
     if (typing || event.ctrlKey || event.metaKey || event.altKey || !Object.hasOwn(keys, event.key)) return;
     event.preventDefault();
@@ -93,19 +131,33 @@ function main() {
   let list = null;
   byId("subtitle").textContent = data.subtitle;
   if (data.summary.length) byId("main").append(facts(data.summary, "summary"));
-  if (data.findings.length) section("findings", "Findings", data.findings.length, ...data.findings.map(findingNode));
-  if (data.charts.length) section("curves", "Curves", null, el("div", "grid", ...data.charts.map(chartFigure)));
+  if (data.findings.length)
+    section("findings", "Findings", data.findings.length, ...data.findings.map(findingNode));
+  if (data.charts.length)
+    section(
+      "curves",
+      "Curves",
+      null,
+      el("div", "grid", ...data.charts.map((chart) => new Chart(chart).node)),
+    );
   if (data.tables.length) {
-    section("tables", "Comparisons", null, ...data.tables.map((t) => el("article", "", table(t.title, t.columns, t.rows), notes(t.notes))));
+    const tables = data.tables.map((t) =>
+      el("article", "", table(t.title, t.columns, t.rows), notes(t.notes)),
+    );
+    section("tables", "Comparisons", null, ...tables);
   }
-  if (data.ledgers.length) section("ledgers", "Ledgers", data.ledgers.length, el("div", "grid", ...data.ledgers.map(ledgerNode)));
+  if (data.ledgers.length)
+    section("ledgers", "Ledgers", data.ledgers.length, el("div", "grid", ...data.ledgers.map(ledgerNode)));
   if (data.strips.length) {
     list = new RowList(data);
     section("rows", "Rows", data.strips.length, list.node);
   }
-  if (!byId("nav").childElementCount && !data.summary.length) byId("main").append(el("p", "note", "Nothing was reported."));
+  const empty = !byId("nav").childElementCount && !data.summary.length;
+  if (empty) byId("main").append(el("p", "note", "Nothing was reported."));
   listenToKeys(list);
-  addEventListener("beforeprint", () => { for (const finding of document.querySelectorAll(".finding")) finding.open = true; });
+  addEventListener("beforeprint", () => {
+    for (const finding of document.querySelectorAll(".finding")) finding.open = true;
+  });
   performance.mark("drawn");
 }
 

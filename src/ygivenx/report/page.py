@@ -24,7 +24,7 @@ import numpy as np
 
 from .parts import Curve, Finding, LedgerTable, Table, TokenStrip
 
-SCRIPTS = ("dom.js", "chart.js", "rows.js", "page.js")
+SCRIPTS = ("dom.js", "chart.js", "strips.js", "rows.js", "page.js")
 FINDING_FIELDS = ("rule", "severity", "message", "count", "share", "examples", "why", "fix")
 LEDGER_FIELDS = ("kind", "tokens", "weight", "log_p", "nats_per_token", "share")
 SEVERITIES = ("error", "warning", "info")

@@ -55,9 +55,11 @@ class LedgerTable:
             "log Pr([x, y])": ledger.joint,
             "log Pr(y|x) by difference": ledger.conditional_by_difference,
             "the two routes differ by": ledger.difference,
-            "adds up": f"{'yes' if ledger.balanced else 'NO'}, within {ledger.tolerance:.1e} nats",
         }
-        return cls(title, ledger.rows, facts, ledger.notes)
+        verdict = "it adds up" if ledger.balanced else "IT DOESN'T ADD UP"
+        return cls(
+            title, ledger.rows, facts, (f"{verdict}, within {ledger.tolerance:.1e} nats", *ledger.notes)
+        )
 
 
 @dataclass(frozen=True)
