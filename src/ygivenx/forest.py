@@ -1,0 +1,224 @@
+"""The forest: every distinct prefix of a batch once, with weights on its edges.
+
+A token is a node whose path from the root is its context, so log p(v) = log Pr(token v | path to its parent).
+Nodes stand in depth-first preorder, and `end[k]`, one past the subtree of k, is the whole attention mask:
+q attends to k iff k <= q < end[k].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import ConfigError, RowError
+from .sequence import Example, Sequence
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class Edges(NamedTuple):
+    """What the head is asked for, sorted by row: row rows[e] has to predict targets[e], with weights[e].
+
+    rows int64 [E] index into the rows that the model computes (`Forest.fed`); targets int64 [E] token ids;
+    weights float32 [E]; nodes int64 [E], the node that each edge leads to.
+    """
+
+    rows: Ints
+    targets: Ints
+    weights: Floats
+    nodes: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Forest:
+    """N nodes in depth-first preorder, and the paths of the sequences that they came from.
+
+    token, parent (-1 for a root), depth (the position id), end (one past the subtree): int64 [N].
+    weight: float32 [N], of the edge into the node; where sequences meet, their weights add up.
+    paths: the nodes of each sequence, int64 [T_i], in input order; members: each one's index in what was
+    given to `pack` (or to `Forest.of`).
+    """
+
+    token: Ints
+    parent: Ints
+    depth: Ints
+    end: Ints
+    weight: Floats
+    paths: tuple[Ints, ...]
+    members: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sequences: Iterable[Any]) -> Forest:
+        """Merge Sequences, Examples or (ids, weights) pairs by equal ids from the root; nothing else merges.
+
+        Raises RowError for a sequence without tokens or with a negative id.
+        """
+        return _grow(list(_flatten(sequences)))
+
+    @cached_property
+    def fed(self) -> Ints:
+        """The nodes with children, int64 [F], in preorder: only they need a forward pass."""
+        return np.flatnonzero(self.end > np.arange(len(self.end)) + 1)
+
+    @cached_property
+    def fed_end(self) -> Ints:
+        """`end` of the fed nodes, counted in fed nodes, int64 [F]: the forest that the model sees."""
+        return np.searchsorted(self.fed, self.end[self.fed])
+
+    @property
+    def shared(self) -> bool:
+        """Whether anything branches among the fed nodes; if not, they are plain sequences side by side."""
+        start = np.flatnonzero(self.depth[self.fed] == 0)
+        stop = np.append(start[1:], len(self.fed))
+        return bool((self.fed_end != np.repeat(stop, stop - start)).any())
+
+    def edges(self, scored: bool | npt.NDArray[np.bool_] | None = None) -> Edges:
+        """The edges with a weight; `scored=True` all that have a context; or those of a bool mask [N]."""
+        if scored is None:
+            wanted = self.weight != 0
+        else:
+            wanted = np.broadcast_to(np.asarray(scored, bool), self.token.shape)
+        nodes = np.flatnonzero(wanted & (self.parent >= 0))
+        nodes = nodes[np.argsort(self.parent[nodes], kind="stable")]
+        rows = np.searchsorted(self.fed, self.parent[nodes])
+        return Edges(rows, self.token[nodes], self.weight[nodes], nodes)
+
+    @property
+    def total(self) -> int:
+        """Tokens of all sequences, each counted as often as it occurs."""
+        return sum(map(len, self.paths))
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def __str__(self) -> str:
+        n, trained = len(self), int((self.weight != 0).sum())
+        return (
+            f"Forest: {len(self.paths):,} sequences, {n:,} distinct of {self.total:,} tokens "
+            f"({self.total / max(n, 1):.2f}× shared), {trained:,} trained ({trained / max(n, 1):.1%})"
+        )
+
+    __repr__ = __str__
+
+
+def pack(sequences: Iterable[Any], max_tokens: int = 8192, seed: int = 0, epoch: int = 0) -> list[Forest]:
+    """Forests of at most `max_tokens` distinct tokens each, all sequences in exactly one.
+
+    Subtrees worth sharing stay together. A subtree that can't be cut without computing much of it twice,
+    such as one long sequence, is a pack of its own, however long. Order and company are a function of
+    (seed, epoch). Raises ConfigError for max_tokens < 1.
+    """
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens is {max_tokens}", fix="give at least 1; 4096 to 16384 is usual")
+    flat = list(_flatten(sequences))
+    order, shared = _sorted(flat)
+    ranges = _units(np.array([len(flat[i]) for i in order], np.int64), shared, max_tokens)
+    shuffled = np.random.default_rng((seed, epoch)).permutation(len(ranges))
+    packs: list[list[int]] = []
+    room = 0
+    for lo, hi, size in (ranges[i] for i in shuffled):
+        if size > room:
+            packs.append([])
+            room = max_tokens
+        packs[-1].extend(order[lo:hi])
+        room -= size
+    return [_pack_of(flat, members) for members in packs]
+
+
+def _pack_of(flat: list[Sequence], members: list[int]) -> Forest:
+    members = sorted(members)
+    return replace(_grow([flat[i] for i in members]), members=tuple(members))
+
+
+def _flatten(items: Iterable[Any]) -> Iterator[Sequence]:
+    for item in items:
+        if isinstance(item, Example):
+            yield from item.sequences
+        elif isinstance(item, Sequence):
+            yield item
+        else:
+            yield Sequence(*item)
+
+
+def _sorted(sequences: list[Sequence]) -> tuple[list[int], Ints]:
+    """(lexicographic order, tokens that each shares with the one before it in that order, int64 [n])."""
+    for i, s in enumerate(sequences):
+        if not len(s):
+            raise RowError("it has no tokens", reason="empty", where=f"sequence {i}", fix="leave it out")
+        if s.ids.min() < 0:
+            raise RowError(f"token id {s.ids.min()} is negative", reason="bad_id", where=f"sequence {i}")
+    # Big-endian bytes compare like the ids themselves.
+    keys = [s.ids.astype(">i8").tobytes() for s in sequences]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return order, _common_prefixes([sequences[i].ids for i in order])
+
+
+def _common_prefixes(rows: list[Ints]) -> Ints:
+    if not rows:
+        return np.zeros(0, np.int64)
+    flat = np.concatenate(rows)
+    length = np.array([len(r) for r in rows])
+    start = np.cumsum(length) - length
+    position = np.arange(len(flat)) - np.repeat(start, length)
+    before = np.repeat(np.concatenate(([0], start[:-1])), length) + position
+    differs = flat[np.minimum(before, len(flat) - 1)] != flat
+    differs |= position >= np.repeat(np.concatenate(([0], length[:-1])), length)
+    return np.minimum.reduceat(np.where(differs, position, np.repeat(length, length)), start)
+
+
+def _grow(sequences: list[Sequence]) -> Forest:
+    order, shared = _sorted(sequences)
+    fresh = [s.ids[k:] for s, k in zip((sequences[i] for i in order), shared, strict=True)]
+    count = sum(map(len, fresh))
+    parent, depth = np.arange(-1, count - 1), np.empty(count, np.int64)
+    end, weight = np.full(count, count), np.zeros(count)
+    paths: list[Ints] = [np.zeros(0, np.int64)] * len(sequences)
+    path, n = np.zeros(0, np.int64), 0
+    for i, k in zip(order, shared.tolist(), strict=True):
+        stop = n + len(sequences[i]) - k
+        end[path[k:]] = n  # in sorted order nothing comes back to what this sequence leaves
+        if stop > n:
+            parent[n] = path[k - 1] if k else -1
+            depth[n:stop] = np.arange(k, k + stop - n)
+        path = np.concatenate((path[:k], np.arange(n, stop)))
+        weight[path] += sequences[i].weights
+        paths[i], n = path, stop
+    token = np.concatenate(fresh) if fresh else np.zeros(0, np.int64)
+    return Forest(
+        token, parent, depth, end, weight.astype(np.float32), tuple(paths), tuple(range(len(paths)))
+    )
+
+
+def _units(length: Ints, shared: Ints, max_tokens: int) -> list[tuple[int, int, int]]:
+    """Ranges [lo, hi) of the sorted sequences that stay together, with their distinct tokens.
+
+    A subtree is taken apart at its first branching if it doesn't fit and the stem is short, or if what
+    leaves its largest branch would recompute less than 1/32 of itself.
+    """
+    fresh = np.concatenate(([0], np.cumsum(length - shared)))
+
+    def size(lo: int, hi: int) -> int:
+        return int(fresh[hi] - fresh[lo] + shared[lo])
+
+    units, open_ranges = [], [(0, len(length), 0)] if len(length) else []
+    while open_ranges:
+        lo, hi, stem = open_ranges.pop()
+        whole = size(lo, hi)
+        if hi - lo > 1:
+            branch = int(shared[lo + 1 : hi].min())
+            bounds = [lo, *(lo + 1 + np.flatnonzero(shared[lo + 1 : hi] == branch)).tolist(), hi]
+            parts = list(zip(bounds[:-1], bounds[1:], strict=True))
+            largest = max(size(a, b) for a, b in parts)
+            worth = (len(parts) - 1) * (branch - stem) * 32 >= whole - largest
+            fits = whole <= max_tokens
+            if not (worth if fits else branch > max_tokens // 4):
+                open_ranges += [(a, b, branch) for a, b in parts]
+                continue
+        units.append((lo, hi, whole))
+    return units
