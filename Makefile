@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-EXTRAS := gguf,lora,zstd,test
+EXTRAS := gguf,lora,test
 
 .PHONY: setup demo test check slow browser clean help
 

@@ -96,7 +96,12 @@ def test_identity_on_the_real_model(smol):
     from ygivenx import Encoder
 
     model, tokenizer = smol
-    rows = {"messages": [{"role": "user", "content": "Name three rivers."}, {"role": "assistant", "content": "The Nile, the Rhine and the Amazon."}]}
+    rows = {
+        "messages": [
+            {"role": "user", "content": "Name three rivers."},
+            {"role": "assistant", "content": "The Nile, the Rhine and the Amazon."},
+        ]
+    }
     book = ledger(model, Encoder(tokenizer)(rows))
     assert book.balanced
     assert book.difference < 2e-4

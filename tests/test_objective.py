@@ -74,7 +74,12 @@ def test_a_batch_without_weight_still_has_a_graph():
 def test_x_contributes_exactly_zero_on_the_real_model(smol):
     """The gradient at the head's input is exactly zero at every position that predicts a token of x."""
     model, tokenizer = smol
-    row = {"messages": [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4."}]}
+    row = {
+        "messages": [
+            {"role": "user", "content": "What is 2+2?"},
+            {"role": "assistant", "content": "It is 4."},
+        ]
+    }
     example = yx.Encoder(tokenizer)(row)
     from ygivenx.head import selective_cross_entropy
     from ygivenx.model import head_of, hidden_states
@@ -82,7 +87,9 @@ def test_x_contributes_exactly_zero_on_the_real_model(smol):
     forest = yx.Forest.of([example.only])
     edges = forest.edges()
     hidden = hidden_states(model, forest).detach().requires_grad_()
-    rows, targets, weights = (torch.from_numpy(np.array(a)) for a in (edges.rows, edges.targets, edges.weights))
+    rows, targets, weights = (
+        torch.from_numpy(np.array(a)) for a in (edges.rows, edges.targets, edges.weights)
+    )
     _, loss = selective_cross_entropy(hidden, head_of(model).weight, rows, targets, weights)
     loss.backward()
     norms = hidden.grad.norm(dim=1)

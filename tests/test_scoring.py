@@ -46,8 +46,16 @@ def test_conditional_is_additive_over_any_cut_of_y():
     start = int(np.flatnonzero(s.output)[0])
     for cut in range(start + 1, len(s)):
         parts = [
-            Sequence(s.ids[:cut], np.zeros(cut, np.float32), (Segment(0, start, "prompt"), Segment(start, cut, "answer", True))),
-            Sequence(s.ids, np.zeros(len(s), np.float32), (Segment(0, cut, "prompt"), Segment(cut, len(s), "answer", True))),
+            Sequence(
+                s.ids[:cut],
+                np.zeros(cut, np.float32),
+                (Segment(0, start, "prompt"), Segment(start, cut, "answer", True)),
+            ),
+            Sequence(
+                s.ids,
+                np.zeros(len(s), np.float32),
+                (Segment(0, cut, "prompt"), Segment(cut, len(s), "answer", True)),
+            ),
         ]
         a, b = score_sequences(model, parts)
         assert a.log_p_y_given_x + b.log_p_y_given_x == pytest.approx(whole.log_p_y_given_x, abs=1e-4)
@@ -58,7 +66,11 @@ def test_one_token_continuations_sum_to_one():
 
     x = sequences(1, seed=1)[0].ids
     data = [
-        Sequence(np.append(x, v), np.zeros(len(x) + 1, np.float32), (Segment(0, len(x), "prompt"), Segment(len(x), len(x) + 1, "answer", True)))
+        Sequence(
+            np.append(x, v),
+            np.zeros(len(x) + 1, np.float32),
+            (Segment(0, len(x), "prompt"), Segment(len(x), len(x) + 1, "answer", True)),
+        )
         for v in range(VOCAB)
     ]
     told = score_sequences(llama(), data)

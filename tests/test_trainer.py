@@ -26,7 +26,13 @@ HERE = Path(__file__).parent
 
 def make(tmp_path, data, model=None, **overrides):
     own = {k: overrides.pop(k) for k in ("max_tokens", "denominator", "eval_dataset") if k in overrides}
-    settings = {"output_dir": str(tmp_path), "report_to": [], "disable_tqdm": True, "use_cpu": True, "seed": 1}
+    settings = {
+        "output_dir": str(tmp_path),
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 1,
+    }
     args = TrainingArguments(**settings | overrides)
     return yx.Trainer(model=model or llama(), args=args, train_dataset=data, **{"max_tokens": 64} | own)
 
@@ -36,7 +42,9 @@ def gradient(trainer) -> torch.Tensor:
     seen = {}
 
     def keep(optimizer, *_):
-        seen.setdefault("g", torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]))
+        seen.setdefault(
+            "g", torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]])
+        )
 
     trainer.create_optimizer()
     trainer.optimizer.register_step_pre_hook(keep)
@@ -50,7 +58,9 @@ def test_accumulation_does_not_change_the_gradient(tmp_path, steps):
     data = sequences(4, seed=5)
     whole = gradient(make(tmp_path, data, max_steps=1, max_tokens=10_000, max_grad_norm=0.0))
     size = max(len(s) for s in data) if steps == 4 else sum(len(s) for s in data) // 2 + 12
-    trainer = make(tmp_path, data, max_steps=1, max_tokens=size, gradient_accumulation_steps=steps, max_grad_norm=0.0)
+    trainer = make(
+        tmp_path, data, max_steps=1, max_tokens=size, gradient_accumulation_steps=steps, max_grad_norm=0.0
+    )
     assert len(trainer.train_dataset) == steps
     parts = gradient(trainer)
     assert ((parts - whole).norm() / whole.norm()).item() < 1e-6
@@ -99,7 +109,9 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path):
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(LossError, match="the loss is nan, in .*row 2"):
         trainer.train()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True) if not q.isnan().any())
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True) if not q.isnan().any()
+    )
 
 
 def test_packs_without_weight_are_counted_not_trained(tmp_path):
@@ -163,7 +175,9 @@ def test_a_killed_process_resumes_to_the_same_bits(tmp_path):
     steps = 12
     for attempt in range(4):
         code = KILLED.format(here=str(HERE), out=str(tmp_path / "killed"), steps=steps)
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
         if attempt < 3:
             seen = len(checkpoint.listed(tmp_path / "killed"))
             while process.poll() is None and len(checkpoint.listed(tmp_path / "killed")) < seen + 2:

@@ -29,7 +29,7 @@ _HOME = {
     "YgivenxError": "errors",
     "RowError": "errors",
 }
-__all__ = list(_HOME)  # noqa: PLE0605
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

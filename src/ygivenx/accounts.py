@@ -39,7 +39,7 @@ class Ledger:
 
     conditional: Σ log p over the tokens that the model has to produce (direct, from one forward pass).
     conditional_by_difference: Σ over turns of joint − marginal, each from a forward pass of its own prefix.
-    log_p: per token, float64 [T], NaN for a first token, which has no context. `sequences` hold ids and texts.
+    log_p: per token, float64 [T], NaN for a first token, which has no context. `sequences`: what was read.
     """
 
     rows: tuple[LedgerRow, ...]
@@ -161,10 +161,10 @@ def check(joint: float, marginal: float, *, tolerance: float = 0.0) -> Check:
         return Check(
             False,
             conditional,
-            f"impossible: log Pr([x,y]) = {joint:g} is above log Pr(x) = {marginal:g}. [x,y] begins with x, so "
-            f"it can't be more probable than x; here log Pr(y|x) would be {conditional:+g}, a probability of "
-            f"{math.exp(min(conditional, 700)):.3g}. The two numbers come from different texts, tokenisations "
-            "or models, or one of them is a mean per token where the other is a sum.",
+            f"impossible: log Pr([x,y]) = {joint:g} is above log Pr(x) = {marginal:g}. [x,y] begins with x, "
+            f"so it can't be more probable than x; here log Pr(y|x) would be {conditional:+g}, a probability of "
+            f"{math.exp(min(conditional, 700)):.3g}. The two numbers come from different texts, "
+            "tokenisations or models, or one of them is a mean per token where the other is a sum.",
         )
     return Check(
         True,
@@ -181,7 +181,7 @@ def _log_p(model: nn.Module, sequences: tuple[Sequence, ...], options: dict[str,
 
 
 def _by_difference(model: nn.Module, s: Sequence, output: np.ndarray, options: dict[str, Any]) -> float:
-    """Σ over runs [a, b) of y: log Pr(ids[:b]) − log Pr(ids[:a]), each prefix in a forward pass of its own."""
+    """Σ over runs [a, b) of y: log Pr(ids[:b]) − log Pr(ids[:a]), each from a forward pass of its own."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], output, [False])).astype(np.int8)))
     prefixes = [_joint(model, s, int(n), options) for n in edges]
     return math.fsum(b - a for a, b in zip(prefixes[::2], prefixes[1::2], strict=True))
@@ -210,7 +210,7 @@ def _rows(sequences: tuple[Sequence, ...], log_p: list[np.ndarray]) -> list[Ledg
         at = kinds == kind
         counted = int((~np.isnan(values[at])).sum())
         total = float(np.nansum(values[at]))
-        part = float(-np.nansum((weights * values)[at]))
+        part = -float(np.nansum((weights * values)[at])) + 0.0  # + 0.0: no −0 in print
         rows.append(
             LedgerRow(
                 kind=kind,
@@ -228,7 +228,12 @@ def _total(rows: tuple[LedgerRow, ...]) -> LedgerRow:
     tokens = sum(r.tokens for r in rows)
     log_p = math.fsum(r.log_p for r in rows)
     return LedgerRow(
-        "total", tokens, math.fsum(r.weight for r in rows), log_p, -log_p / max(tokens, 1), sum(r.share for r in rows)
+        "total",
+        tokens,
+        math.fsum(r.weight for r in rows),
+        log_p,
+        -log_p / max(tokens, 1),
+        sum(r.share for r in rows),
     )
 
 

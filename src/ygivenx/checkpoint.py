@@ -54,7 +54,9 @@ def verify(directory: Path) -> None:
     manifest = directory / MANIFEST
     fix = "resume from an earlier checkpoint (resume='auto' finds the newest complete one)"
     if not manifest.is_file():
-        raise CheckpointError("no manifest", where=str(directory), why="it was not written to its end", fix=fix)
+        raise CheckpointError(
+            "no manifest", where=str(directory), why="it was not written to its end", fix=fix
+        )
     try:
         files = json.loads(manifest.read_text())["files"]
     except (ValueError, KeyError, TypeError) as error:
@@ -64,7 +66,9 @@ def verify(directory: Path) -> None:
         if not path.is_file():
             raise CheckpointError("a file is missing", where=str(path), why="the manifest lists it", fix=fix)
         if path.stat().st_size != told["size"] or _hash(path) != told["sha256"]:
-            raise CheckpointError("a file was altered", where=str(path), why="its hash differs from the manifest", fix=fix)
+            raise CheckpointError(
+                "a file was altered", where=str(path), why="its hash differs from the manifest", fix=fix
+            )
 
 
 def newest(run_dir: Path) -> Path | None:

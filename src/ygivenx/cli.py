@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -28,18 +29,39 @@ Data = Annotated[str, typer.Argument(help="JSONL, JSON, CSV, Parquet, Arrow, or 
 Model = Annotated[str, typer.Option("--model", "-m", help="a model's directory or name; `sample` is SmolLM2")]
 Gguf = Annotated[str | None, typer.Option("--gguf-file", help="the GGUF file inside the model's directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
-Format = Annotated[str | None, typer.Option("--format", help="name the row format where columns are ambiguous")]
+Format = Annotated[
+    str | None, typer.Option("--format", help="name the row format where columns are ambiguous")
+]
 ColX = Annotated[str | None, typer.Option("--x", help="the column of the input")]
 ColY = Annotated[str | None, typer.Option("--y", help="the column of the output")]
-Plain = Annotated[bool, typer.Option("--plain", help="x and y are text as the model reads it: no chat template")]
+Plain = Annotated[
+    bool, typer.Option("--plain", help="x and y are text as the model reads it: no chat template")
+]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="read at most so many rows")]
 RowNumber = Annotated[int, typer.Option("--row", min=0, help="which row, from 0")]
-Control = Annotated[str, typer.Option("--control", help="control tokens in a row's text: refuse, text or parse")]
+Control = Annotated[
+    str, typer.Option("--control", help="control tokens in a row's text: refuse, text or parse")
+]
 Policy = Annotated[str, typer.Option("--train", help="what is trained: assistant, last, all, or a role")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16")]
 
 
 # -- commands ----------------------------------------------------------------------------------------------
+
+
+def emit(document: Any) -> None:
+    """One JSON document on standard output; non-finite numbers become null."""
+    print(json.dumps(_finite(document), ensure_ascii=False, indent=1, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 @app.command()
@@ -116,7 +138,9 @@ def ledger(
 def score(
     data: Data,
     model: Model,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSONL; standard output if left out")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="JSONL; standard output if left out")
+    ] = None,
     gguf_file: Gguf = None,
     fmt: Format = None,
     x: ColX = None,
@@ -148,7 +172,8 @@ def score(
     elif not as_json:
         print("\n".join(lines))
     err.print(
-        f"log Pr(y|x) {account['conditional_nats_per_token']:.4f} nats/token over {account['tokens_y']:,} tokens of y",
+        f"{account['conditional_nats_per_token']:.4f} nats per token of y "
+        f"over {account['tokens_y']:,} tokens of y",
         highlight=False,
     )
     if as_json:
@@ -158,20 +183,30 @@ def score(
 def _score_means(scores: list[Any]) -> dict[str, Any]:
     n = sum(s.tokens for s in scores)
     total = sum(s.log_p_y_given_x for s in scores)
-    return {"scored": len(scores), "tokens_y": n, "conditional_nats_per_token": -total / n if n else float("nan")}
+    return {
+        "scored": len(scores),
+        "tokens_y": n,
+        "conditional_nats_per_token": -total / n if n else float("nan"),
+    }
 
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Argument(help="a YAML file with the keys below; flags override it")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="a YAML file with the keys below; flags override it")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="the rows to train on")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="directory or name; `sample` is SmolLM2")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="directory or name; `sample` is SmolLM2")
+    ] = None,
     gguf_file: Gguf = None,
     output_dir: Annotated[str | None, typer.Option(help="checkpoints and the final model")] = None,
     fmt: Format = None,
     x: ColX = None,
     y: ColY = None,
-    plain: Annotated[bool | None, typer.Option("--plain", help="x and y are text as the model reads it")] = None,
+    plain: Annotated[
+        bool | None, typer.Option("--plain", help="x and y are text as the model reads it")
+    ] = None,
     limit: Limit = None,
     eval_data: Annotated[str | None, typer.Option(help="held-out rows of the same format")] = None,
     eval_limit: Annotated[int | None, typer.Option(min=1)] = None,
@@ -215,7 +250,9 @@ def train(
 
 @app.command()
 def demo(
-    output_dir: Annotated[Path, typer.Option(help="where result.json and report.html go")] = Path("runs/demo"),
+    output_dir: Annotated[Path, typer.Option(help="where result.json and report.html go")] = Path(
+        "runs/demo"
+    ),
     control: Annotated[bool, typer.Option("--control", help="also train on all tokens, and compare")] = False,
     seed: Annotated[int, typer.Option()] = 0,
     as_json: AsJson = False,
@@ -232,7 +269,11 @@ def demo(
 
 
 @app.command()
-def doctor(model: Annotated[str | None, typer.Option("--model", "-m")] = None, gguf_file: Gguf = None, as_json: AsJson = False) -> None:
+def doctor(
+    model: Annotated[str | None, typer.Option("--model", "-m")] = None,
+    gguf_file: Gguf = None,
+    as_json: AsJson = False,
+) -> None:
     """What is installed, which routes and dtype will run, and what is missing for what.
 
     Example: `ygx doctor --model sample`

@@ -66,7 +66,8 @@ class TrainConfig:
         missing = [n for n in ("data", "model", "output_dir") if merged.get(n) is None]
         if missing:
             raise ConfigError(
-                f"missing: {', '.join(missing)}", fix=" ".join(f"--{m.replace('_', '-')} ..." for m in missing)
+                f"missing: {', '.join(missing)}",
+                fix=" ".join(f"--{m.replace('_', '-')} ..." for m in missing),
             )
         return cls(**{k: _typed(k, v, str(known[k].type), path) for k, v in merged.items()})
 

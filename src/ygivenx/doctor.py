@@ -11,7 +11,6 @@ OPTIONAL = {
     "gguf": ("gguf", "loading GGUF weights"),
     "peft": ("lora", "LoRA adapters"),
     "datasets": ("datasets", "rows from a dataset of the hub"),
-    "zstandard": ("zstd", "reading .zst files"),
     "lm_eval": ("lm-eval", "lm-evaluation-harness"),
     "ray": ("ray", "encoding and scoring on several machines"),
 }

@@ -1,13 +1,13 @@
 """One tree of errors. Each says what is wrong, where, why it matters and what to do.
 
-    YgivenxError
-    ├── DataError            a file or its format can't be read at all
-    ├── RowError             one row can't be used; batches turn it into `Rejected`
-    ├── ConfigError          an option, a key of a config file or an argument
-    ├── ModelError           a model, a head or a layer type that can't be computed exactly
-    ├── LossError            a non-finite loss, or a step without any weight
-    ├── CheckpointError      a checkpoint that is incomplete or was altered
-    └── MissingExtra         an optional dependency that is not installed
+YgivenxError
+├── DataError            a file or its format can't be read at all
+├── RowError             one row can't be used; batches turn it into `Rejected`
+├── ConfigError          an option, a key of a config file or an argument
+├── ModelError           a model, a head or a layer type that can't be computed exactly
+├── LossError            a non-finite loss, or a step without any weight
+├── CheckpointError      a checkpoint that is incomplete or was altered
+└── MissingExtra         an optional dependency that is not installed
 """
 
 from __future__ import annotations

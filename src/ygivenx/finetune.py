@@ -14,13 +14,17 @@ from .intake import open_model, open_rows, take
 
 
 def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Run it; returns what was read, what was trained and the last metrics. Rows and places are said aloud."""
+    """Run it, saying aloud what is read and trained; returns the counts and the last metrics."""
     from .encode import Encoder
 
     started = time.perf_counter()
     model, tokenizer = open_model(config.model, config.gguf_file, config.dtype)
     encoder = Encoder(
-        tokenizer, train=config.train, control=config.control, max_length=config.max_length, overflow=config.overflow
+        tokenizer,
+        train=config.train,
+        control=config.control,
+        max_length=config.max_length,
+        overflow=config.overflow,
     )
 
     def examples_of(path: str, limit: int | None) -> tuple[list[Any], dict[str, Any]]:
@@ -28,7 +32,9 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
 
     examples, account = examples_of(config.data, config.limit)
     if not examples:
-        raise ConfigError("no row was accepted", where=config.data, fix="the reasons are above; try `ygx show`")
+        raise ConfigError(
+            "no row was accepted", where=config.data, fix="the reasons are above; try `ygx show`"
+        )
     held_out = examples_of(config.eval_data, config.eval_limit)[0] if config.eval_data else None
     trainer = build(config, adapted(model, config), tokenizer, examples, held_out, console)
     console.print(str(trainer.train_dataset), highlight=False)
@@ -58,14 +64,22 @@ def adapted(model: Any, config: TrainConfig) -> Any:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise MissingExtra("peft", "lora", needed_for="lora") from error
-    wanted = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear", task_type="CAUSAL_LM")
+    wanted = LoraConfig(
+        r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, wanted)
 
 
 def build(
-    config: TrainConfig, model: Any, tokenizer: Any, examples: list[Any], held_out: list[Any] | None, console: Console
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    examples: list[Any],
+    held_out: list[Any] | None,
+    console: Console,
 ) -> Any:
     """The Trainer of a config, with one progress bar and no other output."""
+    import torch
     from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
     from .progress import RichProgress
@@ -81,7 +95,7 @@ def build(
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        gradient_checkpointing=config.gradient_checkpointing,
+        **_checkpointing(TrainingArguments, config.gradient_checkpointing),
         logging_steps=config.logging_steps,
         eval_strategy="steps" if held_out and config.eval_steps else "no",
         eval_steps=config.eval_steps,
@@ -89,6 +103,7 @@ def build(
         save_steps=config.save_steps or 500,
         save_total_limit=config.save_total_limit,
         seed=config.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
     )
     trainer = Trainer(
@@ -104,3 +119,9 @@ def build(
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     return trainer
+
+
+def _checkpointing(arguments: Any, wanted: bool) -> dict[str, bool]:
+    """transformers 5.23 renamed `gradient_checkpointing`, and warns about the old name."""
+    new = "activation_checkpointing"
+    return {new if new in arguments.__dataclass_fields__ else "gradient_checkpointing": wanted}

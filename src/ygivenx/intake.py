@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .errors import ConfigError
+from .errors import ConfigError, RowError
 
 console = Console(stderr=True)
 
@@ -25,11 +25,15 @@ def source(model: str, gguf_file: str | None) -> tuple[str, str | None]:
 
 
 def open_model(model: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
+    import torch
+
     from .model import load
 
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"unknown dtype {dtype!r}", fix="float32, bfloat16 or float16")
     path, file = source(model, gguf_file)
     with console.status("loading the model"):
-        return load(path, gguf_file=file, dtype=dtype)
+        return load(path, gguf_file=file, dtype=getattr(torch, dtype))
 
 
 def open_encoder(model: str, gguf_file: str | None, **options: Any) -> Any:
@@ -40,7 +44,9 @@ def open_encoder(model: str, gguf_file: str | None, **options: Any) -> Any:
         return Encoder.from_pretrained(path, gguf_file=file, **options)
 
 
-def open_rows(data: str, fmt: str | None, x: str | None, y: str | None, plain: bool, limit: int | None) -> Any:
+def open_rows(
+    data: str, fmt: str | None, x: str | None, y: str | None, plain: bool, limit: int | None
+) -> Any:
     from .data import read
 
     return read(data, fmt=fmt, x=x, y=y, as_text=plain, limit=limit)
@@ -67,7 +73,8 @@ def take(reader: Any, encoder: Any) -> tuple[list[Any], dict[str, Any]]:
     """All examples of a reader, and the account of its rows; the account is said aloud."""
     from .sequence import Rejected
 
-    examples, rejected = [], []
+    examples: list[Any] = []
+    rejected: list[Any] = []
     for item in encoded(reader, encoder):
         (rejected if isinstance(item, Rejected) else examples).append(item)
     account = {
@@ -84,7 +91,8 @@ def take(reader: Any, encoder: Any) -> tuple[list[Any], dict[str, Any]]:
 def say_account(account: dict[str, Any], first: list[Any]) -> None:
     console.print(f"format: {account['format']}", highlight=False, markup=False)
     console.print(
-        f"{account['accepted']:,} accepted + {account['quarantined']:,} quarantined = {account['read']:,} read",
+        f"{account['accepted']:,} accepted + {account['quarantined']:,} quarantined "
+        f"= {account['read']:,} read",
         highlight=False,
     )
     for reason, count in account["reasons"].items():
@@ -97,8 +105,13 @@ def the_row(reader: Any, encoder: Any, number: int) -> Any:
     """The example of one row; raises what the row was quarantined for."""
     from .sequence import Rejected
 
-    for item in islice(reader, number, number + 1):
-        if isinstance(item, Rejected):
-            raise ConfigError(f"row {number} is quarantined ({item.reason})", why=item.message)
-        return encoder(item)
-    raise ConfigError(f"there is no row {number}", fix="--row counts from 0")
+    item = next(islice(reader, number, number + 1), None)
+    if item is None:
+        raise ConfigError(f"there is no row {number}", where=reader.name, fix="--row counts from 0")
+    if isinstance(item, Rejected):
+        raise ConfigError(f"row {number} is quarantined ({item.reason})", why=item.message)
+    try:
+        return encoder(item.value)
+    except RowError as error:
+        error.where = ", ".join(w for w in (item.where, error.where) if w)
+        raise

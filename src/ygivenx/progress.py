@@ -49,10 +49,14 @@ class RichProgress(TrainerCallback):
         if state.is_world_process_zero:
             self.progress.update(self.task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
         told = [f"{label} {logs[key]:{fmt}}" for key, label, fmt in SHOWN if logs and key in logs]
         if state.is_world_process_zero and told:
-            self.console.print(f"step {state.global_step:>5}  " + "  ".join(told), highlight=False)
+            self.console.print(
+                f"step {state.global_step:>5}  " + "  ".join(told), highlight=False, soft_wrap=True
+            )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

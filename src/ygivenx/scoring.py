@@ -131,7 +131,11 @@ def _score(s: Sequence, log_p: np.ndarray, greedy: np.ndarray, text: str | None)
         log_p_xy=log_p_x + log_p_y,
         tokens=int(y.sum()),
         tokens_x=int(x.sum()) - bos,
-        bytes=len((text if text is not None else "".join(t for t, out in zip(s.tokens, y, strict=False) if out)).encode()),
+        bytes=len(
+            (
+                text if text is not None else "".join(t for t, out in zip(s.tokens, y, strict=False) if out)
+            ).encode()
+        ),
         greedy=bool(greedy[y].all()),
         conditional_on_first=not bos,
         token_log_p=log_p,

@@ -50,7 +50,9 @@ class Sequence:
         ids = np.ascontiguousarray(self.ids, dtype=np.int64)
         weights = np.ascontiguousarray(self.weights, dtype=np.float32)
         if ids.ndim != 1 or ids.shape != weights.shape:
-            raise ValueError(f"ids and weights must be 1-D of one length, got {ids.shape} and {weights.shape}")
+            raise ValueError(
+                f"ids and weights must be 1-D of one length, got {ids.shape} and {weights.shape}"
+            )
         if len(weights) and weights[0] != 0:
             raise ValueError("the first token has no context to be predicted from: its weight must be 0")
         if not np.isfinite(weights).all() or (weights < 0).any():
@@ -100,7 +102,9 @@ class Example:
     def only(self) -> Sequence:
         """The one sequence; raises ValueError where there are several."""
         if len(self.sequences) != 1:
-            raise ValueError(f"this example has {len(self.sequences)} sequences, one per turn: use .sequences")
+            raise ValueError(
+                f"this example has {len(self.sequences)} sequences, one per turn: use .sequences"
+            )
         return self.sequences[0]
 
     @property

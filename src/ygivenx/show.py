@@ -9,7 +9,7 @@ from itertools import groupby
 from .sequence import Sequence
 
 # C0 and C1 controls would reach the reader's terminal as commands: show their pictures instead.
-_PICTURES = {c: 0x2400 + c for c in range(0x20)} | {0x7F: 0x2421} | {c: 0xFFFD for c in range(0x80, 0xA0)}
+_PICTURES = {c: 0x2400 + c for c in range(0x20)} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 _VISIBLE = {c: p for c, p in _PICTURES.items() if c not in (0x0A, 0x09)}
 
 
@@ -36,7 +36,10 @@ def coloured(sequence: Sequence, colour: bool | None = None) -> str:
         label = f"×{weight:g}" if weight not in (0.0, 1.0) else ""
         parts.append(f"{start}{body}{label}{stop}")
     trained = int((sequence.weights > 0).sum())
-    lines = ["".join(parts), f"[{len(sequence)} tokens, {trained} trained, weight {sequence.weights.sum():g}]"]
+    lines = [
+        "".join(parts),
+        f"[{len(sequence)} tokens, {trained} trained, weight {sequence.weights.sum():g}]",
+    ]
     lines += [f"note: {note}" for note in sequence.notes]
     return "\n".join(lines)
 

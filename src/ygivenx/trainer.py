@@ -170,7 +170,11 @@ class Trainer(transformers.Trainer):
             raise ConfigError(f"unknown denominator {denominator!r}", fix='use "tokens" or "sequence"')
         for name in ("data_collator", "compute_loss_func", "compute_metrics"):
             if kwargs.get(name) is not None:
-                raise ConfigError(f"{name} is not used by ygivenx.Trainer", why="its batches are forests", fix="leave it out")
+                raise ConfigError(
+                    f"{name} is not used by ygivenx.Trainer",
+                    why="its batches are forests",
+                    fix="leave it out",
+                )
         args = args or transformers.TrainingArguments("trainer_output")
         args.remove_unused_columns = False
         args.per_device_train_batch_size = 1
@@ -186,12 +190,15 @@ class Trainer(transformers.Trainer):
             **kwargs,
         )
         self.meter = Meter()
+        self.control: transformers.TrainerControl
         self._staging: Path | None = None
 
     def _packs(self, items: Iterable[Any], args: transformers.TrainingArguments) -> Packs:
         packs = Packs(items, max_tokens=self.max_tokens, seed=args.seed, denominator=self.denominator)
         if not len(packs):
-            raise ConfigError("nothing to train on: no pack has a token with a weight", fix="look at the rejected rows")
+            raise ConfigError(
+                "nothing to train on: no pack has a token with a weight", fix="look at the rejected rows"
+            )
         # Every rank needs the same number of micro-batches: fill up with packs that weigh nothing.
         while len(packs) % args.world_size:
             packs.forests.append(_weightless(packs.forests[0]))
@@ -210,7 +217,11 @@ class Trainer(transformers.Trainer):
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         forest = inputs["forest"]
         inner = self.accelerator.unwrap_model(model)
@@ -256,7 +267,13 @@ class Trainer(transformers.Trainer):
         if data is None:
             raise ConfigError("no eval_dataset", fix="give the Trainer one, or pass it to evaluate()")
         started = time.perf_counter()
-        sums = evaluate(self.model, data, max_tokens=self.max_tokens, rank=self.args.process_index, ranks=self.args.world_size)
+        sums = evaluate(
+            self.model,
+            data,
+            max_tokens=self.max_tokens,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+        )
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in rates(sums).items()}
@@ -283,7 +300,9 @@ class Trainer(transformers.Trainer):
             return Path(str(asked))
         found = checkpoint.newest(Path(self.args.output_dir))
         if found is None and asked is True:
-            raise CheckpointError("no complete checkpoint", where=str(self.args.output_dir), fix='use "auto" to start afresh')
+            raise CheckpointError(
+                "no complete checkpoint", where=str(self.args.output_dir), fix='use "auto" to start afresh'
+            )
         return found
 
     def _identity(self) -> dict[str, Any]:
@@ -358,7 +377,9 @@ def through(wrapper: nn.Module, inner: nn.Module, compute: Callable[[], T]) -> T
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Iterable[Any], *, max_tokens: int, rank: int = 0, ranks: int = 1) -> torch.Tensor:
+def evaluate(
+    model: nn.Module, data: Iterable[Any], *, max_tokens: int, rank: int = 0, ranks: int = 1
+) -> torch.Tensor:
     """Sums over the data, float64 [6]: Σ log p and tokens of y, of x, Σ w·log p and Σ w."""
     sequences, _ = flatten(data)
     sums = np.zeros(6)

@@ -24,7 +24,7 @@ from ..trainer import evaluate, rates
 from .page import write_page
 from .task import splits
 
-TRAIN_ROWS, HELD_OUT_ROWS, WATCHED_ROWS = 400, 100, 16
+TRAIN_ROWS, HELD_OUT_ROWS, WATCHED_ROWS = 240, 100, 12
 MAX_NEW_TOKENS, BATCH = 80, 50
 # What each arm trains. Measured with the same held-out tokens of y and x in both.
 ARMS = {"y": "assistant", "all": "all"}
@@ -67,7 +67,11 @@ def run(output_dir: Path, *, control: bool, seed: int, console: Console) -> dict
     result["wall_seconds"] = round(time.perf_counter() - started, 1)
     (output_dir / "result.json").write_text(json.dumps(result, indent=1))
     write_page(output_dir / "report.html", arms, result)
-    console.print(f"wrote {output_dir / 'result.json'} and {output_dir / 'report.html'}", highlight=False)
+    console.print(
+        f"wrote {output_dir / 'result.json'} and {output_dir / 'report.html'}",
+        highlight=False,
+        soft_wrap=True,
+    )
     return result
 
 
@@ -80,7 +84,8 @@ def run_arm(arm: str, before: State | None, output_dir: Path, seed: int, console
     encoder = Encoder(tokenizer, train=ARMS[arm])
     examples, rejected = encoder.batch(train_rows)
     console.print(
-        f"\n[bold]{arm}[/bold]: {len(examples)} accepted + {len(rejected)} quarantined = {len(train_rows)} rows read"
+        f"\n[bold]loss on {arm}[/bold]: "
+        f"{len(examples)} accepted + {len(rejected)} quarantined = {len(train_rows)} rows read"
     )
     # The ruler is the same for both arms: y is the answer and its end of turn, x the rest.
     ruler, _ = Encoder(tokenizer).batch(held_out)
@@ -92,15 +97,21 @@ def run_arm(arm: str, before: State | None, output_dir: Path, seed: int, console
 
 
 def fit(
-    model: Any, tokenizer: Any, examples: list[Example], ruler: list[Example], output_dir: Path, seed: int, console: Console
+    model: Any,
+    tokenizer: Any,
+    examples: list[Example],
+    ruler: list[Example],
+    output_dir: Path,
+    seed: int,
+    console: Console,
 ) -> list[dict[str, float]]:
     """Train in place; the log has nats per token of y and of x on some held-out rows."""
     config = TrainConfig(
         data="the demo's own", model="sample", output_dir=str(output_dir), seed=seed,
-        max_tokens=512, learning_rate=5e-4, warmup_steps=5, eval_steps=10, logging_steps=10,
+        max_tokens=512, learning_rate=3e-4, warmup_steps=4, eval_steps=8, logging_steps=8,
     )  # fmt: skip
     trainer = build(config, model, tokenizer, examples, ruler[:WATCHED_ROWS], console)
-    console.print(str(trainer.train_dataset), highlight=False)
+    console.print(str(trainer.train_dataset), highlight=False, soft_wrap=True)
     trainer.evaluate()
     trainer.train()
     return list(trainer.state.log_history)
@@ -113,7 +124,7 @@ def measure(
     model.eval()
     book = ledger(model, ruler[0])
     console.print(f"\nledger of a held-out row, {when} training")
-    console.print(str(book), highlight=False, markup=False)
+    console.print(str(book), highlight=False, markup=False, soft_wrap=True)
     nats = rates(evaluate(model, ruler, max_tokens=1024))
     generated = answers(model, tokenizer, rows, console)
     wanted = [row["messages"][-1]["content"] for row in rows]
@@ -122,6 +133,7 @@ def measure(
         f"{when}: exact match {exact:.0%} of {len(rows)}, "
         f"log Pr(y|x) {-nats['conditional_nats']:.4f} and log Pr(x) {-nats['marginal_nats']:.4f} per token",
         highlight=False,
+        soft_wrap=True,
     )
     return State(exact, nats["conditional_nats"], nats["marginal_nats"], generated, book)
 
@@ -137,7 +149,9 @@ def answers(model: Any, tokenizer: Any, rows: list[dict[str, Any]], console: Con
                 prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True,
                 tokenizer_kwargs={"padding_side": "left"},
             )  # fmt: skip
-            ids = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+            ids = model.generate(
+                **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
             texts += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 

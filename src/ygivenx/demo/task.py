@@ -1,4 +1,4 @@
-"""A task that the base model can't do and a short fine-tune can: an order in a sentence, out as one JSON object.
+"""A task that the base model can't do and a short fine-tune can: a sentence in, one JSON object out.
 
 Everything is a function of the seed. Train and held-out rows share no (person, item, city) triple.
 """
@@ -12,14 +12,23 @@ from typing import Any
 
 SYSTEM = "Extract the order as JSON."
 
-FIRST = "Ada Bruno Chen Dalia Emre Farah Goran Hana Igor Jamal Kofi Lena Mira Nadia Omar Priya Quinn Rosa Sven Tariq"
-LAST = "Abe Berg Costa Diaz Eriksen Fofana Gupta Haddad Ito Jansen Kovac Lopez Moreau Novak Okoye Park Rossi Silva"
+FIRST = (
+    "Ada", "Bruno", "Chen", "Dalia", "Emre", "Farah", "Goran", "Hana", "Igor", "Jamal",
+    "Kofi", "Lena", "Mira", "Nadia", "Omar", "Priya", "Quinn", "Rosa", "Sven", "Tariq",
+)  # fmt: skip
+LAST = (
+    "Abe", "Berg", "Costa", "Diaz", "Eriksen", "Fofana", "Gupta", "Haddad", "Ito",
+    "Jansen", "Kovac", "Lopez", "Moreau", "Novak", "Okoye", "Park", "Rossi", "Silva",
+)  # fmt: skip
 ITEMS = (
     "copper kettle", "oak table", "desk lamp", "wool blanket", "garden chair", "steel shelf", "paper map",
     "glass jar", "road bike", "silk scarf", "clay pot", "wall clock", "canvas tent", "brass bell", "leather bag",
 )  # fmt: skip
-CITIES = "Lisbon Oslo Porto Quito Tunis Riga Sofia Turin Dakar Malmo Cusco Delhi Hanoi Kyoto Lagos Minsk".split()
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+CITIES = (
+    "Lisbon", "Oslo", "Porto", "Quito", "Tunis", "Riga", "Sofia", "Turin",
+    "Dakar", "Malmo", "Cusco", "Delhi", "Hanoi", "Kyoto", "Lagos", "Minsk",
+)  # fmt: skip
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 SENTENCES = (
     "On {day}, {who} ordered {n} {item}s at {price} euros each, to be sent to {city}.",
@@ -33,8 +42,8 @@ SENTENCES = (
 
 def row(rng: random.Random) -> dict[str, Any]:
     """One conversation: system, user (a sentence), assistant (the JSON)."""
-    facts = {
-        "who": f"{rng.choice(FIRST.split())} {rng.choice(LAST.split())}",
+    facts: dict[str, Any] = {
+        "who": f"{rng.choice(FIRST)} {rng.choice(LAST)}",
         "item": rng.choice(ITEMS),
         "n": rng.randint(2, 98),
         "price": rng.randint(3, 96),
