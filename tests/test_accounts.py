@@ -28,6 +28,7 @@ def test_rows_add_up_to_the_joint_and_agree_with_a_plain_forward_pass():
     slow = by_hand(model, s.ids.tolist())
     np.testing.assert_allclose(book.log_p[0], slow, atol=1e-5)
     assert math.fsum(r.log_p for r in book.rows) == pytest.approx(book.joint, abs=1e-9)
+    assert book.total.nats_per_token == pytest.approx(-book.joint / (len(s) - 1))
     assert book.marginal + book.conditional == pytest.approx(book.joint, abs=1e-9)
     assert book.conditional == pytest.approx(np.nansum(slow[s.output]), abs=1e-4)
     assert book.difference < 1e-4

@@ -43,6 +43,7 @@ class Ledger:
     """
 
     rows: tuple[LedgerRow, ...]
+    total: LedgerRow
     joint: float
     marginal: float
     conditional: float
@@ -67,6 +68,7 @@ class Ledger:
         """Plain types, for JSON."""
         return {
             "rows": [asdict(r) for r in self.rows],
+            "total": asdict(self.total),
             "joint": self.joint,
             "marginal": self.marginal,
             "conditional": self.conditional,
@@ -80,7 +82,7 @@ class Ledger:
     def __str__(self) -> str:
         head = f"{'segment':<14}{'tokens':>8}{'weight':>10}{'Σ log p':>13}{'nats/token':>12}{'share':>8}"
         lines = [head, "─" * len(head)]
-        for r in (*self.rows, _total(self.rows)):
+        for r in (*self.rows, self.total):
             lines.append(
                 f"{r.kind:<14}{r.tokens:>8}{r.weight:>10g}{r.log_p:>13.4f}{r.nats_per_token:>12.4f}{r.share:>8.1%}"
             )
@@ -112,8 +114,10 @@ def ledger(model: nn.Module, example: Example | Sequence | Iterable[Sequence], *
         _by_difference(model, s, mask, options) for s, mask in zip(sequences, outputs, strict=True)
     )
     dtype = next(model.parameters()).dtype
+    rows, total = _rows(sequences, log_p)
     return Ledger(
-        rows=tuple(_rows(sequences, log_p)),
+        rows=tuple(rows),
+        total=total,
         joint=joint,
         marginal=float(np.nansum(whole[~output])),
         conditional=conditional,
@@ -200,41 +204,28 @@ def _kinds(s: Sequence) -> np.ndarray:
     return np.array([g.kind for g in s.segments for _ in range(g.start, g.stop)])
 
 
-def _rows(sequences: tuple[Sequence, ...], log_p: list[np.ndarray]) -> list[LedgerRow]:
+def _rows(sequences: tuple[Sequence, ...], log_p: list[np.ndarray]) -> tuple[list[LedgerRow], LedgerRow]:
+    """A row per kind of segment in order of appearance, and their total."""
     kinds = np.concatenate([_kinds(s) for s in sequences])
     weights = np.concatenate([s.weights for s in sequences]).astype(np.float64)
     values = np.concatenate(log_p)
-    loss = float(-np.nansum(weights * values))
-    rows = []
-    for kind in dict.fromkeys(kinds.tolist()):
-        at = kinds == kind
+    loss = -float(np.nansum(weights * values))
+
+    def row(kind: str, at: np.ndarray) -> LedgerRow:
         counted = int((~np.isnan(values[at])).sum())
         total = float(np.nansum(values[at]))
         part = -float(np.nansum((weights * values)[at])) + 0.0  # + 0.0: no −0 in print
-        rows.append(
-            LedgerRow(
-                kind=kind,
-                tokens=int(at.sum()),
-                weight=float(weights[at].sum()),
-                log_p=total,
-                nats_per_token=-total / counted if counted else 0.0,
-                share=part / loss if loss else 0.0,
-            )
+        return LedgerRow(
+            kind=kind,
+            tokens=int(at.sum()),
+            weight=float(weights[at].sum()),
+            log_p=total,
+            nats_per_token=-total / counted if counted else 0.0,
+            share=part / loss if loss else 0.0,
         )
-    return rows
 
-
-def _total(rows: tuple[LedgerRow, ...]) -> LedgerRow:
-    tokens = sum(r.tokens for r in rows)
-    log_p = math.fsum(r.log_p for r in rows)
-    return LedgerRow(
-        "total",
-        tokens,
-        math.fsum(r.weight for r in rows),
-        log_p,
-        -log_p / max(tokens, 1),
-        sum(r.share for r in rows),
-    )
+    rows = [row(kind, kinds == kind) for kind in dict.fromkeys(kinds.tolist())]
+    return rows, row("total", np.ones(len(kinds), bool))
 
 
 def _notes(sequences: tuple[Sequence, ...]) -> tuple[str, ...]:

@@ -1,0 +1,32 @@
+"""Run by tests/test_ranks.py in one process or several: trains a few steps, writes gradients and losses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from test_trainer import make
+from tiny import sequences
+
+
+def main(out: Path, rows: int, max_tokens: int, accumulation: int, steps: int) -> None:
+    trainer = make(
+        out.parent / out.stem, sequences(rows, seed=5), max_tokens=max_tokens, max_steps=steps, logging_steps=1,
+        gradient_accumulation_steps=accumulation, max_grad_norm=0.0, learning_rate=1e-3, save_strategy="no",
+    )  # fmt: skip
+    grads: list[torch.Tensor] = []
+
+    def keep(optimizer, *_):
+        grads.append(torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]))
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if trainer.is_world_process_zero():
+        torch.save({"grads": grads, "losses": losses, "packs": len(trainer.train_dataset)}, out)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

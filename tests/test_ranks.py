@@ -1,0 +1,45 @@
+"""Two real gloo processes give the loss and the gradients of one, also when a rank has nothing to train."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def run(out: Path, ranks: int, *settings: int) -> dict:
+    # On CPUs `accelerate launch` starts several processes through MPI only; torchrun is what it uses elsewhere.
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    command = [
+        sys.executable,
+        *(launch if ranks > 1 else []),
+        str(HERE / "ranked.py"),
+        str(out),
+        *map(str, settings),
+    ]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=HERE, check=False, timeout=240, env=env
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_tokens"), [(4, 24), (1, 10_000)], ids=["uneven packs", "a rank without y"]
+)
+def test_two_ranks_are_one(tmp_path, rows, max_tokens):
+    steps = 2
+    one = run(tmp_path / "one.pt", 1, rows, max_tokens, 2 if rows > 1 else 1, steps)
+    two = run(tmp_path / "two.pt", 2, rows, max_tokens, 1, steps)
+    assert two["packs"] == max(2, one["packs"])
+    for a, b in zip(one["losses"], two["losses"], strict=True):
+        assert a == pytest.approx(b, rel=1e-6)
+    for a, b in zip(one["grads"], two["grads"], strict=True):
+        assert ((a - b).norm() / a.norm()).item() < 1e-6
