@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ConfigError, nearest
-from .evidence import Evidence, Leak, Library, Seen, seen_in_batch, seen_in_step
+from .evidence import Evidence, Leak, Library, Seen, mark_padding, seen_in_batch, seen_in_step
 from .report.parts import Finding
 from .rules import RULES, SEVERITIES, Hit, Rule
 from .sequence import Example
@@ -173,11 +173,11 @@ def _rehearse(ev: Evidence, trainer: Any) -> list[Mapping[str, Any]]:
 
 
 def _align(ev: Evidence) -> None:
-    if not ev.examples:
-        return
     library = Library(ev.examples)
+    pad = getattr(ev.tokenizer, "pad_token_id", None)
     for seen in (*ev.steps, *ev.labels):
         library.align(seen)
+        mark_padding(seen, pad)
 
 
 def _leaks(ev: Evidence, model: Any, batches: list[Mapping[str, Any]]) -> list[Leak]:
@@ -194,7 +194,7 @@ def _leaks(ev: Evidence, model: Any, batches: list[Mapping[str, Any]]) -> list[L
             continue
         row = {k: v[seen.row : seen.row + 1] if _per_row(v, batch) else v for k, v in batch.items()}
         matrix = leakage(model, row, groups[None])
-        padded = bool((~seen.attended).any())
+        padded = bool(seen.padding.any())
         for g, k in np.argwhere(matrix > 1e-6).tolist():
             if g != k and not (padded and g == groups.max()):
                 what = "padding" if padded and k == groups.max() else "document"
@@ -212,10 +212,9 @@ def _groups(seen: Seen) -> np.ndarray | None:
             groups[start:stop] = g
     else:
         groups = np.where(seen.documents < LEAK_DOCUMENTS, seen.documents, -1)
-    groups[~seen.attended] = -1
-    count = int(groups.max()) + 1
-    if not seen.attended.all():
-        groups[~seen.attended] = count
+    groups[seen.padding] = -1
+    if seen.padding.any():
+        groups[seen.padding] = groups.max() + 1
     return groups if groups.max() > 0 else None
 
 

@@ -23,8 +23,9 @@ UNKNOWN = "?"  # kind of a token that no known document explains
 class Seen:
     """One row of one batch: what was fed, and which of its tokens are trained.
 
-    ids, documents int64 [T]; attended bool [T]; target int64 [T] the token trained at each position (−1:
-    none); weight float64 [T]. Alignment with the encoder's sequences fills in kinds [T] (a segment kind, "?"
+    ids, documents int64 [T]; attended bool [T] by the attention mask; target int64 [T] the token trained at
+    each position (−1: none); weight float64 [T]. padding bool [T]: not attended, or pad tokens at an end that no
+    document explains. Alignment with the encoder's sequences fills in kinds [T] (a segment kind, "?"
     inside a document that differs there, "" outside any), output bool [T], expected float64 [T] (weight by the
     encoder, NaN where unknown) and the `pieces` found.
     """
@@ -39,6 +40,7 @@ class Seen:
     kinds: np.ndarray = field(init=False)
     output: np.ndarray = field(init=False)
     expected: np.ndarray = field(init=False)
+    padding: np.ndarray = field(init=False)
     pieces: list[Piece] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -46,6 +48,7 @@ class Seen:
         self.kinds = np.full(size, "", object)
         self.output = np.zeros(size, bool)
         self.expected = np.full(size, np.nan)
+        self.padding = ~self.attended
 
     @property
     def trained(self) -> np.ndarray:
@@ -198,8 +201,6 @@ class Library:
                 matched[there] = True
             if matched.any():
                 seen.pieces.append(Piece(sequence, start, stop, matched))
-        padding = ~seen.attended
-        seen.kinds[padding], seen.output[padding], seen.expected[padding] = "", False, np.nan
 
     def _stretches(self, ids: list[int]) -> list[tuple[Sequence, int, int]]:
         """(sequence, start, stop) of the documents in a row, in order."""
@@ -228,6 +229,20 @@ class _Place(NamedTuple):
     example: int
     sequence: int
     offset: int
+
+
+def mark_padding(seen: Seen, pad: int | None) -> None:
+    """Find padding that no mask declares, and take it out of the documents."""
+    if pad is not None and seen.attended.all():
+        free = (seen.ids == pad) & np.isin(seen.kinds.astype(str), (UNKNOWN, ""))
+        for order in (slice(None), slice(None, None, -1)):
+            run = int(np.append(free[order], False).argmin())
+            # Unaligned, the last token of the text may itself be the pad token.
+            run -= bool(run and order.step and not seen.pieces)
+            if run > 1:
+                seen.padding[order][:run] = True
+    out = seen.padding
+    seen.kinds[out], seen.output[out], seen.expected[out] = "", False, np.nan
 
 
 def _blocks(a: list[int], b: list[int]) -> list[tuple[int, int, int]]:

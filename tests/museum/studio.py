@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from ygivenx.encode import Encoder
 
 from ygivenx.auditing import Report, audit
-from ygivenx.encode import Encoder
 
 HEAD = """{%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' -}}
@@ -91,7 +91,8 @@ class Studio:
                 row = json.loads(line)
                 if len(row["question"]) + len(row["answer"]) < longest:
                     user, reply = (
-                        {"role": r, "content": row[k]} for r, k in (("user", "question"), ("assistant", "answer"))
+                        {"role": r, "content": row[k]}
+                        for r, k in (("user", "question"), ("assistant", "answer"))
                     )
                     rows.append({"messages": [user, reply]})
                 if len(rows) == count:
@@ -102,7 +103,8 @@ class Studio:
         """Two turns each: two GSM8K pairs in a row."""
         single = self.chats(2 * count, longest=260)
         return [
-            {"messages": a["messages"] + b["messages"]} for a, b in zip(single[::2], single[1::2], strict=True)
+            {"messages": a["messages"] + b["messages"]}
+            for a, b in zip(single[::2], single[1::2], strict=True)
         ]
 
     def pairs(self, count: int = 12) -> list[dict[str, Any]]:
@@ -115,7 +117,10 @@ class Studio:
         rows = []
         for row in json.loads((self.data / "llamafactory/glaive_toolcall_en_demo.json").read_text()):
             turns = row["conversations"]
-            if not any(t["from"] == "function_call" for t in turns) or sum(len(t["value"]) for t in turns) > 900:
+            if (
+                not any(t["from"] == "function_call" for t in turns)
+                or sum(len(t["value"]) for t in turns) > 900
+            ):
                 continue
             messages = []
             for t in turns:
@@ -171,7 +176,9 @@ class Studio:
         }  # fmt: skip
         return LlamaForCausalLM(LlamaConfig(**settings | config)).to(self.dtype)
 
-    def arguments(self, kind: type[TrainingArguments] = TrainingArguments, **options: Any) -> TrainingArguments:
+    def arguments(
+        self, kind: type[TrainingArguments] = TrainingArguments, **options: Any
+    ) -> TrainingArguments:
         self._dirs.append(tempfile.TemporaryDirectory())
         settings = {
             "output_dir": self._dirs[-1].name, "per_device_train_batch_size": 3, "report_to": [],
@@ -179,7 +186,9 @@ class Studio:
         }  # fmt: skip
         return kind(**settings | options)
 
-    def sft(self, rows: list[dict[str, Any]], *, tokenizer: Any = None, model: Any = None, **options: Any) -> Any:
+    def sft(
+        self, rows: list[dict[str, Any]], *, tokenizer: Any = None, model: Any = None, **options: Any
+    ) -> Any:
         """TRL's SFTTrainer; everything that isn't given is its default."""
         from trl import SFTConfig, SFTTrainer
 
@@ -193,7 +202,12 @@ class Studio:
         )
 
     def hf(
-        self, features: list[dict[str, Any]], *, kind: type[Trainer] = Trainer, tokenizer: Any = None, **options: Any
+        self,
+        features: list[dict[str, Any]],
+        *,
+        kind: type[Trainer] = Trainer,
+        tokenizer: Any = None,
+        **options: Any,
     ) -> Trainer:
         """transformers' Trainer over token ids; without a collator, one that pads labels with −100."""
         from transformers import DataCollatorForSeq2Seq
@@ -211,7 +225,9 @@ class Studio:
             **extra,
         )
 
-    def audit(self, trainer: Any = None, rows: Any = None, *, tokenizer: Any = None, **options: Any) -> Report:
+    def audit(
+        self, trainer: Any = None, rows: Any = None, *, tokenizer: Any = None, **options: Any
+    ) -> Report:
         """The audit as a user would call it, the encoder's options aside."""
         encoder = Encoder(tokenizer or self.tokenizer) if rows is not None else None
         return audit(rows, encoder, trainer=trainer, **options)

@@ -71,9 +71,9 @@ def denominator_per_rank(ev: Evidence) -> Iterator[Hit]:
 )
 def evaluation_divides_differently(ev: Evidence) -> Iterator[Hit]:
     e = ev.evaluation
-    if e is not None and abs(e.reported / e.by_token - 1) > 1e-3:
+    if e is not None and abs(e.reported / e.by_token - 1) > 1e-5:
         yield Hit(
-            f"the evaluation loss is {e.reported:.4f}; divided by tokens as in training, {e.by_token:.4f}",
+            f"the evaluation loss is {e.reported:.6f}; divided by tokens as in training, {e.by_token:.6f}",
             share=abs(e.reported / e.by_token - 1),
         )
 
@@ -109,7 +109,7 @@ def weights_by_probability(ev: Evidence) -> Iterator[Hit]:
     fix="Nothing, if it is meant.",
 )
 def beyond_cross_entropy(ev: Evidence) -> Iterator[Hit]:
-    from .probing import FOREIGN_TERM
+    from ..probing import FOREIGN_TERM
 
     residuals = [f.residual for b in ev.probe.micro_batches for f in b.found] if ev.probe is not None else []
     odd = [r for r in residuals if r > FOREIGN_TERM]

@@ -88,20 +88,6 @@ def share_equal(seen: list[Seen], back: int) -> float:
     return float(np.concatenate(equal).mean())
 
 
-def padding_of(ev: Evidence, s: Seen) -> np.ndarray:
-    """Where no mask says so: a run of pad tokens at the row's end that no document explains."""
-    padding = ~s.attended
-    pad = getattr(ev.tokenizer, "pad_token_id", None)
-    if pad is None or padding.any():
-        return padding
-    unexplained = (s.ids == pad) & of_kind(s, UNKNOWN, "")
-    run = np.flatnonzero(~unexplained[::-1])
-    start = len(s.ids) - (int(run[0]) if len(run) else len(s.ids))
-    start += not s.pieces  # unaligned, the first of a run may be the text's own end
-    padding[start:] = len(s.ids) - start > 1
-    return padding
-
-
 def parts_of(s: Seen) -> list[slice]:
     """What should have a trained token: each aligned document with weight, else the row."""
     wanted = wanted_y(s)
@@ -109,9 +95,9 @@ def parts_of(s: Seen) -> list[slice]:
     return pieces or [slice(0, len(s.ids))]
 
 
-def stray_tokens(ev: Evidence, s: Seen) -> np.ndarray:
+def stray_tokens(s: Seen) -> np.ndarray:
     """Tokens of an aligned row that no document explains, but for whole documents that weren't given."""
-    stray = of_kind(s, UNKNOWN, "") & ~padding_of(ev, s)
+    stray = of_kind(s, UNKNOWN, "") & ~s.padding
     edges = np.flatnonzero(np.diff(np.concatenate(([0], stray.astype(np.int8), [0]))))
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         if stop - start > STRAY and not (s.kinds[start:stop] == UNKNOWN).any():

@@ -21,7 +21,7 @@ def context_differs(ev: Evidence) -> Iterator[Hit]:
     rows = [s for s in ev.seen if s.pieces]
     found = []
     for s in rows:
-        stray = stray_tokens(ev, s)
+        stray = stray_tokens(s)
         lost = sum(int(lost_tokens(p).sum()) for p in s.pieces)
         if stray.any() or lost:
             text = ev.text(s.ids[stray][:12]) or ev.text(first_lost(s))

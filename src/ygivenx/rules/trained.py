@@ -14,7 +14,6 @@ from .shared import (
     collect,
     misplaced,
     of_kind,
-    padding_of,
     parts_of,
     share_equal,
     supplied,
@@ -146,7 +145,7 @@ def shifted_labels(ev: Evidence) -> Iterator[Hit]:
     fix="Set labels to −100 where attention_mask is 0.",
 )
 def padding_trained(ev: Evidence) -> Iterator[Hit]:
-    yield from tokens(ev, "padding tokens are trained", lambda s: s.trained & padding_of(ev, s))
+    yield from tokens(ev, "padding tokens are trained", lambda s: s.trained & s.padding)
 
 
 @rule(
