@@ -43,6 +43,12 @@ Control = Annotated[
     str, typer.Option("--control", help="control tokens in a row's text: refuse, text or parse")
 ]
 Policy = Annotated[str, typer.Option("--train", help="what is trained: assistant, last, all, or a role")]
+Suppress = Annotated[list[str] | None, typer.Option("--suppress", help="rule=reason; may be repeated")]
+FailOn = Annotated[
+    str, typer.Option("--fail-on", help="exit with 1 from this severity: error, warning or info")
+]
+HtmlFile = Annotated[Path | None, typer.Option("--html", help="write the page there")]
+SarifFile = Annotated[Path | None, typer.Option("--sarif", help="write SARIF 2.1.0 there")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16")]
 
 
@@ -114,6 +120,7 @@ def ledger(
     train: Policy = "assistant",
     control: Control = "refuse",
     dtype: Dtype = "float32",
+    html: HtmlFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Where the log-probability of one row goes, by segment; marginal + conditional = joint.
@@ -126,12 +133,24 @@ def ledger(
     reader = open_rows(data, fmt, x, y, plain, row + 1)
     loaded, tokenizer = open_model(model, gguf_file, dtype)
     book = account_for(loaded, the_row(reader, Encoder(tokenizer, train=train, control=control), row))
+    if html is not None:
+        _ledger_page(book, row).write(html)
     if as_json:
         emit(book.to_dict())
     else:
         print(book)
     if not book.balanced:
         raise typer.Exit(FINDINGS)
+
+
+def _ledger_page(book: Any, row: int) -> Any:
+    from .report import LedgerTable, Page, TokenStrip
+
+    strips = [
+        TokenStrip.of(s, log_p, title=f"row {row}, sequence {i}")
+        for i, (s, log_p) in enumerate(zip(book.sequences, book.log_p, strict=True))
+    ]
+    return Page(title=f"Ledger of row {row}", ledgers=[LedgerTable.of(book, f"row {row}")], rows=strips)
 
 
 @app.command()
@@ -188,6 +207,75 @@ def _score_means(scores: list[Any]) -> dict[str, Any]:
         "tokens_y": n,
         "conditional_nats_per_token": -total / n if n else float("nan"),
     }
+
+
+@app.command()
+def audit(
+    data: Data,
+    model: Model,
+    gguf_file: Gguf = None,
+    fmt: Format = None,
+    x: ColX = None,
+    y: ColY = None,
+    plain: Plain = False,
+    limit: Limit = None,
+    train: Policy = "assistant",
+    control: Control = "refuse",
+    suppress: Suppress = None,
+    fail_on: FailOn = "warning",
+    html: HtmlFile = None,
+    sarif: SarifFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is wrong with rows and a tokenizer, before a run: findings with places, reasons and fixes.
+
+    Example: `ygx audit data.jsonl --model sample --fail-on error --html audit.html`
+    """
+    from .auditing import audit as examine_rows
+
+    reader = open_rows(data, fmt, x, y, plain, limit)
+    encoder = open_encoder(model, gguf_file, train=train, control=control)
+    report = examine_rows(rows=list(reader), encoder=encoder, suppress=reasons(suppress))
+    finish(report, fail_on, html, sarif, as_json)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def probe(
+    context: typer.Context,
+    script: Annotated[Path, typer.Argument(help="a training script; its own arguments follow it")],
+    suppress: Suppress = None,
+    fail_on: FailOn = "warning",
+    html: HtmlFile = None,
+    sarif: SarifFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a training script up to train(), and read from the gradient of one step what it really trains.
+
+    For transformers and TRL trainers; options of ours come before the script. Nothing of the run changes.
+
+    Example: `ygx probe --html probe.html train.py --epochs 3`
+    """
+    from .auditing import audit as examine_trainer
+    from .onlooker import trainer_of
+
+    report = examine_trainer(trainer=trainer_of(script, context.args), suppress=reasons(suppress))
+    finish(report, fail_on, html, sarif, as_json)
+
+
+def reasons(suppress: list[str] | None) -> dict[str, str]:
+    """`rule=reason` options as a mapping."""
+    pairs = [s.partition("=") for s in suppress or []]
+    return {rule.strip(): reason for rule, _, reason in pairs}
+
+
+def finish(report: Any, fail_on: str, html: Path | None, sarif: Path | None, as_json: bool) -> None:
+    """Write and print an audit's report; the exit code says whether a finding is severe enough."""
+    if html is not None:
+        report.to_html(html)
+    if sarif is not None:
+        sarif.write_text(report.to_sarif(), encoding="utf-8")
+    print(report.to_json() if as_json else report)
+    raise typer.Exit(report.exit_code(fail_on))
 
 
 @app.command()
