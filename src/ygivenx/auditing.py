@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import ConfigError, nearest
-from .evidence import Evidence, Leak, Library, Seen, mark_padding, seen_in_batch, seen_in_step
+from .evidence import Evidence, Leak, Library, Seen, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
 from .report.parts import Finding
 from .rules import RULES, SEVERITIES, Hit, Rule
 from .sequence import Example
@@ -144,8 +144,12 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
         batches = [batch] if isinstance(batch, Mapping) else list(batch)
         ev.labels = [s for i, b in enumerate(batches) if "labels" in b for s in seen_in_batch(b, i)]
     if ev.probe is not None and not ev.steps:
-        ev.steps = seen_in_step(ev.probe)
+        ev.steps = [s for i, b in enumerate(ev.probe.micro_batches) for s in seen_in_step(i, b)]
     _align(ev)
+    if ev.steps:
+        from .rehearsal import denominators
+
+        ev.denominators = denominators(ev.steps)
     if trainer is not None:
         ev.leaks = _leaks(ev, trainer.model, batch)
     return ev
@@ -162,14 +166,18 @@ def _add_model(ev: Evidence, model: Any) -> None:
     ev.stop_ids = frozenset(np.atleast_1d(stops).tolist()) if stops is not None else frozenset()
 
 
-def _rehearse(ev: Evidence, trainer: Any) -> list[Mapping[str, Any]]:
-    from .rehearsal import denominators, rehearse
+def _rehearse(ev: Evidence, trainer: Any) -> list[dict[str, Any]]:
+    from .rehearsal import rehearse
 
     run = rehearse(trainer)
     ev.probe, ev.evaluation = run.probe, run.evaluation
-    ev.denominators = denominators(run.probe)
-    ev.steps = seen_in_step(run.probe)
-    return [b for b in run.batches if "input_ids" in b]
+    for i, (batch, probed) in enumerate(zip(run.batches, run.probe.micro_batches, strict=True)):
+        if "forest" in batch:  # ours
+            sequences = [trainer.train_dataset.sequences[m] for m in batch["forest"].members]
+            ev.steps += seen_in_forest(i, probed, batch["forest"], sequences)
+        else:
+            ev.steps += seen_in_step(i, probed)
+    return run.batches
 
 
 def _align(ev: Evidence) -> None:
@@ -180,7 +188,7 @@ def _align(ev: Evidence) -> None:
         mark_padding(seen, pad)
 
 
-def _leaks(ev: Evidence, model: Any, batches: list[Mapping[str, Any]]) -> list[Leak]:
+def _leaks(ev: Evidence, model: Any, batches: list[dict[str, Any]]) -> list[Leak]:
     """Documents that depend on others, tokens that depend on padding: in the first row that has several."""
     from .probing import leakage
 
@@ -190,7 +198,7 @@ def _leaks(ev: Evidence, model: Any, batches: list[Mapping[str, Any]]) -> list[L
         if groups is None or seen.micro_batch >= len(batches):
             continue
         batch = batches[seen.micro_batch]
-        if np.shape(batch["input_ids"])[-1] != len(seen.ids):
+        if "input_ids" not in batch or np.shape(batch["input_ids"])[-1] != len(seen.ids):
             continue
         row = {k: v[seen.row : seen.row + 1] if _per_row(v, batch) else v for k, v in batch.items()}
         matrix = leakage(model, row, groups[None])

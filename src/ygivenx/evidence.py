@@ -13,7 +13,8 @@ import numpy as np
 from .sequence import Example, Rejected, Sequence
 
 if TYPE_CHECKING:
-    from .probing import Probe
+    from .forest import Forest
+    from .probing import MicroBatch, Probe
 
 SHINGLE = 6  # tokens in a row that identify a document
 UNKNOWN = "?"  # kind of a token that no known document explains
@@ -53,7 +54,7 @@ class Seen:
     @property
     def trained(self) -> np.ndarray:
         """bool [T]."""
-        return self.weight != 0
+        return (self.weight != 0) & np.isfinite(self.weight)
 
     @property
     def where(self) -> str:
@@ -156,20 +157,39 @@ def seen_in_batch(batch: Mapping[str, Any], number: int = 0) -> list[Seen]:
     return [Seen(number, i, *column) for i, column in enumerate(columns)]
 
 
-def seen_in_step(probe: Probe) -> list[Seen]:
-    """The rows of a probed step by their gradient."""
+def seen_in_step(number: int, batch: MicroBatch) -> list[Seen]:
+    """The rows of a probed micro-batch by their gradient."""
+    rows, width = batch.ids.shape
+    # One column more: the last position of a row may be trained to predict something.
+    target = np.full((rows, width + 1), -1, np.int64)
+    weight = np.zeros((rows, width + 1))
+    for f in batch.found:
+        row, column = divmod(f.row, width)
+        target[row, column + 1] = f.target
+        weight[row, column + 1] += f.weight
+    columns = zip(batch.ids, batch.attended, batch.documents, target[:, :-1], weight[:, :-1], strict=True)
+    return [Seen(number, i, *column) for i, column in enumerate(columns)]
+
+
+def seen_in_forest(number: int, batch: MicroBatch, forest: Forest, sequences: list[Sequence]) -> list[Seen]:
+    """The sequences of a probed forest. Where they share an edge, each gets the part that its own weight claims."""
+    given = {(f.row, f.target): f.weight for f in batch.found}
+    row_of = {int(node): row for row, node in enumerate(forest.fed)}
+    claimed, shared = np.zeros(len(forest.token)), np.zeros(len(forest.token))
+    for path, sequence in zip(forest.paths, sequences, strict=True):
+        claimed[path] += sequence.weights
+        shared[path] += 1
     seen = []
-    for number, batch in enumerate(probe.micro_batches):
-        rows, width = batch.ids.shape
-        # One column more: the last position of a row may be trained to predict something.
-        target = np.full((rows, width + 1), -1, np.int64)
-        weight = np.zeros((rows, width + 1))
-        for f in batch.found:
-            row, column = divmod(f.row, width)
-            target[row, column + 1] = f.target
-            weight[row, column + 1] += f.weight
-        columns = zip(batch.ids, batch.attended, batch.documents, target[:, :-1], weight[:, :-1], strict=True)
-        seen += [Seen(number, i, *column) for i, column in enumerate(columns)]
+    for i, (path, sequence) in enumerate(zip(forest.paths, sequences, strict=True)):
+        edges = [(row_of[int(forest.parent[v])], int(forest.token[v])) for v in path[1:]]
+        total = np.array([0.0, *(given.get(edge, 0.0) for edge in edges)])
+        own = np.where(
+            claimed[path] > 0, sequence.weights / np.maximum(claimed[path], 1e-30), 1 / shared[path]
+        )
+        weight = total * own
+        target = np.where(weight != 0, sequence.ids, -1)
+        whole = np.ones(len(path), bool)
+        seen.append(Seen(number, i, sequence.ids, whole, np.zeros(len(path), np.int64), target, weight))
     return seen
 
 

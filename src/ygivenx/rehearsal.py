@@ -14,7 +14,7 @@ import torch
 from transformers.trainer_callback import CallbackHandler
 
 from .errors import ConfigError
-from .evidence import Denominator, Evaluation
+from .evidence import Denominator, Evaluation, Seen
 from .probing import Probe, probe
 
 EVALUATION_BATCHES = 4
@@ -49,19 +49,26 @@ def rehearse(trainer: Any) -> Rehearsal:
         with probe(trainer.model) as probed:
             for batch in batches:
                 trainer.training_step(trainer.model, batch, items)
-        evaluation = _evaluation(trainer)
+        # Without labels the trainer divides by rules of its own, as ours does.
+        evaluation = _evaluation(trainer) if all("labels" in b for b in kept) else None
     return Rehearsal(probed, kept, evaluation)
 
 
-def denominators(probed: Probe) -> list[Denominator]:
-    """The weight per trained token of each micro-batch, on all ranks if there are several."""
+def denominators(steps: list[Seen]) -> list[Denominator]:
+    """The weight per trained token of each micro-batch, on all ranks if there are several.
+
+    Where the rows give weights of their own, per unit of theirs.
+    """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
     own = []
-    for i, batch in enumerate(probed.micro_batches):
-        weights = [f.weight for f in batch.found]
-        if weights:
-            own.append(Denominator(rank, i, len(weights), float(np.median(weights))))
+    for number in sorted({s.micro_batch for s in steps}):
+        members = [s for s in steps if s.micro_batch == number and s.trained.any()]
+        if members:
+            units = np.concatenate(
+                [(s.weight / np.where(s.expected > 0, s.expected, 1))[s.trained] for s in members]
+            )
+            own.append(Denominator(rank, number, len(units), float(np.median(units))))
     if not distributed:
         return own
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -74,7 +81,8 @@ def untouched(trainer: Any) -> Iterator[None]:
     """Put back, whatever happens inside, all that a step without an update can change."""
     model, accelerator = trainer.model, trainer.accelerator
     attributes = dict(trainer.__dict__)
-    metrics = copy.deepcopy(attributes.get("_metrics"))
+    # Counters that a step adds to in place: TRL's metrics, our own meter.
+    counters = {k: copy.deepcopy(attributes[k]) for k in ("_metrics", "meter") if k in attributes}
     loaders = list(accelerator._dataloaders)
     gradients = [(p, p.grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
@@ -96,9 +104,7 @@ def untouched(trainer: Any) -> Iterator[None]:
         accelerator.gradient_state._shared_state.update(sync)
         accelerator.gradient_state.dataloader_references = references
         trainer.__dict__.clear()
-        trainer.__dict__.update(attributes)
-        if metrics is not None:
-            trainer._metrics = metrics
+        trainer.__dict__.update(attributes | counters)
 
 
 def quieten(trainer: Any) -> None:

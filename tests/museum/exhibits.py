@@ -600,6 +600,26 @@ def our_loss_with_float_weights(studio: Studio) -> Report:
 
 
 @sound
+def our_trainer(studio: Studio) -> Report:
+    """yx.Trainer: packs, weights per message, accumulation, an evaluation."""
+    from ygivenx import Trainer as OurTrainer
+
+    rows = [*studio.chats(6), *studio.dialogues(3)]
+    rows[-1]["messages"][1]["weight"] = 0.25
+    examples, _ = Encoder(studio.tokenizer).batch(rows)
+    options = {"gradient_accumulation_steps": 2, "remove_unused_columns": False}
+    trainer = OurTrainer(
+        model=studio.model(),
+        args=studio.arguments(**options),
+        train_dataset=examples,
+        eval_dataset=examples[:2],
+        max_tokens=512,
+        processing_class=studio.tok(),
+    )
+    return studio.audit(trainer, rows)
+
+
+@sound
 def evaluation_in_equal_batches(studio: Studio) -> Report:
     """An evaluation in one batch: nothing to divide differently."""
     from datasets import Dataset

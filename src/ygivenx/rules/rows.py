@@ -62,7 +62,10 @@ def end_does_not_stop(ev: Evidence) -> Iterator[Hit]:
     fix="Remove repeated rows, unless they are meant.",
 )
 def duplicates(ev: Evidence) -> Iterator[Hit]:
-    again = [group for answers in by_x(ev).values() for group in answers.values() if len(group) > 1]
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, example in enumerate(ev.examples):
+        groups[tuple(t for s in example.sequences for t in s.ids.tolist())].append(i)
+    again = [g for g in groups.values() if len(g) > 1]
     count = sum(len(g) - 1 for g in again)
     if count:
         examples = tuple({"where": f"examples {some(g)}"} for g in again[:EXAMPLES])

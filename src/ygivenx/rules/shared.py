@@ -135,15 +135,15 @@ def spread_of(ev: Evidence, weights: list[float]) -> float:
 
 
 def by_x(ev: Evidence) -> dict[tuple[int, ...], dict[tuple[int, ...], list[int]]]:
-    """Examples by x and y, of those with one y (one turn)."""
+    """Examples by their first x and the y that follows it."""
     groups: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, example in enumerate(ev.examples):
-        if len(example.sequences) != 1:
-            continue
         s = example.sequences[0]
         at = np.flatnonzero(s.weights > 0)
         if len(at):
-            groups[tuple(s.ids[: at[0]].tolist())][tuple(s.ids[at[0] :].tolist())].append(i)
+            start = int(at[0])
+            stop = start + int(np.append(s.weights[start:] > 0, False).argmin())
+            groups[tuple(s.ids[:start].tolist())][tuple(s.ids[start:stop].tolist())].append(i)
     return groups
 
 

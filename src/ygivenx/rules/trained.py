@@ -161,7 +161,7 @@ def nothing_trained(ev: Evidence) -> Iterator[Hit]:
     if empty:
         whole = len(empty) == len(units)
         yield Hit(
-            "no row has a trained token" if whole else "rows have no trained token",
+            "rows have no trained token",
             len(empty),
             len(empty) / len(units),
             tuple({"where": s.where, "text": ev.text(s.ids[part][:40])} for s, part in empty[:EXAMPLES]),
@@ -176,7 +176,9 @@ def nothing_trained(ev: Evidence) -> Iterator[Hit]:
     fix="Leave out rows without a trained token, and divide by max(1, tokens).",
 )
 def not_finite(ev: Evidence) -> Iterator[Hit]:
-    yield from tokens(ev, "gradients are not finite", lambda s: ~np.isfinite(s.weight))
+    yield from tokens(
+        ev, "gradients are not finite", lambda s: ~np.isfinite(s.weight), of=lambda s: s.weight != 0
+    )
 
 
 @rule(
