@@ -6,7 +6,6 @@ one chunk. The readable twin is `head_reference.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -14,8 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .errors import ModelError
-
-CHUNK_BYTES = 32 << 20  # logits of one chunk
+from .head_sweep import Head, sweep
 
 
 class Ranked(NamedTuple):
@@ -47,7 +45,7 @@ def selective_cross_entropy(
     float32 scalar, differentiable in hidden, weight and bias; the gradients are made in the forward sweep.
     Raises ModelError for shapes or indices that don't fit.
     """
-    head = _Head(weight, bias, softcap, scale, z_loss)
+    head = Head(weight, bias, softcap, scale, z_loss)
     _check(hidden, head, rows, targets, weights)
     return _Loss.apply(hidden, weight, bias, rows, targets, weights, head)
 
@@ -79,10 +77,10 @@ def log_probs(
     [tokens, vocabulary] is kept. Under torch.no_grad() no gradient is prepared. Arguments as in
     `selective_cross_entropy`.
     """
-    head = _Head(weight, bias, softcap, scale)
+    head = Head(weight, bias, softcap, scale)
     _check(hidden, head, rows, targets)
     if ranks:
-        swept = _sweep(hidden.detach(), head, rows, targets, ranks=True)
+        swept = sweep(hidden.detach(), head, rows, targets, ranks=True)
         assert swept.rank is not None
         return Ranked(swept.log_p, swept.rank)
     return _LogProbs.apply(hidden, weight, bias, rows, targets, head)
@@ -93,31 +91,12 @@ def explain() -> dict[str, str]:
     return {"cpu": "torch, in chunks", "cuda": "torch, in chunks"}
 
 
-@dataclass(frozen=True)
-class _Head:
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
-    z_loss: float = 0.0
-
-
-@dataclass
-class _Swept:
-    log_p: Tensor
-    loss: Tensor
-    hidden: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    rank: Tensor | None = None
-
-
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                weights: Tensor, head: _Head) -> tuple[Tensor, Tensor]:  # fmt: skip
+                weights: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         wants = ctx.needs_input_grad[:3]
-        swept = _sweep(hidden, head, rows, targets, weights, wants)
+        swept = sweep(hidden, head, rows, targets, weights, wants)
         if any(wants):
             ctx.save_for_backward(hidden, weight, bias, rows, targets, weights)
             ctx.head, ctx.made = head, swept
@@ -130,8 +109,8 @@ class _Loss(torch.autograd.Function):
         made, ctx.made = ctx.made, None
         if made is None:  # a second backward: the first one gave the buffers away
             hidden, weight, bias, rows, targets, weights = ctx.saved_tensors
-            head = _Head(weight, bias, ctx.head.softcap, ctx.head.scale, ctx.head.z_loss)
-            made = _sweep(hidden, head, rows, targets, weights, ctx.needs_input_grad[:3])
+            head = Head(weight, bias, ctx.head.softcap, ctx.head.scale, ctx.head.z_loss)
+            made = sweep(hidden, head, rows, targets, weights, ctx.needs_input_grad[:3])
         grads = (made.hidden, made.weight, made.bias)
         if grad.device.type != "cpu" or grad.item() != 1:
             for g in grads:
@@ -143,90 +122,21 @@ class _Loss(torch.autograd.Function):
 class _LogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                head: _Head) -> Tensor:  # fmt: skip
+                head: Head) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, rows, targets)
         ctx.head = head
-        return _sweep(hidden, head, rows, targets).log_p
+        return sweep(hidden, head, rows, targets).log_p
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, rows, targets = ctx.saved_tensors
-        head = _Head(weight, bias, ctx.head.softcap, ctx.head.scale)
-        swept = _sweep(hidden, head, rows, targets, -grad, ctx.needs_input_grad[:3])
+        head = Head(weight, bias, ctx.head.softcap, ctx.head.scale)
+        swept = sweep(hidden, head, rows, targets, -grad, ctx.needs_input_grad[:3])
         return swept.hidden, swept.weight, swept.bias, None, None, None
 
 
-def _sweep(
-    hidden: Tensor,
-    head: _Head,
-    rows: Tensor,
-    targets: Tensor,
-    weights: Tensor | None = None,
-    wants: tuple[bool, ...] = (False, False, False),
-    *,
-    ranks: bool = False,
-) -> _Swept:
-    """One pass over the rows that carry an edge: log p, and with `weights` the loss and wanted gradients."""
-    order = torch.argsort(rows, stable=True)
-    needed, place, counts = torch.unique_consecutive(rows[order], return_inverse=True, return_counts=True)
-    ends = [0, *counts.cumsum(0).tolist()]
-    targets = targets[order]
-    w = None if weights is None else weights[order].float()
-    log_p = torch.empty(len(rows), device=hidden.device)
-    rank = torch.empty(len(rows), dtype=torch.int64, device=hidden.device) if ranks else None
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    d_hidden = torch.zeros_like(hidden) if wants[0] else None
-    d_weight = torch.zeros(head.weight.shape, device=hidden.device) if wants[1] else None
-    d_bias = torch.zeros(len(head.weight), device=hidden.device) if wants[2] else None
-    step = max(1, CHUNK_BYTES // (4 * len(head.weight)))
-    for a in range(0, len(needed), step):
-        b = min(a + step, len(needed))
-        e = slice(ends[a], ends[b])
-        h = hidden[needed[a:b]]
-        z = (h @ head.weight.T).float()
-        if head.bias is not None:
-            z += head.bias
-        z *= head.scale
-        if head.softcap is not None:
-            z = head.softcap * torch.tanh(z / head.softcap)
-        r, t = place[e] - a, targets[e]
-        lse = torch.logsumexp(z, -1)
-        picked = z[r, t]
-        log_p[e] = picked - lse[r]
-        if rank is not None:
-            rank[e] = (z > z.gather(1, t[:, None]) if len(r) == b - a else z[r] > picked[:, None]).sum(-1)
-        if w is None:
-            continue
-        total += (w[e] * (head.z_loss * lse[r] ** 2 - log_p[e])).double().sum()
-        if not any(wants):
-            continue
-        row_weight = torch.zeros(b - a, device=z.device).index_add_(0, r, w[e])
-        g = torch.softmax(z, -1) * (row_weight * (1 + 2 * head.z_loss * lse))[:, None]
-        g.index_put_((r, t), -w[e], accumulate=True)
-        if head.softcap is not None:
-            g *= 1 - (z / head.softcap) ** 2
-        g *= head.scale
-        if d_bias is not None:
-            d_bias += g.sum(0)
-        g = g.to(h.dtype)
-        if d_hidden is not None:
-            d_hidden[needed[a:b]] = g @ head.weight
-        if d_weight is not None:
-            d_weight += g.T @ h
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return _Swept(
-        log_p[back],
-        total.float(),
-        d_hidden,
-        None if d_weight is None else d_weight.to(head.weight.dtype),
-        None if d_bias is None or head.bias is None else d_bias.to(head.bias.dtype),
-        None if rank is None else rank[back],
-    )
-
-
-def _check(hidden: Tensor, head: _Head, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+def _check(hidden: Tensor, head: Head, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
     if hidden.ndim != 2 or head.weight.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
         raise ModelError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(head.weight.shape)} don't fit",
