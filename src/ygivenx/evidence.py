@@ -232,7 +232,7 @@ class Library:
             # Sequences of one example share their beginnings: the one that agrees longest is meant.
             found.append((max(places, key=lambda p: self._agreement(ids, i, p)), i))
         starts = [max(0, i - place.offset) for place, i in found]
-        stops = [*starts[1:], len(ids)]
+        stops = [*starts[1:], len(ids)][: len(starts)]
         return [
             (self._examples[place.example].sequences[place.sequence], start, stop)
             for (place, _), start, stop in zip(found, starts, stops, strict=True)

@@ -32,16 +32,19 @@ class Exhibit:
     effect: str
     build: Callable[[Studio], Report]
     default: bool = False
+    slow: bool = False
 
 
 EXHIBITS: list[Exhibit] = []
 
 
-def broken(rule: str, effect: str, default: bool = False) -> Callable[[Callable], Callable]:
+def broken(
+    rule: str, effect: str, *, default: bool = False, slow: bool = False
+) -> Callable[[Callable], Callable]:
     """Enter a function into the museum as a fault; its first docstring line is the title."""
 
     def enter(build: Callable[[Studio], Report]) -> Callable[[Studio], Report]:
-        EXHIBITS.append(Exhibit(build.__name__, rule, effect, build, default))
+        EXHIBITS.append(Exhibit(build.__name__, rule, effect, build, default, slow))
         return build
 
     return enter
@@ -49,7 +52,7 @@ def broken(rule: str, effect: str, default: bool = False) -> Callable[[Callable]
 
 def sound(build: Callable[[Studio], Report]) -> Callable[[Studio], Report]:
     """Enter a function as a set-up without a fault."""
-    EXHIBITS.append(Exhibit(build.__name__, None, "", build))
+    EXHIBITS.append(Exhibit(build.__name__, None, "", build, slow="two_ranks" in build.__name__))
     return build
 
 
@@ -372,6 +375,16 @@ def mean_of_micro_batch_means(studio: Studio) -> Report:
 
 
 @broken(
+    "denominator-per-rank",
+    "Tokens on ranks that drew short rows weigh more, and the result depends on the number of ranks.",
+    slow=True,
+)
+def rank_wise_means(studio: Studio) -> Report:
+    """Two ranks, average_tokens_across_devices=False: each divides by its own count before they average."""
+    return studio.on_two_ranks(studio.encoded(studio.chats()), average_tokens_across_devices=False)
+
+
+@broken(
     "evaluation-divides-differently",
     "The evaluation curve isn't the training loss on other rows: it moves with the evaluation's batch size.",
     default=True,
@@ -597,6 +610,12 @@ def our_loss_with_float_weights(studio: Studio) -> Report:
     with probe(model) as step:
         loss(model, Forest.of(example.sequences)).value.backward()
     return studio.audit(rows=rows, probe=step)
+
+
+@sound
+def transformers_on_two_ranks(studio: Studio) -> Report:
+    """transformers' default on two ranks: one count of tokens for both."""
+    return studio.on_two_ranks(studio.encoded(studio.chats()))
 
 
 @sound

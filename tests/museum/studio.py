@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import subprocess
+import sys
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -16,7 +18,8 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from ygivenx.encode import Encoder
 
-from ygivenx.auditing import Report, audit
+from ygivenx.auditing import Finding, Report, audit
+from ygivenx.evidence import Evidence
 
 HEAD = """{%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' -}}
@@ -224,6 +227,17 @@ class Studio:
             processing_class=tokenizer,
             **extra,
         )
+
+    def on_two_ranks(self, features: list[dict[str, Any]], **options: Any) -> Report:
+        """The audit of transformers' Trainer in two gloo processes, as rank 0 reports it."""
+        with tempfile.TemporaryDirectory() as folder:
+            task = {"features": features, "options": options, "vocab_size": len(self.tokenizer)}
+            (Path(folder) / "task.json").write_text(json.dumps(task))
+            command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+            script = str(Path(__file__).with_name("ranks.py"))
+            subprocess.run([sys.executable, *command, script, folder], check=True, capture_output=True)
+            told = json.loads((Path(folder) / "report.json").read_text())
+        return Report(tuple(Finding(**f) for f in told["findings"]), (), told["summary"], Evidence())
 
     def audit(
         self, trainer: Any = None, rows: Any = None, *, tokenizer: Any = None, **options: Any

@@ -1,0 +1,137 @@
+"""Write docs/museum from the exhibits: `python -m tests.museum.pages DATA` runs each and says what was found.
+
+Every sentence but the descriptions comes from the report of a run, so the pages can't say what isn't so.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ygivenx.auditing import Report
+from ygivenx.rules import RULES
+
+from .exhibits import EXHIBITS, Exhibit, run
+from .studio import Studio, quiet
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "museum"
+RESULTS = ROOT / "benchmarks" / "results" / "museum.json"
+COMMAND = "python -m tests.museum.pages ../shared/data"
+
+
+GUIDE = """# The audit
+
+```python
+import ygivenx as yx
+
+report = yx.audit(rows, encoder)                    # the data, as the contract reads it
+report = yx.audit(rows, encoder, batch=batch)       # what its labels train
+report = yx.audit(trainer=trainer)                  # what one step of it trains, by the gradient
+with yx.probe(model) as step: ...                   # any loop of your own:
+report = yx.audit(rows, encoder, probe=step)
+
+print(report)
+report.to_html("audit.html"); report.to_json(); report.to_sarif()
+sys.exit(report.exit_code("warning"))               # 1 if a finding is that severe
+yx.audit(trainer=trainer, suppress={"loss-on-x": "continued pre-training on purpose"})
+```
+
+`trainer` may be any transformers trainer, TRL's included. One optimiser step of it is rehearsed through its own data
+loader, collator and `training_step`; there is no update, and weights, gradients, random states and the trainer's
+attributes are afterwards what they were. What is trained is read from the gradient at the output head, so a mask
+that a loss ignores can't hide. The [museum](museum/README.md) shows each rule at work.
+
+A rule that lacks what it needs says nothing: without `rows` (or a dataset that still has its messages) the audit
+can't know which tokens are x.
+"""
+
+
+def title(exhibit: Exhibit) -> str:
+    return inspect.getdoc(exhibit.build).split("\n")[0].rstrip(".")
+
+
+def page(exhibit: Exhibit, report: Report, versions: str) -> str:
+    """One exhibit in Markdown."""
+    source = inspect.getsource(exhibit.build).split("\n", 1)[1]
+    body = [f"# {title(exhibit)}", ""]
+    if exhibit.rule is None:
+        body += ["A sound set-up: nothing above `info` is found.", ""]
+    else:
+        body += [
+            f"Found by the rule `{exhibit.rule}`"
+            + (", on defaults as they ship." if exhibit.default else "."),
+            "",
+        ]
+        body += ["**What it does to a run.** " + exhibit.effect, ""]
+    body += ["**The set-up**", "", "```python", source.rstrip(), "```", "", "**What the audit says**", ""]
+    body += ["```text", str(report), "```", "", f"*{versions}; written by `{COMMAND}`.*", ""]
+    return "\n".join(body)
+
+
+def index(rows: list[dict[str, Any]]) -> str:
+    """The table of all exhibits."""
+    lines = ["# The museum of faults", ""]
+    lines += ["Set-ups broken on purpose, each found by a rule, and sound ones with nothing to find. ★: defaults "
+              "as they ship.", "", "| exhibit | found by | everything found |", "|---|---|---|"]  # fmt: skip
+    for row in rows:
+        star = " ★" if row["default"] else ""
+        found = ", ".join(f"{f['rule']} ({f['severity']})" for f in row["findings"]) or "nothing"
+        lines.append(f"| [{row['title']}]({row['name']}.md){star} | {row['rule'] or '—'} | {found} |")
+    return "\n".join([*lines, ""])
+
+
+def guide() -> str:
+    """docs/audit.md: how to ask, and the table of rules."""
+    lines = [GUIDE, "| rule | severity | why | what to do |", "|---|---|---|---|"]
+    lines += [f"| `{r.id}` | {r.severity} | {r.why} | {r.fix} |" for r in RULES.values()]
+    return "\n".join([*lines, ""])
+
+
+def record(exhibit: Exhibit, report: Report) -> dict[str, Any]:
+    findings = [
+        {"rule": f.rule, "severity": f.severity, "count": f.count, "share": f.share} for f in report.findings
+    ]
+    return {
+        "name": exhibit.name,
+        "title": title(exhibit),
+        "rule": exhibit.rule,
+        "default": exhibit.default,
+        "summary": report.summary,
+        "findings": findings,
+    }
+
+
+def main(data: str) -> None:
+    import datasets
+    import torch
+    import transformers
+    import trl
+    from transformers import AutoTokenizer
+
+    from ygivenx.model import sample_model_path
+
+    datasets.disable_progress_bars()
+    versions = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+    path, gguf_file = sample_model_path()
+    studio = Studio(AutoTokenizer.from_pretrained(path, gguf_file=gguf_file), Path(data))
+    DOCS.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for exhibit in EXHIBITS:
+        report = run(exhibit, studio)
+        rows.append(record(exhibit, report))
+        (DOCS / f"{exhibit.name}.md").write_text(page(exhibit, report, versions))
+        print(exhibit.name, [f["rule"] for f in rows[-1]["findings"]], flush=True)
+    (DOCS / "README.md").write_text(index(rows))
+    (ROOT / "docs" / "audit.md").write_text(guide())
+    RESULTS.parent.mkdir(parents=True, exist_ok=True)
+    told = {"command": COMMAND, "versions": versions, "exhibits": rows}
+    RESULTS.write_text(json.dumps(told, ensure_ascii=False, indent=1))
+
+
+if __name__ == "__main__":
+    with quiet():
+        main(sys.argv[1])

@@ -1,0 +1,50 @@
+"""Every fault is found by its rule, every sound set-up has nothing to find above info."""
+
+from __future__ import annotations
+
+import pytest
+
+from ygivenx.rules import RULES
+
+from .exhibits import EXHIBITS, Exhibit, run
+from .pages import DOCS, title
+from .studio import Studio
+
+# Trainers of other libraries warn of their own plans.
+pytestmark = pytest.mark.filterwarnings("ignore")
+FAULTS = [e for e in EXHIBITS if e.rule is not None]
+SOUND = [e for e in EXHIBITS if e.rule is None]
+
+
+def cases(exhibits):
+    slow = pytest.mark.slow
+    return [pytest.param(e, id=e.name, marks=slow if e.slow else ()) for e in exhibits]
+
+
+@pytest.fixture(scope="module")
+def studio(smol_tokenizer, data_dir):
+    return Studio(smol_tokenizer, data_dir)
+
+
+@pytest.mark.parametrize("exhibit", cases(FAULTS))
+def test_a_fault_is_found_by_its_rule(exhibit: Exhibit, studio: Studio):
+    report = run(exhibit, studio)
+    found = {f.rule: f.severity for f in report.findings}
+    assert found.get(exhibit.rule) in ("error", "warning"), str(report)
+    assert report.exit_code("warning") == 1
+
+
+@pytest.mark.parametrize("exhibit", cases(SOUND))
+def test_a_sound_set_up_has_no_finding_above_info(exhibit: Exhibit, studio: Studio):
+    report = run(exhibit, studio)
+    assert report.exit_code("warning") == 0, str(report)
+
+
+def test_the_museum_is_large_enough_and_has_its_pages():
+    assert len(FAULTS) >= 24
+    assert len(SOUND) >= 12
+    assert {e.rule for e in FAULTS} <= RULES.keys()
+    for exhibit in EXHIBITS:
+        page = (DOCS / f"{exhibit.name}.md").read_text()
+        assert title(exhibit) in page
+        assert exhibit.rule is None or f"`{exhibit.rule}`" in page

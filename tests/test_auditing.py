@@ -1,0 +1,276 @@
+"""The audit's plumbing: reports, suppressions, exit codes, alignment, and a rehearsal that leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from museum.studio import Studio
+from tiny import VOCAB, llama, sequences
+from ygivenx.encode import Encoder
+
+from ygivenx.auditing import audit
+from ygivenx.errors import ConfigError
+from ygivenx.evidence import Evidence, Library, Seen, mark_padding, seen_in_batch, seen_in_forest
+from ygivenx.forest import Forest
+from ygivenx.objective import loss
+from ygivenx.probing import probe
+from ygivenx.rehearsal import rehearse, untouched
+from ygivenx.rules import RULES, SEVERITIES
+from ygivenx.sequence import Example
+
+# Trainers of other libraries warn of their own plans; warnings of ours are tested where they are made.
+pytestmark = pytest.mark.filterwarnings("ignore")
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def studio(smol_tokenizer, data_dir):
+    return Studio(smol_tokenizer, data_dir)
+
+
+@pytest.fixture(scope="module")
+def report(studio):
+    """TRL's default on chats: loss on x, headers and what follows the end."""
+    rows = studio.chats(6)
+    return studio.audit(studio.sft(rows), rows)
+
+
+def batch_of(sequences, labels=None):
+    """A padded batch as collators make it."""
+    width = max(map(len, sequences))
+    pad = lambda values, fill: [*values, *[fill] * (width - len(values))]  # noqa: E731
+    labels = [s.labels for s in sequences] if labels is None else labels
+    return {
+        "input_ids": torch.tensor([pad(s.ids, 0) for s in sequences]),
+        "attention_mask": torch.tensor([pad([1] * len(s), 0) for s in sequences]),
+        "labels": torch.tensor([pad(lab, -100) for lab in labels]),
+    }
+
+
+# -- the report ---------------------------------------------------------------------------------------------
+
+
+def test_findings_are_located_and_explained(report):
+    finding = report.findings[0]
+    assert finding.rule == "loss-on-x"
+    assert finding.severity == "error"
+    assert len(finding.examples) == 3
+    assert "⟦" in finding.examples[0]["text"]
+    assert "micro-batch 0, row 0" in finding.examples[0]["where"]
+    assert finding.why
+    assert finding.fix
+    ranks = [SEVERITIES.index(f.severity) for f in report.findings]
+    assert ranks == sorted(ranks)
+    assert report.summary["trained tokens are told by"] == "the gradient of a step"
+    assert report.summary["accepted"] + report.summary["quarantined"] == report.summary["rows"]
+
+
+def test_exit_codes(report, studio):
+    assert [report.exit_code(level) for level in SEVERITIES] == [1, 1, 1]
+    rows = studio.chats(3)
+    clean = studio.audit(rows=rows)
+    assert [clean.exit_code(level) for level in SEVERITIES] == [0, 0, 0]
+    with pytest.raises(ConfigError, match="did you mean 'warning'"):
+        report.exit_code("warn")
+
+
+def test_json_and_sarif_say_the_same(report):
+    told = json.loads(report.to_json())
+    assert [f["rule"] for f in told["findings"]] == [f.rule for f in report.findings]
+    sarif = json.loads(report.to_sarif())
+    (run,) = sarif["runs"]
+    assert sarif["version"] == "2.1.0"
+    assert {r["id"] for r in run["tool"]["driver"]["rules"]} == set(RULES)
+    assert [r["ruleId"] for r in run["results"]] == [f.rule for f in report.findings]
+    assert {r["level"] for r in run["results"]} <= {"error", "warning", "note"}
+
+
+def test_the_page(report, tmp_path):
+    path = report.to_html(tmp_path / "sub" / "audit.html")
+    text = path.read_text()
+    assert "loss-on-x" in text
+    assert "default-src 'none'" in text
+
+
+def test_suppressions_need_a_rule_and_a_reason(studio):
+    rows = studio.chats(3)
+    batch = batch_of(sequences(2))
+    again = [*rows, rows[0]]
+    found = studio.audit(rows=again)
+    assert [f.rule for f in found.findings] == ["duplicates"]
+    quiet_one = studio.audit(rows=again, suppress={"duplicates": "one row is meant twice"})
+    assert quiet_one.findings == ()
+    assert quiet_one.suppressed[0][1] == "one row is meant twice"
+    assert quiet_one.exit_code("info") == 0
+    (result,) = json.loads(quiet_one.to_sarif())["runs"][0]["results"]
+    assert result["suppressions"][0]["justification"] == "one row is meant twice"
+    with pytest.raises(ConfigError, match="did you mean 'duplicates'"):
+        audit(batch=batch, suppress={"duplicate": "x"})
+    with pytest.raises(ConfigError, match="has no reason"):
+        audit(batch=batch, suppress={"duplicates": " "})
+
+
+def test_every_rule_is_documented():
+    text = (DOCS / "audit.md").read_text()
+    assert [name for name in RULES if f"`{name}`" not in text] == []
+
+
+# -- evidence ---------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_judged_by_its_labels():
+    data = sequences(3)
+    batch = batch_of(data, [s.ids for s in data])
+    batch["labels"][batch["attention_mask"] == 0] = 0  # trained padding
+    assert {f.rule for f in audit(batch=batch).findings} == {"padding-trained"}
+    assert audit(batch=batch_of(data)).findings == ()
+    empty = batch_of(data, [np.full(len(s), -100) for s in data])
+    assert [f.rule for f in audit(batch=empty).findings] == ["nothing-trained"]
+
+
+def test_a_document_is_found_wherever_it_lies():
+    data = sequences(6, low=14)
+    library = Library([Example((s,)) for s in data])
+    ids = np.concatenate([data[4].ids, data[1].ids, data[2].ids[:10]])
+    seen = Seen(0, 0, ids, np.ones(len(ids), bool), np.zeros(len(ids), np.int64), ids, np.ones(len(ids)))
+    library.align(seen)
+    assert [p.sequence for p in seen.pieces] == [data[4], data[1], data[2]]
+    expected = np.concatenate([data[4].weights, data[1].weights, data[2].weights[:10]])
+    assert np.array_equal(seen.expected, expected)
+    assert seen.pieces[2].missing_tail.tolist() == list(range(10, len(data[2])))
+
+
+def test_inserted_and_lost_tokens_leave_the_rest_aligned():
+    (s,) = sequences(1, low=20)
+    ids = np.concatenate([s.ids[:5], [VOCAB, VOCAB + 1], s.ids[5:9], s.ids[11:]])
+    seen = Seen(0, 0, ids, np.ones(len(ids), bool), np.zeros(len(ids), np.int64), ids, np.ones(len(ids)))
+    Library([Example((s,))]).align(seen)
+    assert seen.kinds[5:7].tolist() == ["?", "?"]
+    assert np.array_equal(seen.expected[11:], s.weights[11:])
+    assert (~seen.pieces[0].matched).sum() == 2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_without_a_mask_is_found(side):
+    (s,) = sequences(1)
+    pad = np.full(4, VOCAB)
+    ids = np.concatenate([pad, s.ids] if side == "left" else [s.ids, pad])
+    batch = {"input_ids": ids[None], "labels": ids[None]}
+    (seen,) = seen_in_batch(batch)
+    Library([Example((s,))]).align(seen)
+    mark_padding(seen, VOCAB)
+    assert seen.padding.sum() == 4
+    assert seen.padding[0] == (side == "left")
+
+
+def test_weights_of_a_forest_go_back_to_its_sequences():
+    data = sequences(3)
+    data.append(data[0])  # merged: its edges weigh twice
+    model, forest = llama().train(), Forest.of(data)
+    with probe(model) as step:
+        loss(model, forest).value.backward()
+    total = sum(float(s.weights.sum()) for s in data)
+    for seen, s in zip(seen_in_forest(0, step.micro_batches[0], forest, data), data, strict=True):
+        assert seen.weight * total == pytest.approx(s.weights, rel=1e-4)
+
+
+def test_a_rule_without_evidence_is_silent():
+    assert [name for name, rule in RULES.items() if list(rule.check(Evidence()))] == []
+
+
+# -- the rehearsal ------------------------------------------------------------------------------------------
+
+
+def state_of(trainer):
+    return {
+        "weights": [p.detach().clone() for p in trainer.model.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in trainer.model.parameters()],
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state()[1].copy(),
+        "python": random.getstate(),
+        "training": trainer.model.training,
+        "log": copy.deepcopy(trainer.state.log_history),
+        "metrics": copy.deepcopy(getattr(trainer, "_metrics", None)),
+        "callbacks": list(trainer.callback_handler.callbacks),
+        "loaders": len(trainer.accelerator._dataloaders),
+        "keys": set(trainer.__dict__),
+    }
+
+
+def assert_same(a, b):
+    for key, value in a.items():
+        if key in ("weights", "grads"):
+            for x, y in zip(value, b[key], strict=True):
+                assert (x is None and y is None) or torch.equal(x, y)
+        elif key in ("torch", "numpy"):
+            assert np.array_equal(np.asarray(value), np.asarray(b[key]))
+        else:
+            assert value == b[key], key
+
+
+@pytest.mark.parametrize("kind", ["sft", "hf"])
+def test_a_rehearsal_leaves_no_trace(studio, kind):
+    rows = studio.chats(6)
+    if kind == "sft":
+        trainer = studio.sft(rows, gradient_accumulation_steps=2)
+    else:
+        trainer = studio.hf(studio.encoded(rows), gradient_accumulation_steps=2)
+    before = state_of(trainer)
+    run = rehearse(trainer)
+    assert len(run.batches) == 2
+    assert run.probe.weight_sum == pytest.approx(1, rel=1e-3)
+    assert_same(before, state_of(trainer))
+
+
+def test_a_run_after_an_audit_is_the_run_without_one(studio):
+    """Bitwise: the same weights after training, audited first or not."""
+    rows = studio.chats(6)
+    results = []
+    for audited in (False, True):
+        torch.manual_seed(3)
+        trainer = studio.hf(studio.encoded(rows), max_steps=2, save_strategy="no")
+        if audited:
+            audit(trainer=trainer)
+        trainer.train()
+        results.append([p.detach().clone() for p in trainer.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_breaks_inside_is_put_back(studio):
+    trainer = studio.hf(studio.encoded(studio.chats(3)))
+    before = state_of(trainer)
+
+    def breaks():
+        with untouched(trainer):
+            torch.rand(3)
+            trainer.model.train(not trainer.model.training)
+            trainer.passing = 1
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        breaks()
+    assert_same(before, state_of(trainer))
+
+
+def test_a_trainer_without_data_is_refused(studio):
+    trainer = studio.hf(studio.encoded(studio.chats(3)))
+    trainer.train_dataset = None
+    with pytest.raises(ConfigError, match="no train_dataset"):
+        rehearse(trainer)
+
+
+def test_labels_and_gradient_agree_on_a_sound_batch(studio):
+    """Both ways of seeing what is trained, on the same batch."""
+    rows = studio.chats(3)
+    encoder = Encoder(studio.tokenizer)
+    trainer = studio.hf(studio.encoded(rows))
+    live = audit(rows, encoder, trainer=trainer)
+    static = audit(rows, encoder, batch=trainer.data_collator(studio.encoded(rows)))
+    assert live.findings == static.findings == ()
+    assert live.summary["trained"] == static.summary["trained"]
