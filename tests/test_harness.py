@@ -1,0 +1,131 @@
+"""The plug-in for lm-evaluation-harness against the harness's own HF class, on real tasks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from harness_tasks import write_tasks
+from tiny import llama
+
+if find_spec("lm_eval") is None:
+    pytest.skip("lm-eval is not installed", allow_module_level=True)
+
+# What the harness and what it imports warn about is not ours to mend.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory, smol_tokenizer) -> Path:
+    """A random model with the real tokenizer, as a directory; some requests are longer than it reads."""
+    path = tmp_path_factory.mktemp("model")
+    model = llama(vocab_size=len(smol_tokenizer), max_position_embeddings=300)
+    model.save_pretrained(path)
+    smol_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory, data_dir) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("tasks")
+    return folder, write_tasks(folder, data_dir)
+
+
+def run(model: str, arguments: dict, tasks: tuple[Path, list[str]]) -> dict:
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    import ygivenx.harness  # noqa: F401
+
+    folder, names = tasks
+    return lm_eval.simple_evaluate(
+        model=model, model_args=arguments, tasks=names, device="cpu", bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+    )  # fmt: skip
+
+
+def answers(result: dict) -> dict[str, list]:
+    return {
+        name: [r[0] for s in sorted(samples, key=lambda s: s["doc_id"]) for r in s["resps"]]
+        for name, samples in result["samples"].items()
+    }
+
+
+def accuracies(result: dict) -> dict:
+    return {
+        (task, metric): value
+        for task, metrics in result["results"].items()
+        for metric, value in metrics.items()
+        if metric in ("acc,none", "acc_norm,none")
+    }
+
+
+def assert_equal(ours: dict, theirs: dict) -> None:
+    compared = 0
+    for name, told in answers(theirs).items():
+        for a, b in zip(answers(ours)[name], told, strict=True):
+            if name == "local_generation":
+                assert a == b
+            elif name == "local_rolling":
+                assert a == pytest.approx(b, abs=1e-2)  # sums over hundreds of tokens
+            else:
+                assert a[0] == pytest.approx(b[0], abs=1e-3), name
+                assert a[1] == b[1]
+            compared += 1
+    assert compared == 3 * 12 * 4 + 2 + 2
+    assert accuracies(ours) == accuracies(theirs)
+    assert len(accuracies(ours)) == 6
+
+
+def test_every_request_and_accuracy_equals_the_hf_class(tiny_model, tasks):
+    arguments = {"pretrained": str(tiny_model), "dtype": "float32"}
+    ours, theirs = run("ygivenx", arguments, tasks), run("hf", arguments, tasks)
+    assert_equal(ours, theirs)
+    info = ours["config"]["ygivenx"]
+    assert info["sharing"] > 2
+    assert info["requests"] == 3 * 12 * 4
+    # ":(" is one token of SmolLM2: after "A:" the rule reads "72)" where "(72)" is written.
+    assert info["requests_read_as_another_text"] == 12 * 4
+    assert info["examples"][0]["written"].endswith("A:(72)")
+
+
+@pytest.mark.model
+def test_on_the_real_model(smol, tasks):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from ygivenx.harness import ForestLM
+
+    model, tokenizer = smol
+    stem = "Q: What is the capital of France?\nA: Paris\n\nQ: What is the capital of Italy?\nA:"
+    texts = [(stem, f" {city}") for city in ("Rome", "Paris", "Florence, of course")]
+    texts += [("", "Hello there"), ("The", " end")]
+    requests = [Instance("loglikelihood", {}, t, i) for i, t in enumerate(texts)]
+    ours = ForestLM(pretrained=model, tokenizer=tokenizer).loglikelihood(requests, disable_tqdm=True)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer).loglikelihood(requests, disable_tqdm=True)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a[0] == pytest.approx(b[0], abs=1e-3)
+        assert a[1] == b[1]
+    assert ours[0][0] > ours[1][0]
+
+
+def test_the_harness_s_own_command(tiny_model, tasks, tmp_path):
+    folder, _ = tasks
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "ygivenx.harness", "run", "--model", "ygivenx",
+            "--model_args", f"pretrained={tiny_model},dtype=float32,border=exact", "--device", "cpu",
+            "--tasks", "local_parenthesis", "--include_path", folder, "--output_path", tmp_path, "--limit", "4",
+        ],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = tmp_path.rglob("results_*.json")
+    info = json.loads(path.read_text())["config"]["ygivenx"]
+    assert info["border"] == "exact"
+    assert info["requests"] == 16
+    assert info["requests_read_as_another_text"] == 0
