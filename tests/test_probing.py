@@ -334,3 +334,80 @@ def test_leakage_between_packed_documents(mask):
     assert (matrix[1, 0] == 0) == (mask == "isolated")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+# -- other people's losses, and the real model --------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # TRL's own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_head_of_trl(dtype):
+    """TRL's chunked log-probabilities, which never call the head's module."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    model = tiny(dtype)
+    utils.add_fused_lm_head(model)
+    ids, weights = batch()
+    labels = torch.where(weights > 0, ids, -100)
+    with probe(model) as probed:
+        out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        (-(out.log_probs * weights[:, 1:]).sum()).backward()
+    assert_recovered(probed, ids, weights)
+
+
+@pytest.mark.slow  # compiles a kernel
+@pytest.mark.filterwarnings("ignore")
+def test_cut_cross_entropy():
+    cce = pytest.importorskip("cut_cross_entropy")
+    model = tiny()
+    ids, weights = batch()
+    labels = torch.where(weights > 0, ids, -100)
+    with probe(model) as probed:
+        hidden = model.model(input_ids=ids).last_hidden_state
+        loss = cce.linear_cross_entropy(
+            hidden, model.lm_head.weight, labels, shift=True, reduction="none", impl="torch_compile"
+        )
+        (loss * weights[:, 1:]).sum().backward()
+    assert_recovered(probed, ids, weights)
+
+
+def real_batch(tokenizer):
+    """A chat in full, so that many of its tokens are all but certain; float weights."""
+    messages = [
+        {"role": "user", "content": "Name the capital of France, and one river that flows through it."},
+        {"role": "assistant", "content": "The capital of France is Paris. The Seine flows through it."},
+    ]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    weights = torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) + 0.05
+    weights[:, 0] = 0
+    return ids, weights
+
+
+def probe_real(model, tokenizer, route):
+    ids, weights = real_batch(tokenizer)
+    with probe(model) as probed:
+        if route == "logits":
+            logits = model(input_ids=ids).logits
+        else:
+            logits = model.model(input_ids=ids).last_hidden_state @ model.lm_head.weight.T
+        weighted(logits.float(), ids, weights).backward()
+    model.zero_grad()
+    assert max(r.log_p for r in probed.trained()) > math.log(0.9999)
+    assert_recovered(probed, ids, weights)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("route", ["logits", "hidden"])
+def test_the_real_model(smol, route):
+    probe_real(*smol, route)
+
+
+@pytest.mark.model
+@pytest.mark.slow  # loads it once more
+@pytest.mark.parametrize("route", ["logits", "hidden"])
+def test_the_real_model_in_bfloat16(route, smol_tokenizer):
+    from ygivenx.model import load, sample_model_path
+
+    path, gguf_file = sample_model_path()
+    model, _ = load(path, gguf_file=gguf_file, dtype=torch.bfloat16)
+    probe_real(model, smol_tokenizer, route)

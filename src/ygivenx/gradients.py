@@ -25,6 +25,7 @@ MAX_TARGETS = 16  # more targets than this in one row is a distillation, not a c
 OUTLIER = {torch.float64: 1e-5, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 # The share of a row's gradient off W·p, its largest entry apart, from which label smoothing is looked for.
 BEND = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+RATHER_SURE = 0.5  # 1 − p of the most probable token below which p − 1 has lost digits
 # The share of a row's gradient at the head's input that its targets may leave unexplained.
 UNEXPLAINED = {torch.float64: 1e-5, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
 
@@ -236,8 +237,14 @@ class _Directions:
     def fit(self, g: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(weight, ‖g − w·d‖/‖g‖) of each candidate [n, C]."""
         d = self.of(tokens)
-        w = (d * g[:, None]).sum(2) / d.pow(2).sum(2).clamp(min=1e-300)
-        residual = (g[:, None] - w[..., None] * d).norm(dim=2) / g.norm(dim=1, keepdim=True)
+        # Where 1 − p cancels, the loss's own rounding of p − 1 lies along the target's row: leave that
+        # direction out, and the weight comes from the other tokens.
+        likely = (tokens == self.top[:, None]) & (self.rest < RATHER_SURE)[:, None]
+        along = self.weight[tokens].double() * likely[..., None]
+        along = along / along.norm(dim=2, keepdim=True).clamp(min=1e-300)
+        free, rest = (v - (v * along).sum(2, keepdim=True) * along for v in (d, g[:, None]))
+        w = (free * rest).sum(2) / free.pow(2).sum(2).clamp(min=1e-300)
+        residual = (rest - w[..., None] * free).norm(dim=2) / g.norm(dim=1, keepdim=True)
         return w, residual
 
     def pursue(self, i: int, g: Tensor, limit: float) -> tuple[list[tuple[int, float]], float]:
