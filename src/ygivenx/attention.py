@@ -1,70 +1,345 @@
 """Attention over a forest, registered through transformers' attention interface: no model code is patched.
 
 q attends to k iff k <= q < end[k], and in a layer with a sliding window also depth[q] - depth[k] < window.
-Every route gives the same numbers; "dense", one masked product, is the readable twin of the others.
+Routes, all with the same numbers:
+  dense   one masked product; the readable twin of the others
+  blocks  blocks of queries, each with the path that leads to it and with itself; the CPU's flash kernel
+  flex    FlexAttention; the mask is a function of `end`
+  plain   causal attention, where the forest is one sequence
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .errors import ConfigError, ModelError, nearest
+from .forest import Forest, Ints
+
 PREFIX = (
     "ygivenx_"  # our names in transformers' registry: ygivenx_sdpa is ours for forests, sdpa for the rest
 )
+ROUTES = ("auto", "dense", "blocks", "flex", "plain")
+BLOCK = 256  # queries of a block that holds more than one segment
 
 
 @dataclass
 class Plan:
     """How one forward pass attends: handed to the model as a keyword argument, read in every layer.
 
-    end, depth: int64 [F] on the model's device. calls: layers that asked so far.
+    end, depth: int64 [F], of the nodes that are fed. calls: layers that asked so far. made: masks and blocks
+    by window, made once for all layers.
     """
 
-    end: Tensor
-    depth: Tensor
+    end: Ints
+    depth: Ints
     route: str
+    device: torch.device
     calls: int = 0
-    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    made: dict[Any, Any] = field(default_factory=dict)
 
-    def mask(self, window: int | None) -> Tensor:
-        """bool [F, F], true where q (row) attends to k (column)."""
-        if window not in self.masks:
-            q = torch.arange(len(self.end), device=self.end.device)[:, None]
-            k = q.T
-            allowed = (k <= q) & (q < self.end)
-            if window is not None:
-                allowed &= self.depth[:, None] - self.depth < window
-            self.masks[window] = allowed
-        return self.masks[window]
+    @classmethod
+    def of(cls, forest: Forest, device: torch.device, route: str = "auto") -> Plan:
+        if route not in ROUTES:
+            raise ConfigError(
+                f"unknown route {route!r}{nearest(route, ROUTES)}", fix=f"use one of {', '.join(ROUTES)}"
+            )
+        end, depth = forest.fed_end, forest.depth[forest.fed]
+        one_path = bool((end == len(end)).all())
+        if route == "plain" and not one_path:
+            raise ConfigError(
+                "the route 'plain' is for one sequence; this forest branches", fix="leave route out"
+            )
+        if route == "auto":
+            route = "plain" if one_path else automatic(device)
+        return cls(end, depth, route, device)
+
+    def once(self, make: Callable[..., Any], window: int | None) -> Any:
+        """make(self, window), kept for the layers that ask later."""
+        key = make, window
+        if key not in self.made:
+            self.made[key] = make(self, window)
+        return self.made[key]
+
+
+def automatic(device: torch.device) -> str:
+    """The route that branching forests take on a device."""
+    return {"cpu": "blocks", "cuda": "flex"}.get(device.type, "dense")
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
            ygx: Plan | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The function that transformers' layers call. Without a plan, what the model would have run anyway."""
+    """What transformers' layers call. query [1, heads, F, D]; returns [1, F, heads, D].
+
+    Without a plan it is what the model would have run anyway.
+    """
     if ygx is None:
         return _stock(module)(module, query, key, value, attention_mask, **options)
     ygx.calls += 1
-    scale = options.get("scaling") or query.shape[-1] ** -0.5
-    out = _dense(query, key, value, ygx.mask(options.get("sliding_window")), scale)
+    out = _routed(ygx, query, key, value, _Options.of(query, options))
     return out.transpose(1, 2).contiguous(), None
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (key, value))
-    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+@dataclass(frozen=True)
+class _Options:
+    """What a layer asks for: softmax(softcap(scale·q·k)) with a window, sinks and dropout on its weights."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+
+    @classmethod
+    def of(cls, query: Tensor, options: dict[str, Any]) -> _Options:
+        for name in ("position_bias",):
+            if options.get(name) is not None:
+                raise ModelError(f"attention with {name} can't be computed over a forest")
+        scale = options.get("scaling")
+        return cls(
+            query.shape[-1] ** -0.5 if scale is None else scale,
+            options.get("sliding_window"),
+            options.get("softcap"),
+            options.get("s_aux"),
+            options.get("dropout", 0.0),
+        )
+
+
+def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) -> Tensor:
+    """The plan's route, or the twin for what that route has no kernel for."""
+    window = o.window if o.window is not None and o.window <= plan.depth.max() else None
+    simple = o.softcap is None and o.sinks is None and not o.dropout
+    same_width = query.shape[-1] == value.shape[-1]
+    if plan.route == "plain" and simple and window is None:
+        key, value = _per_head(query, key), _per_head(query, value)
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=o.scale)
+    if plan.route == "blocks" and simple and same_width:
+        return _Blocks.apply(query, key, value, plan.once(make_blocks, window), o.scale)
+    if plan.route == "flex" and o.sinks is None and not o.dropout:
+        return _flex(query, key, value, plan.once(flex_mask, window), o)
+    return dense(query, key, value, plan.once(dense_mask, window), o)
+
+
+# -- dense: the twin -------------------------------------------------------------------------------------
+
+
+def dense_mask(plan: Plan, window: int | None) -> Tensor:
+    """bool [F, F], true where q (row) attends to k (column)."""
+    end, depth = (torch.from_numpy(a).to(plan.device) for a in (plan.end, plan.depth))
+    q = torch.arange(len(end), device=plan.device)[:, None]
+    allowed = (q >= q.T) & (q < end)
+    return allowed if window is None else allowed & (depth[:, None] - depth < window)
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o: _Options) -> Tensor:
+    key, value = _per_head(query, key), _per_head(query, value)
+    if o.softcap is None and o.sinks is None:
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=o.dropout, scale=o.scale
+        )
+    scores = query @ key.mT * o.scale
+    if o.softcap is not None:
+        scores = o.softcap * torch.tanh(scores / o.softcap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if o.sinks is not None:  # one more key per head, with a learned score and no value
+        sinks = o.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, sinks), -1)
+    weights = torch.softmax(scores.float(), -1).to(value.dtype)[..., : key.shape[2]]
+    return nn.functional.dropout(weights, o.dropout) @ value
+
+
+def _per_head(query: Tensor, kv: Tensor) -> Tensor:
+    groups = query.shape[1] // kv.shape[1]
+    return kv.repeat_interleave(groups, dim=1) if groups > 1 else kv
+
+
+# -- blocks: the CPU -------------------------------------------------------------------------------------
+
+Index = slice | Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries [start, stop): they all see the keys `path`; of the keys `near` they see what `mask` allows.
+
+    mask: float [stop - start, near], 0 or -inf; None says that near are the block's own keys, causal.
+    """
+
+    start: int
+    stop: int
+    path: Index | None
+    near: Index
+    mask: Tensor | None
+
+
+def make_blocks(plan: Plan, window: int | None) -> list[Block]:
+    """Long segments are blocks of their own, short ones are gathered; with a window all are short."""
+    return [_block(plan, start, stop, window) for start, stop in _cuts(plan.end, window)]
+
+
+def _cuts(end: Ints, window: int | None) -> list[tuple[int, int]]:
+    # Neighbours with the same end are a chain without branches: a segment.
+    bounds = np.flatnonzero(np.diff(end, prepend=-1, append=-1))
+    if window is not None:
+        bounds = np.unique(np.concatenate((bounds, np.arange(0, len(end), BLOCK))))
+    cuts, start = [], 0
+    for here, after in pairwise(bounds.tolist()):
+        if after - start > BLOCK and here > start:
+            cuts.append((start, here))
+            start = here
+    return [*cuts, (start, len(end))]
+
+
+def _block(plan: Plan, start: int, stop: int, window: int | None) -> Block:
+    end, depth = plan.end, plan.depth
+    keys = np.flatnonzero(end[:start] > start)  # the path from the root to here
+    everywhere = end[keys] >= stop
+    if window is not None:
+        inside = depth[start:stop]
+        keys, everywhere = (a[depth[keys] > inside.min() - window] for a in (keys, everywhere))
+        everywhere &= depth[keys] > inside.max() - window
+    path = keys[everywhere]
+    near = np.concatenate((keys[~everywhere], np.arange(start, stop)))
+    chain = bool((end[start:stop] == end[start]).all()) and len(near) == stop - start
+    if chain and (window is None or stop - start <= window):
+        return Block(start, stop, _index(path), _index(near), None)
+    q = np.arange(start, stop)[:, None]
+    allowed = (near <= q) & (q < end[near])
+    if window is not None:
+        allowed &= depth[start:stop, None] - depth[near] < window
+    mask = torch.zeros(allowed.shape).masked_fill_(torch.from_numpy(~allowed), -torch.inf)
+    return Block(start, stop, _index(path), _index(near), mask)
+
+
+def _index(nodes: Ints) -> Index | None:
+    """A slice where they are neighbours, so that taking them is free."""
+    if not len(nodes):
+        return None
+    if nodes[-1] - nodes[0] + 1 == len(nodes):
+        return slice(int(nodes[0]), int(nodes[-1]) + 1)
+    return torch.from_numpy(nodes)
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class _Blocks(torch.autograd.Function):
+    """Softmax over path and near keys by two flash calls, merged by their logsumexp (Dao et al. 2022)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scale: float
+    ) -> Tensor:
+        n, heads, length, width = query.shape
+        out = query.new_empty(n, length, heads, width).transpose(1, 2)
+        lse = query.new_empty(
+            n, length, heads, dtype=torch.promote_types(query.dtype, torch.float32)
+        ).transpose(1, 2)
+        for b in blocks:
+            rows = slice(b.start, b.stop)
+            q, o, total = query[:, :, rows], out[:, :, rows], lse[:, :, rows]
+            near, near_lse = _flash(q, key[:, :, b.near], value[:, :, b.near], 0.0, b.mask is None,
+                                    attn_mask=_like(b.mask, q), scale=scale)  # fmt: skip
+            if b.path is None:
+                o.copy_(near)
+                total.copy_(near_lse)
+                continue
+            far, far_lse = _flash(q, key[:, :, b.path], value[:, :, b.path], scale=scale)
+            torch.logaddexp(near_lse, far_lse, out=total)
+            torch.lerp(near, far, (far_lse - total).exp_()[..., None].to(near.dtype), out=o)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.blocks, ctx.scale = blocks, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # With the merged output and logsumexp, each part's gradient is that of its share of the whole.
+        query, key, value, out, lse = ctx.saved_tensors
+        d_query, d_key, d_value = (_zeros(t) for t in (query, key, value))
+        for b in ctx.blocks:
+            rows = slice(b.start, b.stop)
+            g, q, o, total = (t[:, :, rows] for t in (grad, query, out, lse))
+            for keys, mask, causal in ((b.near, b.mask, b.mask is None), (b.path, None, False)):
+                if keys is None:
+                    continue
+                k, v = key[:, :, keys], value[:, :, keys]
+                dq, dk, dv = _flash_backward(
+                    g, q, k, v, o, total, 0.0, causal, attn_mask=_like(mask, q), scale=ctx.scale
+                )
+                d_query[:, :, rows] += dq
+                _add(d_key, keys, dk)
+                _add(d_value, keys, dv)
+        return d_query, d_key, d_value, None, None
+
+
+def _like(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    return None if mask is None else mask.to(query.dtype)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    n, heads, length, width = like.shape
+    return like.new_zeros(n, length, heads, width).transpose(1, 2)
+
+
+def _add(total: Tensor, keys: Index, part: Tensor) -> None:
+    if isinstance(keys, slice):
+        total[:, :, keys] += part
+    else:
+        total.index_add_(2, keys, part)
+
+
+# -- flex: CUDA ------------------------------------------------------------------------------------------
+
+
+def flex_mask(plan: Plan, window: int | None) -> BlockMask:
+    end, depth = (torch.from_numpy(a).to(plan.device) for a in (plan.end, plan.depth))
+
+    def allowed(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (k <= q) & (q < end[k])
+        return seen if window is None else seen & (depth[q] - depth[k] < window)
+
+    return create_block_mask(allowed, None, None, len(end), len(end), device=plan.device)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, o: _Options) -> Tensor:
+    run = _compiled_flex() if query.is_cuda else flex_attention
+    cap = o.softcap
+
+    def capped(score: Tensor, _b: Tensor, _h: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    score_mod = None if cap is None else capped
+    gqa = query.shape[1] != key.shape[1]
+    return run(query, key, value, score_mod=score_mod, block_mask=mask, scale=o.scale, enable_gqa=gqa)
+
+
+@cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+# -- transformers' registry ------------------------------------------------------------------------------
 
 
 def prepare(config: PreTrainedConfig) -> None:
-    """Let the layers of a model with this config ask us first. Calls without a plan run as before."""
+    """Let the layers of a model with this config ask us first; calls without a plan run as before.
+
+    It stays so: gradient checkpointing runs the layers again when we are long gone.
+    """
     stock = config._attn_implementation or "eager"
     if stock.startswith(PREFIX):
         return
@@ -83,4 +358,4 @@ def _stock(module: nn.Module) -> Any:
 
 def explain(model: nn.Module | None = None) -> dict[str, str]:
     """Which route runs on which device."""
-    return {"cpu": "dense", "cuda": "dense"}
+    return {"cpu": "blocks", "cuda": "flex"}

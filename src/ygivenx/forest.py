@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,10 +81,7 @@ class Forest:
 
     def edges(self, scored: bool | npt.NDArray[np.bool_] | None = None) -> Edges:
         """The edges with a weight; `scored=True` all that have a context; or those of a bool mask [N]."""
-        if scored is None:
-            wanted = self.weight != 0
-        else:
-            wanted = np.broadcast_to(np.asarray(scored, bool), self.token.shape)
+        wanted = self.weight != 0 if scored is None else np.broadcast_to(scored, self.token.shape)
         nodes = np.flatnonzero(wanted & (self.parent >= 0))
         nodes = nodes[np.argsort(self.parent[nodes], kind="stable")]
         rows = np.searchsorted(self.fed, self.parent[nodes])
@@ -213,7 +211,7 @@ def _units(length: Ints, shared: Ints, max_tokens: int) -> list[tuple[int, int, 
         if hi - lo > 1:
             branch = int(shared[lo + 1 : hi].min())
             bounds = [lo, *(lo + 1 + np.flatnonzero(shared[lo + 1 : hi] == branch)).tolist(), hi]
-            parts = list(zip(bounds[:-1], bounds[1:], strict=True))
+            parts = list(pairwise(bounds))
             largest = max(size(a, b) for a, b in parts)
             worth = (len(parts) - 1) * (branch - stem) * 32 >= whole - largest
             fits = whole <= max_tokens
