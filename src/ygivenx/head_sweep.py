@@ -20,7 +20,7 @@ sweep goes backwards. That holds as many columns as H. What is beyond is compute
 a rounded dW would lose digits, and large vocabularies) or waits in working memory and adds to dW (float32).
 
 A bfloat16 logit is the product rounded to bfloat16 plus what that rounding left over, from a second product:
-softmax sees float32, as the sums do.
+softmax sees float32, as the sums do. `head_kernel.py` makes the same tile of exponentials at once, where it can.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from . import head_kernel
 
 MEMORY = 64 << 20  # bytes beyond the gradients that a call may hold on to
 HUGE = 1e20
@@ -232,12 +234,15 @@ class _Marks:
         self.token, self.column, self.value = token[order], column[order], value[order]
         self.tokens: list[int] = self.token.tolist()
 
+    def within(self, start: int, stop: int) -> slice:
+        return slice(bisect_left(self.tokens, start), bisect_left(self.tokens, stop))
+
     def add_to(self, tile: Tensor, start: int) -> None:
         """Adds those whose token lies in this tile, which begins at token `start`."""
-        a, b = bisect_left(self.tokens, start), bisect_left(self.tokens, start + len(tile))
-        if a < b:
-            place = (self.token[a:b] - start, self.column[a:b])
-            tile.index_put_(place, self.value[a:b].to(tile.dtype), accumulate=True)
+        mine = self.within(start, start + len(tile))
+        if mine.start < mine.stop:
+            place = (self.token[mine] - start, self.column[mine])
+            tile.index_put_(place, self.value[mine].to(tile.dtype), accumulate=True)
 
 
 class _Block:
@@ -254,6 +259,8 @@ class _Block:
         nowhere = torch.full((b - a,), -torch.inf, dtype=edges.wide, device=device)
         column = torch.arange(b - a, device=device)
         self.without_target = _Marks(edges.target[edges.first[a:b]], column, nowhere)
+        compiled = self.head.softcap is None and head_kernel.usable(weight)
+        self.packed = head_kernel.Packed(self.x) if compiled else None
 
     def shifted_logits(self, out: Tensor, start: int, shift: Tensor) -> tuple[Tensor, Tensor | None]:
         """(z - shift, slope of the cap) of the tokens from `start` on; `out` is overwritten and may be it."""
@@ -261,11 +268,14 @@ class _Block:
         weight = head.weight[start : start + len(out)]
         torch.mm(weight, self.x.T, out=out)
         capped = head.softcap is not None
-        z = out if out.dtype == wide else self.scratch.view("z", len(out), self.width, wide)
-        torch.sub(out, 0 if capped else shift / head.scale, out=z)
-        if z is not out:
+        z = out
+        if out.dtype != wide:
             lost = self.scratch.view("lost", len(out), self.width, out.dtype)
-            z += torch.addmm(out, weight, self.x.T, beta=-1, out=lost)
+            torch.addmm(out, weight, self.x.T, beta=-1, out=lost)
+            z = self.scratch.view("z", len(out), self.width, wide).copy_(out)
+            z += lost
+        if not capped:
+            z -= shift / head.scale
         if head.bias is not None:
             z += head.bias[start : start + len(out), None]
         if head.scale != 1:
@@ -277,6 +287,9 @@ class _Block:
         self, out: Tensor, start: int, sums: Tensor | None = None, above: Tensor | None = None
     ) -> None:
         """e[v], 0 at the columns' targets, times the slope of the cap, into `out`; adds to S and to the rank."""
+        if self.packed is not None:
+            self._compiled_exponentials(self.packed, out, start, sums, above)
+            return
         z, slope = self.shifted_logits(out, start, self.shift)
         self.without_target.add_to(z, start)
         if above is not None:
@@ -288,6 +301,19 @@ class _Block:
             z *= slope
         if z is not out:
             out.copy_(z)
+
+    def _compiled_exponentials(
+        self, packed: head_kernel.Packed, out: Tensor, start: int, sums: Tensor | None, above: Tensor | None
+    ) -> None:
+        stop = start + len(out)
+        marks, mine = self.without_target, self.without_target.within(start, stop)
+        bias = None if self.head.bias is None else self.head.bias[start:stop].float()
+        packed.exponentials(
+            self.head.weight[start:stop], out, self.shift, bias, self.head.scale,
+            (marks.token[mine] - start, marks.column[mine]),
+            torch.zeros(self.width, dtype=torch.float64) if sums is None else sums,
+            torch.zeros(self.width, dtype=torch.int64) if above is None else above,
+        )  # fmt: skip
 
     def first_sweep(self, tiles: list[tuple[int, Tensor]], *, product: bool, ranks: bool) -> Tensor | None:
         """Fills the tiles, settles log p, and gives Σ e[v]·W[v] [width, H] if that is asked for."""
