@@ -27,10 +27,9 @@ def data_dir() -> Path:
 def smol():
     """(model, tokenizer): SmolLM2-135M-Instruct in float32, eval mode."""
     _need_smol()
-    from ygivenx.model import load, sample_model_path
+    from ygivenx import load
 
-    path, gguf_file = sample_model_path()
-    return load(path, gguf_file=gguf_file)
+    return load("sample")
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +37,7 @@ def smol_tokenizer():
     _need_smol()
     from transformers import AutoTokenizer
 
-    from ygivenx.model import sample_model_path
+    from ygivenx.places import sample_model_path
 
     path, gguf_file = sample_model_path()
     return AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)

@@ -97,13 +97,13 @@ def test_identity_on_the_real_model(smol):
     from ygivenx import Encoder
 
     model, tokenizer = smol
-    rows = {
-        "messages": [
-            {"role": "user", "content": "Name three rivers."},
-            {"role": "assistant", "content": "The Nile, the Rhine and the Amazon."},
-        ]
+    texts = {
+        "system": "Be brief.",
+        "user": "Name three rivers.",
+        "assistant": "The Nile, the Rhine, the Amazon.",
     }
-    book = ledger(model, Encoder(tokenizer)(rows))
+    row = {"messages": [{"role": role, "content": text} for role, text in texts.items()]}
+    book = ledger(model, Encoder(tokenizer)(row))
     assert book.balanced
     assert book.difference < 2e-4
     assert {r.kind for r in book.rows} == {"system", "template", "user", "answer", "end_of_turn"}

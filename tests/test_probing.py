@@ -406,7 +406,8 @@ def test_the_real_model(smol, route):
 @pytest.mark.slow  # loads it once more
 @pytest.mark.parametrize("route", ["logits", "hidden"])
 def test_the_real_model_in_bfloat16(route, smol_tokenizer):
-    from ygivenx.model import load, sample_model_path
+    from ygivenx.model import load
+    from ygivenx.places import sample_model_path
 
     path, gguf_file = sample_model_path()
     model, _ = load(path, gguf_file=gguf_file, dtype=torch.bfloat16)

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from .errors import YgivenxError
 from .intake import console as err
-from .intake import open_encoder, open_model, open_rows, source, take, the_row
+from .intake import open_encoder, open_model, open_rows, the_row
+from .places import located
 
 OK, FINDINGS, USAGE = 0, 1, 2
 
@@ -158,7 +159,7 @@ def score(
     data: Data,
     model: Model,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="JSONL; standard output if left out")
+        Path | None, typer.Option("--output", "-o", help=".jsonl or .parquet; standard output if left out")
     ] = None,
     gguf_file: Gguf = None,
     fmt: Format = None,
@@ -168,45 +169,33 @@ def score(
     limit: Limit = None,
     control: Control = "refuse",
     dtype: Dtype = "float32",
-    max_tokens: Annotated[int, typer.Option(help="distinct tokens in one forward pass")] = 4096,
-    tokens: Annotated[bool, typer.Option("--tokens", help="add the value of each token")] = False,
+    border: Annotated[
+        str, typer.Option(help="joint: one text, a straddling token is y; split: tokenised apart")
+    ] = "joint",
+    bos: Annotated[str, typer.Option(help="auto (as the tokenizer does), always or never")] = "auto",
+    overflow: Annotated[
+        str, typer.Option(help="more than the model reads: refuse, left (cut x) or roll (a window)")
+    ] = "refuse",
+    max_length: Annotated[int | None, typer.Option(min=1, help="tokens read at once")] = None,
+    unconditional: Annotated[
+        str | None, typer.Option(help="a prompt in the place of x, for log Pr(y) and PMI")
+    ] = None,
+    marginal: Annotated[bool, typer.Option(help="log Pr(x) too; without it scoring is cheaper")] = True,
+    tokens: Annotated[bool, typer.Option("--tokens", help="add value, rank and text of each token")] = False,
+    ray: Annotated[int, typer.Option(help="workers of a Ray cluster (extra: ray); 0 for none")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """log Pr(x), log Pr(y|x) and log Pr([x,y]) of every row, in nats.
+    """log Pr(x), log Pr(y|x) and log Pr([x,y]) of every row, in nats. Run it again to go on where it ended.
 
     Example: `ygx score pairs.jsonl --model sample -o scores.jsonl`
     """
-    from .encode import Encoder
-    from .scoring import score_sequences
+    flags = {k: v for k, v in locals().items() if k not in ("model", "gguf_file", "output", "as_json")}
+    from .scorerun import score_file
 
-    loaded, tokenizer = open_model(model, gguf_file, dtype)
-    examples, account = take(open_rows(data, fmt, x, y, plain, limit), Encoder(tokenizer, control=control))
-    sequences = [s for e in examples for s in e.sequences]
-    with err.status(f"scoring {len(sequences):,} sequences"):
-        scores = score_sequences(loaded, sequences, max_tokens=max_tokens)
-    account |= _score_means(scores)
-    lines = [json.dumps(_finite(s.to_dict(tokens=tokens)), ensure_ascii=False) for s in scores]
-    if output is not None:
-        output.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    elif not as_json:
-        print("\n".join(lines))
-    err.print(
-        f"{account['conditional_nats_per_token']:.4f} nats per token of y "
-        f"over {account['tokens_y']:,} tokens of y",
-        highlight=False,
-    )
+    reader = open_rows(data, fmt, x, y, plain, limit)
+    account = score_file(reader, located(model, gguf_file), output, flags, console=err, silent=as_json)
     if as_json:
         emit(account)
-
-
-def _score_means(scores: list[Any]) -> dict[str, Any]:
-    n = sum(s.tokens for s in scores)
-    total = sum(s.log_p_y_given_x for s in scores)
-    return {
-        "scored": len(scores),
-        "tokens_y": n,
-        "conditional_nats_per_token": -total / n if n else float("nan"),
-    }
 
 
 @app.command()
@@ -368,7 +357,7 @@ def doctor(
     """
     from .doctor import examine, told
 
-    found = examine(source(model, gguf_file) if model else None)
+    found = examine((model, gguf_file) if model else None)
     if as_json:
         emit(found)
     else:

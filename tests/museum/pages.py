@@ -112,7 +112,7 @@ def main(data: str) -> None:
     import trl
     from transformers import AutoTokenizer
 
-    from ygivenx.model import sample_model_path
+    from ygivenx.places import sample_model_path
 
     datasets.disable_progress_bars()
     versions = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
