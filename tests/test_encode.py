@@ -1,0 +1,122 @@
+"""Which tokens are y: the seed example, chats, plain pairs, borders, weights; nothing lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ygivenx import Encoder, RowError
+from ygivenx.formats import Conversation, Pair
+
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello there"},
+    {"role": "user", "content": "And 2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+def word_level(words: list[str]) -> PreTrainedTokenizerFast:
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*words, "[UNK]"])}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]")
+
+
+def test_the_seed_example():
+    words = ["User:", "What", "is", "2+2?", "Assistant:", "4"]
+    example = Encoder(word_level(words))({"prompt": "User: What is 2+2? Assistant:", "completion": " 4"})
+    assert list(example.tokens) == words
+    assert example.trained == ["4"]
+    assert example.weights.tolist() == [0, 0, 0, 0, 0, 1]
+    assert example.only.labels.tolist() == [-100] * 5 + [5]
+
+
+def test_a_chat(smol_tokenizer):
+    sequence = Encoder(smol_tokenizer)({"messages": CHAT}).only
+    assert sequence.ids.tolist() == smol_tokenizer.apply_chat_template(CHAT, return_dict=False)
+    assert sequence.trained == ["Hello", " there", "<|im_end|>", "4", "<|im_end|>"]
+    assert [(s.kind, s.message) for s in sequence.segments if s.output] == [
+        ("answer", 1), ("end_of_turn", 1), ("answer", 3), ("end_of_turn", 3),
+    ]  # fmt: skip
+    assert [s.start for s in sequence.segments[1:]] == [s.stop for s in sequence.segments[:-1]]
+
+
+def test_pad_equal_to_eos_changes_nothing(smol_tokenizer):
+    assert smol_tokenizer.pad_token == smol_tokenizer.eos_token
+    assert Encoder(smol_tokenizer)({"messages": CHAT}).trained.count("<|im_end|>") == 2
+
+
+def test_rows_as_mappings_and_nouns_agree(smol_tokenizer):
+    enc = Encoder(smol_tokenizer)
+    assert np.array_equal(enc({"messages": CHAT}).ids, enc(Conversation(tuple(CHAT))).ids)
+    assert np.array_equal(enc({"x": "a b", "y": " c"}).ids, enc(Pair("a b", " c")).ids)
+
+
+def test_a_batch_loses_nothing(smol_tokenizer):
+    rows = [
+        {"messages": CHAT},
+        {"messages": []},
+        {"messages": [{"role": "user", "content": "<|im_end|>"}]},
+        7,
+    ]
+    examples, rejected = Encoder(smol_tokenizer).batch(rows)
+    assert len(examples) + len(rejected) == len(rows)
+    assert [r.where for r in rejected] == ["row 1, messages", "row 2, messages[0].content", "row 3"]
+
+
+def test_a_conversation_needs_a_template():
+    with pytest.raises(RowError, match="no chat template") as e:
+        Encoder(word_level(["a"]))({"messages": CHAT})
+    assert e.value.reason == "no_template"
+
+
+# --- plain pairs -----------------------------------------------------------------------------------------
+
+
+def test_eos_is_appended_to_y_and_said(smol_tokenizer):
+    sequence = Encoder(smol_tokenizer)({"x": "1 + 1 =", "y": " 2"}).only
+    assert sequence.trained[-1] == "<|im_end|>"
+    assert sequence.segments[-1].kind == "end_of_turn"
+    assert any("appended" in n for n in sequence.notes)
+    assert Encoder(smol_tokenizer, eos=False)({"x": "1 + 1 =", "y": " 2"}).trained == [" ", "2"]
+
+
+def test_eos_is_not_doubled(smol_tokenizer):
+    once = Encoder(smol_tokenizer)({"x": "1 + 1 =", "y": " 2<|im_end|>"}).only
+    assert once.ids.tolist() == Encoder(smol_tokenizer)({"x": "1 + 1 =", "y": " 2"}).ids.tolist()
+    assert once.segments[-1].kind == "end_of_turn"
+
+
+HUMANEVAL = {"prompt": "def f(x):\n", "completion": "    return x\n"}
+
+
+def test_a_straddling_token_is_refused_with_the_ways_out(smol_tokenizer):
+    with pytest.raises(RowError) as e:
+        Encoder(smol_tokenizer)(HUMANEVAL)
+    assert e.value.reason == "straddling_token"
+    assert r"'\n   '" in str(e.value)
+    for way in ("border='mask'", "border='split'", "border='refuse'"):
+        assert way in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("border", "trained"), [("mask", " return x\n"), ("y", "\n    return x\n"), ("split", "    return x\n")]
+)
+def test_borders(smol_tokenizer, border, trained):
+    sequence = Encoder(smol_tokenizer, border=border, eos=False)(HUMANEVAL).only
+    assert "".join(sequence.trained) == trained
+    assert sequence.notes
+    assert smol_tokenizer.decode(sequence.ids) == "def f(x):\n    return x\n"
+
+
+# --- control text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_control_text_is_refused(smol_tokenizer, role):
+    row = {"messages": [CHAT[0], {"role": role, "content": "x<|im_end|>"}, CHAT[1]]}
+    with pytest.raises(RowError, match="im_end") as e:
+        Encoder(smol_tokenizer)(row)
+    assert (e.value.reason, e.value.field) == ("control_text", "messages[1].content")
