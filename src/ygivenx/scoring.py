@@ -80,9 +80,12 @@ class Score:
         return math.nan if self.log_p_y is None else self.log_p_y_given_x - self.log_p_y
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON: None stands for what has no value."""
+        """Plain types, for JSON: what has no value is None, what wasn't asked for is left out."""
         derived = {n: getattr(self, n) for n in ("per_token", "per_byte", "perplexity", "pmi")}
-        return {k: _plain(v) for k, v in (asdict(self) | derived).items()}
+        left_out = {k for k, v in asdict(self).items() if v is None} | (
+            {"pmi"} if self.log_p_y is None else set()
+        )
+        return {k: _plain(v) for k, v in (asdict(self) | derived).items() if k not in left_out}
 
 
 @dataclass
@@ -130,7 +133,7 @@ def score(
     items: Iterable[Any],
     *,
     border: str = "joint",
-    bos: str = "auto",
+    bos: bool | str = "auto",
     control: str = "refuse",
     overflow: str = "refuse",
     max_length: int | None = None,
@@ -144,7 +147,7 @@ def score(
     or Example. It becomes a Score, or a list of them where it has several y's or renderings.
 
     border: `joint` tokenises x + y as one text, and a token that straddles the border counts as y, with a
-    note; `split` tokenises them apart. bos: `auto` adds one if and only if the tokenizer itself does.
+    note; `split` tokenises them apart. bos: True, False, or `auto`: one if and only if the tokenizer itself adds one.
     control: see `Encoder`. overflow: for more than `max_length` tokens (by default the model's context
     window) `refuse`, cut x on the `left`, or `roll` a window over them.
     unconditional: a prompt in the place of x for `Score.pmi`. marginal=False spares log Pr(x).
@@ -163,7 +166,7 @@ def score(
 
 
 def questioner_for(
-    model: nn.Module, tokenizer: Any, *, border: str = "joint", bos: str = "auto", control: str = "refuse",
+    model: nn.Module, tokenizer: Any, *, border: str = "joint", bos: bool | str = "auto", control: str = "refuse",
     overflow: str = "refuse", max_length: int | None = None, unconditional: str | None = None,
 ) -> Questioner:  # fmt: skip
     """A Questioner for a model and its tokenizer; options as in `score`."""
