@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 64  # rows at a time: [CHUNK, vocabulary] in float64
+BLOCK = 1 << 27  # logits held at a time in the model's own precision
 MAX_TARGETS = 16  # more targets than this in one row is a distillation, not a cross-entropy
 
 # How far an entry may lie from W·p, relative to p + 1/V, before it counts as a target: rounding of the logits
@@ -155,24 +156,30 @@ def from_hidden(hidden: Tensor, grad: Tensor, form: HeadForm, hints: Tensor) -> 
     (rows of the head's matrix that are equal), −1 for none.
     """
     found: list[Found] = []
-    rows = grad.ne(0).any(1).nonzero().flatten()
-    weight = form.weight.detach()
-    norms = weight.float().pow(2).sum(1)
-    for chunk in rows.split(CHUNK):
-        g, hint = grad[chunk], hints[chunk]
-        # Fused losses differ in whether a bf16 head's logits are rounded: the better explanation is theirs.
-        trials = [_solve_hidden(z, g, form, norms, hint) for z in _logits(hidden[chunk], form)]
-        for i, row in enumerate(chunk.tolist()):
-            best = min((trial[i] for trial in trials), key=lambda rows: rows[0].residual)
-            found += [f._replace(row=row) for f in best]
+    norms = form.weight.detach().float().pow(2).sum(1)
+    # Logits of as many rows at once as the loss is likely to have made: other shapes round otherwise.
+    for block in torch.arange(len(grad)).split(max(CHUNK, BLOCK // len(norms))):
+        rows = block[grad[block].ne(0).any(1).cpu()].to(grad.device)
+        raws = _logits(hidden[block.to(grad.device)], form) if len(rows) else []
+        for chunk in rows.split(CHUNK):
+            found += _best(chunk, [raw[chunk - block[0]] for raw in raws], grad, form, norms, hints)
     return found
 
 
+def _best(
+    rows: Tensor, raws: list[Tensor], grad: Tensor, form: HeadForm, norms: Tensor, hints: Tensor
+) -> list[Found]:
+    """Fused losses differ in whether a bf16 head's logits are rounded: the better explanation is theirs."""
+    trials = [_solve_hidden(raw.double(), grad[rows], form, norms, hints[rows]) for raw in raws]
+    best = [min(solutions, key=lambda s: s[0].residual) for solutions in zip(*trials, strict=True)]
+    return [f._replace(row=row) for row, targets in zip(rows.tolist(), best, strict=True) for f in targets]
+
+
 def _logits(x: Tensor, form: HeadForm) -> list[Tensor]:
+    """What the head's module would give, in its own precision and, where that is a half, in float32."""
     weight = form.weight.detach()
     dtypes = dict.fromkeys((weight.dtype, torch.promote_types(weight.dtype, torch.float32)))
-    raws = [x.to(d) @ weight.to(d).T + (0 if form.bias is None else form.bias.detach().to(d)) for d in dtypes]
-    return [raw.double() for raw in raws]
+    return [x.to(d) @ weight.to(d).T + (0 if form.bias is None else form.bias.detach().to(d)) for d in dtypes]
 
 
 def _solve_hidden(

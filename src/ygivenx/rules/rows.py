@@ -2,30 +2,118 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
 from ..evidence import Evidence
+from ..sequence import Rejected
 from .base import Hit, rule
 from .shared import EXAMPLES, by_x, some
 
 
 @rule(
+    "control-text",
+    "error",
+    why="A row's text contains the template's control tokens: parsed, it forges turns, and one peer trains them.",
+    fix="Encode it as text (control='text'), or leave the row out, as the encoder does by default.",
+)
+def control_text(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows forge control tokens", "control_text")
+
+
+@rule(
+    "prompt-not-continued",
+    "warning",
+    why="The template renders the reply so that it doesn't continue what inference shows: training on it would "
+    "teach a context that never occurs.",
+    fix="Set the template's options (enable_thinking, ...) as at inference, or mend the template.",
+)
+def prompt_not_continued(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows don't continue their prompt", "not_continued", "no_prompt")
+
+
+@rule(
+    "no-end-of-turn",
+    "warning",
+    why="The template writes no token after the reply that would end it: the model can't learn to stop.",
+    fix="Name the token that ends a turn (stops=), or mend the template.",
+)
+def no_end_of_turn(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have no end of turn", "no_end_of_turn")
+
+
+@rule(
+    "straddling-border",
+    "warning",
+    why="One token holds the end of x and the beginning of y; inference, which encodes x alone, never shows it.",
+    fix="border='split' encodes x and y apart, border='mask' leaves the token out of y.",
+)
+def straddling_border(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have a token across the border of x and y", "straddling_token")
+
+
+@rule(
+    "y-empty",
+    "warning",
+    why="Nothing of the row is trained: an empty reply, weights of 0, or a truncation that took all of y.",
+    fix="Leave such rows out, or raise max_length.",
+)
+def y_empty(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have no y", "nothing_trained", "empty_pair")
+
+
+@rule(
     "rows-quarantined",
     "warning",
-    why="The encoder can't train these rows as inference would show them; nothing of them is trained.",
+    why="The encoder can't read these rows; nothing of them is trained.",
     fix="Read the messages: each says what to do.",
 )
 def rows_quarantined(ev: Evidence) -> Iterator[Hit]:
-    total = len(ev.rejected) + len(ev.examples)
-    by_reason = defaultdict(list)
-    for r in ev.rejected:
-        by_reason[r.reason].append(r)
-    for reason, rows in sorted(by_reason.items(), key=lambda item: -len(item[1])):
-        examples = tuple({"where": r.where, "text": r.message} for r in rows[:EXAMPLES])
-        yield Hit(f"rows are quarantined: {reason}", len(rows), len(rows) / total, examples)
+    named = {"control_text", "not_continued", "no_prompt", "no_end_of_turn", "straddling_token"}
+    named |= {"nothing_trained", "empty_pair"}
+    for reason in sorted({r.reason for r in ev.rejected} - named):
+        yield from _quarantined(ev, f"rows are quarantined: {reason}", reason)
+
+
+@rule(
+    "field-dropped",
+    "error",
+    why="The rows have tool calls, tools or reasoning, and the chat template doesn't write them: what is trained "
+    "is another conversation.",
+    fix="Use a template that knows these fields.",
+)
+def field_dropped(ev: Evidence) -> Iterator[Hit]:
+    having, dropped = 0, []
+    for i, example in enumerate(ev.examples):
+        told = _told(example.row)
+        text = "".join(t for s in example.sequences for t in s.tokens)
+        missing = [(field, value) for field, value in told if value not in text]
+        having += bool(told)
+        if missing and text:
+            dropped.append({"where": f"example {i}, {missing[0][0]}", "text": missing[0][1][:80]})
+    if dropped:
+        message = "rows have fields that the template drops"
+        yield Hit(message, len(dropped), len(dropped) / having, tuple(dropped[:EXAMPLES]))
+
+
+@rule(
+    "encoder-notes",
+    "info",
+    why="The encoder mended or decided something on the way, and says so on each sequence.",
+    fix="Nothing, if it is meant.",
+)
+def encoder_notes(ev: Evidence) -> Iterator[Hit]:
+    by_note: dict[str, list[int]] = defaultdict(list)
+    for i, s in enumerate(ev.sequences):
+        for note in dict.fromkeys(re.sub(r"\[\d+\]", "[…]", n) for n in s.notes):
+            by_note[note].append(i)
+    for note, at in by_note.items():
+        examples = ({"where": f"sequences {some(at)}"},)
+        yield Hit(f"sequences: {note}", len(at), len(at) / len(ev.sequences), examples)
 
 
 @rule(
@@ -160,3 +248,30 @@ def joint_above_marginal(ev: Evidence) -> Iterator[Hit]:
             for i, joint, x in wrong[:EXAMPLES]
         )
         yield Hit("rows have a joint above its marginal", len(wrong), len(wrong) / len(scored), examples)
+
+
+def _quarantined(ev: Evidence, message: str, *reasons: str) -> Iterator[Hit]:
+    rows = [r for r in ev.rejected if r.reason in reasons]
+    if rows:
+        total = len(ev.rejected) + len(ev.examples)
+        examples = tuple({"where": r.where, "text": _said(r)} for r in rows[:EXAMPLES])
+        yield Hit(message, len(rows), len(rows) / total, examples)
+
+
+def _told(row: Any) -> list[tuple[str, str]]:
+    """(field, a text of it that any rendering has to contain) for the fields that templates forget."""
+    messages = row.get("messages") if isinstance(row, Mapping) else None
+    told = []
+    for i, m in enumerate(messages or []):
+        for j, call in enumerate(m.get("tool_calls") or []):
+            told.append((f"messages[{i}].tool_calls[{j}]", call["function"]["name"]))
+        reasoning = (m.get("reasoning_content") or "").strip()
+        # Earlier reasoning is meant to disappear from the history.
+        if reasoning and i == len(messages) - 1:
+            told.append((f"messages[{i}].reasoning_content", reasoning))
+    return told
+
+
+def _said(rejected: Rejected) -> str:
+    """The message without the place that it begins with."""
+    return rejected.message.split("\n")[0].removeprefix(f"{rejected.where}: ")

@@ -21,7 +21,9 @@ from .shared import (
     wanted_y,
 )
 
-NOT_A_ROLE = ("template", "bos", "tool", "reasoning", "end_of_turn", UNKNOWN, "")
+# Kinds of the assistant's own text: where it is no output, the prompt supplies it.
+OWN = ("answer", "tool_call")
+NOT_A_ROLE = ("template", "bos", "tool", "reasoning", "end_of_turn", *OWN, UNKNOWN, "")
 
 
 @rule(
@@ -71,7 +73,7 @@ def prompt_header_trained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
         ev,
         "tokens that the prompt supplies are trained",
-        lambda s: supplied(s) & of_kind(s, "template", "bos") & ~after_end(s),
+        lambda s: supplied(s) & of_kind(s, "template", "bos", *OWN) & ~after_end(s),
     )
 
 
