@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import head_kernel
 from .errors import ModelError
-from .head_sweep import Head, sweep
+from .head_sweep import MEMORY, Head, sweep
 
 
 class Ranked(NamedTuple):
@@ -34,31 +35,37 @@ def selective_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     z_loss: float = 0.0,
+    memory: int = MEMORY,
 ) -> tuple[Tensor, Tensor]:
-    """(log p per edge, Σ w·(−log p + z_loss·logsumexp²)) in one sweep over the rows that carry an edge.
+    """(log p per edge, Σ w·(−log p + z_loss·logsumexp²)) from only the rows that carry an edge.
 
-    hidden [F, H] and weight [V, H] float32, bfloat16 or float16; rows, targets int64 [E]: edge e asks row
-    rows[e] for token targets[e], in any order, repeats allowed; weights float [E].
-    Logits are z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap).
+    hidden [F, H], weight [V, H], bias [V] in float32, bfloat16 or float16 (computed in float32); rows, targets
+    int64 [E]: edge e asks row rows[e] for token targets[e], in any order, repeats allowed; weights float [E], of
+    any sign. Logits are z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap).
 
-    log_p float32 [E] is detached: for a loss whose weights depend on log p, use `log_probs`. The sum is a
-    float32 scalar, differentiable in hidden, weight and bias; the gradients are made in the forward sweep.
-    Raises ModelError for shapes or indices that don't fit.
+    log_p float32 [E] is detached: for a loss whose weights depend on log p with gradients, use `log_probs`. The
+    sum, a float32 scalar, is differentiable in hidden, weight and bias: once, and again after
+    `backward(retain_graph=True)`, which computes them anew. Divide the weights rather than the sum: a factor of
+    exactly 1 in backward costs no pass over the gradients.
+
+    `memory` bytes may be held beyond the gradients; more makes large vocabularies a little faster in float32.
+    Raises ModelError for shapes or indices that don't fit, and for weights that ask for a gradient.
     """
-    head = Head(weight, bias, softcap, scale, z_loss)
-    _check(hidden, head, rows, targets, weights)
-    return _Loss.apply(hidden, weight, bias, rows, targets, weights, head)
+    _check(hidden, weight, bias, rows, targets, weights)
+    options = {"softcap": softcap, "scale": scale, "z_loss": z_loss}
+    wants = _wants(hidden, weight, bias)
+    return _Loss.apply(hidden, weight, bias, rows, targets, weights, options, wants, memory)
 
 
 @overload
 def log_probs(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
-    softcap: float | None = ..., scale: float = ..., ranks: Literal[False] = ...,
+    softcap: float | None = ..., scale: float = ..., ranks: Literal[False] = ..., memory: int = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def log_probs(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
-    softcap: float | None = ..., scale: float = ..., ranks: Literal[True],
+    softcap: float | None = ..., scale: float = ..., ranks: Literal[True], memory: int = ...,
 ) -> Ranked: ...  # fmt: skip
 def log_probs(
     hidden: Tensor,
@@ -70,6 +77,7 @@ def log_probs(
     softcap: float | None = None,
     scale: float = 1.0,
     ranks: bool = False,
+    memory: int = MEMORY,
 ) -> Tensor | Ranked:
     """log Pr(targets[e] | row rows[e]), float32 [E]; with `ranks` also how many tokens are more probable.
 
@@ -77,29 +85,41 @@ def log_probs(
     [tokens, vocabulary] is kept. Under torch.no_grad() no gradient is prepared. Arguments as in
     `selective_cross_entropy`.
     """
-    head = Head(weight, bias, softcap, scale)
-    _check(hidden, head, rows, targets)
+    _check(hidden, weight, bias, rows, targets)
+    options = {"softcap": softcap, "scale": scale}
     if ranks:
-        swept = sweep(hidden.detach(), head, rows, targets, ranks=True)
+        swept = sweep(hidden, Head(weight, bias, **options), rows, targets, ranks=True)
         assert swept.rank is not None
         return Ranked(swept.log_p, swept.rank)
-    return _LogProbs.apply(hidden, weight, bias, rows, targets, head)
+    return _LogProbs.apply(hidden, weight, bias, rows, targets, options, memory)
 
 
 def explain() -> dict[str, str]:
-    """Which route would run on this machine, and why."""
-    return {"cpu": "torch, in chunks", "cuda": "torch, in chunks"}
+    """Which route runs on this machine by device and dtype, and why; builds the compiled tile if it can."""
+    reason = head_kernel.why_not()
+    return {
+        "cpu float32": "torch",
+        "cpu bfloat16": f"torch, as the compiled tile is missing: {reason}" if reason else "compiled tile",
+        "cpu float16": "torch, computed in float32",
+        "cuda": "torch, the same code as on the CPU",
+        "soft-cap": "torch",
+    }
+
+
+Wants = tuple[bool, bool, bool]
 
 
 class _Loss(torch.autograd.Function):
+    """The gradients are made in forward, where the exponentials are at hand, and handed over in backward."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                weights: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        wants = ctx.needs_input_grad[:3]
-        swept = sweep(hidden, head, rows, targets, weights, wants)
+                weights: Tensor, options: dict[str, Any], wants: Wants, memory: int) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        swept = sweep(hidden, Head(weight, bias, **options), rows, targets, weights, wants, memory=memory)
         if any(wants):
             ctx.save_for_backward(hidden, weight, bias, rows, targets, weights)
-            ctx.head, ctx.made = head, swept
+            ctx.options, ctx.wants, ctx.memory = options, wants, memory
+            ctx.made = (swept.hidden, swept.weight, swept.bias)
         ctx.mark_non_differentiable(swept.log_p)
         return swept.log_p, swept.loss
 
@@ -107,44 +127,68 @@ class _Loss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         made, ctx.made = ctx.made, None
-        if made is None:  # a second backward: the first one gave the buffers away
+        if made is None:  # a second backward: the first one gave its gradients away
             hidden, weight, bias, rows, targets, weights = ctx.saved_tensors
-            head = Head(weight, bias, ctx.head.softcap, ctx.head.scale, ctx.head.z_loss)
-            made = sweep(hidden, head, rows, targets, weights, ctx.needs_input_grad[:3])
-        grads = (made.hidden, made.weight, made.bias)
+            head = Head(weight, bias, **ctx.options)
+            swept = sweep(hidden, head, rows, targets, weights, ctx.wants, memory=ctx.memory)
+            made = (swept.hidden, swept.weight, swept.bias)
         if grad.device.type != "cpu" or grad.item() != 1:
-            for g in grads:
+            for g in made:
                 if g is not None:
                     g.mul_(grad)
-        return (*grads, None, None, None, None)
+        return (*made, *[None] * 6)
 
 
 class _LogProbs(torch.autograd.Function):
+    """Weights are the gradients of log p, known in backward only: there the sweeps are done again."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                head: Head) -> Tensor:  # fmt: skip
+                options: dict[str, Any], memory: int) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, rows, targets)
-        ctx.head = head
-        return sweep(hidden, head, rows, targets).log_p
+        ctx.options, ctx.memory = options, memory
+        return sweep(hidden, Head(weight, bias, **options), rows, targets).log_p
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, rows, targets = ctx.saved_tensors
-        head = Head(weight, bias, ctx.head.softcap, ctx.head.scale)
-        swept = sweep(hidden, head, rows, targets, -grad, ctx.needs_input_grad[:3])
-        return swept.hidden, swept.weight, swept.bias, None, None, None
+        head, wants = Head(weight, bias, **ctx.options), ctx.needs_input_grad[:3]
+        swept = sweep(hidden, head, rows, targets, -grad, wants, memory=ctx.memory)
+        return (swept.hidden, swept.weight, swept.bias, *[None] * 4)
 
 
-def _check(hidden: Tensor, head: Head, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
-    if hidden.ndim != 2 or head.weight.ndim != 2 or hidden.shape[1] != head.weight.shape[1]:
+def _wants(*tensors: Tensor | None) -> Wants:
+    hidden, weight, bias = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors)
+    return hidden, weight, bias
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ModelError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(head.weight.shape)} don't fit",
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} don't fit",
             fix="give hidden [F, H] and weight [V, H]; flatten batch and sequence into F",
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ModelError(f"bias {tuple(bias.shape)} doesn't fit a vocabulary of {len(weight)}")
     if rows.shape != targets.shape or rows.ndim != 1 or (weights is not None and weights.shape != rows.shape):
-        raise ModelError("rows, targets and weights must be one-dimensional and of one length")
-    for name, index, size in (("rows", rows, len(hidden)), ("targets", targets, len(head.weight))):
+        raise ModelError(
+            "rows, targets and weights must be one-dimensional and of one length",
+            why="each edge is one row, one target and one weight",
+        )
+    if weights is not None and weights.requires_grad:
+        raise ModelError(
+            "weights ask for a gradient, and here they are constants",
+            fix="detach them, or build the loss from log_probs(...), which is differentiable",
+        )
+    for name, index, size in (("rows", rows, len(hidden)), ("targets", targets, len(weight))):
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
             raise ModelError(
                 f"{name} has an index outside 0..{size - 1}",

@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import head_kernel
+from . import head_kernel, pages
 
 MEMORY = 64 << 20  # bytes beyond the gradients that a call may hold on to
 HUGE = 1e20
@@ -206,9 +206,7 @@ class _Gradients:
     def __init__(self, hidden: Tensor, head: Head, wide: torch.dtype, wants: tuple[bool, bool, bool]) -> None:
         device = hidden.device
         self.hidden = torch.zeros_like(hidden) if wants[0] else None
-        self.weight = (
-            torch.empty(head.weight.shape, dtype=head.weight.dtype, device=device) if wants[1] else None
-        )
+        self.weight = pages.empty(head.weight.shape, head.weight.dtype, device) if wants[1] else None
         self.bias = torch.zeros(len(head.weight), dtype=wide, device=device) if wants[2] else None
 
 
@@ -222,7 +220,7 @@ class _Scratch:
     def view(self, name: str, height: int, width: int, dtype: torch.dtype) -> Tensor:
         flat = self.flat.get(name)
         if flat is None or len(flat) < height * width:
-            flat = self.flat[name] = torch.empty(height * width, dtype=dtype, device=self.device)
+            flat = self.flat[name] = pages.empty((height * width,), dtype, self.device)
         return flat[: height * width].view(height, width)
 
 
