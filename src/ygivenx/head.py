@@ -86,7 +86,7 @@ def log_probs(
     `selective_cross_entropy`.
     """
     _check(hidden, weight, bias, rows, targets)
-    options = {"softcap": softcap, "scale": scale}
+    options: dict[str, Any] = {"softcap": softcap, "scale": scale}
     if ranks:
         swept = sweep(hidden, Head(weight, bias, **options), rows, targets, ranks=True)
         assert swept.rank is not None
@@ -114,7 +114,8 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                weights: Tensor, options: dict[str, Any], wants: Wants, memory: int) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+                weights: Tensor, options: dict[str, Any], wants: Wants,
+                memory: int) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         swept = sweep(hidden, Head(weight, bias, **options), rows, targets, weights, wants, memory=memory)
         if any(wants):
             ctx.save_for_backward(hidden, weight, bias, rows, targets, weights)
