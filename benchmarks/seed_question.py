@@ -72,7 +72,7 @@ def gsm8k(count: int) -> list[dict[str, Any]]:
 
 
 def nats(model: Any, examples: list[Any]) -> dict[str, float]:
-    """Mean −log p of y given x and of x, per token."""
+    """Mean −log p per token: of y given x, of x, and of the user's words alone, without system and template."""
     sequences = [s for e in examples for s in e.sequences]
     forest = yx.Forest.of(sequences)
     log_p = node_log_probs(model, forest)
@@ -157,10 +157,12 @@ def spread(values: list[float]) -> str:
 QUANTITIES = (
     ("held-out sums: conditional, nats per token of y", ("sums", "conditional")),
     ("held-out sums: marginal, nats per token of x", ("sums", "marginal")),
+    ("held-out sums: the question's words alone, nats per token", ("sums", "question")),
     ("held-out sums: greedy answers exactly right", ("sums", "exact_match")),
     ("held-out sums: answers that end by themselves", ("sums", "ended")),
     ("GSM8K, untrained: conditional, nats per token of y", ("gsm8k", "conditional")),
     ("GSM8K, untrained: marginal, nats per token of x", ("gsm8k", "marginal")),
+    ("GSM8K, untrained: the question's words alone, nats per token", ("gsm8k", "question")),
 )
 
 

@@ -15,9 +15,9 @@ from transformers import (
     DataCollatorWithFlattening,
     Trainer,
 )
-from ygivenx.encode import Encoder
 
 from ygivenx.auditing import Report
+from ygivenx.encode import Encoder
 from ygivenx.probing import probe
 
 from .studio import FORGETFUL, MARKED, MARKED_WITHOUT_END, PREFILLED, TOOLS, Studio, quiet
@@ -61,7 +61,7 @@ def sound(build: Callable[[Studio], Report]) -> Callable[[Studio], Report]:
 
 @broken(
     "loss-on-x",
-    "Half of the gradient or more teaches the model to write its users' questions and the system prompt.",
+    "Part of the gradient teaches the model to write its users' questions, the system prompt and role headers.",
     default=True,
 )
 def trl_chat_default(studio: Studio) -> Report:
@@ -302,6 +302,18 @@ def truncated_at_the_end(studio: Studio) -> Report:
     return studio.audit(trainer, rows, tokenizer=tokenizer)
 
 
+@broken(
+    "y-truncated", "Conversations beyond 1,024 tokens lose their last answers, without a word.", default=True
+)
+def trl_length_default(studio: Studio) -> Report:
+    """TRL's default max_length of 1,024 on longer conversations."""
+    turns = [r["messages"] for r in studio.chats(24)]
+    rows = [{"messages": [m for messages in turns[i : i + 12] for m in messages]} for i in (0, 12)]
+    tokenizer = studio.tok(MARKED)
+    options = {"assistant_only_loss": True, "per_device_train_batch_size": 1}
+    return studio.audit(studio.sft(rows, tokenizer=tokenizer, **options), rows, tokenizer=tokenizer)
+
+
 @broken("document-cut", "Answers are trained without their question.")
 def truncated_at_the_start(studio: Studio) -> Report:
     """max_length below the length of the rows, keep_end."""
@@ -400,6 +412,20 @@ def transformers_evaluation_default(studio: Studio) -> Report:
 
 
 # -- the rows ------------------------------------------------------------------------------------------------
+
+
+@broken(
+    "evaluation-divides-differently",
+    "The same in TRL: two curves in one plot that aren't the same quantity.",
+    default=True,
+)
+def trl_evaluation_default(studio: Studio) -> Report:
+    """TRL's SFTTrainer with an evaluation set, all else sound: a mean of batch means."""
+    from datasets import Dataset
+
+    pairs = studio.pairs()
+    options = {"eval_dataset": Dataset.from_list(pairs[:7]), "per_device_eval_batch_size": 2}
+    return studio.audit(studio.sft(pairs, **options))
 
 
 @broken("conflicting-answers", "The model is pulled two ways at once and learns the mixture.")

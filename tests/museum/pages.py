@@ -56,7 +56,8 @@ def title(exhibit: Exhibit) -> str:
 
 def page(exhibit: Exhibit, report: Report, versions: str) -> str:
     """One exhibit in Markdown."""
-    source = inspect.getsource(exhibit.build).split("\n", 1)[1]
+    source = inspect.getsource(exhibit.build)
+    source = source[source.index("def ") :]
     body = [f"# {title(exhibit)}", ""]
     if exhibit.rule is None:
         body += ["A sound set-up: nothing above `info` is found.", ""]
@@ -80,14 +81,18 @@ def index(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         star = " ★" if row["default"] else ""
         found = ", ".join(f"{f['rule']} ({f['severity']})" for f in row["findings"]) or "nothing"
-        lines.append(f"| [{row['title']}]({row['name']}.md){star} | {row['rule'] or '—'} | {found} |")
+        lines.append(f"| [{_cell(row['title'])}]({row['name']}.md){star} | {row['rule'] or '—'} | {found} |")
     return "\n".join([*lines, ""])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def guide() -> str:
     """docs/audit.md: how to ask, and the table of rules."""
     lines = [GUIDE, "| rule | severity | why | what to do |", "|---|---|---|---|"]
-    lines += [f"| `{r.id}` | {r.severity} | {r.why} | {r.fix} |" for r in RULES.values()]
+    lines += [f"| `{r.id}` | {r.severity} | {_cell(r.why)} | {_cell(r.fix)} |" for r in RULES.values()]
     return "\n".join([*lines, ""])
 
 

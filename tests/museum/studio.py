@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from ygivenx.encode import Encoder
 
 from ygivenx.auditing import Finding, Report, audit
+from ygivenx.encode import Encoder
 from ygivenx.evidence import Evidence
 
 HEAD = """{%- if messages[0]['role'] != 'system' -%}

@@ -18,7 +18,7 @@ from .shared import EXAMPLES, by_x, some
 @rule(
     "control-text",
     "error",
-    why="A row's text contains the template's control tokens: parsed, it forges turns, and one peer trains them.",
+    why="A row's text contains the template's control tokens: parsed, it forges turns that nobody wrote.",
     fix="Encode it as text (control='text'), or leave the row out, as the encoder does by default.",
 )
 def control_text(ev: Evidence) -> Iterator[Hit]:
@@ -260,9 +260,9 @@ def _quarantined(ev: Evidence, message: str, *reasons: str) -> Iterator[Hit]:
 
 def _told(row: Any) -> list[tuple[str, str]]:
     """(field, a text of it that any rendering has to contain) for the fields that templates forget."""
-    messages = row.get("messages") if isinstance(row, Mapping) else None
+    messages = (row.get("messages") or []) if isinstance(row, Mapping) else []
     told = []
-    for i, m in enumerate(messages or []):
+    for i, m in enumerate(messages):
         for j, call in enumerate(m.get("tool_calls") or []):
             told.append((f"messages[{i}].tool_calls[{j}]", call["function"]["name"]))
         reasoning = (m.get("reasoning_content") or "").strip()
