@@ -76,12 +76,11 @@ def nats(model: Any, examples: list[Any]) -> dict[str, float]:
     sequences = [s for e in examples for s in e.sequences]
     forest = yx.Forest.of(sequences)
     log_p = node_log_probs(model, forest)
-    y = [-log_p[path][s.weights > 0] for path, s in zip(forest.paths, sequences, strict=True)]
-    x = [-log_p[path][s.weights == 0] for path, s in zip(forest.paths, sequences, strict=True)]
-    return {
-        "conditional": float(np.mean(np.concatenate(y))),
-        "marginal": float(np.nanmean(np.concatenate(x))),
-    }
+    values = -np.concatenate([log_p[path] for path in forest.paths])
+    y = np.concatenate([s.weights > 0 for s in sequences])
+    kinds = np.array([g.kind for s in sequences for g in s.segments for _ in range(g.start, g.stop)])
+    masks = {"conditional": y, "marginal": ~y, "question": kinds == "user"}
+    return {name: float(np.nanmean(values[mask])) for name, mask in masks.items()}
 
 
 @torch.no_grad()
