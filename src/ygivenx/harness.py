@@ -15,6 +15,7 @@ are written instead.
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 from typing import Any
 
 try:
@@ -53,10 +54,15 @@ class ForestLM(HFLM):
             raise ModelError(f"{type(self.model).__name__} isn't a causal language model", fix="--model hf")
         if self.mixed_precision_dtype is not None:
             raise ModelError("mixed_precision_dtype has no effect here", fix="set dtype")
+        self._remembered = lru_cache(16)(super().tok_encode)
         self.border, self.window = border, int(window)
         self.tally = Tally()
         self.requests = 0
         self.changed: list[tuple[str, str]] = []
+
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        """As the base class; a context that comes once per choice is encoded once."""
+        return list(self._remembered(string, *args, **options))
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if self.border == "harness":

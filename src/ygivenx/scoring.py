@@ -15,9 +15,10 @@ import torch
 from .errors import ConfigError, nearest
 from .forest import Forest
 from .head import log_probs
-from .model import head_of, hidden_states
+from .model import head_of
 from .questions import WINDOW, Question, Questioner, windows
 from .sequence import Sequence
+from .streaming import CHUNK, stream_hidden
 
 if TYPE_CHECKING:
     from torch import nn
@@ -224,20 +225,26 @@ def node_log_probs(model: nn.Module, forest: Forest, **options: Any) -> Floats:
 
 @torch.no_grad()
 def node_values(
-    model: nn.Module, forest: Forest, wanted: bool | npt.NDArray[np.bool_] = True, **options: Any
+    model: nn.Module,
+    forest: Forest,
+    wanted: bool | npt.NDArray[np.bool_] = True,
+    *,
+    chunk: int = CHUNK,
+    route: str = "auto",
 ) -> tuple[Floats, Ints]:
     """(log Pr(token | path) float64 [N], its rank int64 [N], 0 = most probable) of the wanted nodes.
 
-    NaN and −1 elsewhere, and at roots, which have no context. Options go to `hidden_states`.
+    NaN and −1 elsewhere, and at roots, which have no context. The forest is streamed, `chunk` nodes at a time,
+    with the keys and values of the current path: memory is bounded by the chunk. route: see `hidden_states`.
     """
     edges = forest.edges(wanted)
     log_p = np.full(len(forest), np.nan)
     rank = np.full(len(forest), -1)
     head = head_of(model)
-    for first, hidden in _hidden(model, forest, options):
-        at = slice(*np.searchsorted(edges.rows, [first, first + len(hidden)]))
+    for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route):
+        at = slice(*np.searchsorted(edges.rows, [part.start, part.stop]))
         rows, targets = (
-            torch.from_numpy(np.array(a[at])).to(hidden.device) for a in (edges.rows - first, edges.targets)
+            torch.from_numpy(a[at]).to(hidden.device) for a in (edges.rows - part.start, edges.targets)
         )
         values = log_probs(
             hidden,
@@ -252,11 +259,6 @@ def node_values(
         log_p[edges.nodes[at]] = values.log_p.double().cpu().numpy()
         rank[edges.nodes[at]] = values.rank.cpu().numpy()
     return log_p, rank
-
-
-def _hidden(model: nn.Module, forest: Forest, options: dict[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first row, hidden rows [n, H]) of a forest, as they come."""
-    yield 0, hidden_states(model, forest, **options)
 
 
 def _outputs(asked: list[Question], forest: Forest) -> npt.NDArray[np.bool_]:

@@ -1,0 +1,272 @@
+"""Scores at the price of the distinct tokens: lm-evaluation-harness's HF class and ours on the same requests.
+
+    python benchmarks/score.py batch fewshot               # the HF class's best batch size, on the first requests
+    python benchmarks/score.py hf fewshot --batch 2 --part 0/2   # its time, part by part: its cost is a sum
+    python benchmarks/score.py ours fewshot                # ours, three times, and one by one for the limit
+    python benchmarks/score.py memory                      # peak memory from 1,000 to 100,000 pairs
+    python benchmarks/score.py table                       # what benchmarks/results/score.jsonl says
+
+Model: SmolLM2-135M-Instruct. Requests from gsm8k and xquad beside the checkout. Both sides get texts: tokenising is
+in both times. Each line of the results carries the command that made it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+RESULTS = ROOT / "benchmarks" / "results" / "score.jsonl"
+Pairs = list[tuple[str, str]]
+
+
+def gsm8k() -> Iterator[tuple[str, str, int]]:
+    """(question, worked answer, final number) of the rows whose answer is a whole number."""
+    for line in (DATA / "gsm8k/train.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        final = row["answer"].rpartition("#### ")[2]
+        if re.fullmatch(r"\d+", final):
+            yield row["question"], re.sub("<<.*?>>", "", row["answer"]), int(final)
+
+
+def fewshot(letters: bool = False) -> Pairs:
+    """Five worked examples, about 600 tokens, then 40 questions with four answers each, or with four letters."""
+    rows = list(gsm8k())[:45]
+    shots = "".join(f"Question: {q}\nAnswer: {a}\n\n" for q, a, _ in rows[:5])
+    pairs = []
+    for q, _, n in rows[5:]:
+        choices = [f" {v}" for v in (n, n + 1, n + 10, 2 * n + 3)]
+        text = f"{shots}Question: {q}\n"
+        if letters:
+            text += "".join(f"{letter}.{c}\n" for letter, c in zip("ABCD", choices, strict=True))
+            choices = [" A", " B", " C", " D"]
+        pairs += [(f"{text}Answer:", c) for c in choices]
+    return pairs
+
+
+def alone() -> Pairs:
+    """64 questions with their worked answers: nothing in common."""
+    return [(f"{q}\n", a) for q, a, _ in list(gsm8k())[100:164]]
+
+
+def xquad() -> Pairs:
+    """The questions of 16 passages, each with four answers from its passage."""
+    pairs = []
+    passages = [
+        p for a in json.loads((DATA / "xquad/xquad.en.json").read_text())["data"] for p in a["paragraphs"]
+    ]
+    for passage in passages[:16]:
+        answers = list(dict.fromkeys(q["answers"][0]["text"] for q in passage["qas"]))[:4]
+        for q in passage["qas"]:
+            text = f"{passage['context']}\n\nQuestion: {q['question']}\nAnswer:"
+            pairs += [(text, f" {a}") for a in answers]
+    return pairs
+
+
+SCENARIOS = {
+    "fewshot": fewshot,
+    "letters": lambda: fewshot(letters=True),
+    "alone": alone,
+    "xquad": xquad,
+}
+
+
+def load(dtype: str) -> tuple[Any, Any]:
+    import ygivenx as yx
+    from ygivenx.places import sample_model_path
+
+    path, gguf_file = sample_model_path()
+    return yx.load(path, gguf_file=gguf_file, dtype=getattr(torch, dtype))
+
+
+def requests(pairs: Pairs) -> list[Any]:
+    from lm_eval.api.instance import Instance
+
+    return [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+
+
+def timed(lm: Any, pairs: Pairs) -> tuple[float, list[float]]:
+    began = time.perf_counter()
+    told = lm.loglikelihood(requests(pairs), disable_tqdm=True)
+    return time.perf_counter() - began, [v for v, _ in told]
+
+
+def hf(model: Any, tokenizer: Any, batch: int) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+
+
+def ours(model: Any, tokenizer: Any, **options: Any) -> Any:
+    from ygivenx.harness import ForestLM
+
+    return ForestLM(pretrained=model, tokenizer=tokenizer, **options)
+
+
+def run_batch(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
+    """Seconds of the HF class on some requests by batch size, after one that warms up."""
+    model, tokenizer = load(args.dtype)
+    few = (
+        pairs[:: max(1, len(pairs) // args.count)][: args.count]
+        if args.scenario == "alone"
+        else pairs[: args.count]
+    )
+    timed(hf(model, tokenizer, 1), pairs[:1])
+    return {
+        "seconds": {b: timed(hf(model, tokenizer, b), few)[0] for b in args.batches},
+        "requests": len(few),
+    }
+
+
+def run_hf(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
+    model, tokenizer = load(args.dtype)
+    number, parts = map(int, args.part.split("/"))
+    # Parts take whole questions: letters of one question share a forward pass.
+    size = -(-len(pairs) // (4 * parts)) * 4
+    mine = pairs[number * size : (number + 1) * size]
+    timed(hf(model, tokenizer, 1), pairs[:1])
+    seconds, values = timed(hf(model, tokenizer, args.batch), mine)
+    return {"seconds": seconds, "batch": args.batch, "part": args.part, "values": values}
+
+
+def run_ours(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
+    """Three times all; then some requests one by one, whose tokens per second are what sharing can be held to."""
+    model, tokenizer = load(args.dtype)
+    timed(ours(model, tokenizer), pairs[:1])
+    runs = [timed(ours(model, tokenizer), pairs) for _ in range(3)]
+    lm = ours(model, tokenizer)
+    values = timed(lm, pairs)[1]
+    some = pairs[:: max(1, len(pairs) // args.count)]
+    single, one_by_one, tokens = 0.0, [], 0
+    for pair in some:
+        each = ours(model, tokenizer)
+        seconds, (value,) = timed(each, [pair])
+        single += seconds
+        tokens += each.tally.tokens
+        one_by_one.append(value)
+    worst = max(
+        abs(a - b) for a, b in zip(one_by_one, values[:: max(1, len(pairs) // args.count)], strict=True)
+    )
+    median = statistics.median(s for s, _ in runs)
+    limit_seconds = lm.tally.distinct * single / tokens
+    return {
+        "seconds": median,
+        "runs": [s for s, _ in runs],
+        "requests": len(pairs),
+        "tokens": lm.tally.tokens,
+        "distinct": lm.tally.distinct,
+        "limit": lm.tally.sharing,
+        "one_by_one_tokens_per_second": tokens / single,
+        "share_of_limit": limit_seconds / median,
+        "worst_difference_to_one_by_one_nats": worst,
+        "values": values,
+    }
+
+
+def run_memory(args: argparse.Namespace, _: Pairs) -> dict[str, Any]:
+    """Peak memory of a process that scores N pairs with a random two-layer model, by N."""
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import score; score.score_many(int(sys.argv[1]))"
+    told = {}
+    for n in (1_000, 3_000, 10_000, 30_000, 100_000):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        told[n] = json.loads(done.stdout.splitlines()[-1])
+    return {"by_pairs": told}
+
+
+def score_many(count: int) -> None:
+    """Score made-up pairs, eight to a passage, and say the peak of this process."""
+    import numpy as np
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ygivenx.questions import Part, Question, pair_of_ids
+    from ygivenx.scoring import Tally, scores
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    rng = np.random.default_rng(0)
+
+    def questions() -> Iterator[Question]:
+        for i in range(count):
+            if i % 8 == 0:
+                passage = rng.integers(0, 512, 40).tolist()
+            yield Question((Part(pair_of_ids(passage + rng.integers(0, 512, 10).tolist(), [1, 2, 3])),), 0)
+
+    tally = Tally()
+    for _ in scores(model, questions(), marginal=False, tally=tally):
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"peak_mb": peak, "seconds": tally.seconds, "sharing": tally.sharing}))
+
+
+def table(_: argparse.Namespace) -> None:
+    """The results as Markdown."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    print(
+        "| scenario | dtype | requests | limit | HF class, batch | ours | times faster | share of the limit |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for mine in (r for r in rows if r["what"] == "ours"):
+        key = mine["scenario"], mine["dtype"]
+        parts = [r for r in rows if r["what"] == "hf" and (r["scenario"], r["dtype"]) == key]
+        theirs = sum(p["seconds"] for p in parts)
+        print(
+            f"| {key[0]} | {key[1]} | {mine['requests']} | {mine['limit']:.1f} | {theirs:.1f} s, {parts[0]['batch']} "
+            f"| {mine['seconds']:.2f} s | {theirs / mine['seconds']:.1f} | {mine['share_of_limit']:.2f} |"
+            if parts
+            else f"| {key[0]} | {key[1]} | {mine['requests']} | {mine['limit']:.1f} | | {mine['seconds']:.2f} s | | |"
+        )
+        values = [v for p in sorted(parts, key=lambda p: p["part"]) for v in p["values"]]
+        if values:
+            worst = max(abs(a - b) for a, b in zip(mine["values"], values, strict=True))
+            print(f"<!-- {key}: largest difference between the two, per request: {worst:.1e} nats -->")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("batch", "hf", "ours", "memory", "table"))
+    parser.add_argument("scenario", nargs="?", choices=SCENARIOS, default="fewshot")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--count", type=int, default=16)
+    args = parser.parse_args()
+    if args.what == "table":
+        return table(args)
+    run = {"batch": run_batch, "hf": run_hf, "ours": run_ours, "memory": run_memory}[args.what]
+    result = run(args, [] if args.what == "memory" else SCENARIOS[args.scenario]())
+    head = {"what": args.what, "scenario": args.scenario, "dtype": args.dtype}
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": platform.processor()}
+    line = (
+        head
+        | result
+        | {"machine": machine, "command": "python benchmarks/score.py " + " ".join(sys.argv[1:])}
+    )
+    with RESULTS.open("a") as out:
+        out.write(json.dumps(line) + "\n")
+    print({k: v for k, v in line.items() if k != "values"})
+
+
+if __name__ == "__main__":
+    main()

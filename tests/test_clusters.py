@@ -1,0 +1,93 @@
+"""Scores on a local Ray cluster with two workers: the same values, and a killed worker costs and doubles none."""
+
+from __future__ import annotations
+
+import os
+import signal
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import VOCAB, llama
+
+from ygivenx.questions import Questioner, pair_of_ids
+from ygivenx.scoring import Tally, scores
+
+if find_spec("ray") is None:
+    pytest.skip("ray is not installed", allow_module_level=True)
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="error", log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, smol_tokenizer) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    llama().save_pretrained(path)
+    smol_tokenizer.save_pretrained(path)
+    return path
+
+
+def questions(count: int) -> list:
+    """Shuffled pairs of which eight share a stem."""
+    rng = np.random.default_rng(0)
+    stems = [rng.integers(0, VOCAB, 60).tolist() for _ in range(count // 8)]
+    made = [
+        pair_of_ids([*stems[i % len(stems)], *rng.integers(0, VOCAB, 4)], [1, i % VOCAB])
+        for i in range(count)
+    ]
+    return [q for i in rng.permutation(count) for q in Questioner(None)(made[i])]
+
+
+def test_two_workers_give_the_same_values_and_keep_sharing(cluster, model_dir):
+    from ygivenx.clusters import scores_on_ray
+
+    asked, tally = questions(2000), Tally()
+    told = list(
+        scores_on_ray((str(model_dir), None, "float32"), iter(asked), workers=2, tally=tally, marginal=True)
+    )
+    expected = list(scores(llama(), asked))
+    assert len(told) == len(asked)
+    for a, b in zip(told, expected, strict=True):
+        assert a.log_p_xy == pytest.approx(b.log_p_xy, abs=1e-4)
+    assert tally.scores == 2000
+    assert (
+        tally.sharing > 4
+    )  # neighbours by their tokens come to one worker, in whatever order they were given
+
+
+def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model_dir, tmp_path, monkeypatch):
+    from ygivenx import clusters
+
+    flag = tmp_path / "killed"
+
+    class Mortal(clusters.Worker):
+        """Dies the first time that a second batch comes to it, half way through."""
+
+        batches = 0
+
+        def __call__(self, batch):
+            self.batches += 1
+            if self.batches == 2 and not flag.exists():
+                flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    monkeypatch.setattr(clusters, "Worker", Mortal)
+    asked = questions(4000)
+    model = str(model_dir), None, "float32"
+    told = list(clusters.scores_on_ray(model, iter(asked), workers=2, tally=Tally(), marginal=False))
+    assert flag.exists()
+    assert len(told) == len(asked)
+    for a, b in zip(told, scores(llama(), asked, marginal=False), strict=True):
+        assert a.log_p_y_given_x == pytest.approx(b.log_p_y_given_x, abs=1e-4)

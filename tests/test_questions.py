@@ -1,0 +1,80 @@
+"""What is asked: windows bounded in tokens, rolling and truncated texts, each token counted once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ygivenx.errors import ConfigError, RowError
+from ygivenx.questions import MOST, Questioner, pair_of_ids, rolling, windows
+from ygivenx.sequence import Segment, Sequence
+
+
+def with_bos(x: int, y: int) -> Sequence:
+    n = 1 + x + y
+    segments = (Segment(0, 1, "bos"), Segment(1, 1 + x, "prompt"), Segment(1 + x, n, "answer", output=True))
+    return Sequence(np.arange(n), np.zeros(n, np.float32), segments, tuple(map(str, range(n))))
+
+
+@given(st.integers(1, 200), st.integers(1, 40))
+def test_rolling_counts_each_token_once_with_as_much_context_as_fits(length, limit):
+    told = rolling(length, limit)
+    assert [t for _, since, stop in told for t in range(since, stop)] == list(range(length))
+    for start, since, stop in told:
+        assert stop - start <= limit + 1  # the last token is never read
+        assert start < since or start == 0
+    assert told[-1][0] == max(0, length - limit - 1)
+
+
+def test_rolling_is_the_harness_s():
+    harness = pytest.importorskip("lm_eval.utils")
+    for length in range(1, 40):
+        theirs = harness.get_rolling_token_windows(list(range(1, length + 1)), 0, 7, 1)
+        expected = [(a + b[-1:], len(b)) for a, b in theirs]
+        told = [
+            (list(range(start, stop)), stop - max(since, 1)) for start, since, stop in rolling(length + 1, 7)
+        ]
+        assert told == expected
+
+
+def test_left_cuts_x_after_its_bos_and_says_so():
+    (question,) = Questioner(None, limit=9, overflow="left")(with_bos(20, 5))
+    cut = question.parts[0].sequence
+    assert cut.ids.tolist() == [0, *range(17, 26)]
+    assert cut.output.sum() == 5
+    assert cut.segments[0] == Segment(0, 1, "bos")
+    assert cut.tokens == tuple(map(str, cut.ids))
+    assert question.truncated == 16
+    assert any("lost 16 tokens" in n for n in question.notes)
+
+
+def test_what_does_not_fit_is_refused_with_a_way_out():
+    with pytest.raises(RowError, match="26 tokens long, and the model reads 9") as refused:
+        Questioner(None, limit=9)(with_bos(20, 5))
+    assert "roll" in refused.value.fix
+    with pytest.raises(RowError, match="y doesn't fit") as refused:
+        Questioner(None, limit=9, overflow="left")(with_bos(20, 30))
+    assert refused.value.reason == "y_too_long"
+    assert len(Questioner(None, limit=25)(with_bos(20, 5))[0].parts) == 1
+    with pytest.raises(ConfigError, match="did you mean 'left'"):
+        Questioner(None, overflow="lift")
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), max_size=60), st.integers(1, 200))
+def test_windows_keep_order_and_bounds(rows, tokens):
+    questions = [Questioner(None)(pair_of_ids(ids, [3]))[0] for ids in rows]
+    told = list(windows(questions, tokens))
+    assert [q for window, _ in told for q in window] == questions
+    longest = 31
+    for window, forest in told:
+        assert sum(len(s) for q in window for s in q.sequences) <= MOST * tokens + longest
+        assert len(forest.paths) == len(window)
+
+
+def test_what_is_shared_stays_together():
+    stem = list(range(100, 400))
+    questions = [Questioner(None)(pair_of_ids([*stem, i], [i]))[0] for i in range(40)]
+    (only,) = windows(questions, 1000)  # 12,080 tokens, 380 of them distinct
+    assert len(only[1]) == 380

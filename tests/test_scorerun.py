@@ -1,0 +1,132 @@
+"""`ygx score`: any number of rows in bounded memory, resumable, in input order, nothing lost or doubled."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import Result
+from tiny import llama
+from typer.testing import CliRunner
+
+from ygivenx.cli import app
+from ygivenx.errors import ConfigError
+from ygivenx.scorefile import ScoreFile
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory, smol_tokenizer) -> Path:
+    """A random model with the real tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    llama(vocab_size=len(smol_tokenizer)).save_pretrained(path)
+    smol_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def pairs(tmp_path) -> Path:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"x": f"Passage {i // 8}. Question {i}?", "y": f" Answer {i}"} for i in range(60)]
+    rows[7] = {"x": "several", "y": [" one", " two", " three"]}
+    rows[20] = {"x": "control", "y": "<|im_start|>"}
+    rows[30] = {"x": 5, "y": "not a text"}
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+def ygx_score(*args: object) -> Result:
+    return CliRunner().invoke(app, ["score", *map(str, args)])
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_in_order_then_nothing_to_do_then_another_run_is_refused(model_dir, pairs, tmp_path):
+    out = tmp_path / "out.jsonl"
+    done = ygx_score(pairs, "--model", model_dir, "-o", out, "--json", "--unconditional", "Text:")
+    assert done.exit_code == 0, done.exception
+    account = json.loads(done.stdout)
+    assert (account["read"], account["accepted"], account["quarantined"]) == (60, 58, 2)
+    assert account["reasons"] == {"control_text": 1, "wrong_type": 1}
+    told = lines(out)
+    expected = [(i, k) for i in range(60) if i not in (20, 30) for k in range(3 if i == 7 else 1)]
+    assert [(r["row"], r["sequence"]) for r in told] == expected
+    assert all(r["pmi"] == pytest.approx(r["log_p_y_given_x"] - r["log_p_y"]) for r in told)
+
+    again = ygx_score(pairs, "--model", model_dir, "-o", out, "--json", "--unconditional", "Text:")
+    assert again.exit_code == 0, again.exception
+    assert json.loads(again.stdout)["run"]["scores"] == 0
+    assert json.loads(again.stdout)["scored"] == 60
+    assert lines(out) == told
+
+    other = ygx_score(pairs, "--model", model_dir, "-o", out, "--border", "split")
+    assert isinstance(other.exception, ConfigError)
+    assert "belongs to another run" in str(other.exception)
+    assert "border (joint → split)" in str(other.exception)
+    assert lines(out) == told
+
+
+def test_parquet_has_the_tokens(model_dir, pairs, tmp_path):
+    out = tmp_path / "out.parquet"
+    done = ygx_score(pairs, "--model", model_dir, "-o", out, "--tokens", "--limit", 9)
+    assert done.exit_code == 0, done.exception
+    table = pq.read_table(out).to_pylist()
+    assert [r["row"] for r in table] == [0, 1, 2, 3, 4, 5, 6, 7, 7, 7, 8]
+    for r in table:
+        values = [v for v in r["token_log_p"] if v is not None]
+        assert sum(values) == pytest.approx(r["log_p_xy"], abs=1e-4)
+        assert len(r["token_text"]) == len(r["token_rank"]) == len(r["token_log_p"])
+        assert "".join(r["token_text"]).startswith(("Passage", "several"))
+    assert not out.with_name("out.parquet.jsonl").exists()
+    again = ygx_score(pairs, "--model", model_dir, "-o", out, "--tokens", "--limit", 9)
+    assert "complete" in again.stderr
+
+
+def test_a_killed_run_goes_on_where_it_ended(model_dir, tmp_path):
+    pairs, out, whole = tmp_path / "many.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    with pairs.open("w") as file:
+        for i in range(1500):
+            file.write(json.dumps({"x": f"Row {i}: " + "word " * 60 + str(i * i), "y": f" {i}"}) + "\n")
+    command = [str(v) for v in (pairs, "--model", model_dir, "--no-marginal", "-o")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ygivenx", "score", *command, str(out)], stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (out.exists() and out.stat().st_size > 2000):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = out.read_bytes()
+    kept = before.count(b"\n")
+    assert 0 < kept < 1500, "the run has to be killed in its middle"
+    with out.open("ab") as file:
+        file.write(b'{"row": 9')  # half a line, as a machine that dies may leave it
+
+    done = ygx_score(*command, out, "--json")
+    assert done.exit_code == 0, done.exception
+    account = json.loads(done.stdout)
+    assert account["run"]["scores"] == 1500 - kept  # no finished row is computed again
+    assert account["scored"] == account["accepted"] == 1500
+    assert out.read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+
+    assert ygx_score(*command, whole).exit_code == 0
+    for a, b in zip(lines(out), lines(whole), strict=True):
+        assert a["row"] == b["row"]
+        assert a["log_p_y_given_x"] == pytest.approx(b["log_p_y_given_x"], abs=1e-4)
+
+
+def test_a_file_that_is_no_run_s_is_never_touched(tmp_path):
+    path = tmp_path / "thesis.jsonl"
+    path.write_text("precious\n")
+    with pytest.raises(ConfigError, match="isn't a run's"):
+        ScoreFile(path, {})
+    with pytest.raises(ConfigError, match="unknown kind"):
+        ScoreFile(tmp_path / "x.csv", {})
+    assert path.read_text() == "precious\n"
