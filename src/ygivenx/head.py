@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from . import head_kernel
 from .errors import ModelError
-from .head_sweep import MEMORY, Head, sweep
+from .head_edges import Head
+from .head_sweep import MEMORY, sweep
 
 
 class Ranked(NamedTuple):

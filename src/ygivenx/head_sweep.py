@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from . import head_kernel, pages
+from .head_edges import Edges, Head, parts, working_dtype
 
 MEMORY = 64 << 20  # bytes beyond the gradients that a call may hold on to
 HUGE = 1e20
@@ -39,25 +40,6 @@ BLOCK = 1024  # columns of one first sweep
 TILE = 2 << 20  # elements of one tile
 PAD = 16  # columns come in multiples of this: the products run on whole vectors
 WORTHWHILE = 160  # columns from which adding to dW is cheaper than computing the logits again
-
-
-@dataclass(frozen=True)
-class Head:
-    """z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap). weight [V, H], bias [V]."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-    z_loss: float = 0.0
-
-    def capped(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """z in place as softcap·tanh(z / softcap), and its slope 1 - tanh², where there is a cap."""
-        if self.softcap is None:
-            return z, None
-        z.div_(self.softcap).tanh_()
-        slope = 1 - z * z
-        return z.mul_(self.softcap), slope
 
 
 @dataclass(frozen=True)
@@ -86,8 +68,8 @@ def sweep(
 ) -> Swept:
     """log p of every edge; with `weights` the loss and the wanted gradients (of hidden, weight, bias)."""
     hidden, given = hidden.detach(), head.weight.dtype
-    head = replace(head, weight=head.weight.to(_working_dtype(hidden, head.weight)))
-    edges = _Edges(hidden, head, rows, targets, weights, apart=ranks)
+    head = replace(head, weight=head.weight.to(working_dtype(hidden, head.weight)))
+    edges = Edges(hidden, head, rows, targets, weights, apart=ranks)
     into = _Gradients(hidden, head, edges.wide, wants)
     scratch = _Scratch(hidden.device)
     if into.weight is not None and not len(rows):
@@ -102,102 +84,6 @@ def sweep(
         None if into.weight is None else into.weight.to(given),
         None if into.bias is None or head.bias is None else into.bias.to(head.bias.dtype),
     )
-
-
-def _working_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """float16 can't hold unnormalised exponentials: it is computed in float32."""
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-class _Edges:
-    """Edges in the order of their columns, and what is known of each column.
-
-    target [E]; weight, picked (the target's logit), log_p float64 [E]; column [E] of each edge, `starts` [C + 1] of
-    each column's edges, the first of which has the highest logit: its target is *the* target of the column.
-    rows [C]; shift, sums (S), float64 [C]; above int64 [C].
-    """
-
-    def __init__(self, hidden: Tensor, head: Head, rows: Tensor, targets: Tensor, weights: Tensor | None, *,
-                 apart: bool) -> None:  # fmt: skip
-        self.hidden, self.head = hidden, head
-        self.wide = torch.promote_types(head.weight.dtype, torch.float32)
-        picked, slope = self._pick(rows, targets)
-        # By row, the highest logit first; with `apart` each edge is a column of its own.
-        self.order = torch.argsort(picked, descending=True)
-        self.order = self.order[torch.argsort(rows[self.order], stable=True)]
-        rows, self.target, self.picked = rows[self.order], targets[self.order], picked[self.order]
-        self.slope = None if slope is None else slope[self.order]
-        self.weight = None if weights is None else weights[self.order].double()
-        if apart:
-            self.rows, self.column = rows, torch.arange(len(rows), device=rows.device)
-            counts = torch.ones_like(rows)
-        else:
-            self.rows, self.column, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
-        ends = counts.cumsum(0)
-        self.starts, self.first = [0, *ends.tolist()], ends - counts
-        self.shift = self.picked[self.first]
-        self.sums = torch.zeros_like(self.shift)
-        self.above = torch.zeros_like(self.rows)
-        self.log_z = torch.zeros_like(self.shift)
-        self.log_p = torch.zeros_like(self.picked)
-
-    def _pick(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The logit of every edge's target and the slope of its cap, float64 [E]."""
-        picked = torch.empty(len(rows), dtype=self.wide, device=rows.device)
-        for part in _parts(len(rows)):
-            h, w = self.hidden[rows[part]], self.head.weight[targets[part]]
-            picked[part] = (h.to(self.wide) * w.to(self.wide)).sum(-1)
-        if self.head.bias is not None:
-            picked += self.head.bias[targets]
-        return self.head.capped(picked.double() * self.head.scale)
-
-    def as_given(self, values: Tensor) -> Tensor:
-        """Values per edge in the caller's order."""
-        out = torch.empty_like(values)
-        out[self.order] = values
-        return out
-
-    def settle(self, a: int, b: int) -> None:
-        """log Z and log p of columns [a, b), once their sums are known."""
-        mine = slice(self.starts[a], self.starts[b])
-        shift, column = self.shift[a:b], self.column[mine] - a
-        # log1p(S), as e[target] is exp(0) unless the shift is the maximum
-        log_z = torch.log1p(self.sums[a:b] + torch.expm1(self.picked[self.first[a:b]] - shift))
-        self.log_p[mine] = self.picked[mine] - shift[column] - log_z[column]
-        self.log_z[a:b] = log_z
-
-    def loss(self) -> Tensor:
-        """Σ w·(−log p + z_loss·logsumexp²), float64."""
-        assert self.weight is not None
-        lse = (self.shift + self.log_z)[self.column]
-        return (self.weight * (self.head.z_loss * lse**2 - self.log_p)).sum()
-
-    def coefficients(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        """Columns [a, b): k [b - a], and of their edges the gradient at the target's logit less what k·e[v]
-        gives already (nothing at *the* target, whose e is left out of the tiles). float64.
-        """
-        assert self.weight is not None
-        mine = slice(self.starts[a], self.starts[b])
-        column, first, weight = self.column[mine] - a, self.first[a:b], self.weight[mine]
-        same = self.target[mine] == self.target[first][column]
-        on_target = torch.zeros(b - a, dtype=weight.dtype, device=weight.device)
-        elsewhere = on_target.index_add(0, column, weight.where(~same, 0.0))
-        size = on_target.index_add(0, column, weight.abs())
-        on_target = on_target.index_add(0, column, weight.where(same, 0.0))
-        lse_part = 2 * self.head.z_loss * (on_target + elsewhere)
-        if self.head.z_loss:
-            lse_part = lse_part * (self.shift[a:b] + self.log_z[a:b])
-        c = on_target + elsewhere + lse_part
-        z = self.log_z[a:b].exp()
-        at_target = elsewhere + lse_part - c * self.sums[a:b] / z
-        g = -weight.where(~same, 0.0)
-        g[first - self.starts[a]] = at_target
-        if self.slope is not None:
-            g = g * self.slope[mine]
-        # Weights that cancel leave c = 0, and tiles can't hold g / k: any c too small to matter will do.
-        c = torch.where(c.abs() < 1e-12 * size, 1e-12 * size, c)
-        return c / z, g
 
 
 class _Gradients:
@@ -246,7 +132,7 @@ class _Marks:
 class _Block:
     """Columns [a, b) of the edges: as many as one first sweep takes."""
 
-    def __init__(self, edges: _Edges, a: int, b: int, scratch: _Scratch) -> None:
+    def __init__(self, edges: Edges, a: int, b: int, scratch: _Scratch) -> None:
         self.edges, self.head, self.a, self.b, self.scratch = edges, edges.head, a, b, scratch
         self.width = _padded(b - a)
         weight, device = self.head.weight, edges.hidden.device
@@ -316,8 +202,8 @@ class _Block:
     def first_sweep(self, tiles: list[tuple[int, Tensor]], *, product: bool, ranks: bool) -> Tensor | None:
         """Fills the tiles, settles log p, and gives Σ e[v]·W[v] [width, H] if that is asked for."""
         sums, above, total = self._first_sweep(tiles, product, ranks)
-        far = ~(sums <= HUGE)
-        if far.any():
+        far = ~(sums <= HUGE)  # NaN as well
+        if far[: self.b - self.a].any():
             self.shift = torch.where(far, self._maximum(tiles), self.shift)
             sums, above, total = self._first_sweep(tiles, product, ranks)
         edges, n = self.edges, self.b - self.a
@@ -357,7 +243,7 @@ class _Block:
 class _Round:
     """Columns [a, b) of the edges, whose share of dW is made together; `room` of them can wait."""
 
-    def __init__(self, edges: _Edges, a: int, b: int, room: int, into: _Gradients, scratch: _Scratch) -> None:
+    def __init__(self, edges: Edges, a: int, b: int, room: int, into: _Gradients, scratch: _Scratch) -> None:
         self.edges, self.into, self.scratch = edges, into, scratch
         self.weight, self.adds = edges.head.weight, a > 0
         self.kept = min(room, _padded(b - a))
@@ -421,7 +307,7 @@ class _Round:
             self.scaled_x[at : at + block.width] = block.x * factor
         if total is not None and self.into.hidden is not None:
             total *= factor
-            for part in _parts(len(target)):
+            for part in parts(len(target)):
                 terms = self.weight[target[part]] * (g[part] * scale).to(total.dtype)[:, None]
                 total.index_add_(0, column[part], terms)
             self.into.hidden[edges.rows[a:b]] = total[: b - a].to(self.into.hidden.dtype)
@@ -457,9 +343,9 @@ class _Round:
 
 
 def _rounds(columns: int, weight: Tensor, memory: int) -> list[tuple[int, int, int]]:
-    """[a, b) and how many of its columns can wait: at first in dW, then in three quarters of `memory`."""
+    """[a, b) and how many of its columns can wait: at first in dW, then in most of `memory`."""
     room = weight.shape[1] // PAD * PAD if memory else 0
-    later = memory * 3 // 4 // (len(weight) * weight.element_size()) // PAD * PAD
+    later = memory * 11 // 16 // (len(weight) * weight.element_size()) // PAD * PAD
     if columns <= room or weight.dtype == torch.bfloat16 or later < WORTHWHILE or not room:
         return [(0, columns, room)] if columns else []
     return [(0, room, room), *((a, b, later) for a, b in _even(room, columns, later))]
@@ -480,8 +366,3 @@ def _padded(columns: int) -> int:
 def _height(width: int, least: int) -> int:
     """Tokens of a tile of so many columns."""
     return min(8192, max(least, TILE // width // 256 * 256))
-
-
-def _parts(count: int) -> list[slice]:
-    """Slices of at most BLOCK edges, as gathering [E, H] at once would be large."""
-    return [slice(a, a + BLOCK) for a in range(0, count, BLOCK)]

@@ -1,0 +1,428 @@
+"""The selective head against its float64 twin."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ygivenx import head_kernel, head_reference, head_sweep
+from ygivenx.errors import ModelError
+from ygivenx.head import explain, log_probs, selective_cross_entropy
+
+CASES = int(os.environ.get("YGIVENX_CASES", "300"))
+
+
+@dataclass
+class Case:
+    hidden: Tensor
+    weight: Tensor
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
+    options: dict[str, Any]
+    bias: Tensor | None = None
+    z_loss: float = 0.0
+    memory: int = head_sweep.MEMORY
+    wanted: list[Tensor] = field(default_factory=list)
+
+    @property
+    def size(self) -> float:
+        """The largest logit: float32 products lose digits in proportion."""
+        with torch.no_grad():
+            z = head_reference.all_logits(
+                self.hidden, self.weight, bias=self.bias, scale=self.options["scale"]
+            )
+        return 1 + float(z.abs().max())
+
+    def ours(self) -> tuple[Tensor, Tensor]:
+        edges = (self.rows, self.targets, self.weights)
+        more = {"bias": self.bias, "z_loss": self.z_loss, "memory": self.memory}
+        return selective_cross_entropy(self.hidden, self.weight, *edges, **self.options, **more)
+
+    def twin(self) -> tuple[Tensor, Tensor]:
+        edges = (self.rows, self.targets, self.weights)
+        more = {"bias": self.bias, "z_loss": self.z_loss}
+        return head_reference.selective_cross_entropy(
+            self.hidden, self.weight, *edges, **self.options, **more
+        )
+
+    def grads(self, loss: Tensor, **kw: Any) -> list[Tensor]:
+        return [g.double() for g in torch.autograd.grad(loss, self.wanted, **kw)]
+
+
+def random_case(seed: int, dtype: torch.dtype = torch.float32) -> Case:
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    rows, size = int(rng.choice([1, 2, 7, 40, 130])), int(rng.choice([2, 6, 16, 34]))
+    vocabulary = int(rng.choice([1, 2, 11, 300, 1500]))
+    edges = int(rng.choice([0, 1, rows, 2 * rows]))
+    spread = float(rng.choice([0.1, 1, 5, 30]))  # 30: targets hopelessly far below, and confident ones
+    hidden = torch.randn(rows, size).to(dtype).requires_grad_(rng.random() < 0.9)
+    weight = (torch.randn(vocabulary, size) * spread / size**0.5).to(dtype).requires_grad_(rng.random() < 0.9)
+    bias = torch.randn(vocabulary).to(dtype).requires_grad_() if rng.random() < 0.3 else None
+    weights = torch.from_numpy(rng.choice([1.0, 1.0, 0.25, 0.0, 3.0, -1.0], edges)).float()
+    options = {"softcap": 7.0 if rng.random() < 0.2 else None, "scale": float(rng.choice([1.0, 1.0, 0.3]))}
+    picks = (torch.randint(0, rows, (edges,)), torch.randint(0, vocabulary, (edges,)))
+    case = Case(hidden, weight, *picks, weights, options, bias, float(rng.choice([0, 0, 0.01])))
+    case.memory = int(rng.choice([1, 1 << 17, 64 << 20]))
+    case.wanted = [t for t in (hidden, weight, bias) if t is not None and t.requires_grad]
+    return case
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles, blocks and rounds in small cases."""
+    monkeypatch.setattr(head_sweep, "TILE", 1)
+    monkeypatch.setattr(head_sweep, "BLOCK", 32)
+    monkeypatch.setattr(head_sweep, "WORTHWHILE", 16)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def route(request, monkeypatch):
+    if request.param == "torch":
+        monkeypatch.setenv(head_kernel.SWITCH, "0")
+    elif head_kernel.why_not():
+        pytest.skip(head_kernel.why_not())
+    return request.param
+
+
+def relative(got: Tensor, true: Tensor, floor: float = 0.0) -> float:
+    return float((got.double() - true.double()).norm() / (true.double().norm() + floor + 1e-30))
+
+
+def check_float32(case: Case) -> None:
+    log_p, loss = case.ours()
+    true_p, true_loss = case.twin()
+    tolerance = 5e-7 * case.size
+    assert log_p.dtype == torch.float32
+    assert not log_p.requires_grad
+    torch.testing.assert_close(log_p.double(), true_p.detach(), rtol=1e-6, atol=tolerance)
+    total = float((case.weights.abs() * (1 + true_p.detach().abs())).sum())
+    assert abs(float(loss.detach()) - float(true_loss.detach())) <= tolerance * (total + 1) * (
+        1 + case.z_loss * case.size
+    )
+    for got, true in zip(case.grads(loss), case.grads(true_loss), strict=True) if case.wanted else ():
+        # Where the weights of a row cancel or everything is certain, what is left is rounding of what cancelled.
+        floor = 0.1 * float(case.weights.norm())
+        assert relative(got, true, floor) <= 3 * tolerance + 1e-6, (got, true)
+
+
+def run_cases(first: int, count: int) -> None:
+    for seed in range(first, first + count):
+        case = random_case(seed)
+        try:
+            check_float32(case)
+        except AssertionError as error:
+            raise AssertionError(f"random_case({seed})") from error
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_random_cases_agree_with_the_twin():
+    run_cases(0, CASES)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_tiles")
+def test_twenty_thousand_random_cases():
+    run_cases(1_000_000, 20_000)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("seed", range(0, 60, 3))
+def test_bfloat16_and_float16_agree_within_their_rounding(seed, route):
+    for dtype, digits in ((torch.bfloat16, 8), (torch.float16, 11)):
+        case = random_case(seed, dtype)
+        log_p, loss = case.ours()
+        true_p, true_loss = case.twin()
+        # The inputs are exact, logits and sums are float32: only gradients are rounded.
+        torch.testing.assert_close(log_p.double(), true_p.detach(), rtol=1e-5, atol=2e-5 * case.size)
+        for got, true in zip(case.grads(loss), case.grads(true_loss), strict=True) if case.wanted else ():
+            assert relative(got, true, 0.1 * float(case.weights.norm())) <= 4 * 2**-digits
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_both_routes_give_the_same_numbers(monkeypatch):
+    if head_kernel.why_not():
+        pytest.skip(head_kernel.why_not())
+    for seed in range(40):
+        case = random_case(seed, torch.bfloat16)
+        compiled = case.ours()
+        monkeypatch.setenv(head_kernel.SWITCH, "0")
+        plain = case.ours()
+        monkeypatch.delenv(head_kernel.SWITCH)
+        for a, b in zip(compiled, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * case.size)
+
+
+def test_at_a_usual_size_float32_is_within_the_bars():
+    torch.manual_seed(0)
+    hidden, weight = (
+        torch.randn(96, 128, requires_grad=True),
+        (torch.randn(20_000, 128) * 0.1).requires_grad_(),
+    )
+    rows, targets = torch.arange(96), torch.randint(0, 20_000, (96,))
+    case = Case(hidden, weight, rows, targets, torch.rand(96), {"softcap": None, "scale": 1.0})
+    case.wanted = [hidden, weight]
+    loss, true = case.ours()[1], case.twin()[1]
+    assert abs(float(loss.detach()) / float(true.detach()) - 1) < 1e-6
+    for got, expected in zip(case.grads(loss), case.grads(true), strict=True):
+        assert relative(got, expected) < 1e-5
+
+
+def confident(dtype: torch.dtype = torch.bfloat16) -> Case:
+    """Rows that predict their target with p > 0.99, and some that don't."""
+    torch.manual_seed(3)
+    weight = (torch.randn(6000, 96) * 0.6).to(dtype)
+    targets = torch.randint(0, 6000, (200,))
+    away = torch.linspace(0.3, 0.75, 200)[:, None]
+    hidden = (weight[targets].float() * away + torch.randn(200, 96) * 0.25).to(dtype)
+    case = Case(hidden.requires_grad_(), weight.requires_grad_(), torch.arange(200), targets, torch.ones(200),
+                {"softcap": None, "scale": 1.0})  # fmt: skip
+    case.wanted = [hidden, weight]
+    return case
+
+
+def row_errors(got: Tensor, true: Tensor, rows: Tensor) -> Tensor:
+    return ((got - true).norm(dim=1) / true.norm(dim=1))[rows]
+
+
+def test_gradients_of_confident_rows_keep_their_digits_in_bfloat16(route):
+    case = confident()
+    log_p, loss = case.ours()
+    true_p, true_loss = case.twin()
+    sure = (true_p.exp() > 0.99) & (true_p.exp() < 1 - 1e-9)
+    assert sure.sum() > 30
+    (got, _), (true, _) = case.grads(loss), case.grads(true_loss)
+    assert row_errors(got, true, sure).median() < 0.005
+    assert (log_p.double() / true_p.detach() - 1)[sure].abs().max() < 1e-3
+    # The test can tell: the usual way is off by several times that.
+    usual = torch.nn.functional.cross_entropy(
+        (case.hidden @ case.weight.T).float(), case.targets, reduction="sum"
+    )
+    assert row_errors(case.grads(usual)[0], true, sure).median() > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_targets_far_below_the_rest_are_shifted_by_the_maximum(dtype, route):
+    hidden = torch.eye(4).to(dtype) * 8
+    weight = (torch.arange(40).reshape(10, 4) * 8.0).to(dtype).requires_grad_()
+    targets = torch.tensor([0, 9, 0, 3])
+    case = Case(hidden.requires_grad_(), weight, torch.arange(4), targets, torch.ones(4),
+                {"softcap": None, "scale": 1.0})  # fmt: skip
+    case.wanted = [hidden, weight]
+    log_p, loss = case.ours()
+    true_p, true_loss = case.twin()
+    assert true_p.min() < -2000
+    torch.testing.assert_close(log_p.double(), true_p.detach(), rtol=1e-6, atol=1e-5)
+    for got, true in zip(case.grads(loss), case.grads(true_loss), strict=True):
+        assert relative(got, true) < (1e-5 if dtype == torch.float32 else 0.01)
+
+
+def test_a_masked_vocabulary_and_not_a_number_come_through():
+    hidden, weight = torch.randn(2, 4), torch.randn(5, 4)
+    bias = torch.tensor([0, -torch.inf, 0, 0, -torch.inf])
+    log_p = log_probs(hidden, weight, torch.tensor([0, 1]), torch.tensor([2, 0]), bias=bias)
+    kept = torch.tensor([0, 2, 3])
+    rest = torch.log_softmax(hidden @ weight[kept].T, -1)
+    torch.testing.assert_close(log_p, torch.stack([rest[0, 1], rest[1, 0]]))
+    hidden[1, 0] = torch.nan
+    log_p = log_probs(hidden, weight, torch.tensor([0, 1]), torch.tensor([2, 0]))
+    assert not log_p[0].isnan()
+    assert log_p[1].isnan()
+
+
+def test_no_edge_gives_zeros():
+    case = random_case(1)
+    case.rows, case.targets, case.weights = case.rows[:0], case.targets[:0], case.weights[:0]
+    log_p, loss = case.ours()
+    assert log_p.shape == (0,)
+    assert float(loss.detach()) == 0
+    assert all(not g.any() for g in case.grads(loss))
+
+
+def test_log_probs_is_differentiable_for_weights_that_depend_on_it(small_tiles):
+    for seed in range(20):
+        case = random_case(seed)
+        if not case.wanted or len(case.rows) < 2:
+            continue
+
+        def preference(log_p: Tensor) -> Tensor:  # a DPO-like loss: two groups of edges against each other
+            half = len(log_p) // 2
+            return -torch.nn.functional.logsigmoid(0.1 * (log_p[:half].sum() - log_p[half:].sum()))
+
+        got = log_probs(case.hidden, case.weight, case.rows, case.targets, bias=case.bias, **case.options)
+        case.z_loss = 0
+        true = case.twin()[0]
+        for a, b in zip(case.grads(preference(got)), case.grads(preference(true)), strict=True):
+            assert relative(a, b, 0.1) < 2e-6 * case.size
+
+
+def test_ranks_count_the_tokens_above_the_target(small_tiles):
+    for seed in range(30):
+        case = random_case(seed)
+        found = log_probs(
+            case.hidden, case.weight, case.rows, case.targets, bias=case.bias, ranks=True, **case.options
+        )
+        z = head_reference.all_logits(case.hidden, case.weight, bias=case.bias, **case.options).detach()
+        gap = (z[case.rows] - z[case.rows].gather(1, case.targets[:, None])).abs()
+        clear = ((gap > 1e-5 * case.size) | (gap == 0)).all(-1)
+        true = head_reference.ranks(z, case.rows, case.targets)
+        assert torch.equal(found.rank[clear], true[clear])
+        assert len(case.rows) < 10 or clear.any() or case.options["softcap"]
+
+
+def test_backward_again_and_with_a_factor(small_tiles):
+    case = random_case(13)
+    assert len(case.wanted) >= 2
+    _, loss = case.ours()
+    once = case.grads(loss, retain_graph=True)
+    kept = [g.clone() for g in once]
+    again = case.grads(3 * loss, retain_graph=True)
+    for a, b, k in zip(once, again, kept, strict=True):
+        assert torch.equal(a, k)
+        torch.testing.assert_close(3 * a, b)
+    case.grads(loss)
+    with pytest.raises(RuntimeError, match="second time"):
+        case.grads(loss)
+
+
+def test_second_derivatives_are_refused():
+    case = random_case(13)
+    (grad, *_) = torch.autograd.grad(case.ours()[1], case.wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_gradients_are_made_for_whoever_wants_them_only(monkeypatch):
+    case = random_case(13)
+    made = []
+    sweep = head_sweep.sweep
+    monkeypatch.setattr("ygivenx.head.sweep", lambda *a, **k: made.append(a[5]) or sweep(*a, **k))
+    case.hidden.requires_grad_()
+    case.weight.requires_grad_(False)
+    loss = case.ours()[1]
+    loss.backward()
+    assert case.hidden.grad is not None
+    with torch.no_grad():
+        assert not case.ours()[1].requires_grad
+    assert [m[:2] for m in made] == [(True, False), (False, False)]
+
+
+def test_an_adapter_on_the_head_gets_its_gradients():
+    case = random_case(13)
+    down, up = (
+        torch.randn(2, case.weight.shape[1], requires_grad=True),
+        torch.randn(len(case.weight), 2, requires_grad=True),
+    )
+    base = case.weight.detach()
+    case.wanted = [down, up]
+    case.weight = base + up @ down
+    got = case.grads(case.ours()[1])
+    case.weight = base.double() + up.double() @ down.double()
+    for a, b in zip(got, case.grads(case.twin()[1]), strict=True):
+        assert relative(a, b) < 1e-5
+
+
+def test_weights_of_a_row_that_cancel():
+    hidden, weight = torch.randn(1, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    rows, targets = torch.zeros(2, dtype=torch.int64), torch.tensor([3, 7])
+    case = Case(hidden, weight, rows, targets, torch.tensor([1.0, -1.0]), {"softcap": None, "scale": 1.0})
+    case.wanted = [hidden, weight]
+    got, true = case.grads(case.ours()[1]), case.grads(case.twin()[1])
+    for a, b in zip(got, true, strict=True):
+        assert relative(a, b) < 1e-6
+    torch.testing.assert_close(got[0][0], (weight[7] - weight[3]).double())
+
+
+def test_memory_stays_small_whatever_the_number_of_tokens():
+    reset = Path("/proc/self/clear_refs")
+    if not os.access(reset, os.W_OK):
+        pytest.skip("the peak of the resident set can't be reset here")
+    tokens, size, vocabulary = 1536, 64, 49_152
+    hidden = torch.randn(tokens, size, requires_grad=True)
+    weight = torch.randn(vocabulary, size, requires_grad=True)
+    rows, targets = torch.arange(tokens), torch.randint(0, vocabulary, (tokens,))
+
+    def resident(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+    selective_cross_entropy(hidden[:8], weight, rows[:8], targets[:8], torch.ones(8))[1].backward()
+    hidden.grad = weight.grad = None
+    reset.write_text("5")
+    before = resident("VmRSS")
+    selective_cross_entropy(hidden, weight, rows, targets, torch.ones(tokens))[1].backward()
+    beyond = resident("VmHWM") - before - hidden.nbytes - weight.nbytes
+    assert beyond < 64 << 20, f"{beyond >> 20} MB; all logits are {tokens * vocabulary * 4 >> 20} MB"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": torch.randn(2, 3, 4)}, "don't fit"),
+        ({"hidden": torch.randn(3, 5)}, "don't fit"),
+        ({"rows": torch.tensor([0, 3])}, "rows has an index outside 0..2"),
+        ({"targets": torch.tensor([-100, 1])}, "targets has an index outside 0..5"),
+        ({"rows": torch.tensor([0])}, "of one length"),
+        ({"weights": torch.ones(3)}, "of one length"),
+        ({"weights": torch.ones(2, requires_grad=True)}, "ask for a gradient"),
+        ({"bias": torch.zeros(2)}, "bias"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    good = {
+        "hidden": torch.randn(3, 4), "weight": torch.randn(6, 4), "rows": torch.tensor([0, 2]),
+        "targets": torch.tensor([1, 5]), "weights": torch.ones(2),
+    }  # fmt: skip
+    selective_cross_entropy(**good)
+    with pytest.raises(ModelError, match=message):
+        selective_cross_entropy(**(good | change))
+
+
+@pytest.fixture
+def empty_cache(monkeypatch, tmp_path):
+    """As on a machine on which the kernel was never built."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    head_kernel._loaded.cache_clear()
+    yield tmp_path
+    head_kernel._loaded.cache_clear()
+
+
+def test_without_a_compiler_torch_does_the_work(empty_cache, monkeypatch):
+    monkeypatch.setenv("PATH", str(empty_cache))
+    assert "no C++ compiler" in explain()["cpu bfloat16"]
+    case = random_case(6, torch.bfloat16)
+    torch.testing.assert_close(
+        case.ours()[0].double(), case.twin()[0].detach(), rtol=1e-5, atol=2e-5 * case.size
+    )
+
+
+def test_a_compiler_that_fails_is_said(empty_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    assert "false failed" in head_kernel.why_not()
+    assert not list(empty_cache.rglob("*.so"))
+
+
+def test_the_kernel_is_built_once_and_kept(empty_cache):
+    if head_kernel.why_not():
+        pytest.skip(head_kernel.why_not())
+    (built,) = empty_cache.rglob("*.so")
+    stamp = built.stat().st_mtime_ns
+    head_kernel._loaded.cache_clear()
+    assert head_kernel.library() is not None
+    assert built.stat().st_mtime_ns == stamp
+    assert list(empty_cache.rglob("*.so")) == [built]
+
+
+def test_the_switch_turns_the_kernel_off(monkeypatch):
+    monkeypatch.setenv(head_kernel.SWITCH, "0")
+    assert head_kernel.library() is None
+    assert head_kernel.SWITCH in explain()["cpu bfloat16"]
