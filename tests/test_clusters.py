@@ -71,7 +71,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model_dir, tmp_p
 
     flag = tmp_path / "killed"
 
-    class Mortal(clusters.Worker):
+    class Mortal(clusters.Scorer):
         """Dies the first time that a second batch comes to it, half way through."""
 
         batches = 0
@@ -83,7 +83,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model_dir, tmp_p
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(batch)
 
-    monkeypatch.setattr(clusters, "Worker", Mortal)
+    monkeypatch.setattr(clusters, "Scorer", Mortal)
     asked = questions(4000)
     model = str(model_dir), None, "float32"
     told = list(clusters.scores_on_ray(model, iter(asked), workers=2, tally=Tally(), marginal=False))
@@ -91,3 +91,20 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model_dir, tmp_p
     assert len(told) == len(asked)
     for a, b in zip(told, scores(llama(), asked, marginal=False), strict=True):
         assert a.log_p_y_given_x == pytest.approx(b.log_p_y_given_x, abs=1e-4)
+
+
+def test_rows_are_encoded_in_order_and_none_is_lost(cluster, model_dir, smol_tokenizer):
+    from ygivenx.clusters import encoded_on_ray
+    from ygivenx.encode import Encoder
+    from ygivenx.sequence import Rejected
+
+    rows = [{"x": f"Row {i}:", "y": f" {i}" if i % 7 else "<|im_start|>"} for i in range(1200)]
+    told = list(encoded_on_ray(str(model_dir), None, iter(rows), workers=2, eos=False))
+    encoder = Encoder(smol_tokenizer, eos=False)
+    assert len(told) == len(rows)
+    for i, (row, made) in enumerate(zip(rows, told, strict=True)):
+        if i % 7:
+            assert made.only.ids.tolist() == encoder(row).only.ids.tolist()
+        else:
+            assert isinstance(made, Rejected)
+            assert made.reason == "control_text"

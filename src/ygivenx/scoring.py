@@ -175,7 +175,8 @@ def questioner_for(
 
     if border not in BORDERS:
         raise ConfigError(f"unknown border {border!r}{nearest(border, BORDERS)}", fix="joint or split")
-    encoder = Encoder(tokenizer, control=control, border=BORDERS[border], bos=bos, eos=False)
+    # Weights don't matter to scores; with all tokens weighed an empty y isn't refused.
+    encoder = Encoder(tokenizer, "all", control=control, border=BORDERS[border], bos=bos, eos=False)
     return Questioner(encoder, max_length or context_window(model), overflow, unconditional)
 
 
