@@ -27,7 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import ConfigError, ModelError, nearest
-from .forest import Forest, Ints
+from .forest import Ints
 
 PREFIX = (
     "ygivenx_"  # our names in transformers' registry: ygivenx_sdpa is ours for forests, sdpa for the rest
@@ -36,36 +36,53 @@ ROUTES = ("auto", "dense", "blocks", "flex", "plain")
 BLOCK = 256  # queries of a block that holds more than one segment
 
 
+KeysValues = dict[nn.Module, tuple[Tensor, Tensor]]  # by attention layer, each [1, heads, tokens, D]
+
+
 @dataclass
 class Plan:
     """How one forward pass attends: handed to the model as a keyword argument, read in every layer.
 
-    end, depth: int64 [F], of the nodes that are fed. calls: layers that asked so far. made: masks and blocks
-    by window, made once for all layers.
+    end, depth: int64 [K], of the nodes that can be seen; the last K - first of them are the queries. Where
+    first > 0 the model is fed one chunk of a longer forest, and `past` has the keys and values of the path
+    that leads to it. fresh: the chunk's own, put there by the layers if it isn't None. layers: the attention
+    layers that asked so far. made: masks and blocks by window.
     """
 
     end: Ints
     depth: Ints
     route: str
     device: torch.device
-    calls: int = 0
+    first: int = 0
+    past: KeysValues = field(default_factory=dict)
+    fresh: KeysValues | None = None
+    layers: set[nn.Module] = field(default_factory=set)
     made: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, forest: Forest, device: torch.device, route: str = "auto") -> Plan:
+    def of(cls, end: Ints, depth: Ints, device: torch.device, route: str = "auto", first: int = 0) -> Plan:
         if route not in ROUTES:
             raise ConfigError(
                 f"unknown route {route!r}{nearest(route, ROUTES)}", fix=f"use one of {', '.join(ROUTES)}"
             )
-        end, depth = forest.fed_end, forest.depth[forest.fed]
-        one_path = bool((end == len(end)).all())
-        if route == "plain" and not one_path:
+        plain = not first and bool((end == len(end)).all())
+        if route == "plain" and not plain:
             raise ConfigError(
                 "the route 'plain' is for one sequence; this forest branches", fix="leave route out"
             )
         if route == "auto":
-            route = "plain" if one_path else automatic(device)
-        return cls(end, depth, route, device)
+            route = "plain" if plain else automatic(device)
+        return cls(end, depth, route, device, first)
+
+    def join(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values after those of the path."""
+        self.layers.add(module)
+        if self.fresh is not None:
+            self.fresh[module] = key, value
+        if not self.first:
+            return key, value
+        past_key, past_value = self.past[module]
+        return torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
 
     def once(self, make: Callable[..., Any], window: int | None) -> Any:
         """make(self, window), kept for the layers that ask later."""
@@ -88,7 +105,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     """
     if ygx is None:
         return _stock(module)(module, query, key, value, attention_mask, **options)
-    ygx.calls += 1
+    key, value = ygx.join(module, key, value)
     out = _routed(ygx, query, key, value, _Options.of(query, options))
     return out.transpose(1, 2).contiguous(), None
 
@@ -137,11 +154,12 @@ def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) 
 
 
 def dense_mask(plan: Plan, window: int | None) -> Tensor:
-    """bool [F, F], true where q (row) attends to k (column)."""
+    """bool [K - first, K], true where q (row) attends to k (column)."""
     end, depth = (torch.from_numpy(a).to(plan.device) for a in (plan.end, plan.depth))
-    q = torch.arange(len(end), device=plan.device)[:, None]
-    allowed = (q >= q.T) & (q < end)
-    return allowed if window is None else allowed & (depth[:, None] - depth < window)
+    k = torch.arange(len(end), device=plan.device)
+    q = k[plan.first :, None]
+    allowed = (k <= q) & (q < end)
+    return allowed if window is None else allowed & (depth[q] - depth < window)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o: _Options) -> Tensor:
@@ -173,13 +191,12 @@ Index = slice | Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """Queries [start, stop): they all see the keys `path`; of the keys `near` they see what `mask` allows.
+    """Queries `rows`: they all see the keys `path`; of the keys `near` they see what `mask` allows.
 
-    mask: float [stop - start, near], 0 or -inf; None says that near are the block's own keys, causal.
+    mask: float [rows, near], 0 or -inf; None says that near are the block's own keys, causal.
     """
 
-    start: int
-    stop: int
+    rows: slice
     path: Index | None
     near: Index
     mask: Tensor | None
@@ -187,47 +204,45 @@ class Block:
 
 def make_blocks(plan: Plan, window: int | None) -> list[Block]:
     """Long segments are blocks of their own, short ones are gathered; with a window all are short."""
-    return [_block(plan, start, stop, window) for start, stop in _cuts(plan.end, window)]
+    return [_block(plan, start, stop, window) for start, stop in _cuts(plan, window)]
 
 
-def _cuts(end: Ints, window: int | None) -> list[tuple[int, int]]:
+def _cuts(plan: Plan, window: int | None) -> list[tuple[int, int]]:
     # Neighbours with the same end are a chain without branches: a segment.
-    bounds = np.flatnonzero(np.diff(end, prepend=-1, append=-1))
+    bounds = plan.first + np.flatnonzero(np.diff(plan.end[plan.first :], prepend=-1, append=-1))
     if window is not None:
-        bounds = np.unique(np.concatenate((bounds, np.arange(0, len(end), BLOCK))))
-    cuts, start = [], 0
+        bounds = np.unique(np.concatenate((bounds, np.arange(plan.first, len(plan.end), BLOCK))))
+    cuts, start = [], plan.first
     for here, after in pairwise(bounds.tolist()):
         if after - start > BLOCK and here > start:
             cuts.append((start, here))
             start = here
-    return [*cuts, (start, len(end))]
+    return [*cuts, (start, len(plan.end))]
 
 
 def _block(plan: Plan, start: int, stop: int, window: int | None) -> Block:
-    end, depth = plan.end, plan.depth
+    end, depth, rows = plan.end, plan.depth, slice(start - plan.first, stop - plan.first)
     keys = np.flatnonzero(end[:start] > start)  # the path from the root to here
     everywhere = end[keys] >= stop
     if window is not None:
         inside = depth[start:stop]
         keys, everywhere = (a[depth[keys] > inside.min() - window] for a in (keys, everywhere))
         everywhere &= depth[keys] > inside.max() - window
-    path = keys[everywhere]
+    path = _index(keys[everywhere]) if everywhere.any() else None
     near = np.concatenate((keys[~everywhere], np.arange(start, stop)))
     chain = bool((end[start:stop] == end[start]).all()) and len(near) == stop - start
     if chain and (window is None or stop - start <= window):
-        return Block(start, stop, _index(path), _index(near), None)
+        return Block(rows, path, _index(near), None)
     q = np.arange(start, stop)[:, None]
     allowed = (near <= q) & (q < end[near])
     if window is not None:
         allowed &= depth[start:stop, None] - depth[near] < window
     mask = torch.zeros(allowed.shape).masked_fill_(torch.from_numpy(~allowed), -torch.inf)
-    return Block(start, stop, _index(path), _index(near), mask)
+    return Block(rows, path, _index(near), mask)
 
 
-def _index(nodes: Ints) -> Index | None:
+def _index(nodes: Ints) -> Index:
     """A slice where they are neighbours, so that taking them is free."""
-    if not len(nodes):
-        return None
     if nodes[-1] - nodes[0] + 1 == len(nodes):
         return slice(int(nodes[0]), int(nodes[-1]) + 1)
     return torch.from_numpy(nodes)
@@ -250,8 +265,7 @@ class _Blocks(torch.autograd.Function):
             n, length, heads, dtype=torch.promote_types(query.dtype, torch.float32)
         ).transpose(1, 2)
         for b in blocks:
-            rows = slice(b.start, b.stop)
-            q, o, total = query[:, :, rows], out[:, :, rows], lse[:, :, rows]
+            q, o, total = query[:, :, b.rows], out[:, :, b.rows], lse[:, :, b.rows]
             near, near_lse = _flash(q, key[:, :, b.near], value[:, :, b.near], 0.0, b.mask is None,
                                     attn_mask=_like(b.mask, q), scale=scale)  # fmt: skip
             if b.path is None:
@@ -271,8 +285,7 @@ class _Blocks(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         d_query, d_key, d_value = (_zeros(t) for t in (query, key, value))
         for b in ctx.blocks:
-            rows = slice(b.start, b.stop)
-            g, q, o, total = (t[:, :, rows] for t in (grad, query, out, lse))
+            g, q, o, total = (t[:, :, b.rows] for t in (grad, query, out, lse))
             for keys, mask, causal in ((b.near, b.mask, b.mask is None), (b.path, None, False)):
                 if keys is None:
                     continue
@@ -280,7 +293,7 @@ class _Blocks(torch.autograd.Function):
                 dq, dk, dv = _flash_backward(
                     g, q, k, v, o, total, 0.0, causal, attn_mask=_like(mask, q), scale=ctx.scale
                 )
-                d_query[:, :, rows] += dq
+                d_query[:, :, b.rows] += dq
                 _add(d_key, keys, dk)
                 _add(d_value, keys, dv)
         return d_query, d_key, d_value, None, None
@@ -309,22 +322,25 @@ def flex_mask(plan: Plan, window: int | None) -> BlockMask:
     end, depth = (torch.from_numpy(a).to(plan.device) for a in (plan.end, plan.depth))
 
     def allowed(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        q = q + plan.first
         seen = (k <= q) & (q < end[k])
         return seen if window is None else seen & (depth[q] - depth[k] < window)
 
-    return create_block_mask(allowed, None, None, len(end), len(end), device=plan.device)
+    return create_block_mask(allowed, None, None, len(end) - plan.first, len(end), device=plan.device)
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, o: _Options) -> Tensor:
     run = _compiled_flex() if query.is_cuda else flex_attention
-    cap = o.softcap
-
-    def capped(score: Tensor, _b: Tensor, _h: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
-
-    score_mod = None if cap is None else capped
+    score_mod = None if o.softcap is None else _capped(o.softcap)
     gqa = query.shape[1] != key.shape[1]
     return run(query, key, value, score_mod=score_mod, block_mask=mask, scale=o.scale, enable_gqa=gqa)
+
+
+def _capped(softcap: float) -> Callable[..., Tensor]:
+    def capped(score: Tensor, _b: Tensor, _h: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
 
 
 @cache
@@ -350,12 +366,29 @@ def prepare(config: PreTrainedConfig) -> None:
     config._attn_implementation = name
 
 
-def _stock(module: nn.Module) -> Any:
+def _stock(module: Any) -> Any:
     name = module.config._attn_implementation.removeprefix(PREFIX)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
 
 
-def explain(model: nn.Module | None = None) -> dict[str, str]:
-    """Which route runs on which device."""
-    return {"cpu": "blocks", "cuda": "flex"}
+def explain(model: Any = None) -> dict[str, str]:
+    """Which route takes a branching forest on this machine, and what this model's layers do to it."""
+    from .families import check, config_of, decoder_of
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    told = {"one sequence": "plain", "forest": automatic(device)}
+    if model is None:
+        return told
+    check(model)
+    config = config_of(model)
+    told["forest"] = automatic(decoder_of(model).get_input_embeddings().weight.device)
+    if getattr(config, "attn_logit_softcapping", None) and told["forest"] == "blocks":
+        told["forest"] = "dense (the CPU kernel has no soft-cap)"
+    if config.model_type == "gpt_oss":
+        told["forest"] = "dense (attention sinks)"
+    if getattr(config, "sliding_window", None):
+        told["sliding window"] = str(config.sliding_window)
+    if hasattr(config, "router_aux_loss_coef"):
+        told["router loss"] = "not part of the loss"
+    return told

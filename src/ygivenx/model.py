@@ -9,8 +9,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from . import attention
+from . import streaming
+from .attention import Plan
 from .errors import ModelError
+from .families import check, config_of, decoder_of, feed
 from .forest import Forest
 from .places import located, quiet_loading
 
@@ -64,46 +66,29 @@ def head_of(model: nn.Module) -> Head:
     layer = getattr(model, "get_output_embeddings", lambda: None)()
     if layer is None:
         raise ModelError(f"{type(model).__name__} has no language-model head", fix="load it as a causal LM")
-    config = _text_config(model)
+    config = config_of(model)
     return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), 1.0)
 
 
-def hidden_states(model: nn.Module, forest: Forest, *, route: str = "auto") -> Tensor:
+def hidden_states(
+    model: nn.Module, forest: Forest, *, route: str = "auto", chunk: int | None = None
+) -> Tensor:
     """Final hidden states, after the last norm, of the nodes with children: [F, H], differentiable.
 
-    Row i belongs to node forest.fed[i]. Raises ModelError for a model that can't attend along a forest.
+    Row i belongs to node forest.fed[i]. chunk: compute so many tokens at a time, exact all the same, in memory
+    that is bounded by the chunk; by default that happens where the forest needs more than half of the memory.
+    Dropout is drawn once per node, so sequences share it where they share tokens. Auxiliary losses of routers
+    aren't part of it. Raises ModelError for a model that can't attend along a forest.
     """
-    decoder = _decoder(model)
+    length = len(forest.fed)
+    if not length:
+        return decoder_of(model).get_input_embeddings().weight[:0]
+    if chunk is None and length > streaming.automatic(model):
+        chunk = streaming.CHUNK
+    if chunk is not None and length > chunk:
+        return streaming.streamed(model, forest, chunk, route)
+    check(model)
+    decoder = decoder_of(model)
     device = decoder.get_input_embeddings().weight.device
-    if not len(forest.fed):
-        return decoder.get_input_embeddings().weight[:0]
-    config = _text_config(model)
-    attention.prepare(config)
-
-    def tensor(values: Any) -> Tensor:
-        return torch.from_numpy(values).to(device)
-
-    plan = attention.Plan.of(forest, device, route)
-    # A 4-D mask stops the model from making one of its own; our attention doesn't look at it.
-    out = decoder(
-        input_ids=tensor(forest.token[forest.fed])[None],
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device),
-        position_ids=tensor(plan.depth)[None],
-        use_cache=False,
-        ygx=plan,
-    )
-    if plan.calls != config.num_hidden_layers:
-        raise ModelError(
-            f"{plan.calls} of {config.num_hidden_layers} layers use the attention interface",
-            where=type(decoder).__name__,
-            why="the others would mix tokens that don't stand on one path",
-        )
-    return out.last_hidden_state[0]
-
-
-def _decoder(model: Any) -> Any:
-    return model.get_decoder()
-
-
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config(decoder=True)
+    plan = Plan.of(forest.fed_end, forest.depth[forest.fed], device, route)
+    return feed(decoder, plan, forest.token[forest.fed])
