@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import head_kernel
 from .errors import ModelError
@@ -126,8 +125,8 @@ class _Loss(torch.autograd.Function):
         return swept.log_p, swept.loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         made, ctx.made = ctx.made, None
         if made is None:  # a second backward: the first one gave its gradients away
             hidden, weight, bias, rows, targets, weights = ctx.saved_tensors
@@ -152,12 +151,21 @@ class _LogProbs(torch.autograd.Function):
         return sweep(hidden, Head(weight, bias, **options), rows, targets).log_p
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
         hidden, weight, bias, rows, targets = ctx.saved_tensors
         head, wants = Head(weight, bias, **ctx.options), ctx.needs_input_grad[:3]
         swept = sweep(hidden, head, rows, targets, -grad, wants, memory=ctx.memory)
         return (swept.hidden, swept.weight, swept.bias, *[None] * 4)
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # so it is in a backward with create_graph=True, and only there
+        raise ModelError(
+            "the selective head has no second derivatives",
+            why="its gradients would silently count as constants under create_graph=True",
+            fix="compute logits and cross-entropy with torch where they are needed",
+        )
 
 
 def _wants(*tensors: Tensor | None) -> Wants:

@@ -205,7 +205,9 @@ class _Block:
         far = ~(sums <= HUGE)  # NaN as well
         if far[: self.b - self.a].any():
             self.shift = torch.where(far, self._maximum(tiles), self.shift)
-            sums, above, total = self._first_sweep(tiles, product, ranks)
+            sums, _, total = self._first_sweep(
+                tiles, product, ranks=False
+            )  # ranks were counted at the target
         edges, n = self.edges, self.b - self.a
         edges.shift[self.a : self.b] = self.shift[:n]
         edges.sums[self.a : self.b] = sums[:n]
