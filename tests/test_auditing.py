@@ -12,9 +12,9 @@ import pytest
 import torch
 from museum.studio import Studio
 from tiny import VOCAB, llama, sequences
-from ygivenx.encode import Encoder
 
 from ygivenx.auditing import audit
+from ygivenx.encode import Encoder
 from ygivenx.errors import ConfigError
 from ygivenx.evidence import Evidence, Library, Seen, mark_padding, seen_in_batch, seen_in_forest
 from ygivenx.forest import Forest
@@ -60,7 +60,7 @@ def test_findings_are_located_and_explained(report):
     finding = report.findings[0]
     assert finding.rule == "loss-on-x"
     assert finding.severity == "error"
-    assert len(finding.examples) == 3
+    assert len(finding.examples) == 2  # one for each row
     assert "⟦" in finding.examples[0]["text"]
     assert "micro-batch 0, row 0" in finding.examples[0]["where"]
     assert finding.why

@@ -184,7 +184,7 @@ class Studio:
     ) -> TrainingArguments:
         self._dirs.append(tempfile.TemporaryDirectory())
         settings = {
-            "output_dir": self._dirs[-1].name, "per_device_train_batch_size": 3, "report_to": [],
+            "output_dir": self._dirs[-1].name, "per_device_train_batch_size": 2, "report_to": [],
             "use_cpu": True, "bf16": False, "disable_tqdm": True, "gradient_checkpointing": False,
         }  # fmt: skip
         return kind(**settings | options)
