@@ -107,7 +107,7 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path):
     data = [*good[:2], Sequence(np.array([5, 96, 7]), np.array([0, 1, 1], np.float32)), *good[2:4]]
     trainer = make(tmp_path, data, model=model, max_tokens=10_000, max_steps=3)
     before = [p.clone() for p in model.parameters()]
-    with pytest.raises(LossError, match="the loss is nan, in .*row 2"):
+    with pytest.raises(LossError, match=r"the loss is nan, in .*row 2"):
         trainer.train()
     assert all(
         torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True) if not q.isnan().any()
@@ -166,7 +166,8 @@ import sys
 sys.path.insert(0, {here!r})
 from pathlib import Path
 from test_trainer import make, sequences
-make(Path({out!r}), sequences(12, seed=4), max_steps={steps}, save_steps=1, max_tokens=48).train(resume_from_checkpoint="auto")
+trainer = make(Path({out!r}), sequences(12, seed=4), max_steps={steps}, save_steps=1, max_tokens=48)
+trainer.train(resume_from_checkpoint="auto")
 """
 
 
