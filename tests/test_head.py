@@ -331,6 +331,20 @@ def test_an_adapter_on_the_head_gets_its_gradients():
         assert relative(a, b) < 1e-5
 
 
+def test_autocast_runs_the_products_in_its_dtype():
+    case = random_case(13)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        log_p, loss = case.ours()
+        scored = log_probs(case.hidden, case.weight, case.rows, case.targets, bias=case.bias, **case.options)
+    loss.backward()
+    assert case.weight.grad.dtype == case.hidden.grad.dtype == torch.float32
+    hidden, weight = (t.detach().bfloat16() for t in (case.hidden, case.weight))
+    expected = log_probs(hidden, weight, case.rows, case.targets, bias=case.bias, **case.options)
+    torch.testing.assert_close(log_p, expected.detach())
+    torch.testing.assert_close(scored, expected)
+    assert not torch.equal(log_p, case.ours()[0])
+
+
 def test_weights_of_a_row_that_cancel():
     hidden, weight = torch.randn(1, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
     rows, targets = torch.zeros(2, dtype=torch.int64), torch.tensor([3, 7])

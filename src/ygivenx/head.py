@@ -41,7 +41,8 @@ def selective_cross_entropy(
 
     hidden [F, H], weight [V, H], bias [V] in float32, bfloat16 or float16 (computed in float32); rows, targets
     int64 [E]: edge e asks row rows[e] for token targets[e], in any order, repeats allowed; weights float [E], of
-    any sign. Logits are z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap).
+    any sign. Under torch.autocast the products run in its dtype, as those of nn.Linear do; of two dtypes the wider one
+    counts. Logits are z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap).
 
     log_p float32 [E] is detached: for a loss whose weights depend on log p with gradients, use `log_probs`. The
     sum, a float32 scalar, is differentiable in hidden, weight and bias: once, and again after
@@ -52,6 +53,7 @@ def selective_cross_entropy(
     Raises ModelError for shapes or indices that don't fit, and for weights that ask for a gradient.
     """
     _check(hidden, weight, bias, rows, targets, weights)
+    hidden, weight = _autocast(hidden), _autocast(weight)
     options = {"softcap": softcap, "scale": scale, "z_loss": z_loss}
     wants = _wants(hidden, weight, bias)
     return _Loss.apply(hidden, weight, bias, rows, targets, weights, options, wants, memory)
@@ -86,6 +88,7 @@ def log_probs(
     `selective_cross_entropy`.
     """
     _check(hidden, weight, bias, rows, targets)
+    hidden, weight = _autocast(hidden), _autocast(weight)
     options: dict[str, Any] = {"softcap": softcap, "scale": scale}
     if ranks:
         swept = sweep(hidden, Head(weight, bias, **options), rows, targets, ranks=True)
@@ -166,6 +169,11 @@ def _refuse_second_derivatives() -> None:
             why="its gradients would silently count as constants under create_graph=True",
             fix="compute logits and cross-entropy with torch where they are needed",
         )
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
 def _wants(*tensors: Tensor | None) -> Wants:

@@ -95,7 +95,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
         return None, f"{compiler} took more than {BUILD_SECONDS} s"
     except subprocess.CalledProcessError as error:
         return None, f"{compiler} failed: {(error.stderr or '').strip()[-300:]}"
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         return None, f"it can't be built or loaded: {error}"
     loaded.ygx_usable.restype = ctypes.c_bool
     return (

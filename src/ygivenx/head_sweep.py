@@ -54,7 +54,6 @@ class Swept:
     bias: Tensor | None
 
 
-@torch.no_grad()
 def sweep(
     hidden: Tensor,
     head: Head,
@@ -67,7 +66,21 @@ def sweep(
     memory: int = MEMORY,
 ) -> Swept:
     """log p of every edge; with `weights` the loss and the wanted gradients (of hidden, weight, bias)."""
-    hidden, given = hidden.detach(), head.weight.dtype
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        return _sweep(hidden, head, rows, targets, weights, wants, ranks, memory)
+
+
+def _sweep(
+    hidden: Tensor,
+    head: Head,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor | None,
+    wants: tuple[bool, bool, bool],
+    ranks: bool,
+    memory: int,
+) -> Swept:
+    given = head.weight.dtype
     head = replace(head, weight=head.weight.to(working_dtype(hidden, head.weight)))
     edges = Edges(hidden, head, rows, targets, weights, apart=ranks)
     into = _Gradients(hidden, head, edges.wide, wants)
