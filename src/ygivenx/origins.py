@@ -95,22 +95,22 @@ class Text(str):
     def removesuffix(self, suffix: str, /) -> Text:
         return _cut(self, 0, len(str.removesuffix(self, suffix)))
 
-    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def split(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         return _locate(self, str.split(self, sep, maxsplit))
 
-    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:  # type: ignore[override]
+    def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
         parts = [p[::-1] for p in reversed(str.rsplit(self, sep, maxsplit))]
         mirrored = _locate(self[::-1], parts)
         return [p[::-1] for p in reversed(mirrored)]
 
-    def splitlines(self, keepends: bool = False) -> list[str]:  # type: ignore[override]
+    def splitlines(self, keepends: bool = False) -> list[str]:
         return _locate(self, str.splitlines(self, keepends))
 
-    def partition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def partition(self, sep: str, /) -> tuple[str, str, str]:
         head, middle, tail = str.partition(self, sep)
         return self[: len(head)], self[len(head) : len(head) + len(middle)], self[len(self) - len(tail) :]
 
-    def rpartition(self, sep: str, /) -> tuple[str, str, str]:  # type: ignore[override]
+    def rpartition(self, sep: str, /) -> tuple[str, str, str]:
         head, middle, tail = str.rpartition(self, sep)
         return self[: len(head)], self[len(head) : len(head) + len(middle)], self[len(self) - len(tail) :]
 

@@ -285,7 +285,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 class _TracingEnvironment(_Environment):
     """The same over `Text`: what would make a plain str of one is replaced."""
 
-    concat = staticmethod(join)  # type: ignore[assignment]
+    concat = staticmethod(join)
 
     def __init__(self) -> None:
         super().__init__()
