@@ -1,4 +1,4 @@
-"""Write docs/museum from the exhibits: `python -m tests.museum.pages DATA` runs each and says what was found.
+"""Write docs/museum from the exhibits: `python -m tests.museum.pages DATA [NAME ...]` runs them (or those named).
 
 Every sentence but the descriptions comes from the report of a run, so the pages can't say what isn't so.
 """
@@ -110,7 +110,7 @@ def record(exhibit: Exhibit, report: Report) -> dict[str, Any]:
     }
 
 
-def main(data: str) -> None:
+def main(data: str, *names: str) -> None:
     import datasets
     import torch
     import transformers
@@ -124,12 +124,16 @@ def main(data: str) -> None:
     path, gguf_file = sample_model_path()
     studio = Studio(AutoTokenizer.from_pretrained(path, gguf_file=gguf_file), Path(data))
     DOCS.mkdir(parents=True, exist_ok=True)
-    rows = []
+    known = json.loads(RESULTS.read_text())["exhibits"] if names else []
+    by_name = {row["name"]: row for row in known}
     for exhibit in EXHIBITS:
+        if names and exhibit.name not in names:
+            continue
         report = run(exhibit, studio)
-        rows.append(record(exhibit, report))
+        by_name[exhibit.name] = record(exhibit, report)
         (DOCS / f"{exhibit.name}.md").write_text(page(exhibit, report, versions))
-        print(exhibit.name, [f["rule"] for f in rows[-1]["findings"]], flush=True)
+        print(exhibit.name, [f.rule for f in report.findings], flush=True)
+    rows = [by_name[e.name] for e in EXHIBITS]
     (DOCS / "README.md").write_text(index(rows))
     (ROOT / "docs" / "audit.md").write_text(guide())
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
@@ -139,4 +143,4 @@ def main(data: str) -> None:
 
 if __name__ == "__main__":
     with quiet():
-        main(sys.argv[1])
+        main(*sys.argv[1:])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -13,6 +12,12 @@ from ..evidence import Evidence
 from ..sequence import Rejected
 from .base import Hit, rule
 from .shared import EXAMPLES, by_x, some
+
+# Reasons of the encoder that have a rule of their own.
+NAMED = {
+    "control_text", "not_continued", "no_prompt", "no_end_of_turn", "straddling_token", "nothing_trained",
+    "empty_pair", "dropped_field", "too_long", "y_too_long",
+}  # fmt: skip
 
 
 @rule(
@@ -73,31 +78,29 @@ def y_empty(ev: Evidence) -> Iterator[Hit]:
     fix="Read the messages: each says what to do.",
 )
 def rows_quarantined(ev: Evidence) -> Iterator[Hit]:
-    named = {"control_text", "not_continued", "no_prompt", "no_end_of_turn", "straddling_token"}
-    named |= {"nothing_trained", "empty_pair"}
-    for reason in sorted({r.reason for r in ev.rejected} - named):
+    for reason in sorted({r.reason for r in ev.rejected} - NAMED):
         yield from _quarantined(ev, f"rows are quarantined: {reason}", reason)
 
 
 @rule(
     "field-dropped",
     "error",
-    why="The rows have tool calls, tools or reasoning, and the chat template doesn't write them: what is trained "
+    why="The rows have tool calls or reasoning, and the chat template doesn't write them: what would be trained "
     "is another conversation.",
     fix="Use a template that knows these fields.",
 )
 def field_dropped(ev: Evidence) -> Iterator[Hit]:
-    having, dropped = 0, []
-    for i, example in enumerate(ev.examples):
-        told = _told(example.row)
-        text = "".join(t for s in example.sequences for t in s.tokens)
-        missing = [(field, value) for field, value in told if value not in text]
-        having += bool(told)
-        if missing and text:
-            dropped.append({"where": f"example {i}, {missing[0][0]}", "text": missing[0][1][:80]})
-    if dropped:
-        message = "rows have fields that the template drops"
-        yield Hit(message, len(dropped), len(dropped) / having, tuple(dropped[:EXAMPLES]))
+    yield from _quarantined(ev, "rows have fields that the template drops", "dropped_field")
+
+
+@rule(
+    "too-long",
+    "warning",
+    why="The rows are longer than the encoder's max_length, and refused rather than cut in silence.",
+    fix="Raise max_length, or choose what goes: overflow='drop_turns' or 'truncate'.",
+)
+def too_long(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows are too long", "too_long", "y_too_long")
 
 
 @rule(
@@ -256,20 +259,6 @@ def _quarantined(ev: Evidence, message: str, *reasons: str) -> Iterator[Hit]:
         total = len(ev.rejected) + len(ev.examples)
         examples = tuple({"where": r.where, "text": _said(r)} for r in rows[:EXAMPLES])
         yield Hit(message, len(rows), len(rows) / total, examples)
-
-
-def _told(row: Any) -> list[tuple[str, str]]:
-    """(field, a text of it that any rendering has to contain) for the fields that templates forget."""
-    messages = (row.get("messages") or []) if isinstance(row, Mapping) else []
-    told = []
-    for i, m in enumerate(messages):
-        for j, call in enumerate(m.get("tool_calls") or []):
-            told.append((f"messages[{i}].tool_calls[{j}]", call["function"]["name"]))
-        reasoning = (m.get("reasoning_content") or "").strip()
-        # Earlier reasoning is meant to disappear from the history.
-        if reasoning and i == len(messages) - 1:
-            told.append((f"messages[{i}].reasoning_content", reasoning))
-    return told
 
 
 def _said(rejected: Rejected) -> str:
