@@ -1,7 +1,7 @@
 """Scores at the price of the distinct tokens: lm-evaluation-harness's HF class and ours on the same requests.
 
     python benchmarks/score.py batch fewshot               # the HF class's best batch size, on the first requests
-    python benchmarks/score.py hf fewshot --batch 2 --part 0/2   # its time, part by part: its cost is a sum
+    python benchmarks/score.py hf fewshot --part 0/2       # its time, part by part: its cost is a sum
     python benchmarks/score.py ours fewshot                # ours, three times, and one by one for the limit
     python benchmarks/score.py memory                      # peak memory from 1,000 to 100,000 pairs
     python benchmarks/score.py table                       # what benchmarks/results/score.jsonl says
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import re
 import resource
@@ -132,6 +133,7 @@ def run_batch(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
 
 
 def run_hf(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
+    args.batch = args.batch or best(args.scenario, args.dtype)
     model, tokenizer = load(args.dtype)
     number, parts = map(int, args.part.split("/"))
     # Parts take whole questions: letters of one question share a forward pass.
@@ -142,13 +144,20 @@ def run_hf(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
     return {"seconds": seconds, "batch": args.batch, "part": args.part, "values": values}
 
 
+def best(scenario: str, dtype: str) -> int:
+    """The batch size that `batch` found best for a scenario."""
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    return next(
+        r["best"] for r in rows if (r["what"], r["scenario"], r["dtype"]) == ("batch", scenario, dtype)
+    )
+
+
 def run_ours(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
     """Three times all; then some requests one by one, whose tokens per second are what sharing can be held to."""
     model, tokenizer = load(args.dtype)
     timed(ours(model, tokenizer), pairs[:1])
-    runs = [timed(ours(model, tokenizer), pairs) for _ in range(3)]
-    lm = ours(model, tokenizer)
-    values = timed(lm, pairs)[1]
+    runs = [(lm := ours(model, tokenizer), *timed(lm, pairs)) for _ in range(3)]
+    lm, _, values = runs[-1]
     some = pairs[:: max(1, len(pairs) // args.count)]
     single, one_by_one, tokens = 0.0, [], 0
     for pair in some:
@@ -160,11 +169,11 @@ def run_ours(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
     worst = max(
         abs(a - b) for a, b in zip(one_by_one, values[:: max(1, len(pairs) // args.count)], strict=True)
     )
-    median = statistics.median(s for s, _ in runs)
+    median = statistics.median(s for _, s, _ in runs)
     limit_seconds = lm.tally.distinct * single / tokens
     return {
         "seconds": median,
-        "runs": [s for s, _ in runs],
+        "runs": [s for _, s, _ in runs],
         "requests": len(pairs),
         "tokens": lm.tally.tokens,
         "distinct": lm.tally.distinct,
@@ -185,6 +194,7 @@ def run_memory(args: argparse.Namespace, _: Pairs) -> dict[str, Any]:
             [sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True, cwd=ROOT
         )
         told[n] = json.loads(done.stdout.splitlines()[-1])
+    RESULTS.with_name("score-memory.svg").write_text(plot(told))
     return {"by_pairs": told}
 
 
@@ -240,6 +250,25 @@ def table(_: argparse.Namespace) -> None:
             print(f"<!-- {key}: largest difference between the two, per request: {worst:.1e} nats -->")
 
 
+def plot(told: dict[str, Any]) -> str:
+    """Peak memory (MB) by pairs (logarithmic) as an SVG."""
+    points = [(int(n), v["peak_mb"]) for n, v in told.items()]
+    top = max(mb for _, mb in points) * 1.2
+    places = [(60 + 130 * (math.log10(n) - 3) * 2, 180 - 160 * mb / top, n, mb) for n, mb in points]
+    line = " ".join(f"{x:.0f},{y:.0f}" for x, y, _, _ in places)
+    labels = "".join(
+        f'<circle cx="{x:.0f}" cy="{y:.0f}" r="3"/><text x="{x:.0f}" y="{y - 8:.0f}">{mb:.0f}</text>'
+        f'<text x="{x:.0f}" y="198">{n:,}</text>'
+        for x, y, n, mb in places
+    )
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 220" font-family="sans-serif" font-size="11" '
+        'text-anchor="middle"><rect width="640" height="220" fill="white"/>'
+        f'<polyline points="{line}" fill="none" stroke="black"/>{labels}'
+        '<text x="320" y="215">pairs scored</text><text x="60" y="14">peak MB of the process</text></svg>\n'
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -247,7 +276,7 @@ def main() -> None:
     parser.add_argument("what", choices=("batch", "hf", "ours", "memory", "table"))
     parser.add_argument("scenario", nargs="?", choices=SCENARIOS, default="fewshot")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, help="by default what `batch` found best")
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--count", type=int, default=16)

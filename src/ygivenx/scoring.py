@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +72,8 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp(−per_token)."""
-        return math.exp(-self.per_token)
+        """exp(−per_token); infinite where that is beyond a float."""
+        return math.inf if self.per_token < -709 else math.exp(-self.per_token)
 
     @property
     def pmi(self) -> float:
@@ -82,11 +82,10 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON: what has no value is None, what wasn't asked for is left out."""
-        derived = {n: getattr(self, n) for n in ("per_token", "per_byte", "perplexity", "pmi")}
-        left_out = {k for k, v in asdict(self).items() if v is None} | (
-            {"pmi"} if self.log_p_y is None else set()
-        )
-        return {k: _plain(v) for k, v in (asdict(self) | derived).items() if k not in left_out}
+        told = {f.name: getattr(self, f.name) for f in fields(self)}
+        told |= {n: getattr(self, n) for n in ("per_token", "per_byte", "perplexity")}
+        told["pmi"] = None if self.log_p_y is None else self.pmi
+        return {k: _plain(v) for k, v in told.items() if v is not None}
 
 
 @dataclass
