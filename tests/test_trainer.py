@@ -161,6 +161,35 @@ def test_resume_without_a_checkpoint(tmp_path):
     assert trainer.state.global_step == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21 asks by the old name
+def test_lora_trains_its_adapters_alone_on_the_same_loss(tmp_path):
+    peft = pytest.importorskip("peft", reason="the extra lora is not installed")
+    data, base = sequences(4, seed=3), llama()
+    before = {n: p.clone() for n, p in base.named_parameters()}
+    expected = yx.loss(base, data).value.item()
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(base, settings)
+    trainer = make(
+        tmp_path,
+        data,
+        model=model,
+        max_steps=3,
+        max_tokens=10_000,
+        logging_steps=1,
+        learning_rate=1e-2,
+        eval_dataset=data,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < losses[0]
+    assert trainer.evaluate()["eval_loss"] < losses[-1]
+    after = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.named_parameters()
+    }
+    assert all(torch.equal(after[n], p) for n, p in before.items())
+
+
 KILLED = """
 import sys
 sys.path.insert(0, {here!r})
