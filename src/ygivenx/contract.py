@@ -14,9 +14,14 @@ from functools import cached_property
 from typing import Any
 
 from .errors import RowError
-from .template import Inputs, Template, Traced
+from .origins import Text, join, source_at
+from .repair import OPENED, own_reasoning
+from .template import Inputs, Source, Template, Traced
 from .tokens import Tokens
 
+_REWRITTEN = (
+    "the template writes earlier turns differently once they are history: each reply has its own sequence"
+)
 _SHOWN = 40  # characters of a text that an error quotes
 
 
@@ -32,6 +37,7 @@ class Turn:
     start: int
     end: int
     stop: int
+    traced: Traced | None = None  # of a text that a repair put together
     notes: tuple[str, ...] = ()
 
     @property
@@ -95,29 +101,71 @@ class Contract:
         self.tokens = tokens
         self._closings: dict[tuple[str, str, bool], tuple[int, str] | None] = {}
 
-    def drafts(self, row: Row, wanted: Iterable[int]) -> list[Draft]:
+    def drafts(self, row: Row, wanted: Iterable[int], repairs: frozenset[str] = frozenset()) -> list[Draft]:
         """The texts that train the wanted messages; raises RowError where no text can."""
-        turns = [self.turn(row, i) for i in wanted]
-        longest = max(turns, key=lambda t: t.stop, default=None)
         text = row.whole
-        if longest is not None and longest.proven.startswith(text):  # the next header would end the last turn
-            text = longest.proven
+        turns = [self.turn(row, i, repairs) for i in wanted]
+        if turns and turns[-1].proven.startswith(text):  # the next header ends the last turn
+            text = turns[-1].proven
         if all(text.startswith(t.proven) for t in turns):
             return [Draft(text, tuple(turns), len(row), row.traced(len(row)))]
-        note = "the template writes earlier turns differently once they are history: one sequence per turn"
-        return [Draft(t.text, (t,), t.message + 1, row.traced(t.message + 1), (note,)) for t in turns]
+        return [
+            Draft(t.text, (t,), t.message + 1, t.traced or row.traced(t.message + 1), (_REWRITTEN,))
+            for t in turns
+        ]
 
-    def turn(self, row: Row, i: int) -> Turn:
+    def rendered(self, row: Row, wanted: Iterable[int]) -> list[Draft]:
+        """One text as the template writes the whole; outputs by the contract, else by origins, with a note."""
+        text, turns = row.whole, []
+        for i in wanted:
+            try:
+                turn = self.turn(row, i)
+            except RowError:
+                turn = None
+            if turn is None or not text.startswith(turn.proven):
+                turn = self._by_origin(row, i)
+            turns.append(turn)
+        return [Draft(text, tuple(turns), len(row), row.traced(len(row)))]
+
+    def _by_origin(self, row: Row, i: int) -> Turn:
+        traced = row.traced(len(row))
+        runs = _runs_of(traced, i) if traced else []
+        end = next(iter(self.tokens.control(row.whole, runs[-1][1])), None) if runs else None
+        if end is None:
+            what = "the rendered text doesn't say where this reply begins and ends"
+            raise RowError(what, reason="no_origin", field=f"messages[{i}]", fix="use context='inference'")
+        note = f"messages[{i}]: as rendered, which differs from what inference shows"
+        return Turn(i, row.whole, runs[0][0], end.start(), end.end(), notes=(note,))
+
+    def turn(self, row: Row, i: int, repairs: frozenset[str] = frozenset()) -> Turn:
         """The proof for message i."""
         shown, text = self._prompt(row, i), row.closed(i + 1)
         if not text.startswith(shown):
-            raise _not_continued(i, shown, text)
-        last = self._last_character(row, i)
-        end, token = self._end_of_turn(row, i, max(last, len(shown)))
+            mended = joined(self, row, i, repairs)
+            if mended is None:
+                raise _not_continued(i, shown, text)
+            return mended
+        last = self.last_character(row, i)
+        try:
+            end, token = self.end_of_turn(row, i, max(last, len(shown)))
+        except RowError:
+            if "append_end" not in repairs:
+                raise
+            return self._with_end(i, text, max(last, len(shown)), len(shown))
         if end < len(text):
             return Turn(i, text, len(shown), end, end + len(token))
         note = f"messages[{i}]: the header of the next turn, {token!r}, ends it"
-        return Turn(i, text + token, len(shown), end, end + len(token), (note,))
+        return Turn(i, text + token, len(shown), end, end + len(token), notes=(note,))
+
+    def _with_end(self, i: int, text: str, end: int, start: int) -> Turn:
+        eos = self.tokens.tokenizer.eos_token
+        if not eos:
+            what = "append_end needs an eos token, and the tokenizer has none"
+            raise RowError(
+                what, reason="no_end_of_turn", field=f"messages[{i}]", fix="set tokenizer.eos_token"
+            )
+        note = f"messages[{i}]: {eos!r} was appended, as nothing ends the turn"
+        return Turn(i, text[:end] + eos, start, end, end + len(eos), notes=(note,))
 
     def _prompt(self, row: Row, i: int) -> str:
         try:
@@ -127,17 +175,16 @@ class Contract:
             fix = "give this message the weight 0, so that it is context"
             raise RowError(what, reason="no_prompt", field=f"messages[{i}]", why=e.why, fix=fix) from e
 
-    def _last_character(self, row: Row, i: int) -> int:
+    def last_character(self, row: Row, i: int) -> int:
         """One past the last character of F that comes from message i, as far as origins are known."""
         text, whole = row.closed(i + 1), row.whole
         traced = row.traced(len(row) if whole.startswith(text) else i + 1)
         if traced is None:
             return 0
-        runs = traced.text.runs
-        ends = [stop for stop, s in runs if traced.sources[s].message == i and stop <= len(text)]
+        ends = [stop for _, stop in _runs_of(traced, i) if stop <= len(text)]
         return ends[-1] if ends else 0
 
-    def _end_of_turn(self, row: Row, i: int, after: int) -> tuple[int, str]:
+    def end_of_turn(self, row: Row, i: int, after: int) -> tuple[int, str]:
         """Where the token that ends message i stands in F, and the token; after F if it is the next header's."""
         text, message = row.closed(i + 1), row.inputs.messages[i]
         calls = message.get("tool_calls") or []
@@ -151,6 +198,7 @@ class Contract:
                 self._closings[key] = found and (found[0] - after, found[1])
             known = self._closings[key]
             found = known and (after + known[0], known[1])
+        found = found or self._next_header(row, i, after)
         if found is None:
             raise RowError(
                 "nothing ends this turn",
@@ -160,6 +208,17 @@ class Contract:
                 fix=f"repair='append_end' appends {self.tokens.tokenizer.eos_token!r}, or give another template",
             )
         return found
+
+    def _next_header(self, row: Row, i: int, after: int) -> tuple[int, str] | None:
+        """The special token that follows message i once it is history, where F itself ends with its text."""
+        text, then = row.closed(i + 1), row.inputs.upto(i + 1, {"role": "user", "content": "x"})
+        plain = _or_none(lambda _: row.template.render(then, add_generation_prompt=True), i)
+        traced = row.template.trace(then, plain, add_generation_prompt=True) if plain else None
+        runs = _runs_of(traced, i) if traced else []
+        if text[after:].strip() or not runs or plain is None:
+            return None
+        gap = next(iter(self.tokens.control(plain, runs[-1][1])), None)
+        return (len(text), gap[0]) if gap and not plain[runs[-1][1] : gap.start()].strip() else None
 
     def _closing(self, text: str, after: int, following: Callable[[], str | None]) -> tuple[int, str] | None:
         then = following() or ""
@@ -175,6 +234,57 @@ class Contract:
         if header is not None and header.start() == common == len(text):
             return len(text), header[0]
         return None
+
+
+def _runs_of(traced: Traced, message: int) -> list[tuple[int, int]]:
+    """Characters [start, stop) of what a message says, its role's name apart."""
+    runs, at = [], 0
+    for stop, s in traced.text.runs:
+        source = traced.sources[s]
+        if source.message == message and source.field != "role":
+            runs.append((at, stop))
+        at = stop
+    return runs
+
+
+def joined(contract: Contract, row: Row, i: int, repairs: frozenset[str]) -> Turn | None:
+    """P with the reply put after it by hand, where a repair allows it."""
+    shown, text, message = row.prompt(i), row.closed(i + 1), row.inputs.messages[i]
+    bare = shown.rstrip()
+    own, opened = own_reasoning(message), OPENED.search(shown)
+    said: list[str] = []
+    if opened and own and "open_think" in repairs:
+        name = "reasoning_content" if message.get("reasoning_content") else "content"
+        said = [Text.of(own[0], 1 if name == "content" else 2), "\n</think>\n\n", Text.of(own[1], 1)]
+        what = "its own reasoning continues the <think> that the prompt opens"
+    elif opened and not own and "empty_think" in repairs and text.startswith(shown[: opened.start()]):
+        said = ["\n</think>\n\n", Text.of(message.get("content") or "", 1)]
+        what = "the <think> that the prompt opens is closed at once"
+    elif "whitespace" in repairs and bare != shown and text.startswith(bare):
+        end, token = contract.end_of_turn(row, i, max(contract.last_character(row, i), len(bare)))
+        said = [text[len(bare) : end].lstrip()]
+        what = "the white space that ends the prompt is kept"
+    if not said or (message.get("tool_calls") and opened):
+        return None
+    end, token = contract.end_of_turn(row, i, contract.last_character(row, i))
+    output = join(said)
+    stop = len(shown) + len(output)
+    traced = _joined_trace(row, i, [*said, token]) if opened else None
+    notes = (f"messages[{i}]: {what}; the ids differ from the template's",)
+    return Turn(i, shown + output + token, len(shown), stop, stop + len(token), traced, notes)
+
+
+def _joined_trace(row: Row, i: int, said: list[str]) -> Traced | None:
+    prompt = row.template.trace(row.inputs.upto(i), row.prompt(i), add_generation_prompt=True)
+    if prompt is None:
+        return None
+    n = len(prompt.sources) - 1
+    named = tuple(
+        Source(f"messages[{i}].{name}", i, name, row.inputs.messages[i].get(name) or "")
+        for name in ("content", "reasoning_content")
+    )
+    shifted = [Text.of(t, n + source_at(t, 0)) if isinstance(t, Text) and t else t for t in said]
+    return Traced(join([prompt.text, *shifted]), prompt.sources + named)
 
 
 def _next_turn(row: Row, i: int, calls: Sequence[Any]) -> str | None:

@@ -8,14 +8,16 @@ is else proved by encoding what stands before it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+
+from .errors import RowError
 
 Ints = npt.NDArray[np.int64]
 
@@ -91,6 +93,26 @@ class Tokens:
     def has_control(self, text: str) -> re.Match[str] | None:
         return self._control.search(text)
 
+    def cuts(self, text: str, foreign: Callable[[re.Match[str]], bool]) -> tuple[int, ...]:
+        """Where to cut a text so that no foreign special token is left whole: after its first character."""
+        cuts: list[int] = []
+        at = 0
+        while found := self._control.search(text, at):
+            if foreign(found):
+                if len(found[0]) == 1:
+                    raise RowError(f"{found[0]!r} can't be encoded as text", reason="control_text")
+                cuts.append(found.start() + 1)
+                at = found.start() + 1
+            else:
+                at = found.end()
+        return tuple(cuts)
+
+    def encode_cut(self, texts: Sequence[tuple[str, tuple[int, ...]]]) -> list[Encoded]:
+        """Each text, its pieces between the cuts encoded apart."""
+        pieces = [[text[a:b] for a, b in pairwise((0, *cuts, len(text)))] for text, cuts in texts]
+        encoded = iter(self.encode([p for some in pieces for p in some]))
+        return [joined([next(encoded) for _ in some]) for some in pieces]
+
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
         """Each text as a whole, its special tokens parsed."""
         if self.backend is None:
@@ -123,6 +145,20 @@ class Tokens:
         """Whether the tokenizer itself begins a text with its BOS."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and list(self.tokenizer("a")["input_ids"])[:1] == [bos]
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Texts encoded apart, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    shifts = [0, *accumulate(len(p.text) for p in parts)]
+    return Encoded(
+        "".join(p.text for p in parts),
+        np.concatenate([p.ids for p in parts]),
+        np.concatenate([p.starts + shift for p, shift in zip(parts, shifts, strict=False)]),
+        np.concatenate([p.stops + shift for p, shift in zip(parts, shifts, strict=False)]),
+        all(p.tiled for p in parts),
+    )
 
 
 def _encoded(text: str, encoding: Any) -> Encoded:

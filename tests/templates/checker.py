@@ -1,0 +1,142 @@
+"""A slow check of a mask that shares nothing with the encoder: transformers' own rendering, ids and text.
+
+For each reply that is trained: the ids before it are those of the prompt that inference shows; the reply and
+the ids before it begin the rendering that ends with it; its last token is special; what the template writes
+after that token doesn't change when the reply does.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ygivenx import Example, Sequence
+
+MENDED = re.compile(r"the ids differ from the template's")
+
+
+def faults(tokenizer: Any, row: Mapping[str, Any], example: Example) -> list[str]:
+    """What is wrong with a mask of policy "assistant", in words; empty if it satisfies the contract."""
+    found: list[str] = []
+    trained: set[int] = set()
+    for sequence in example.sequences:
+        render = _Renderer(tokenizer, row, sequence)
+        found += _partition(sequence)
+        if (sequence.output[1:] != (sequence.weights[1:] > 0)).any() and not any(
+            "weight" in m for m in row["messages"]
+        ):
+            found.append("weights aren't the output")
+        for i, start, stop in _outputs(sequence):
+            if len(example.sequences) > 1 and i in trained:
+                found.append(f"reply {i} is trained twice")
+            trained.add(i)
+            found += [f"reply {i}: {f}" for f in _reply(render, sequence, i, start, stop)]
+        if not render.mended and not render.extended:
+            ends = {len(row["messages"]), *(i + 1 for i, _, _ in _outputs(sequence))}
+            if sequence.ids.tolist() not in [render.ids(stop) for stop in ends]:
+                found.append("the ids aren't apply_chat_template's")
+    wanted = {i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and m.get("weight", 1) > 0}
+    return found + ([f"trained {sorted(trained)}, wanted {sorted(wanted)}"] if trained != wanted else [])
+
+
+def _reply(render: _Renderer, sequence: Sequence, i: int, start: int, stop: int) -> list[str]:
+    found = []
+    ids = sequence.ids.tolist()
+    if ids[:start] != render.ids(i, add_generation_prompt=True):
+        found.append("what stands before it isn't what inference shows")
+    if ids[stop - 1] not in render.special:
+        found.append("its last token isn't special")
+    if render.mended:
+        return found
+    closed = render.ids(i + 1)
+    if render.extended and len(closed) == stop - 1:
+        closed = [*closed, ids[stop - 1]]
+    if ids[:stop] != closed[:stop]:
+        found.append("it isn't what the template writes for it")
+    tail = render.tail(i)
+    if (
+        tail is not None
+        and not render.extended
+        and not tail.endswith(render.tokenizer.decode(closed[stop - 1 :]))
+    ):
+        found.append("it ends before its message does")
+    return found
+
+
+class _Renderer:
+    """transformers' rendering of a row, with the switches that the sequence's notes name."""
+
+    def __init__(self, tokenizer: Any, row: Mapping[str, Any], sequence: Sequence) -> None:
+        notes = "\n".join(sequence.notes)
+        self.tokenizer = tokenizer
+        self.mended = bool(MENDED.search(notes))
+        self.extended = "the header of the next turn" in notes
+        switches = {k: v == "True" for k, v in re.findall(r"rendered with (\w+)=(\w+)", notes)}
+        self.more = {k: row.get(k) for k in ("tools", "documents")} | switches
+        self.messages = [{k: v for k, v in m.items() if k != "weight"} for m in row["messages"]]
+        if "arguments as text" in notes:
+            self.messages = [_with_text(m) for m in self.messages]
+        if "lists of parts" in notes:
+            self.messages = [_with_parts(m) for m in self.messages]
+        self.special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+    def ids(self, stop: int, **options: Any) -> list[int]:
+        text = self.text(self.messages[:stop], **options)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def text(self, messages: list[dict[str, Any]], **options: Any) -> str:
+        if not messages:  # transformers refuses to render none, though templates can
+            from transformers.utils.chat_template_utils import render_jinja_template
+
+            options |= {**self.tokenizer.special_tokens_map, **self.more}
+            (text,), _ = render_jinja_template([[]], chat_template=self.tokenizer.chat_template, **options)
+            return text
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, **self.more, **options)
+
+    def tail(self, i: int) -> str | None:
+        """What stays at the end of the rendering when the end of reply i changes; None if nothing changes."""
+        message = dict(self.messages[i])
+        if message.get("tool_calls") or not str(message.get("content") or "").strip():
+            return None
+        if not isinstance(message["content"], str):
+            return None
+        message["content"] = message["content"].rstrip() + " Zq"
+        one, other = self.text(self.messages[: i + 1]), self.text([*self.messages[:i], message])
+        n = 0
+        while n < min(len(one), len(other)) and one[-1 - n] == other[-1 - n]:
+            n += 1
+        return one[len(one) - n :] if one != other else None
+
+
+def _outputs(sequence: Sequence) -> list[tuple[int, int, int]]:
+    """(message, start, stop) of each reply's output."""
+    runs: dict[int, tuple[int, int]] = {}
+    for s in sequence.segments:
+        if s.output:
+            assert s.message is not None
+            runs[s.message] = (min(s.start, runs.get(s.message, (s.start, 0))[0]), s.stop)
+    return [(i, a, b) for i, (a, b) in runs.items()]
+
+
+def _partition(sequence: Sequence) -> list[str]:
+    at = 0
+    for s in sequence.segments:
+        if s.start != at or s.stop <= s.start:
+            return [f"segments don't partition at {at}"]
+        at = s.stop
+    return [] if at == len(sequence) else ["segments end early"]
+
+
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    made = json.loads(json.dumps(message))
+    for c in made.get("tool_calls") or []:
+        if isinstance(c["function"]["arguments"], dict):
+            c["function"]["arguments"] = json.dumps(c["function"]["arguments"], ensure_ascii=False)
+    return made
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return message | ({"content": [{"type": "text", "text": content}]} if isinstance(content, str) else {})

@@ -1,0 +1,66 @@
+"""The templates that TRL ships, each with a small byte-level tokenizer that has the tokens they write."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+# What templates write and tokenizers have as special tokens.
+_SPECIAL = re.compile(
+    r"<\|[^|<>\s'\"{}]+\|?>|<[a-z_]+\|>|<｜[^<>]*?｜>|</?s>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|"
+    r"SYSTEM_PROMPT|THINK|ARGS|CALL_ID|TOOL_CONTENT)\]|"
+    r"<(?:bos|eos|start_of_turn|end_of_turn|end_of_utterance)>"
+)
+# The eos of a family where it isn't the first of these that its template writes.
+_EOS = (
+    "<|im_end|>", "<|eot_id|>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>", "<end_of_turn>", "<turn|>",
+    "<end_of_utterance>", "<|return|>", "<|eot|>", "</s>", "<|end|>", "<|endoftext|>",
+)  # fmt: skip
+_OF_FAMILY = {"phi": "<|endoftext|>", "glm": "<|endoftext|>", "gemma": "<eos>", "llama3": "<|end_of_text|>"}
+_CORPUS = [
+    "the assistant said that it is 4, and the user asked: what is it?\n\nThe weather in Lisbon is clear.\n",
+    '{"name": "weather", "arguments": {"city": "Lisbon"}}\n</think>\n\n<tool_call>\n  words and    spaces',
+] * 4
+
+
+def shelf() -> dict[str, str]:
+    """The shipped templates by name; empty without TRL."""
+    found = find_spec("trl")
+    if found is None or found.origin is None:
+        return {}
+    folder = Path(found.origin).parent / "chat_templates"
+    return {p.stem: p.read_text() for p in sorted(folder.glob("*.jinja"))}
+
+
+def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
+    family = next((eos for prefix, eos in _OF_FAMILY.items() if name.startswith(prefix)), None)
+    special = sorted(set(_SPECIAL.findall(template)))
+    eos = family or next((t for t in _EOS if t in special), "</s>")
+    bos = "<s>" if eos == "</s>" else "<bos>"
+    made = _copy()
+    made.add_special_tokens([AddedToken(t, special=True) for t in (bos, eos, *special)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos, pad_token=eos)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def _copy() -> Tokenizer:
+    return Tokenizer.from_str(_bytes())
+
+
+@lru_cache(maxsize=1)
+def _bytes() -> str:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer: Any = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    inner.train_from_iterator(_CORPUS, trainer)
+    return inner.to_str()
