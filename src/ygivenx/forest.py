@@ -76,7 +76,7 @@ class Forest:
     def shared(self) -> bool:
         """Whether anything branches among the fed nodes; if not, they are plain sequences side by side."""
         start = np.flatnonzero(self.depth[self.fed] == 0)
-        stop = np.append(start[1:], len(self.fed))
+        stop = np.append(start, len(self.fed))[1:]
         return bool((self.fed_end != np.repeat(stop, stop - start)).any())
 
     def edges(self, scored: bool | npt.NDArray[np.bool_] | None = None) -> Edges:
@@ -116,16 +116,17 @@ def pack(sequences: Iterable[Any], max_tokens: int = 8192, seed: int = 0, epoch:
         raise ConfigError(f"max_tokens is {max_tokens}", fix="give at least 1; 4096 to 16384 is usual")
     flat = list(_flatten(sequences))
     order, shared = _sorted(flat)
-    ranges = _units(np.array([len(flat[i]) for i in order], np.int64), shared, max_tokens)
-    shuffled = np.random.default_rng((seed, epoch)).permutation(len(ranges))
+    units = _units(np.array([len(flat[i]) for i in order], np.int64), shared, max_tokens)
+    shuffled = np.random.default_rng((seed, epoch)).permutation(len(units))
     packs: list[list[int]] = []
-    room = 0
-    for lo, hi, size in (ranges[i] for i in shuffled):
-        if size > room:
+    room, there = 0, set[Stem]()
+    for unit in (units[i] for i in shuffled):
+        if unit.cost(there) > room:
             packs.append([])
-            room = max_tokens
-        packs[-1].extend(order[lo:hi])
-        room -= size
+            room, there = max_tokens, set()
+        packs[-1].extend(order[unit.start : unit.stop])
+        room -= unit.cost(there)
+        there.update(unit.stems)
     return [_pack_of(flat, members) for members in packs]
 
 
@@ -193,30 +194,48 @@ def _grow(sequences: list[Sequence]) -> Forest:
     )
 
 
-def _units(length: Ints, shared: Ints, max_tokens: int) -> list[tuple[int, int, int]]:
-    """Ranges [lo, hi) of the sorted sequences that stay together, with their distinct tokens.
+Stem = tuple[int, int]  # (a place among the sorted sequences that names it, tokens)
 
-    A subtree is taken apart at its first branching if it doesn't fit and the stem is short, or if what
-    leaves its largest branch would recompute less than 1/32 of itself.
+
+@dataclass(frozen=True)
+class _Unit:
+    """Sorted sequences [start, stop) that stay together: `own` distinct tokens, on stems that others may share."""
+
+    start: int
+    stop: int
+    own: int
+    stems: tuple[Stem, ...]
+
+    def cost(self, there: set[Stem]) -> int:
+        """Tokens that it adds to a pack in which some stems are there already."""
+        return self.own + sum(stem[1] for stem in self.stems if stem not in there)
+
+
+def _units(length: Ints, shared: Ints, max_tokens: int) -> list[_Unit]:
+    """Subtrees that stay together.
+
+    A subtree is taken apart at its first branching if sharing its stem would spare less than 1/32 of what leaves
+    the largest branch. One that doesn't fit is taken apart, too, where the stem once per pack is less than that.
     """
     fresh = np.concatenate(([0], np.cumsum(length - shared)))
 
-    def size(lo: int, hi: int) -> int:
-        return int(fresh[hi] - fresh[lo] + shared[lo])
+    def size(start: int, stop: int) -> int:
+        return int(fresh[stop] - fresh[start] + shared[start])
 
-    units, open_ranges = [], [(0, len(length), 0)] if len(length) else []
-    while open_ranges:
-        lo, hi, stem = open_ranges.pop()
-        whole = size(lo, hi)
-        if hi - lo > 1:
-            branch = int(shared[lo + 1 : hi].min())
-            bounds = [lo, *(lo + 1 + np.flatnonzero(shared[lo + 1 : hi] == branch)).tolist(), hi]
-            parts = list(pairwise(bounds))
-            largest = max(size(a, b) for a, b in parts)
-            worth = (len(parts) - 1) * (branch - stem) * 32 >= whole - largest
-            fits = whole <= max_tokens
-            if not (worth if fits else branch > max_tokens // 4):
-                open_ranges += [(a, b, branch) for a, b in parts]
+    units = []
+    todo: list[tuple[int, int, int, tuple[Stem, ...]]] = [(0, len(length), 0, ())] if len(length) else []
+    while todo:
+        start, stop, depth, stems = todo.pop()
+        whole = size(start, stop) - depth
+        if stop - start > 1:
+            branch = int(shared[start + 1 : stop].min())
+            cuts = start + 1 + np.flatnonzero(shared[start + 1 : stop] == branch)
+            parts = list(pairwise([start, *cuts.tolist(), stop]))
+            leaving = whole - max(size(*part) - depth for part in parts)
+            again = len(cuts) * 32 if whole + depth <= max_tokens else min(len(cuts), whole // max_tokens)
+            if (branch - depth) * again < max(leaving, 1):
+                inner = (*stems, (int(cuts[0]), branch - depth)) if branch > depth else stems
+                todo += [(*part, branch, inner) for part in parts]
                 continue
-        units.append((lo, hi, whole))
+        units.append(_Unit(start, stop, whole, stems))
     return units

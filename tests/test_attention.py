@@ -1,0 +1,232 @@
+"""Routes: all the numbers of the dense twin, forward and backward; and the traps of masks."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from tiny import llama
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from trees import alone, assert_same, gradients, tree
+
+import ygivenx as yx
+from ygivenx import attention
+from ygivenx.attention import Plan
+from ygivenx.errors import ConfigError, ModelError
+from ygivenx.model import hidden_states
+
+
+def options(scale=0.25, window=None, softcap=None, sinks=None, dropout=0.0):
+    return attention._Options(scale, window, softcap, sinks, dropout)
+
+
+def inputs(
+    length: int, dtype=torch.float64, heads: int = 4, kv: int = 2, width: int = 16, seen: int | None = None
+):
+    torch.manual_seed(0)
+    shapes = [(1, heads, length, width), *[(1, kv, seen or length, width)] * 2]
+    return [
+        torch.randn(s, dtype=dtype).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        for s in shapes
+    ]
+
+
+def plan_of(forest: yx.Forest, route: str) -> Plan:
+    return Plan.of(forest.fed_end, forest.depth[forest.fed], torch.device("cpu"), route)
+
+
+@pytest.mark.parametrize("block", [1, 3, 16, 256])
+@pytest.mark.parametrize("window", [None, 1, 5, 30])
+def test_blocks_equal_the_twin(block, window, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", block)
+    for seed in range(3):
+        forest = yx.Forest.of(tree(seed))
+        tensors = inputs(len(forest.fed))
+        g = torch.randn_like(tensors[0])
+        made = {}
+        for route in ("dense", "blocks"):
+            out = attention._routed(plan_of(forest, route), *tensors, options(window=window))
+            made[route] = [out, *torch.autograd.grad(out, tensors, g)]
+        for a, b in zip(made["blocks"], made["dense"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_the_twin_is_softmax_over_ancestors():
+    forest = yx.Forest.of(tree(5))
+    q, k, v = (t.detach() for t in inputs(len(forest.fed), kv=4))
+    out = attention.dense(q, k, v, attention.dense_mask(plan_of(forest, "dense"), None), options())
+    place = {int(n): i for i, n in enumerate(forest.fed)}
+    for i, node in enumerate(forest.fed):
+        path, u = [], int(node)
+        while u >= 0:
+            path.append(place[u])
+            u = int(forest.parent[u])
+        weights = torch.softmax(q[0, :, i : i + 1] @ k[0][:, path].mT * 0.25, -1)
+        torch.testing.assert_close(out[0, :, i : i + 1], weights @ v[0][:, path])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_in_other_precisions(dtype):
+    forest = yx.Forest.of(tree(1))
+    exact = inputs(len(forest.fed))
+    tensors = [t.detach().to(dtype).requires_grad_() for t in exact]
+    out = attention._routed(plan_of(forest, "blocks"), *tensors, options())
+    twin = attention._routed(plan_of(forest, "dense"), *(t.double() for t in tensors), options())
+    assert out.dtype == dtype
+    # Two parts are merged from their rounded values: a few units of the last place.
+    assert (out.double() - twin).norm() <= 4 * torch.finfo(dtype).eps * twin.norm()
+    for a, b in zip(
+        *(torch.autograd.grad(o.double().square().sum(), tensors) for o in (out, twin)), strict=True
+    ):
+        assert (a.double() - b.double()).norm() <= 8 * torch.finfo(dtype).eps * b.double().norm()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("case", [{}, {"window": 4}, {"softcap": 2.0}, {"window": 7, "softcap": 5.0}])
+@torch.no_grad()
+def test_flex_equals_the_twin(case):
+    for seed in range(2):
+        forest = yx.Forest.of(tree(seed))
+        tensors = [t.detach() for t in inputs(len(forest.fed), torch.float32)]
+        flex, dense = (
+            attention._routed(plan_of(forest, r), *tensors, options(**case)) for r in ("flex", "dense")
+        )
+        torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_mask_function_of_flex_is_the_mask():
+    forest = yx.Forest.of(tree(2))
+    for window in (None, 6):
+        plan = plan_of(forest, "flex")
+        i = torch.arange(len(forest.fed))
+        zero = torch.zeros((), dtype=torch.int64)
+        allowed = attention.flex_mask(plan, window).mask_mod(zero, zero, i[:, None], i[None, :])
+        assert torch.equal(allowed, attention.dense_mask(plan, window))
+
+
+def test_sinks_take_their_share():
+    """A sink is one more key with a learned score and no value (gpt-oss)."""
+    forest = yx.Forest.of(tree(0))
+    q, k, v = inputs(len(forest.fed), kv=4)
+    sinks = torch.randn(4, dtype=torch.float64)
+    mask = attention.dense_mask(plan_of(forest, "dense"), None)
+    plain = attention.dense(q, k, v, mask, options())
+    lse = (q @ k.mT * 0.25).masked_fill(~mask, -torch.inf).logsumexp(-1)
+    with_sinks = attention._routed(plan_of(forest, "blocks"), q, k, v, options(sinks=sinks))
+    torch.testing.assert_close(
+        with_sinks.double(), plain * torch.sigmoid(lse - sinks[:, None])[..., None], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_one_sequence_goes_plain_and_a_forest_may_not():
+    chain, forest = yx.Forest.of([tree(0)[0]]), yx.Forest.of(tree(0))
+    assert plan_of(chain, "auto").route == "plain"
+    assert plan_of(forest, "auto").route == "blocks"
+    with pytest.raises(ConfigError, match="this forest branches"):
+        plan_of(forest, "plain")
+    with pytest.raises(ConfigError, match="did you mean 'blocks'"):
+        plan_of(forest, "block")
+
+
+def test_position_bias_is_refused():
+    q = torch.zeros(1, 1, 1, 4)
+    with pytest.raises(ModelError, match="position_bias"):
+        attention._Options.of(q, {"position_bias": q})
+
+
+def test_a_scale_of_zero_is_a_scale():
+    assert attention._Options.of(torch.zeros(1, 1, 1, 4), {"scaling": 0.0}).scale == 0
+
+
+@pytest.mark.parametrize("stock", ["sdpa", "eager"])
+def test_the_model_runs_as_before_without_a_forest(stock):
+    """Trap: once we are in the registry, the model's own calls, padded ones too, must not change by one bit."""
+    model = llama()
+    model.set_attn_implementation(stock)
+    ids = torch.arange(24).reshape(2, 12)
+    padding = torch.ones_like(ids)
+    padding[0, :5] = 0
+    with torch.no_grad():
+        before = [
+            model(ids).logits,
+            model(ids, attention_mask=padding).logits,
+            model.generate(ids, max_new_tokens=3),
+        ]
+        hidden_states(model, yx.Forest.of(tree(0)))
+        after = [
+            model(ids).logits,
+            model(ids, attention_mask=padding).logits,
+            model.generate(ids, max_new_tokens=3),
+        ]
+    assert all(map(torch.equal, before, after))
+    assert stock in model.config._attn_implementation
+
+
+def test_nothing_of_it_is_saved_with_the_model(tmp_path):
+    model = llama()
+    with torch.no_grad():
+        hidden_states(model, yx.Forest.of(tree(0)))
+    model.save_pretrained(tmp_path)
+    assert "ygivenx" not in (tmp_path / "config.json").read_text()
+    again = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(*(hidden_states(m, yx.Forest.of(tree(0))) for m in (model, again)))
+
+
+def test_eager_models_are_not_misled_by_a_boolean_mask():
+    """Trap: transformers adds a boolean 4-D mask to eager scores as 0 and 1, and is silently wrong."""
+    rows = tree(4)
+    model = llama()
+    model.set_attn_implementation("eager")
+    assert_same(gradients(model, yx.loss(model, rows).value), gradients(model, alone(model, rows)))
+
+
+def test_sliding_windows_survive_the_mask():
+    """Trap: one 4-D mask for all layers drops sliding windows."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=1, initializer_range=0.3,
+    )  # fmt: skip
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    model, rows = Qwen2ForCausalLM(config).eval(), tree(6)
+    with torch.no_grad():
+        assert yx.loss(model, rows).value.item() == pytest.approx(alone(model, rows).item(), rel=1e-6)
+        config.layer_types = ["full_attention"] * 2
+        without = Qwen2ForCausalLM(config).eval()
+        without.load_state_dict(model.state_dict())
+        assert yx.loss(without, rows).value.item() != pytest.approx(
+            yx.loss(model, rows).value.item(), rel=1e-4
+        )
+
+
+def test_positions_of_a_tree_are_not_taken_for_packed_sequences():
+    """Trap: where depths fall back, transformers assumes that a new packed sequence begins."""
+    trunk = np.arange(1, 9)
+    rows = [
+        (np.concatenate((trunk, [20 + i, 30 + i, 40 + i])), np.ones(11) * (np.arange(11) > 0))
+        for i in range(3)
+    ]
+    model = llama()
+    with torch.no_grad():
+        value = yx.loss(model, rows).value.item()
+        expected = alone(model, [yx.Sequence(*r) for r in rows]).item()
+    assert value == pytest.approx(expected, rel=1e-6)
+
+
+def test_dropout_of_attention_is_drawn_per_node():
+    model = llama(attention_dropout=0.5).train()
+    rows = tree(1)
+    torch.manual_seed(0)
+    first = yx.loss(model, rows).value
+    torch.manual_seed(0)
+    assert torch.equal(first, yx.loss(model, rows).value)
+    assert first.item() != pytest.approx(yx.loss(model, rows).value.item(), rel=1e-6)
+
+
+def test_explain_says_the_route():
+    assert attention.explain()["one sequence"] == "plain"
+    assert attention.explain(llama())["forest"] in ("blocks", "flex")

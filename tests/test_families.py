@@ -1,0 +1,174 @@
+"""Families, small and random: over a forest every log p and every gradient is that of the sequences alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from tiny import VOCAB, llama
+from transformers import AutoModelForCausalLM
+from trees import alone, assert_same, gradients, tree
+
+import ygivenx as yx
+from ygivenx import families
+from ygivenx.errors import ModelError
+from ygivenx.model import head_of, hidden_states
+
+COMMON = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.2, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+CASES = {
+    "llama": ("Llama", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2 with windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "mistral with windows": ("Mistral", {"sliding_window": 5}),
+    "gemma": ("Gemma", {"head_dim": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8,
+                          "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3Text", {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8}),
+    "phi3": ("Phi3", {"sliding_window": 7}),
+    "olmo2": ("Olmo2", {}),
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
+    "qwen2_moe": ("Qwen2Moe", {**EXPERTS, "shared_expert_intermediate_size": 24}),
+    "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8}),
+    "gpt_oss": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "sliding_window": 6}),
+    "smollm3": ("SmolLM3", {}),
+}  # fmt: skip
+OUR_ROUTES = ({"route": "blocks"}, {"route": "dense"}, {"route": "blocks", "chunk": 37})
+
+
+def build(case: str):
+    name, extra = CASES[case]
+    base = {
+        k: v
+        for k, v in COMMON.items()
+        if name != "GPT2" or not k.startswith(("hidden", "inter", "num_", "max_"))
+    }
+    config = getattr(transformers, name + "Config")(**base | extra)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for n, p in model.named_parameters():  # norms of one and biases of zero would hide mistakes
+        if p.ndim == 1:
+            torch.nn.init.normal_(p, mean=float("norm" in n and "gemma" not in case), std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shared_equals_alone(case):
+    model, rows = build(case), tree(2)
+    expected = alone(model, rows)
+    wanted = gradients(model, expected)
+    for options in OUR_ROUTES:
+        out = yx.loss(model, rows, **options)
+        assert out.value.item() == pytest.approx(expected.item(), rel=2e-6), options
+        assert_same(gradients(model, out.value), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_flex_scores_every_family(case):
+    model, rows = build(case), tree(2)
+    flex, blocks = (yx.loss(model, rows, route=r).value.item() for r in ("flex", "blocks"))
+    assert flex == pytest.approx(blocks, rel=2e-6)
+
+
+def test_all_proven_families_are_proven_here():
+    assert {build(case).config.model_type for case in CASES} == families.PROVEN
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "layers"),
+    [
+        ("Qwen3Next", {"layer_types": ["linear_attention"] * 2 + ["full_attention"], **EXPERTS}, "linear_attention"),
+        ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "conv"),
+        ("Llama4Text", {"layer_types": ["chunked_attention"] * 2 + ["full_attention"]}, "chunked_attention"),
+    ],
+)  # fmt: skip
+def test_layers_with_a_state_are_refused_by_name(name, extra, layers):
+    config = getattr(transformers, name + "Config")(**COMMON | extra)
+
+    class Named(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = config
+
+        def get_decoder(self):
+            return self
+
+        def get_input_embeddings(self):
+            return None
+
+    with pytest.raises(ModelError, match=f"layers of type {layers}"):
+        families.check(Named())
+
+
+def test_state_space_models_are_refused_before_the_first_step():
+    config = transformers.MambaConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4, expand=2
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ModelError):
+        hidden_states(model, yx.Forest.of(tree(0)))
+
+
+def test_a_family_that_nobody_proved_is_compared_first(monkeypatch):
+    monkeypatch.setattr(families, "PROVEN", frozenset())
+    compared = []
+    refuse = families._refuse_difference
+    monkeypatch.setattr(families, "_refuse_difference", lambda *a: (compared.append(1), refuse(*a)))
+    model = llama().train()
+    hidden_states(model, yx.Forest.of(tree(0)))
+    assert len(compared) == 3
+    assert model.training
+    hidden_states(model, yx.Forest.of(tree(1)))
+    assert len(compared) == 3, "once per model is enough"
+
+
+def test_a_family_that_mixes_branches_is_refused(monkeypatch):
+    """The guard trips: a layer that adds the mean of all tokens before knows nothing of branches."""
+    monkeypatch.setattr(families, "PROVEN", frozenset())
+    model = llama()
+
+    def mix(module, inputs, output):
+        steps = torch.arange(1, output.shape[1] + 1)[None, :, None]
+        return output + output.cumsum(1) / steps
+
+    model.model.layers[0].mlp.register_forward_hook(mix)
+    with pytest.raises(ModelError, match="over a small forest its hidden states differ"):
+        hidden_states(model, yx.Forest.of(tree(0)))
+
+
+def test_layers_that_pass_by_the_interface_are_refused():
+    model = llama()
+    model.model.layers = model.model.layers[:1]
+    with pytest.raises(ModelError, match="1 of its 2 layers use transformers' attention interface"):
+        hidden_states(model, yx.Forest.of(tree(0)))
+
+
+def test_what_is_no_causal_model_is_refused():
+    with pytest.raises(ModelError, match="Linear has no decoder"):
+        hidden_states(torch.nn.Linear(2, 2), yx.Forest.of(tree(0)))
+    with pytest.raises(ModelError, match="Linear has no language-model head"):
+        head_of(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("chunk", [None, 37])
+def test_adapters(chunk):
+    """LoRA: only the adapters get gradients, and the same ones."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = get_peft_model(
+        llama(), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    rows = tree(3)
+    wanted = gradients(model, alone(model, rows))
+    assert wanted
+    assert all("lora" in name for name in wanted)
+    assert_same(gradients(model, yx.loss(model, rows, chunk=chunk).value), wanted)

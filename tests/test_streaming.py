@@ -1,0 +1,163 @@
+"""Longer than memory: chunk by chunk, the same numbers and gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import llama
+from trees import assert_same, gradients, tree
+
+import ygivenx as yx
+from ygivenx import streaming
+from ygivenx.errors import ConfigError, ModelError
+from ygivenx.model import hidden_states
+from ygivenx.streaming import stream_hidden
+
+ROWS = tree(0, count=14)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64])
+def test_gradients_are_exact_whatever_the_chunk(chunk):
+    model = llama()
+    whole, parts = yx.loss(model, ROWS), yx.loss(model, ROWS, chunk=chunk)
+    assert parts.value.item() == pytest.approx(whole.value.item(), rel=1e-6)
+    assert_same(gradients(model, parts.value), gradients(model, whole.value), 1e-5)
+
+
+@pytest.mark.parametrize("chunk", [None, 16])
+def test_gradient_checkpointing_changes_nothing(chunk):
+    model = llama()
+    wanted = gradients(model, yx.loss(model, ROWS).value)
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_same(gradients(model, yx.loss(model, ROWS, chunk=chunk).value), wanted, 1e-5)
+
+
+def test_reentrant_checkpointing_is_refused():
+    model = llama().train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ModelError, match="reentrant"):
+        hidden_states(model, yx.Forest.of(ROWS), chunk=16)
+
+
+def test_rows_come_in_order_and_equal_the_whole():
+    model, forest = llama(), yx.Forest.of(ROWS)
+    parts = list(stream_hidden(model, forest, chunk=10))
+    assert [(s.start, s.stop) for s, _ in parts] == [
+        (a, min(a + 10, len(forest.fed))) for a in range(0, len(forest.fed), 10)
+    ]
+    streamed = torch.cat([h for _, h in parts])
+    assert not streamed.requires_grad
+    torch.testing.assert_close(streamed, hidden_states(model, forest).detach(), rtol=1e-5, atol=2e-5)
+
+
+def test_only_the_path_is_kept(monkeypatch):
+    """The stack at each chunk is exactly the ancestors of what follows, never what has been left."""
+    model, forest = llama(), yx.Forest.of(ROWS)
+    sizes = []
+    call = streaming.Run.__call__
+
+    def watched(run, chunk, past):
+        sizes.append({k.shape[2] for k, _ in past.values()})
+        return call(run, chunk, past)
+
+    monkeypatch.setattr(streaming.Run, "__call__", watched)
+    list(stream_hidden(model, forest, chunk=10))
+    end = forest.fed_end
+    paths = [int((end[:start] > start).sum()) for start in range(0, len(end), 10)]
+    assert sizes[1:] == [{n} for n in paths[1:]]
+    assert max(paths) < len(end) / 2
+
+
+def test_dropout_is_drawn_again_as_it_was():
+    """The second pass must see the first one's draw: with p = 0.5 any other is far away."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(llama(), config).double().train()
+    forest = yx.Forest.of(ROWS)
+    direction = torch.randn(len(forest.fed), 32, dtype=torch.float64)
+
+    def value() -> torch.Tensor:
+        torch.manual_seed(7)
+        return (hidden_states(model, forest, chunk=20) * direction).sum()
+
+    made = gradients(model, value())
+    name, p = next((n, p) for n, p in model.named_parameters() if "layers.0.self_attn.v_proj.lora_B" in n)
+    with torch.no_grad():
+        step = 1e-6 * torch.randn_like(p)
+        p += step
+        up = value()
+        p -= 2 * step
+        down = value()
+    assert (up - down).item() / 2 == pytest.approx((made[name] * step).sum().item(), rel=1e-5)
+
+
+def test_autocast_is_the_same_in_the_second_pass():
+    model = llama()
+    with torch.autocast("cpu", torch.bfloat16):
+        whole, parts = (yx.loss(model, ROWS, chunk=c).value for c in (None, 20))
+    assert_same(gradients(model, parts), gradients(model, whole), 0.05)
+
+
+def test_backward_twice_gives_it_twice():
+    model = llama()
+    value = yx.loss(model, ROWS, chunk=20).value
+    value.backward(retain_graph=True)
+    once = {n: p.grad.clone() for n, p in model.named_parameters()}
+    value.backward()
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, 2 * once[n], rtol=1e-5, atol=1e-6)
+
+
+def test_it_is_chosen_where_memory_would_not_do(monkeypatch):
+    model, forest = llama(), yx.Forest.of(ROWS)
+    asked = []
+    run = streaming.streamed
+    monkeypatch.setattr(streaming, "streamed", lambda *a: (asked.append(a[2]), run(*a))[1])
+    hidden_states(model, forest)
+    assert not asked
+    monkeypatch.setattr(streaming, "automatic", lambda model: 50)
+    monkeypatch.setattr(streaming, "CHUNK", 33)
+    hidden_states(model, forest)
+    assert asked == [33]
+
+
+def test_the_estimate_knows_what_is_kept():
+    model = llama(num_hidden_layers=12)
+    kept = streaming.automatic(model)
+    with torch.no_grad():
+        assert streaming.automatic(model) > 5 * kept
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert streaming.automatic(model) > 3 * kept
+
+
+def test_windows_in_chunks():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=4, initializer_range=0.3,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    whole, parts = (yx.loss(model, ROWS, chunk=c).value for c in (None, 8))
+    assert_same(gradients(model, parts), gradients(model, whole), 1e-5)
+
+
+def test_no_chunk_of_nothing():
+    with pytest.raises(ConfigError, match="chunk is 0"):
+        list(stream_hidden(llama(), yx.Forest.of(ROWS), chunk=0))
+
+
+@pytest.mark.slow
+def test_a_trajectory_of_32k_tokens_trains():
+    """One sequence of 32,768 tokens, a 4-layer model: memory is bounded by the chunk, not by the length."""
+    rng = np.random.default_rng(0)
+    row = (rng.integers(0, 97, 32_768), np.r_[0, np.ones(32_767)])
+    model = llama(num_hidden_layers=4, max_position_embeddings=32_768)
+    yx.loss(model, [row], chunk=1024).value.backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())

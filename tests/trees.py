@@ -1,0 +1,55 @@
+"""Random branching sequences, and their slow twin: every sequence alone, every logit, float64 sums."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from tiny import VOCAB
+
+from ygivenx.sequence import Sequence
+
+
+def tree(seed: int = 0, count: int = 10, low: int = 3, high: int = 40, vocab: int = VOCAB) -> list[Sequence]:
+    """Most continue a cut of an earlier one; some are whole prefixes of others, and one comes twice."""
+    rng = np.random.default_rng(seed)
+    rows: list[Sequence] = []
+    for _ in range(count):
+        ids = rng.integers(0, vocab, int(rng.integers(low, high)))
+        if rows and rng.random() < 0.8:
+            before = rows[rng.integers(len(rows))].ids
+            cut = int(rng.integers(1, len(before) + 1))
+            ids = np.concatenate((before[:cut], ids)) if rng.random() < 0.8 else before[:cut].copy()
+        weights = rng.random(len(ids)).astype(np.float32) * (rng.random(len(ids)) < 0.6)
+        weights[0] = 0
+        rows.append(Sequence(ids, weights))
+    return [*rows, rows[0]]
+
+
+def alone(model, rows: list[Sequence]) -> torch.Tensor:
+    """−Σ w·log p / Σ w from the model's own forward pass over each sequence by itself."""
+    total, weight = torch.zeros((), dtype=torch.float64), 0.0
+    for s in rows:
+        ids = torch.from_numpy(np.array(s.ids))
+        log_p = model(ids[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
+        w = torch.from_numpy(np.array(s.weights[1:])).double()
+        total = total - (w * log_p.gather(1, ids[1:, None])[:, 0]).sum()
+        weight += float(w.sum())
+    return total / weight
+
+
+def gradients(model, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(
+    ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 3e-5
+) -> None:
+    """Relative L2 distance per tensor; what nobody trained may be absent on either side."""
+    assert any(g.any() for g in theirs.values())
+    for name in ours.keys() | theirs.keys():
+        a, b = (g.get(name, torch.zeros(())) for g in (ours, theirs))
+        # A gradient that is zero but for rounding (a key's bias under softmax) has no relative error.
+        floor = 1e-6 * max(g.norm() for g in theirs.values())
+        assert (a - b).norm() <= tolerance * b.norm() + floor, name
