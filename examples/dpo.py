@@ -23,13 +23,10 @@ def log_p_of_y(model: Any, forest: yx.Forest) -> torch.Tensor:
     edges = forest.edges()
     hidden, head = hidden_states(model, forest), head_of(model)
     rows, targets = (torch.from_numpy(a).to(hidden.device) for a in (edges.rows, edges.targets))
-    by_edge = log_probs(
-        hidden, head.weight, rows, targets, bias=head.bias, softcap=head.softcap, scale=head.scale
-    )
+    by_edge = log_probs(hidden, rows=rows, targets=targets, **head._asdict())
     place = {node: e for e, node in enumerate(edges.nodes.tolist())}
-    return torch.stack(
-        [by_edge[[place[v] for v in path.tolist() if v in place]].sum() for path in forest.paths]
-    )
+    of_path = [[place[v] for v in path.tolist() if v in place] for path in forest.paths]
+    return torch.stack([by_edge[edges_of].sum() for edges_of in of_path])
 
 
 def dpo(
