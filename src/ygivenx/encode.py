@@ -17,6 +17,7 @@ from .data import Row
 from .errors import ConfigError, RowError, nearest
 from .formats import Conversation, Pair, normalise
 from .pairs import Pairs
+from .places import located, quiet_loading
 from .policy import Policy, policy_of
 from .repair import chosen
 from .sequence import Example, Rejected
@@ -92,7 +93,9 @@ class Encoder:
         """The encoder of a model's directory: its tokenizer, and the stop tokens of its generation config."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path, **({"gguf_file": gguf_file} if gguf_file else {}))
+        path, gguf_file = located(path, gguf_file)
+        with quiet_loading(path):
+            tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
         config = Path(path) / "generation_config.json"
         if "stops" not in options and config.is_file():
             ids = json.loads(config.read_text()).get("eos_token_id") or []
