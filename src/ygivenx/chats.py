@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Seq
 from dataclasses import replace
 from re import Match
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from .assemble import Job, Options, control_text, made, straddle, too_long, truncated
 from .contract import Contract, Draft, Row
@@ -276,10 +276,10 @@ def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
             yield from _leaves(item, f"{path}[{i}]")
 
 
-def _common(a: Seq[int], b: Seq[int]) -> int:
+def _common(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
     """The length of the common prefix of two arrays."""
     n = min(len(a), len(b))
-    differ = np.flatnonzero(np.asarray(a)[:n] != np.asarray(b)[:n])
+    differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from .errors import ConfigError, RowError
+from .errors import ConfigError
 
 console = Console(stderr=True)
 
@@ -98,8 +98,4 @@ def the_row(reader: Any, encoder: Any, number: int) -> Any:
         raise ConfigError(f"there is no row {number}", where=reader.name, fix="--row counts from 0")
     if isinstance(item, Rejected):
         raise ConfigError(f"row {number} is quarantined ({item.reason})", why=item.message)
-    try:
-        return encoder(item.value)
-    except RowError as error:
-        error.where = ", ".join(w for w in (item.where, error.where) if w)
-        raise
+    return encoder(item)
