@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from re import Match
 from typing import Any
@@ -17,7 +17,7 @@ from .fields import lost_of_context, lost_of_reply
 from .formats import Conversation
 from .layout import spans_of
 from .policy import Part, weight_of
-from .repair import alternatives
+from .repair import IN_TURNS, alternatives
 from .sequence import Segment, Sequence
 from .template import Inputs, Template, inputs_of
 from .tokens import Encoded, Pieces
@@ -87,23 +87,27 @@ class Chats:
 
     def _drafts(self, inputs: Inputs, row: Conversation) -> list[Draft]:
         """The texts, as the row stands or, where that can't be proven, as the first repair that can makes them."""
-        template, wanted, o = self._template(inputs), self._wanted(row), self.options
+        template, wanted = self._template(inputs), self._wanted(row)
         refusal: RowError | None = None
-        in_turns = o.repairs if o.context == "inference" else frozenset()
-        for repairs in (frozenset[str](), in_turns) if in_turns else (frozenset[str](),):
-            for tried, notes in (
-                ((inputs, ()), *alternatives(template, inputs, o.repairs)) if refusal or not repairs else ()
-            ):
-                if tried is not inputs and refusal is None:
-                    break
-                try:
-                    drafts = self._proven(Row(template, tried), wanted, repairs, row)
-                except RowError as e:
-                    refusal = refusal or e
-                    continue
-                return [replace(d, notes=d.notes + notes) for d in drafts]
+        for tried, notes, repairs in self._attempts(template, inputs):
+            try:
+                drafts = self._proven(Row(template, tried), wanted, repairs, row)
+            except RowError as e:
+                refusal = refusal or e
+                continue
+            return [replace(d, notes=d.notes + notes) for d in drafts]
         assert refusal is not None
         raise refusal
+
+    def _attempts(
+        self, template: Template, inputs: Inputs
+    ) -> Iterator[tuple[Inputs, tuple[str, ...], frozenset[str]]]:
+        """(inputs, notes, repairs inside turns), the least change first."""
+        repairs = self.options.repairs
+        in_turns = repairs & IN_TURNS if self.options.context == "inference" else frozenset()
+        for inside in (frozenset[str](), in_turns) if in_turns else (frozenset[str](),):
+            yield inputs, (), inside
+            yield from ((i, notes, inside) for i, notes in alternatives(template, inputs, repairs))
 
     def _proven(
         self, rendered: Row, wanted: list[int], repairs: frozenset[str], row: Conversation

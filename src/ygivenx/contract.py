@@ -22,6 +22,7 @@ from .tokens import Tokens
 _REWRITTEN = (
     "the template writes earlier turns differently once they are history: each reply has its own sequence"
 )
+_CLOSE = "\n</think>\n\n"
 _SHOWN = 40  # characters of a text that an error quotes
 
 
@@ -249,29 +250,43 @@ def _runs_of(traced: Traced, message: int) -> list[tuple[int, int]]:
 
 def joined(contract: Contract, row: Row, i: int, repairs: frozenset[str]) -> Turn | None:
     """P with the reply put after it by hand, where a repair allows it."""
-    shown, text, message = row.prompt(i), row.closed(i + 1), row.inputs.messages[i]
-    bare = shown.rstrip()
-    own, opened = own_reasoning(message), OPENED.search(shown)
-    said: list[str] = []
-    if opened and own and "open_think" in repairs:
-        name = "reasoning_content" if message.get("reasoning_content") else "content"
-        said = [Text.of(own[0], 1 if name == "content" else 2), "\n</think>\n\n", Text.of(own[1], 1)]
-        what = "its own reasoning continues the <think> that the prompt opens"
-    elif opened and not own and "empty_think" in repairs and text.startswith(shown[: opened.start()]):
-        said = ["\n</think>\n\n", Text.of(message.get("content") or "", 1)]
-        what = "the <think> that the prompt opens is closed at once"
-    elif "whitespace" in repairs and bare != shown and text.startswith(bare):
-        end, token = contract.end_of_turn(row, i, max(contract.last_character(row, i), len(bare)))
-        said = [text[len(bare) : end].lstrip()]
+    shown, text = row.prompt(i), row.closed(i + 1)
+    opened, bare = OPENED.search(shown), shown.rstrip()
+    after = max(contract.last_character(row, i), len(bare))
+    if opened and (said := _thought(row, i, text.startswith(shown[: opened.start()]), repairs)):
+        what, parts = said
+        traced = _joined_trace(row, i, parts)
+    elif "whitespace" in repairs and text.startswith(bare):
+        whole = row.traced(i + 1)
+        reply = text[len(bare) : contract.end_of_turn(row, i, after)[0]]
+        begin = len(bare) + len(reply) - len(reply.lstrip())
+        parts = [text[begin : len(bare) + len(reply)]]
         what = "the white space that ends the prompt is kept"
-    if not said or (message.get("tool_calls") and opened):
+        traced = whole and Traced(
+            join([whole.text[: len(bare)], shown[len(bare) :], whole.text[begin:]]), whole.sources
+        )
+    else:
         return None
-    end, token = contract.end_of_turn(row, i, contract.last_character(row, i))
-    output = join(said)
-    stop = len(shown) + len(output)
-    traced = _joined_trace(row, i, [*said, token]) if opened else None
-    notes = (f"messages[{i}]: {what}; the ids differ from the template's",)
-    return Turn(i, shown + output + token, len(shown), stop, stop + len(token), traced, notes)
+    token = contract.end_of_turn(row, i, after)[1]
+    stop = len(shown) + sum(map(len, parts))
+    note = f"messages[{i}]: {what}; the ids differ from the template's"
+    joint = "".join([shown, *parts, token])
+    return Turn(i, joint, len(shown), stop, stop + len(token), traced, (note,))
+
+
+def _thought(row: Row, i: int, continues: bool, repairs: frozenset[str]) -> tuple[str, list[str]] | None:
+    """What is done with the <think> that the prompt opens, and the reply that follows it."""
+    message = row.inputs.messages[i]
+    own, content = own_reasoning(message), message.get("content") or ""
+    if message.get("tool_calls") or not isinstance(content, str):
+        return None
+    if own and "open_think" in repairs:
+        field = 2 if message.get("reasoning_content") else 1
+        said: list[str] = [Text.of(own[0], field), _CLOSE, Text.of(own[1], 1)]
+        return "its own reasoning continues the <think> that the prompt opens", said
+    if not own and continues and "empty_think" in repairs:
+        return "the <think> that the prompt opens is closed at once", [_CLOSE, Text.of(content, 1)]
+    return None
 
 
 def _joined_trace(row: Row, i: int, said: list[str]) -> Traced | None:

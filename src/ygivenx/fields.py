@@ -20,7 +20,7 @@ def lost_of_reply(draft: Draft, turn: Turn, message: Mapping[str, Any]) -> list[
         return list(_missing_text(draft.text[turn.start : turn.stop], turn.message, message))
     traced = turn.traced or draft.traced
     assert traced is not None
-    return [(s.path, s.field or "") for s in _lost(traced, turn.message, turn.start, turn.stop)]
+    return [(_key(s), s.field or "") for s in _lost(traced, turn.message, turn.start, turn.stop)]
 
 
 def lost_of_context(draft: Draft, trained: set[int], upto: int) -> list[str]:
@@ -28,7 +28,7 @@ def lost_of_context(draft: Draft, trained: set[int], upto: int) -> list[str]:
     traced = draft.traced
     if traced is None:
         return []
-    paths = [s.path for i in range(upto) if i not in trained for s in _lost(traced, i, 0, len(draft.text))]
+    paths = [_key(s) for i in range(upto) if i not in trained for s in _lost(traced, i, 0, len(draft.text))]
     seen = {traced.sources[s].path.partition("[")[0] for _, s in traced.text.runs}
     given = {s.path.partition("[")[0] for s in traced.sources if s.message is None}
     return paths + sorted(({"tools", "documents"} & given) - seen)
@@ -36,10 +36,12 @@ def lost_of_context(draft: Draft, trained: set[int], upto: int) -> list[str]:
 
 def _lost(traced: Traced, message: int, start: int, stop: int) -> Iterator[Source]:
     said = _said(traced, message, start, stop)
+    told: set[str] = set()
     for source in traced.sources:
         if source.message == message and _matters(source):
             wanted = len(_bare(_THINK_TAG.sub("", source.text)))
-            if said[_key(source)] < wanted:
+            if said[_key(source)] < wanted and _key(source) not in told:
+                told.add(_key(source))
                 yield source
 
 
@@ -60,7 +62,12 @@ def _said(traced: Traced, message: int, start: int, stop: int) -> Counter[str]:
 
 
 def _key(source: Source) -> str:
-    return "reasoning" if source.field in REASONING_FIELDS else source.path
+    """The path, one for all names of reasoning."""
+    return (
+        f"messages[{source.message}].{REASONING_FIELDS[0]}"
+        if source.field in REASONING_FIELDS
+        else source.path
+    )
 
 
 def _matters(source: Source) -> bool:

@@ -26,6 +26,7 @@ from .template import Inputs, Template
 
 DEFAULT = ("template_kwargs", "arguments_as_text", "content_as_parts", "whitespace", "open_think")
 REPAIRS = (*DEFAULT, "empty_think", "append_end")
+IN_TURNS = frozenset({"whitespace", "open_think", "empty_think", "append_end"})  # done while a turn is proven
 
 OPENED = re.compile(r"<think>\s*\Z")
 _SWITCH = re.compile("think|reason")
