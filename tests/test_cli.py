@@ -32,7 +32,7 @@ def ygx(*args: object) -> subprocess.CompletedProcess[str]:
 
 def test_every_command_has_help_with_an_example():
     names = [c.name or c.callback.__name__ for c in app.registered_commands]
-    assert {"demo", "show", "score", "ledger", "train", "doctor"} <= set(names)
+    assert {"demo", "show", "encode", "audit", "probe", "score", "ledger", "train", "doctor"} <= set(names)
     for name in names:
         shown = CliRunner().invoke(app, [name, "--help"])
         assert shown.exit_code == 0
@@ -65,6 +65,25 @@ def test_score_counts_every_row(smol_tokenizer, rows, tmp_path):
     assert "1 accepted + 2 quarantined = 3 read" in done.stderr
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     assert json.loads(line)["log_p_xy"] <= json.loads(line)["log_p_x"] < 0
+
+
+@pytest.mark.model
+def test_encode_hands_over_what_other_trainers_read(smol_tokenizer, rows, tmp_path):
+    import pyarrow.parquet as pq
+
+    done = ygx("encode", rows, "--model", "sample", "-o", tmp_path / "out.parquet", "--json")
+    assert done.returncode == 0, done.stderr
+    account = json.loads(done.stdout)
+    assert (account["read"], account["accepted"], account["quarantined"], account["sequences"]) == (
+        3,
+        1,
+        2,
+        1,
+    )
+    (row,) = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    trained = [i for i, label in enumerate(row["labels"]) if label != -100]
+    assert smol_tokenizer.decode([row["input_ids"][i] for i in trained]) == "4<|im_end|>"
+    assert [row["weights"][i] for i in trained] == [1, 1]
 
 
 @pytest.mark.model

@@ -13,8 +13,8 @@ import typer
 from rich.console import Console
 
 from .errors import YgivenxError
+from .intake import Accepted, open_encoder, open_model, open_rows, the_row
 from .intake import console as err
-from .intake import open_encoder, open_model, open_rows, the_row
 from .places import located
 
 OK, FINDINGS, USAGE = 0, 1, 2
@@ -106,6 +106,36 @@ def _sequence_json(s: Any) -> dict[str, Any]:
         "segments": segments,
         "notes": list(s.notes),
     }
+
+
+@app.command()
+def encode(
+    data: Data,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="a Parquet file")],
+    gguf_file: Gguf = None,
+    fmt: Format = None,
+    x: ColX = None,
+    y: ColY = None,
+    plain: Plain = False,
+    limit: Limit = None,
+    train: Policy = "assistant",
+    control: Control = "refuse",
+    as_json: AsJson = False,
+) -> None:
+    """Ids, weights, labels, positions and segments of every row as Parquet, for TRL, axolotl or a plain loop.
+
+    Example: `ygx encode data.jsonl --model sample -o encoded.parquet`
+    """
+    from .handover import write_parquet
+
+    encoder = open_encoder(model, gguf_file, train=train, control=control)
+    accepted = Accepted(open_rows(data, fmt, x, y, plain, limit), encoder)
+    with err.status("encoding"):
+        sequences = write_parquet(accepted, output)
+    account = accepted.account() | {"sequences": sequences, "output": str(output)}
+    if as_json:
+        emit(account)
 
 
 @app.command()

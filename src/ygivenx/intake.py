@@ -57,26 +57,46 @@ def _chunks(items: Any, size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
+class Accepted:
+    """Iterates over the examples of a reader and keeps count of what was rejected."""
+
+    def __init__(self, reader: Any, encoder: Any) -> None:
+        self.reader, self.encoder = reader, encoder
+        self.accepted, self.reasons, self.first = 0, Counter[str](), ""
+
+    def __iter__(self) -> Iterator[Any]:
+        from .sequence import Rejected
+
+        for item in encoded(self.reader, self.encoder):
+            if isinstance(item, Rejected):
+                self.reasons[item.reason] += 1
+                self.first = self.first or item.message
+            else:
+                self.accepted += 1
+                yield item
+
+    def account(self) -> dict[str, Any]:
+        """Accepted + quarantined = read; said aloud too."""
+        quarantined = self.reasons.total()
+        account = {
+            "format": self.reader.format,
+            "read": self.accepted + quarantined,
+            "accepted": self.accepted,
+            "quarantined": quarantined,
+            "reasons": dict(self.reasons.most_common()),
+        }
+        say_account(account, self.first)
+        return account
+
+
 def take(reader: Any, encoder: Any) -> tuple[list[Any], dict[str, Any]]:
-    """All examples of a reader, and the account of its rows; the account is said aloud."""
-    from .sequence import Rejected
-
-    examples: list[Any] = []
-    rejected: list[Any] = []
-    for item in encoded(reader, encoder):
-        (rejected if isinstance(item, Rejected) else examples).append(item)
-    account = {
-        "format": reader.format,
-        "read": len(examples) + len(rejected),
-        "accepted": len(examples),
-        "quarantined": len(rejected),
-        "reasons": dict(Counter(r.reason for r in rejected).most_common()),
-    }
-    say_account(account, rejected[:1])
-    return examples, account
+    """All examples of a reader, and the account of its rows."""
+    accepted = Accepted(reader, encoder)
+    examples = list(accepted)
+    return examples, accepted.account()
 
 
-def say_account(account: dict[str, Any], first: list[Any]) -> None:
+def say_account(account: dict[str, Any], first: str) -> None:
     console.print(f"format: {account['format']}", highlight=False, markup=False)
     console.print(
         f"{account['accepted']:,} accepted + {account['quarantined']:,} quarantined "
@@ -85,8 +105,8 @@ def say_account(account: dict[str, Any], first: list[Any]) -> None:
     )
     for reason, count in account["reasons"].items():
         console.print(f"  {count:>7,}  {reason}", highlight=False, markup=False)
-    for r in first:
-        console.print(f"first of them: {r.message}", highlight=False, markup=False)
+    if first:
+        console.print(f"first of them: {first}", highlight=False, markup=False)
 
 
 def the_row(reader: Any, encoder: Any, number: int) -> Any:
