@@ -193,7 +193,7 @@ def score_file(
         del loaded
         teller = partial(scores_on_ray, (*model, flags["dtype"]), workers=flags["ray"], **told)
     account = run(rows, teller, told["tally"], file, console, silent)
-    say_account(account, rows.first)
+    say_account(account, rows.first[0].message if rows.first else "")
     nats = account["conditional_nats_per_token"]
     console.print(f"{told['tally']}; {nats or 0:.4f} nats per token of y", highlight=False)
     return account
