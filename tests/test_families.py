@@ -65,7 +65,7 @@ def test_shared_equals_alone(case):
     wanted = gradients(model, expected)
     for options in OUR_ROUTES:
         out = yx.loss(model, rows, **options)
-        assert out.value.item() == pytest.approx(expected.item(), rel=2e-6), options
+        assert out.value.item() == pytest.approx(expected.item(), rel=1e-5), options
         assert_same(gradients(model, out.value), wanted)
 
 
@@ -75,7 +75,7 @@ def test_shared_equals_alone(case):
 def test_flex_scores_every_family(case):
     model, rows = build(case), tree(2)
     flex, blocks = (yx.loss(model, rows, route=r).value.item() for r in ("flex", "blocks"))
-    assert flex == pytest.approx(blocks, rel=2e-6)
+    assert flex == pytest.approx(blocks, rel=1e-5)
 
 
 def test_all_proven_families_are_proven_here():
@@ -113,7 +113,7 @@ def test_state_space_models_are_refused_before_the_first_step():
         vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4, expand=2
     )
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ModelError):
+    with pytest.raises(ModelError, match="MambaModel takes no positions"):
         hidden_states(model, yx.Forest.of(tree(0)))
 
 
@@ -172,3 +172,13 @@ def test_adapters(chunk):
     assert wanted
     assert all("lora" in name for name in wanted)
     assert_same(gradients(model, yx.loss(model, rows, chunk=chunk).value), wanted)
+
+
+@pytest.mark.model
+def test_the_real_model(smol):
+    model, _ = smol
+    rows = tree(7, count=4, low=8, high=24)
+    wanted = gradients(model, alone(model, rows))
+    for options in ({}, {"chunk": 40}):
+        assert_same(gradients(model, yx.loss(model, rows, **options).value), wanted)
+    model.zero_grad()

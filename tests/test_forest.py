@@ -105,7 +105,6 @@ def test_single_tokens_need_no_forward_pass():
     f = yx.Forest.of([row(3), row(4)])
     assert len(f.fed) == 0
     assert len(f.edges(scored=True).rows) == 0
-    assert not f.shared
 
 
 def test_no_sequences_no_nodes():
@@ -132,13 +131,6 @@ def test_examples_and_pairs_are_sequences_too():
 def test_it_prints_itself():
     text = str(yx.Forest.of([row(1, 2, 3), row(1, 2, 4)]))
     assert text == "Forest: 2 sequences, 4 distinct of 6 tokens (1.50× shared), 3 trained (75.0%)"
-
-
-def test_shared_says_whether_anything_branches_where_it_counts():
-    assert not yx.Forest.of([row(1, 2, 3)]).shared
-    assert not yx.Forest.of([row(1, 2, 3), row(2, 2, 3)]).shared
-    assert not yx.Forest.of([row(1, 2, 3), row(1, 2, 4)]).shared  # the leaves aren't fed
-    assert yx.Forest.of([row(1, 2, 3, 4), row(1, 2, 4, 4)]).shared
 
 
 # -- packs -----------------------------------------------------------------------------------------------

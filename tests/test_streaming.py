@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -44,9 +46,10 @@ def test_reentrant_checkpointing_is_refused():
 def test_rows_come_in_order_and_equal_the_whole():
     model, forest = llama(), yx.Forest.of(ROWS)
     parts = list(stream_hidden(model, forest, chunk=10))
-    assert [(s.start, s.stop) for s, _ in parts] == [
-        (a, min(a + 10, len(forest.fed))) for a in range(0, len(forest.fed), 10)
-    ]
+    bounds = [0] + [s.stop for s, _ in parts]
+    assert [(s.start, s.stop) for s, _ in parts] == list(pairwise(bounds))
+    assert bounds[-1] == len(forest.fed)
+    assert max(np.diff(bounds)) <= 10
     streamed = torch.cat([h for _, h in parts])
     assert not streamed.requires_grad
     torch.testing.assert_close(streamed, hidden_states(model, forest).detach(), rtol=1e-5, atol=2e-5)
@@ -55,17 +58,18 @@ def test_rows_come_in_order_and_equal_the_whole():
 def test_only_the_path_is_kept(monkeypatch):
     """The stack at each chunk is exactly the ancestors of what follows, never what has been left."""
     model, forest = llama(), yx.Forest.of(ROWS)
-    sizes = []
+    sizes, starts = [], []
     call = streaming.Run.__call__
 
     def watched(run, chunk, past):
+        starts.append(chunk.start)
         sizes.append({k.shape[2] for k, _ in past.values()})
         return call(run, chunk, past)
 
     monkeypatch.setattr(streaming.Run, "__call__", watched)
     list(stream_hidden(model, forest, chunk=10))
     end = forest.fed_end
-    paths = [int((end[:start] > start).sum()) for start in range(0, len(end), 10)]
+    paths = [int((end[:start] > start).sum()) for start in starts]
     assert sizes[1:] == [{n} for n in paths[1:]]
     assert max(paths) < len(end) / 2
 

@@ -6,6 +6,7 @@ compared on a small forest before its first use. What keeps a state beside atten
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 from weakref import WeakSet
 
@@ -52,6 +53,12 @@ def check(model: Any) -> None:
             why="such a layer carries a state from token to token, and branches would mix theirs",
             fix="use a model whose layers are full or sliding-window attention",
         )
+    if not {"position_ids", "attention_mask"} <= inspect.signature(decoder.forward).parameters.keys():
+        raise ModelError(
+            f"{type(decoder).__name__} takes no positions or no mask",
+            why="without them a token can't be told which path it stands on",
+            fix="use a decoder-only transformer",
+        )
     attention.prepare(config)
     if config.model_type not in PROVEN and decoder not in _compared:
         _compare(decoder, config)
@@ -64,12 +71,9 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray) -> Tensor:
         torch.from_numpy(np.ascontiguousarray(a)).to(plan.device) for a in (token, plan.depth[plan.first :])
     )
     # A 4-D mask stops the model from making one of its own; our attention doesn't look at it.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.device)
     out = decoder(
-        input_ids=ids[None],
-        attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.device),
-        position_ids=depth[None],
-        use_cache=False,
-        ygx=plan,
+        input_ids=ids[None], attention_mask=mask, position_ids=depth[None], use_cache=False, ygx=plan
     )
     layers = config_of(decoder).num_hidden_layers
     if len(plan.layers) != layers:

@@ -72,13 +72,6 @@ class Forest:
         """`end` of the fed nodes, counted in fed nodes, int64 [F]: the forest that the model sees."""
         return np.searchsorted(self.fed, self.end[self.fed])
 
-    @property
-    def shared(self) -> bool:
-        """Whether anything branches among the fed nodes; if not, they are plain sequences side by side."""
-        start = np.flatnonzero(self.depth[self.fed] == 0)
-        stop = np.append(start, len(self.fed))[1:]
-        return bool((self.fed_end != np.repeat(stop, stop - start)).any())
-
     def edges(self, scored: bool | npt.NDArray[np.bool_] | None = None) -> Edges:
         """The edges with a weight; `scored=True` all that have a context; or those of a bool mask [N]."""
         wanted = self.weight != 0 if scored is None else np.broadcast_to(scored, self.token.shape)

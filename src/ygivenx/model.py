@@ -80,15 +80,14 @@ def hidden_states(
     Dropout is drawn once per node, so sequences share it where they share tokens. Auxiliary losses of routers
     aren't part of it. Raises ModelError for a model that can't attend along a forest.
     """
-    length = len(forest.fed)
+    check(model)
+    decoder, length = decoder_of(model), len(forest.fed)
+    embedding = decoder.get_input_embeddings().weight
     if not length:
-        return decoder_of(model).get_input_embeddings().weight[:0]
+        return embedding[:0]
     if chunk is None and length > streaming.automatic(model):
         chunk = streaming.CHUNK
     if chunk is not None and length > chunk:
         return streaming.streamed(model, forest, chunk, route)
-    check(model)
-    decoder = decoder_of(model)
-    device = decoder.get_input_embeddings().weight.device
-    plan = Plan.of(forest.fed_end, forest.depth[forest.fed], device, route)
+    plan = Plan.of(forest.fed_end, forest.depth[forest.fed], embedding.device, route)
     return feed(decoder, plan, forest.token[forest.fed])

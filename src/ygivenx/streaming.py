@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -55,8 +56,9 @@ class Run:
     def chunks(self) -> Iterator[Chunk]:
         end = self.forest.fed_end
         path = np.zeros(0, np.int64)
-        for start in range(0, len(end), self.size):
-            stop = min(start + self.size, len(end))
+        # Of equal length: a last one of a few tokens would cost as much as it holds.
+        bounds = np.linspace(0, len(end), -(-len(end) // self.size) + 1).astype(int).tolist()
+        for start, stop in pairwise(bounds):
             yield Chunk(start, stop, path)
             path = np.concatenate((path, np.arange(start, stop)))
             path = path[end[path] > stop]
@@ -73,7 +75,12 @@ class Run:
             first=len(chunk.path),
         )
         plan.past, plan.fresh = past, {}
-        hidden = feed(self.decoder, plan, self.forest.token[fed[chunk.start : chunk.stop]])
+        kind = self.device.type
+        # Weights that autocast made without gradients must not be found by a pass that needs them.
+        with torch.autocast(
+            kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
+        ):
+            hidden = feed(self.decoder, plan, self.forest.token[fed[chunk.start : chunk.stop]])
         fresh, plan.fresh = plan.fresh, None  # what gradient checkpointing runs again is not kept again
         return hidden, fresh
 
@@ -159,41 +166,64 @@ class _Shelf:
         return like.new_zeros(n, self.length, heads, width).transpose(1, 2)
 
 
+@dataclass
+class _Pass:
+    """A chunk computed with gradients: `leaves` are the keys and values of its path."""
+
+    hidden: Tensor
+    fresh: KeysValues
+    leaves: KeysValues
+
+    @classmethod
+    def of(cls, run: Run, chunk: Chunk, shelf: _Shelf) -> _Pass:
+        path = torch.from_numpy(chunk.path).to(run.device)
+        leaves = {layer: (_leaf(k), _leaf(v)) for layer, (k, v) in shelf[path].items() if len(path)}
+        with torch.enable_grad():
+            return cls(*run(chunk, leaves), leaves)
+
+
 class _Streamed(torch.autograd.Function):
-    """Chunks forward without gradients; backward again in reverse, each with the path's keys as leaves."""
+    """Chunks forward without gradients; backward again in reverse, each with the path's keys as leaves.
+
+    Only the last chunk is computed once: nothing comes between its forward and its backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, run: Run, *parameters: Tensor) -> Tensor:
         shelf = _Shelf(len(run.forest.fed))
         rows = []
         ctx.surroundings = []
-        for chunk in run.chunks():
+        *chunks, last = run.chunks()
+        for chunk in chunks:
             ctx.surroundings.append(_Surroundings(run.device))
             hidden, fresh = run(chunk, shelf[torch.from_numpy(chunk.path).to(run.device)])
             shelf.add(slice(chunk.start, chunk.stop), fresh)
             rows.append(hidden)
+        ctx.surroundings.append(_Surroundings(run.device))
+        ctx.last = _Pass.of(run, last, shelf)
         ctx.run, ctx.shelf = run, shelf
         ctx.save_for_backward(*parameters)
-        return torch.cat(rows)
+        return torch.cat([*rows, ctx.last.hidden.detach()])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parameters = ctx.saved_tensors
         totals: list[Tensor | None] = [None] * len(parameters)
         into = _Shelf(ctx.shelf.length)
+        done, ctx.last = ctx.last, None
         for chunk, surroundings in reversed(list(zip(ctx.run.chunks(), ctx.surroundings, strict=True))):
-            path = torch.from_numpy(chunk.path).to(ctx.run.device)
+            if done is None:
+                with surroundings.again():
+                    done = _Pass.of(ctx.run, chunk, ctx.shelf)
             own = slice(chunk.start, chunk.stop)
-            leaves = {layer: (_leaf(k), _leaf(v)) for layer, (k, v) in ctx.shelf[path].items() if len(path)}
-            with torch.enable_grad(), surroundings.again():
-                hidden, fresh = ctx.run(chunk, leaves)
-            outputs = [(hidden, grad[own])]
+            outputs = [(done.hidden, grad[own])]
             for layer, into_layer in into[own].items():
-                outputs += zip(fresh[layer], into_layer, strict=True)
-            made = _gradients(outputs, [*parameters, *(t for pair in leaves.values() for t in pair)])
+                outputs += zip(done.fresh[layer], into_layer, strict=True)
+            made = _gradients(outputs, [*parameters, *(t for pair in done.leaves.values() for t in pair)])
             _accumulate(totals, made[: len(parameters)])
-            keys, values = made[len(parameters) :: 2], made[len(parameters) + 1 :: 2]
-            into.add(path, dict(zip(leaves, zip(keys, values, strict=True), strict=True)))
+            pairs = zip(made[len(parameters) :: 2], made[len(parameters) + 1 :: 2], strict=True)
+            into.add(torch.from_numpy(chunk.path), dict(zip(done.leaves, pairs, strict=True)))
+            done = None
         return None, *totals
 
 
