@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from re import Match
@@ -16,10 +17,11 @@ from .errors import RowError
 from .fields import lost_of_context, lost_of_reply
 from .formats import Conversation
 from .layout import spans_of
+from .origins import within
 from .policy import Part, weight_of
 from .repair import IN_TURNS, alternatives
 from .sequence import Segment, Sequence
-from .template import Inputs, Template, inputs_of
+from .template import Inputs, Source, Template, inputs_of
 from .tokens import Encoded, Pieces
 
 # A template may build a header from a role's name, such as '<|' + role + '|>'.
@@ -116,19 +118,23 @@ class Chats:
             drafts = self.contract.rendered(rendered, wanted)
         else:
             drafts = self.contract.drafts(rendered, wanted, repairs)
-        return [self._complete(d, rendered, set(wanted), row) for d in drafts]
+        done = [self._complete(d, rendered, row) for d in drafts]
+        lost = lost_of_context(done[-1], set(wanted), done[-1].upto)
+        done[-1] = replace(
+            done[-1], notes=(*done[-1].notes, *(f"{p} is left out by the template" for p in lost))
+        )
+        return done
 
-    def _complete(self, draft: Draft, rendered: Row, wanted: set[int], row: Conversation) -> Draft:
+    def _complete(self, draft: Draft, rendered: Row, row: Conversation) -> Draft:
         """The draft with notes of what its template leaves out; raises RowError if that is part of a reply."""
-        last = max(wanted, default=-1)
+        last = max(rendered.replies(), default=-1)
         for turn in draft.turns:
             for path, name in lost_of_reply(draft, turn, rendered.inputs.messages[turn.message]):
                 kind = _KIND_OF_FIELD.get(name, "answer")
                 if self.options.dropped == "refuse" and self._weight(row, kind, turn.message, last):
                     raise _dropped(path)
                 draft = replace(draft, notes=(*draft.notes, f"{path} is left out by the template"))
-        lost = lost_of_context(draft, wanted, draft.upto)
-        return replace(draft, notes=(*draft.notes, *(f"{p} is left out by the template" for p in lost)))
+        return draft
 
     # --- control text ------------------------------------------------------------------------------------
 
@@ -139,6 +145,8 @@ class Chats:
             "documents": inputs.documents,
             **inputs.kwargs,
         }
+        if not self.tokens.has_control(json.dumps(given, ensure_ascii=False, default=str)):
+            return
         for path, text in _leaves(given):
             if found := self.tokens.has_control(text):
                 raise control_text(found[0], path)
@@ -152,16 +160,18 @@ class Chats:
             what = "the origin of this text's characters can't be followed through the template"
             why = "so control tokens of the row's can't be told from the template's"
             raise RowError(what, reason="no_origins", why=why, fix="control='parse' trusts the row")
-        spans = _foreign(traced)
+        runs, sources = traced.text.runs, traced.sources
 
-        def foreign(found: Match[str]) -> bool:
-            return any(a < found.end() and found.start() < b for a, b, _ in spans)
+        def foreign(found: Match[str]) -> Source | None:
+            inside = (sources[s] for s in within(runs, *found.span()) if s)
+            return next((s for s in inside if s.field != "role" or s.text not in ROLES), None)
 
-        cuts = self.tokens.cuts(draft.text, foreign)
+        cuts = self.tokens.cuts(draft.text, lambda found: foreign(found) is not None)
         if cuts and self.options.control == "refuse":
-            at = cuts[0] - 1
-            path = next((p for a, b, p in spans if a <= at + 1 and at < b), "")
-            raise control_text(draft.text[at : at + 20], path, "the template and the row write it together")
+            found = self.tokens.control(draft.text, cuts[0] - 1)[0]
+            source = foreign(found)
+            path = source.path if source else ""
+            raise control_text(found[0], path, "the template and the row write it together")
         return cuts
 
     # --- sequences ---------------------------------------------------------------------------------------
@@ -253,17 +263,6 @@ class Chats:
 
 
 _KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
-
-
-def _foreign(traced: Any) -> list[tuple[int, int, str]]:
-    """(start, stop, path) of characters that come from the row; the name of a known role is the template's."""
-    spans, at = [], 0
-    for stop, s in traced.text.runs:
-        source = traced.sources[s]
-        if s and not (source.field == "role" and source.text in ROLES):
-            spans.append((at, stop, source.path))
-        at = stop
-    return spans
 
 
 def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, str]]:

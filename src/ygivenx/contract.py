@@ -16,7 +16,7 @@ from typing import Any
 from .errors import RowError
 from .origins import Text, join, source_at
 from .repair import OPENED, own_reasoning
-from .template import Inputs, Source, Template, Traced
+from .template import Inputs, Marked, Source, Template, Traced, marked
 from .tokens import Tokens
 
 _REWRITTEN = (
@@ -82,9 +82,14 @@ class Row:
             self._closed[stop] = self.template.render(self.inputs.upto(stop))
         return self._closed[stop]
 
+    @cached_property
+    def marked(self) -> Marked:
+        return marked(self.inputs)
+
     def traced(self, stop: int) -> Traced | None:
+        """`closed(stop)` with the origin of each character, where that can be known."""
         if stop not in self._traced:
-            self._traced[stop] = self.template.trace(self.inputs.upto(stop), self.closed(stop))
+            self._traced[stop] = self.template.trace(self.marked.upto(stop), self.closed(stop))
         return self._traced[stop]
 
     @cached_property
@@ -214,7 +219,7 @@ class Contract:
         """The special token that follows message i once it is history, where F itself ends with its text."""
         text, then = row.closed(i + 1), row.inputs.upto(i + 1, {"role": "user", "content": "x"})
         plain = _or_none(lambda _: row.template.render(then, add_generation_prompt=True), i)
-        traced = row.template.trace(then, plain, add_generation_prompt=True) if plain else None
+        traced = row.template.trace(marked(then), plain, add_generation_prompt=True) if plain else None
         runs = _runs_of(traced, i) if traced else []
         if text[after:].strip() or not runs or plain is None:
             return None
@@ -290,7 +295,7 @@ def _thought(row: Row, i: int, continues: bool, repairs: frozenset[str]) -> tupl
 
 
 def _joined_trace(row: Row, i: int, said: list[str]) -> Traced | None:
-    prompt = row.template.trace(row.inputs.upto(i), row.prompt(i), add_generation_prompt=True)
+    prompt = row.template.trace(row.marked.upto(i), row.prompt(i), add_generation_prompt=True)
     if prompt is None:
         return None
     n = len(prompt.sources) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +12,6 @@ from .contract import Draft, Turn
 from .template import REASONING_FIELDS, Source, Traced
 
 _THINK_TAG = re.compile("</?think>")  # read as a mark of reasoning, and written anew by the template
-_SPACE = re.compile(r"\s+")
 
 
 def lost_of_reply(draft: Draft, turn: Turn, message: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -20,7 +20,9 @@ def lost_of_reply(draft: Draft, turn: Turn, message: Mapping[str, Any]) -> list[
         return list(_missing_text(draft.text[turn.start : turn.stop], turn.message, message))
     traced = turn.traced or draft.traced
     assert traced is not None
-    return [(_key(s), s.field or "") for s in _lost(traced, turn.message, turn.start, turn.stop)]
+    return [
+        (_key(s), s.field or "") for s in _lost(traced, _said(traced, turn.start, turn.stop), turn.message)
+    ]
 
 
 def lost_of_context(draft: Draft, trained: set[int], upto: int) -> list[str]:
@@ -28,31 +30,39 @@ def lost_of_context(draft: Draft, trained: set[int], upto: int) -> list[str]:
     traced = draft.traced
     if traced is None:
         return []
-    paths = [_key(s) for i in range(upto) if i not in trained for s in _lost(traced, i, 0, len(draft.text))]
+    said = _said(traced, 0, len(draft.text))
+    paths = [
+        _key(s)
+        for s in _lost(traced, said)
+        if s.message is not None and s.message not in trained and s.message < upto
+    ]
     seen = {traced.sources[s].path.partition("[")[0] for _, s in traced.text.runs}
     given = {s.path.partition("[")[0] for s in traced.sources if s.message is None}
     return paths + sorted(({"tools", "documents"} & given) - seen)
 
 
-def _lost(traced: Traced, message: int, start: int, stop: int) -> Iterator[Source]:
-    said = _said(traced, message, start, stop)
+def _lost(traced: Traced, said: Counter[str], message: int | None = None) -> Iterator[Source]:
     told: set[str] = set()
     for source in traced.sources:
-        if source.message == message and _matters(source):
-            wanted = len(_bare(_THINK_TAG.sub("", source.text)))
-            if said[_key(source)] < wanted and _key(source) not in told:
-                told.add(_key(source))
+        if (message is None or source.message == message) and _matters(source):
+            key, text = _key(source), source.text
+            wanted = len(_bare(_THINK_TAG.sub("", text) if "think>" in text else text))
+            if said[key] < wanted and key not in told:
+                told.add(key)
                 yield source
 
 
-def _said(traced: Traced, message: int, start: int, stop: int) -> Counter[str]:
-    """How many characters, white space apart, each field of a message has in text[start:stop]."""
-    by_source: Counter[int] = Counter()
-    at = 0
-    for end, s in traced.text.runs:
-        a, b = max(at, start), min(end, stop)
-        if a < b and traced.sources[s].message == message:
-            by_source[s] += len(_bare(traced.text[a:b]))
+def _said(traced: Traced, start: int, stop: int) -> Counter[str]:
+    """How many characters, white space apart, each field has in text[start:stop]."""
+    runs, text = traced.text.runs, str.__str__(traced.text)
+    first = bisect_right(runs, start, key=lambda r: r[0])
+    by_source: dict[int, int] = {}
+    at = start
+    for end, s in runs[first:]:
+        if s:
+            by_source[s] = by_source.get(s, 0) + len(_bare(text[at : min(end, stop)]))
+        if end >= stop:
+            break
         at = end
     said: Counter[str] = Counter()
     for s, count in by_source.items():  # reasoning stands under several names: one of them is enough
@@ -79,7 +89,7 @@ def _matters(source: Source) -> bool:
 
 
 def _bare(text: str) -> str:
-    return _SPACE.sub("", str.__str__(text))
+    return "".join(text.split())
 
 
 def _missing_text(output: str, i: int, message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

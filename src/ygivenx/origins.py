@@ -180,6 +180,23 @@ class Text(str):
         return self.made_into(str.translate(self, table))
 
 
+class Owned(dict[Any, Any]):
+    """An object all of whose text has one source, so that its JSON has it too."""
+
+    source: int
+
+
+def owned(value: Any, source: int) -> Any:
+    """A JSON value with each text of one source."""
+    if isinstance(value, str):
+        return Text.of(value, source)
+    if isinstance(value, Mapping):
+        made = Owned((owned(k, source), owned(v, source)) for k, v in value.items())
+        made.source = source
+        return made
+    return [owned(v, source) for v in value] if isinstance(value, list | tuple) else value
+
+
 def _restore(text: str, runs: Runs) -> Text:
     made = Text(text)
     made.runs = runs
@@ -191,6 +208,14 @@ def runs_of(text: str) -> Runs:
     if isinstance(text, Text):
         return text.runs
     return ((len(text), TEMPLATE),) if text else ()
+
+
+def within(runs: Runs, start: int, stop: int) -> Iterator[int]:
+    """The sources of characters [start, stop)."""
+    for end, source in runs[bisect_right(runs, start, key=lambda r: r[0]) :]:
+        yield source
+        if end >= stop:
+            return
 
 
 def source_at(text: Text, position: int) -> int:
@@ -334,6 +359,11 @@ class _Json:
     def value(self, value: Any, level: int, owner: int) -> Iterator[str]:
         if isinstance(value, str):
             yield from self.string(value)
+        elif isinstance(value, Owned) and self.indent is None and not self.sort_keys:
+            separators = (self.comma, self.colon)
+            yield Text.of(
+                json.dumps(value, ensure_ascii=self.ensure_ascii, separators=separators), value.source
+            )
         elif isinstance(value, Mapping):
             items = sorted(value.items()) if self.sort_keys else value.items()
             pairs = [self.member(k, v, level + 1) for k, v in items]

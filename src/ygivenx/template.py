@@ -21,6 +21,7 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.nodes
 import jinja2.utils
+from jinja2.runtime import LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .errors import RowError
@@ -28,12 +29,14 @@ from .messages import WEIGHT_KEYS
 from .origins import (
     TEMPLATE,
     OriginsLost,
+    Owned,
     Source,
     Text,
     as_text,
     has_origin,
     join,
     join_any,
+    owned,
     percent,
     to_json,
 )
@@ -85,15 +88,13 @@ class Template:
         """The text; raises RowError `template_error` with what the template says."""
         return "".join(self._pieces(self._plain, inputs, add_generation_prompt))
 
-    def trace(self, inputs: Inputs, plain: str, *, add_generation_prompt: bool = False) -> Traced | None:
+    def trace(self, marked: Marked, plain: str, *, add_generation_prompt: bool = False) -> Traced | None:
         """`plain` with the origin of each character, or None where that can't be known."""
-        sources: list[Source] = [Source("template")]
-        marked = _marked(inputs, sources)
         try:
-            text = join(self._pieces(_compiled(self.source, True), marked, add_generation_prompt))
+            text = join(self._pieces(_compiled(self.source, True), marked.inputs, add_generation_prompt))
         except (RowError, OriginsLost):
             return None
-        return Traced(text, tuple(sources)) if text == plain else None
+        return Traced(text, marked.sources) if text == plain else None
 
     def _pieces(self, compiled: jinja2.Template, inputs: Inputs, prompt: bool) -> list[str]:
         variables = {**self.variables, **inputs.kwargs}
@@ -107,7 +108,7 @@ class Template:
             }
         )
         environment: Any = compiled.environment
-        environment.meter = _Meter()
+        environment.begin(inputs)
         pieces: list[str] = []
         size = 0
         try:
@@ -138,10 +139,23 @@ class Traced:
     sources: tuple[Source, ...]
 
 
-def _marked(inputs: Inputs, sources: list[Source]) -> Inputs:
-    """The inputs with each string as a Text of a source of its own."""
+@dataclass(frozen=True)
+class Marked:
+    """Inputs whose strings are `Text`s, each an index into `sources`."""
 
-    def mark(value: Any, path: str, message: int | None, name: str | None) -> Any:
+    inputs: Inputs
+    sources: tuple[Source, ...]
+
+    def upto(self, stop: int) -> Marked:
+        return replace(self, inputs=self.inputs.upto(stop))
+
+
+def marked(inputs: Inputs) -> Marked:
+    """The inputs with each string of a message as a Text of a source of its own; tools, documents and
+    arguments have one source each."""
+    sources: list[Source] = [Source("template")]
+
+    def mark(value: Any, path: str, message: int, name: str) -> Any:
         if isinstance(value, str):
             sources.append(Source(path, message, name, value))
             return Text.of(value, len(sources) - 1)
@@ -154,12 +168,17 @@ def _marked(inputs: Inputs, sources: list[Source]) -> Inputs:
             return [mark(v, f"{path}[{i}]", message, name) for i, v in enumerate(value)]
         return value
 
+    def mark_whole(value: Any, path: str) -> Any:
+        sources.append(Source(path))
+        return owned(value, len(sources) - 1)
+
     messages = tuple(
         {k: mark(v, f"messages[{i}].{k}", i, k) for k, v in m.items()} for i, m in enumerate(inputs.messages)
     )
-    kwargs = {k: mark(v, k, None, None) for k, v in inputs.kwargs.items()}
-    tools = mark(inputs.tools, "tools", None, None)
-    return Inputs(messages, tools, mark(inputs.documents, "documents", None, None), kwargs)
+    tools = None if inputs.tools is None else mark_whole(inputs.tools, "tools")
+    documents = None if inputs.documents is None else mark_whole(inputs.documents, "documents")
+    kwargs = {k: mark_whole(v, k) for k, v in inputs.kwargs.items()}
+    return Marked(Inputs(messages, tools, documents, kwargs), tuple(sources))
 
 
 # --- the environment -------------------------------------------------------------------------------------
@@ -230,17 +249,22 @@ class _Dict:
         return dict.fromkeys(*args)
 
 
+_OF_DICT = frozenset(dir(dict))
+_OF_STR = frozenset(n for n in dir(str) if n[0] != "_") - {"format", "format_map"}
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     """transformers' environment with a meter at each loop and on each growing string."""
 
-    intercepted_binops = frozenset({"*", "**", "+"})
+    intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self) -> None:
         loops = jinja2.ext.loopcontrols
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loops])
-        self.meter = _Meter()
-        self.filters["tojson"] = _tojson
-        self.filters["_metered"] = self._metered
+        self.meter, self.row = _Meter(), None
+        self.written: dict[Any, tuple[Any, str]] = {}
+        self.filters["tojson"] = self._tojson
+        self.filters |= {"_metered": self._metered, "_sized": _sized}
         self.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": lambda pattern: datetime.now().strftime(pattern),
@@ -248,13 +272,46 @@ class _Environment(ImmutableSandboxedEnvironment):
             "namespace": _Namespace,
         }
 
+    def begin(self, inputs: Inputs) -> None:
+        """A new budget for one rendering; what was written of another row is forgotten."""
+        self.meter = _Meter()
+        if inputs.tools is not self.row or inputs.tools is None:
+            self.row = inputs.tools
+            self.written.clear()
+
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        """The tree with a meter on what each loop runs over and on each text that a variable or call keeps."""
         tree = super()._parse(source, name, filename)
         for loop in list(tree.find_all(jinja2.nodes.For)):
-            iterable = loop.iter
-            loop.iter = jinja2.nodes.Filter(iterable, "_metered", [], [], None, None, lineno=loop.lineno)
-            loop.iter.set_environment(self)
+            loop.iter = self._filtered(loop.iter, "_metered")
+        for assignment in list(tree.find_all(jinja2.nodes.Assign)):
+            if _grows(assignment.node):
+                assignment.node = self._filtered(assignment.node, "_sized")
+        for call in list(tree.find_all(jinja2.nodes.Call)):
+            call.args = [self._filtered(a, "_sized") if _grows(a) else a for a in call.args]
         return tree
+
+    def _filtered(self, node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Filter:
+        made = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+        made.set_environment(self)
+        return made
+
+    def _tojson(
+        self,
+        x: Any,
+        ensure_ascii: bool = False,
+        indent: Any = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        """json.dumps, once for each value of a row: its tools are written in every one of its renderings."""
+        key = (id(x), ensure_ascii, indent, separators, sort_keys)
+        if key not in self.written:
+            text = json.dumps(
+                x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+            )
+            self.written[key] = (x, text)  # x too, so that its id isn't given to another value
+        return self.written[key][1]
 
     def _metered(self, iterable: Any) -> Any:
         with suppress(TypeError):
@@ -268,11 +325,6 @@ class _Environment(ImmutableSandboxedEnvironment):
             yield item
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+":
-            result = left + right
-            if isinstance(result, str) and len(result) > MAX_CHARACTERS:
-                raise _spent(f"a text of more than {MAX_CHARACTERS:,} characters")
-            return result
         if operator == "**" and abs(right) > 64:
             raise _spent(f"a number to the power {right}")
         if operator == "*":
@@ -280,6 +332,34 @@ class _Environment(ImmutableSandboxedEnvironment):
                 if isinstance(sized, str | list | tuple) and len(sized) * times > MAX_CHARACTERS:
                     raise _spent(f"a text of more than {MAX_CHARACTERS:,} characters")
         return super().call_binop(context, operator, left, right)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """As the sandbox does it, in one step for what templates read most: fields, variables, loops."""
+        kind = type(obj)
+        if kind is dict and attribute not in _OF_DICT:
+            try:
+                return obj[attribute]
+            except KeyError:
+                return self.undefined(obj=obj, name=attribute)
+        if kind in (_Namespace, LoopContext) and attribute[:1] != "_":
+            try:
+                return getattr(obj, attribute)
+            except AttributeError:
+                return self.undefined(obj=obj, name=attribute)
+        if kind in (str, Text) and attribute in _OF_STR:
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
+
+
+def _grows(node: jinja2.nodes.Node) -> bool:
+    kinds = (jinja2.nodes.Add, jinja2.nodes.Concat)
+    return isinstance(node, kinds) or next(node.find_all(kinds), None) is not None
+
+
+def _sized(value: Any) -> Any:
+    if isinstance(value, str | list) and len(value) > MAX_CHARACTERS:
+        raise _spent(f"a text of more than {MAX_CHARACTERS:,} characters")
+    return value
 
 
 class _TracingEnvironment(_Environment):
@@ -289,7 +369,18 @@ class _TracingEnvironment(_Environment):
 
     def __init__(self) -> None:
         super().__init__()
-        kept = {"_metered", "default", "d", "items", "map", "select", "reject", "selectattr", "rejectattr"}
+        kept = {
+            "_metered",
+            "_sized",
+            "default",
+            "d",
+            "items",
+            "map",
+            "select",
+            "reject",
+            "selectattr",
+            "rejectattr",
+        }
         self.filters = {k: f if k in kept else _guarded(f) for k, f in self.filters.items()}
         self.filters |= {
             "tojson": _tojson_traced,
@@ -301,7 +392,7 @@ class _TracingEnvironment(_Environment):
         }
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        return super().getattr(_wrapped(obj), attribute)
+        return super().getattr(_wrapped(obj) if type(obj) is str else obj, attribute)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         return super().getitem(_wrapped(obj), argument)
@@ -347,18 +438,14 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(
-    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def _tojson_traced(
     x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators}
     if not isinstance(x, str | list | tuple | Mapping):
         return json.dumps(x, sort_keys=sort_keys, **options)
+    if isinstance(x, Owned):
+        return Text.of(json.dumps(x, sort_keys=sort_keys, **options), x.source)
     return to_json(x, sort_keys=sort_keys, **options)
 
 
