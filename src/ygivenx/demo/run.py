@@ -112,9 +112,9 @@ def fit(
     )  # fmt: skip
     trainer = build(config, model, tokenizer, examples, ruler[:WATCHED_ROWS], console)
     console.print(str(trainer.train_dataset), highlight=False, soft_wrap=True)
-    trainer.evaluate()
+    start = {"step": 0.0, **trainer.evaluate()}  # train() begins a new log
     trainer.train()
-    return list(trainer.state.log_history)
+    return [start, *trainer.state.log_history]
 
 
 def measure(
