@@ -115,7 +115,8 @@ def _through(
     if not blocks:
         return
     data = ray.data.from_arrow_refs(blocks).sort("key")
-    done = data.map_batches(worker, fn_constructor_args=arguments, batch_size=BATCH, concurrency=workers)
+    pool = ray.data.ActorPoolStrategy(size=workers)
+    done = data.map_batches(worker, fn_constructor_args=arguments, batch_size=BATCH, compute=pool)
     yield from done.sort("number").iter_rows()
 
 
