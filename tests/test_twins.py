@@ -1,13 +1,13 @@
 """TRL's `_training` templates as an oracle: every token where its mask differs from ours, by class.
 
-| class                     | what                                                                                      |
-|---------------------------|-------------------------------------------------------------------------------------------|
-| supplied by the prompt    | TRL trains tokens that inference supplies: `<think>\\n`, `<|start|>assistant`               |
-| after the end of the turn | TRL trains what follows the token at which generation stops: a newline, Phi's second eos  |
-| without weight            | the row gives this reply the weight 0, which TRL doesn't know                             |
-| end of the turn           | TRL leaves out the token that ends the turn (GLM's next header, Gemma's tool response)    |
-| half a character          | TRL leaves out the last tokens of a character that has several                            |
-| header of the reply       | the prompt ends before it (after a tool's result), so the model has to write it           |
+| class | what |
+|---|---|
+| supplied by the prompt | TRL trains what inference supplies: `<think>\\n`, `<|start|>assistant` |
+| after the end of the turn | TRL trains what follows the token at which generation stops: a newline, an eos |
+| without weight | the row gives this reply the weight 0, which TRL doesn't know |
+| end of the turn | TRL leaves out the token that ends the turn (Gemma's tool response) |
+| half a character | TRL leaves out the last tokens of a character that has several |
+| header of the reply | the prompt ends before it (after a tool's result), so the model writes it |
 """
 
 from __future__ import annotations

@@ -391,6 +391,11 @@ class _TracingEnvironment(_Environment):
             "string": as_text,
         }
 
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "%" and isinstance(left, str):
+            return percent(left, right)
+        return super().call_binop(context, operator, left, right)
+
     def getattr(self, obj: Any, attribute: str) -> Any:
         return super().getattr(_wrapped(obj) if type(obj) is str else obj, attribute)
 
