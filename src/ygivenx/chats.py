@@ -16,7 +16,7 @@ from .contract import Contract, Draft, Row
 from .errors import RowError
 from .fields import lost_of_context, lost_of_reply
 from .formats import Conversation
-from .layout import spans_of
+from .layout import segments_of
 from .origins import within
 from .policy import Part, weight_of
 from .repair import IN_TURNS, alternatives
@@ -97,7 +97,7 @@ class Chats:
             except RowError as e:
                 refusal = refusal or e
                 continue
-            return [replace(d, notes=d.notes + notes) for d in drafts]
+            return [replace(d, notes=d.notes + notes) for d in drafts] if notes else drafts
         assert refusal is not None
         raise refusal
 
@@ -186,7 +186,7 @@ class Chats:
     ) -> list[Sequence]:
         sequences: list[Sequence] = []
         for draft, encoded, cut in zip(drafts, parts, cuts, strict=True):
-            segments = spans_of(draft, encoded, self._borders(draft, encoded), row.messages)
+            segments = segments_of(draft, encoded, self._borders(draft, encoded), row.messages)
             weights = self._weights(row, segments, len(encoded.ids))
             if sequences:  # what an earlier sequence has already weighed
                 shared = _common(sequences[-1].ids, encoded.ids)

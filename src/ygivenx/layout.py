@@ -13,118 +13,110 @@ from .sequence import Segment
 from .template import REASONING_FIELDS, Source
 from .tokens import Encoded
 
-Span = Segment
-Run = tuple[int, int, str, bool, int | None]  # characters [start, stop), kind, output, message
-
-
-def spans_of(
-    draft: Draft,
-    encoded: Encoded,
-    borders: Mapping[int, int | None],
-    messages: Sequence[Mapping[str, Any]],
-) -> list[Span]:
-    """Segments over all tokens. `borders`: token index by character, of each turn's start and stop.
-
-    A token belongs to the run of its first character; the borders of outputs are exact.
-    """
-    runs = _outside_and_inside(draft, messages)
-    starts = [r[0] for r in runs]
-    at = (
-        np.searchsorted(encoded.starts, starts)
-        if encoded.tiled
-        else _by_borders(runs, borders, len(encoded.ids))
-    )
-    spans: list[Span] = []
-    for (first, last), (start, _, kind, output, message) in zip(
-        pairwise([*map(int, at), len(encoded.ids)]), runs, strict=True
-    ):
-        first = borders.get(start, first) or first
-        if first >= last:
-            continue
-        if spans and (spans[-1].kind, spans[-1].output, spans[-1].message) == (kind, output, message):
-            spans[-1] = Segment(spans[-1].start, last, kind, output, message)
-        else:
-            spans.append(Segment(first, last, kind, output, message))
-    return spans
-
-
-def _by_borders(runs: list[Run], borders: Mapping[int, int | None], tokens: int) -> list[int]:
-    """Without offsets only the borders of turns are known: what lies between them is one segment."""
-    at, known = [], 0
-    for start, *_ in runs:
-        known = borders.get(start) or known
-        at.append(known)
-    return at
-
-
-def _outside_and_inside(draft: Draft, messages: Sequence[Mapping[str, Any]]) -> list[Run]:
-    runs: list[Run] = []
-    done = 0
-    for turn in draft.turns:
-        runs += _outside(draft, done, turn.start, messages)
-        runs += _inside(draft, turn)
-        done = turn.stop
-    return runs + _outside(draft, done, len(draft.text), messages)
-
-
-def _pieces(draft: Draft, start: int, stop: int) -> list[tuple[int, int, Source | None]]:
-    """(start, stop, source) of the runs in text[start:stop]; source None for the template's own."""
-    if draft.traced is None:
-        return [(start, stop, None)] if stop > start else []
-    pieces, at = [], 0
-    for end, source in draft.traced.text.runs:
-        a, b = max(at, start), min(end, stop)
-        if a < b:
-            pieces.append((a, b, draft.traced.sources[source] if source else None))
-        at = end
-    if at < stop:  # a header that was appended
-        pieces.append((max(at, start), stop, None))
-    return pieces
-
+Messages = Sequence[Mapping[str, Any]]
+Piece = tuple[int, int, Source | None]  # characters [start, stop), source: None for the template's own
+Run = tuple[int, str, bool, int | None]  # its first character, kind, output, message
 
 _KIND_OF_ROLE = {"assistant": "answer", "function": "tool", "ipython": "tool"}
 
 
-def _kind(source: Source, messages: Sequence[Mapping[str, Any]]) -> str:
-    if source.message is None:
-        return "system"
-    if source.field == "role" or source.message >= len(messages):
-        return "template"
-    role = str(messages[source.message].get("role"))
-    if role == "assistant":
-        return (
-            "reasoning"
-            if source.field in REASONING_FIELDS
-            else "tool_call"
-            if source.field == "tool_calls"
-            else "answer"
-        )
-    return _KIND_OF_ROLE.get(role, role)
+def segments_of(
+    draft: Draft, encoded: Encoded, borders: Mapping[int, int], messages: Messages
+) -> list[Segment]:
+    """Segments over all tokens. `borders`: index of the token at each turn's start, end and stop.
 
-
-def _outside(draft: Draft, start: int, stop: int, messages: Sequence[Mapping[str, Any]]) -> list[Run]:
+    A token belongs to the run of its first character; the borders of outputs are exact.
+    """
+    runs = _merged(_runs(draft, messages))
+    if encoded.tiled:
+        at = np.searchsorted(encoded.starts, np.array([r[0] for r in runs])).tolist()
+    else:
+        at = _by_borders(runs, borders)
+    at = [borders.get(run[0], i) for run, i in zip(runs, at, strict=True)]
+    ends = pairwise([*at, len(encoded.ids)])
     return [
-        (a, b, _kind(s, messages) if s else "template", False, s.message if s and s.field != "role" else None)
-        for a, b, s in _pieces(draft, start, stop)
+        Segment(first, last, *run[1:]) for (first, last), run in zip(ends, runs, strict=True) if first < last
     ]
 
 
-def _inside(draft: Draft, turn: Turn) -> list[Run]:
+def _by_borders(runs: list[Run], borders: Mapping[int, int]) -> list[int]:
+    """Without offsets only the borders of turns are known: what lies between them is one segment."""
+    at, known = [], 0
+    for run in runs:
+        known = borders.get(run[0], known)
+        at.append(known)
+    return at
+
+
+def _merged(runs: list[Run]) -> list[Run]:
+    return runs[:1] + [b for a, b in pairwise(runs) if a[1:] != b[1:]]
+
+
+def _runs(draft: Draft, messages: Messages) -> list[Run]:
+    pieces = _pieces(draft)
+    runs: list[Run] = []
+    done = 0
+    for turn in draft.turns:
+        runs += _outside(_between(pieces, done, turn.start), messages)
+        runs += _inside(draft.text, turn, _between(pieces, turn.start, turn.end))
+        done = turn.stop
+    return runs + _outside(_between(pieces, done, len(draft.text)), messages)
+
+
+def _pieces(draft: Draft) -> list[Piece]:
+    """The whole text by source; one piece where origins aren't known."""
+    pieces: list[Piece] = []
+    at = 0
+    if draft.traced is not None:
+        for stop, s in draft.traced.text.runs:
+            pieces.append((at, stop, draft.traced.sources[s] if s else None))
+            at = stop
+    if at < len(draft.text):  # unknown, or a header that was appended
+        pieces.append((at, len(draft.text), None))
+    return pieces
+
+
+def _between(pieces: list[Piece], start: int, stop: int) -> list[Piece]:
+    return [(max(a, start), min(b, stop), s) for a, b, s in pieces if a < stop and b > start]
+
+
+def _outside(pieces: list[Piece], messages: Messages) -> list[Run]:
+    return [(a, *_context(source, messages)) for a, _, source in pieces]
+
+
+def _context(source: Source | None, messages: Messages) -> tuple[str, bool, int | None]:
+    """Kind, output, message of what isn't output. A header's role is the template's, tools are the system's."""
+    if source is None or source.field == "role":
+        return "template", False, None
+    if source.message is None:
+        return "system", False, None
+    role = str(messages[source.message].get("role"))
+    kind = _field_kind(source.field) if role == "assistant" else _KIND_OF_ROLE.get(role, role)
+    return kind, False, source.message
+
+
+def _field_kind(field: str | None) -> str:
+    if field in REASONING_FIELDS:
+        return "reasoning"
+    return "tool_call" if field == "tool_calls" else "answer"
+
+
+def _inside(text: str, turn: Turn, pieces: list[Piece]) -> list[Run]:
     """The output's runs: each field, and the text around it with the field that it marks up."""
-    marked = [
-        (a, b, s.field or "")
-        for a, b, s in _pieces(draft, turn.start, turn.end)
-        if s is not None and s.message == turn.message
-    ]
     runs: list[Run] = []
     at, before = turn.start, ""
-    for a, b, name in marked:
-        kind = "reasoning" if name in REASONING_FIELDS else "tool_call" if name == "tool_calls" else "answer"
-        glue = before if before == "reasoning" else kind
+    for a, b, source in pieces:
+        if source is None or source.message != turn.message:
+            continue
+        kind = _field_kind(source.field)
+        if at < a and before == "reasoning" != kind:  # `</think>` is the thought's, `<tool_call>` the call's
+            opener = text.find("<", max(text.find(">", at, a), at), a) if kind == "tool_call" else -1
+            runs.append((at, before, True, turn.message))
+            at = opener if opener >= 0 else a
         if at < a:
-            runs.append((at, a, glue, True, turn.message))
-        runs.append((a, b, kind, True, turn.message))
+            runs.append((at, kind, True, turn.message))
+        runs.append((a, kind, True, turn.message))
         at, before = b, kind
     if at < turn.end:
-        runs.append((at, turn.end, before or "answer", True, turn.message))
-    return [*runs, (turn.end, turn.stop, "end_of_turn", True, turn.message)]
+        runs.append((at, before or "answer", True, turn.message))
+    return [*runs, (turn.end, "end_of_turn", True, turn.message)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -314,10 +313,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self.written[key][1]
 
     def _metered(self, iterable: Any) -> Any:
-        with suppress(TypeError):
-            self.meter.charge(1 + len(iterable))
-            return iterable
-        return self._counted(iterable)
+        try:
+            rounds = 1 + len(iterable)
+        except TypeError:
+            return self._counted(iterable)
+        self.meter.charge(rounds)
+        return iterable
 
     def _counted(self, iterable: Iterable[Any]) -> Iterator[Any]:
         for item in iterable:
