@@ -113,8 +113,25 @@ def test_state_space_models_are_refused_before_the_first_step():
         vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4, expand=2
     )
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ModelError, match="MambaModel takes no positions"):
+    with pytest.raises(ModelError, match="MambaModel"):
         hidden_states(model, yx.Forest.of(tree(0)))
+
+
+def test_a_model_without_positions_is_refused():
+    class Bag(torch.nn.Module):
+        config = llama().config
+
+        def get_decoder(self):
+            return self
+
+        def get_input_embeddings(self):
+            return None
+
+        def forward(self, input_ids, attention_mask):
+            raise AssertionError("it must not be run")
+
+    with pytest.raises(ModelError, match="Bag takes no positions or no mask"):
+        families.check(Bag())
 
 
 def test_a_family_that_nobody_proved_is_compared_first(monkeypatch):
@@ -158,6 +175,9 @@ def test_what_is_no_causal_model_is_refused():
         head_of(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # peft 0.21 asks by the old name
 @pytest.mark.parametrize("chunk", [None, 37])
 def test_adapters(chunk):
     """LoRA: only the adapters get gradients, and the same ones."""

@@ -47,8 +47,9 @@ class Sequence:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        ids = np.ascontiguousarray(self.ids, dtype=np.int64)
-        weights = np.ascontiguousarray(self.weights, dtype=np.float32)
+        # Copies: freezing them below leaves the caller's own arrays as they were.
+        ids = np.array(self.ids, dtype=np.int64)
+        weights = np.array(self.weights, dtype=np.float32)
         if ids.ndim != 1 or ids.shape != weights.shape:
             raise ValueError(
                 f"ids and weights must be 1-D of one length, got {ids.shape} and {weights.shape}"

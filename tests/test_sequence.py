@@ -1,0 +1,51 @@
+"""Sequence: what it refuses, and that it leaves the caller's arrays alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ygivenx import Example, Sequence
+from ygivenx.sequence import Segment
+
+
+def test_it_is_frozen_and_the_callers_arrays_are_not():
+    ids, weights = np.arange(4), np.array([0, 0, 1, 1], np.float32)
+    s = Sequence(ids, weights)
+    with pytest.raises(ValueError, match="read-only"):
+        s.ids[0] = 7
+    with pytest.raises(ValueError, match="read-only"):
+        s.weights[1] = 7
+    ids[0], weights[1] = 7, 0.5  # still the caller's to write
+    assert s.labels.tolist() == [-100, -100, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("ids", "weights", "message"),
+    [
+        ([1, 2], [0], "one length"),
+        ([[1, 2]], [[0, 1]], "1-D"),
+        ([1, 2], [1, 1], "first token has no context"),
+        ([1, 2], [0, -1], "not negative"),
+        ([1, 2], [0, float("nan")], "finite"),
+    ],
+)
+def test_what_is_refused(ids, weights, message):
+    with pytest.raises(ValueError, match=message):
+        Sequence(np.array(ids), np.array(weights, np.float32))
+
+
+def test_an_example_of_several_sequences_has_no_single_ids():
+    s = Sequence(
+        np.arange(3), np.array([0, 0, 1], np.float32), (Segment(0, 3, "answer", True),), ("a", "b", "c")
+    )
+    many = Example((s, s))
+    assert many.trained == ["c", "c"]
+    with pytest.raises(ValueError, match="one per turn"):
+        many.ids  # noqa: B018
+
+
+def test_print_marks_what_is_trained_and_tames_controls():
+    s = Sequence(np.arange(3), np.array([0, 0.5, 0], np.float32), (), ("a", "b\x1b[31m", "c"), ("a note",))
+    assert str(s).splitlines()[0] == "a⟦b␛[31m×0.5⟧c"
+    assert "note: a note" in str(s)
