@@ -316,3 +316,16 @@ def test_template_kwargs_reach_the_template():
 def test_unknown_choices(name):
     with pytest.raises(ConfigError, match=name):
         encoder(**{name: "refused"})
+
+
+@pytest.mark.skipif(not shelf(), reason="TRL is not installed")
+def test_the_marks_around_thoughts_and_calls_belong_to_them():
+    tokenizer = tokenizer_for("qwen3", shelf()["qwen3"])
+    row = {"messages": [user(), calls(call(), reasoning_content="Look it up.")]}
+    assert (
+        trained(Encoder(tokenizer, train="tool_calls=0")(row))
+        == "<think>\nLook it up.\n</think>\n\n<|im_end|>"
+    )
+    without = trained(Encoder(tokenizer, train="reasoning=0")(row))
+    assert without.startswith("<tool_call>\n")
+    assert "think" not in without

@@ -11,6 +11,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import index
 from typing import Any, SupportsIndex
 
 TEMPLATE = 0
@@ -51,7 +52,7 @@ class Text(str):
 
     def __getitem__(self, key: SupportsIndex | slice) -> Text:
         if not isinstance(key, slice):
-            i = key.__index__()
+            i = index(key)
             key = slice(i, i + 1 or None)
             if not -len(self) <= i < len(self):
                 raise IndexError("string index out of range")

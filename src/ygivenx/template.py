@@ -260,7 +260,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         loops = jinja2.ext.loopcontrols
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loops])
-        self.meter, self.row = _Meter(), None
+        self.meter = _Meter()
+        self.row: Any = None
         self.written: dict[Any, tuple[Any, str]] = {}
         self.filters["tojson"] = self._tojson
         self.filters |= {"_metered": self._metered, "_sized": _sized}
@@ -290,7 +291,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             call.args = [self._filtered(a, "_sized") if _grows(a) else a for a in call.args]
         return tree
 
-    def _filtered(self, node: jinja2.nodes.Expr, name: str) -> jinja2.nodes.Filter:
+    def _filtered(self, node: Any, name: str) -> jinja2.nodes.Filter:
         made = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
         made.set_environment(self)
         return made
@@ -363,26 +364,21 @@ def _sized(value: Any) -> Any:
     return value
 
 
+# Filters that hand on what they are given.
+_PASSING = {
+    *["_metered", "_sized", "default", "d", "items", "map", "select", "reject", "selectattr", "rejectattr"]
+}
+
+
 class _TracingEnvironment(_Environment):
     """The same over `Text`: what would make a plain str of one is replaced."""
 
     concat = staticmethod(join)
+    intercepted_binops = frozenset({"*", "**", "%"})  # a plain pattern % a tuple of texts would be plain
 
     def __init__(self) -> None:
         super().__init__()
-        kept = {
-            "_metered",
-            "_sized",
-            "default",
-            "d",
-            "items",
-            "map",
-            "select",
-            "reject",
-            "selectattr",
-            "rejectattr",
-        }
-        self.filters = {k: f if k in kept else _guarded(f) for k, f in self.filters.items()}
+        self.filters = {k: f if k in _PASSING else _guarded(f) for k, f in self.filters.items()}
         self.filters |= {
             "tojson": _tojson_traced,
             "join": jinja2.pass_environment(_join_filter),
