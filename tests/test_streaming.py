@@ -32,13 +32,13 @@ def test_gradient_checkpointing_changes_nothing(chunk):
     model = llama()
     wanted = gradients(model, yx.loss(model, ROWS).value)
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert_same(gradients(model, yx.loss(model, ROWS, chunk=chunk).value), wanted, 1e-5)
 
 
 def test_reentrant_checkpointing_is_refused():
     model = llama().train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ModelError, match="reentrant"):
         hidden_states(model, yx.Forest.of(ROWS), chunk=16)
 
@@ -135,7 +135,7 @@ def test_the_estimate_knows_what_is_kept():
     with torch.no_grad():
         assert streaming.automatic(model) > 5 * kept
     model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert streaming.automatic(model) > 3 * kept
 
 

@@ -105,6 +105,11 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     """
     if ygx is None:
         return _stock(module)(module, query, key, value, attention_mask, **options)
+    # Under autocast the rotary embedding leaves query and key in float32 beside a value in half precision.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # as torch's own attention does; rotated keys may have stayed wider
+        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
     key, value = ygx.join(module, key, value)
     out = _routed(ygx, query, key, value, _Options.of(query, options))
     return out.transpose(1, 2).contiguous(), None

@@ -99,7 +99,7 @@ def _compare(decoder: Any, config: Any) -> None:
         plan = Plan.of(forest.fed_end, forest.depth[forest.fed], embedding.device)
         shared = feed(decoder, plan, forest.token[forest.fed])
         for ids, path in zip(rows, forest.paths, strict=True):
-            tokens = torch.from_numpy(ids[:-1]).to(embedding.device)
+            tokens = torch.tensor(ids[:-1], device=embedding.device)
             alone = decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
             ours = shared[torch.from_numpy(np.searchsorted(forest.fed, path[:-1])).to(alone.device)]
             _refuse_difference(decoder, ours.double(), alone.double(), torch.finfo(alone.dtype).eps)
