@@ -14,9 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from .errors import RowError
-from .origins import Text, join, source_at
+from .origins import TEMPLATE, Text, join
 from .repair import OPENED, own_reasoning
-from .template import Inputs, Marked, Source, Template, Traced, marked
+from .template import Inputs, Marked, Template, Traced, marked
 from .tokens import Tokens
 
 _REWRITTEN = (
@@ -91,6 +91,11 @@ class Row:
         if stop not in self._traced:
             self._traced[stop] = self.template.trace(self.marked.upto(stop), self.closed(stop))
         return self._traced[stop]
+
+    def said(self, text: str, i: int, field: str) -> Text:
+        """A text that comes from a field of message i."""
+        sources = enumerate(self.marked.sources)
+        return Text.of(text, next((n for n, s in sources if (s.message, s.field) == (i, field)), TEMPLATE))
 
     @cached_property
     def whole(self) -> str:
@@ -256,27 +261,34 @@ def _runs_of(traced: Traced, message: int) -> list[tuple[int, int]]:
 def joined(contract: Contract, row: Row, i: int, repairs: frozenset[str]) -> Turn | None:
     """P with the reply put after it by hand, where a repair allows it."""
     shown, text = row.prompt(i), row.closed(i + 1)
-    opened, bare = OPENED.search(shown), shown.rstrip()
-    after = max(contract.last_character(row, i), len(bare))
+    opened, begin = OPENED.search(shown), _beyond(shown, text)
+    end, token = contract.end_of_turn(row, i, contract.last_character(row, i))
     if opened and (said := _thought(row, i, text.startswith(shown[: opened.start()]), repairs)):
         what, parts = said
-        traced = _joined_trace(row, i, parts)
-    elif "whitespace" in repairs and text.startswith(bare):
+    elif "whitespace" in repairs and begin is not None:
         whole = row.traced(i + 1)
-        reply = text[len(bare) : contract.end_of_turn(row, i, after)[0]]
-        begin = len(bare) + len(reply) - len(reply.lstrip())
-        parts = [text[begin : len(bare) + len(reply)]]
-        what = "the white space that ends the prompt is kept"
-        traced = whole and Traced(
-            join([whole.text[: len(bare)], shown[len(bare) :], whole.text[begin:]]), whole.sources
-        )
+        parts = [(whole.text if whole else text)[begin:end].lstrip()]
+        what = "its prompt differs from the rendered row in white space alone, and is kept"
     else:
         return None
-    token = contract.end_of_turn(row, i, after)[1]
+    prompt = row.template.trace(row.marked.upto(i), shown, add_generation_prompt=True)
+    traced = prompt and Traced(join([prompt.text, *parts, token]), prompt.sources)
     stop = len(shown) + sum(map(len, parts))
     note = f"messages[{i}]: {what}; the ids differ from the template's"
-    joint = "".join([shown, *parts, token])
-    return Turn(i, joint, len(shown), stop, stop + len(token), traced, (note,))
+    return Turn(i, "".join([shown, *parts, token]), len(shown), stop, stop + len(token), traced, (note,))
+
+
+def _beyond(shown: str, text: str) -> int | None:
+    """How much of `text` says all of `shown`, white space apart; None if it doesn't begin with it."""
+    wanted, have = "".join(shown.split()), 0
+    for at, character in enumerate(text):
+        if have == len(wanted):
+            return at
+        if not character.isspace():
+            if character != wanted[have]:
+                return None
+            have += 1
+    return None
 
 
 def _thought(row: Row, i: int, continues: bool, repairs: frozenset[str]) -> tuple[str, list[str]] | None:
@@ -286,25 +298,15 @@ def _thought(row: Row, i: int, continues: bool, repairs: frozenset[str]) -> tupl
     if message.get("tool_calls") or not isinstance(content, str):
         return None
     if own and "open_think" in repairs:
-        field = 2 if message.get("reasoning_content") else 1
-        said: list[str] = [Text.of(own[0], field), _CLOSE, Text.of(own[1], 1)]
+        name = "reasoning_content" if message.get("reasoning_content") else "content"
+        said: list[str] = [row.said(own[0], i, name), _CLOSE, row.said(own[1], i, "content")]
         return "its own reasoning continues the <think> that the prompt opens", said
     if not own and continues and "empty_think" in repairs:
-        return "the <think> that the prompt opens is closed at once", [_CLOSE, Text.of(content, 1)]
+        return "the <think> that the prompt opens is closed at once", [
+            _CLOSE,
+            row.said(content, i, "content"),
+        ]
     return None
-
-
-def _joined_trace(row: Row, i: int, said: list[str]) -> Traced | None:
-    prompt = row.template.trace(row.marked.upto(i), row.prompt(i), add_generation_prompt=True)
-    if prompt is None:
-        return None
-    n = len(prompt.sources) - 1
-    named = tuple(
-        Source(f"messages[{i}].{name}", i, name, row.inputs.messages[i].get(name) or "")
-        for name in ("content", "reasoning_content")
-    )
-    shifted = [Text.of(t, n + source_at(t, 0)) if isinstance(t, Text) and t else t for t in said]
-    return Traced(join([prompt.text, *shifted]), prompt.sources + named)
 
 
 def _next_turn(row: Row, i: int, calls: Sequence[Any]) -> str | None:

@@ -5,7 +5,7 @@
 | template_kwargs  | a switch of the template's, such as enable_thinking=False, makes both agree  | yes |
 | arguments_as_text| tool calls' arguments as JSON text, where the template needs them so         | yes |
 | content_as_parts | contents as lists of one text part, where the template needs them so         | yes |
-| whitespace       | the prompt ends in white space that the rendered row lacks                   | yes |
+| whitespace       | the prompt and the rendered row differ in white space alone                  | yes |
 | open_think       | the prompt opens <think>, and the reply brings its own reasoning             | yes |
 | empty_think      | the prompt opens <think>, and the reply has none: it is closed at once       | no  |
 | append_end       | nothing ends the turn: the tokenizer's eos is appended                       | no  |
