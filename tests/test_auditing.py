@@ -31,7 +31,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @pytest.fixture(scope="module")
 def studio(smol_tokenizer, data_dir):
-    return Studio(smol_tokenizer, data_dir)
+    made = Studio(smol_tokenizer, data_dir)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")

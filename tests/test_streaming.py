@@ -91,12 +91,13 @@ def test_dropout_is_drawn_again_as_it_was():
     made = gradients(model, value())
     name, p = next((n, p) for n, p in model.named_parameters() if "layers.0.self_attn.v_proj.lora_B" in n)
     with torch.no_grad():
-        step = 1e-6 * torch.randn_like(p)
+        # The model's norms compute in float32 whatever its dtype: a smaller step would drown in their rounding.
+        step = 1e-3 * torch.randn_like(p)
         p += step
         up = value()
         p -= 2 * step
         down = value()
-    assert (up - down).item() / 2 == pytest.approx((made[name] * step).sum().item(), rel=1e-5)
+    assert (up - down).item() / 2 == pytest.approx((made[name] * step).sum().item(), rel=1e-2)
 
 
 def test_autocast_is_the_same_in_the_second_pass():

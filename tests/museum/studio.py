@@ -84,6 +84,11 @@ class Studio:
     dtype: torch.dtype = torch.float32
     _dirs: list[tempfile.TemporaryDirectory] = field(default_factory=list)
 
+    def close(self) -> None:
+        """Delete what the trainers wrote."""
+        for folder in self._dirs:
+            folder.cleanup()
+
     # -- rows
 
     def chats(self, count: int = 12, longest: int = 320) -> list[dict[str, Any]]:

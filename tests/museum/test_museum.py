@@ -23,7 +23,9 @@ def cases(exhibits):
 
 @pytest.fixture(scope="module")
 def studio(smol_tokenizer, data_dir):
-    return Studio(smol_tokenizer, data_dir)
+    made = Studio(smol_tokenizer, data_dir)
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize("exhibit", cases(FAULTS))
