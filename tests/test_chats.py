@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from templates.conversations import call, calls, reply, result, system, user
+from templates.conversations import ALL, call, calls, reply, result, system, user
 from templates.shelf import shelf, tokenizer_for
 
 from ygivenx import Encoder, Example, RowError
@@ -329,3 +329,25 @@ def test_the_marks_around_thoughts_and_calls_belong_to_them():
     without = trained(Encoder(tokenizer, train="reasoning=0")(row))
     assert without.startswith("<tool_call>\n")
     assert "think" not in without
+
+
+@pytest.mark.skipif(not shelf(), reason="TRL is not installed")
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "phi3", "llama3_1", "glm4moe"])
+def test_known_words_give_what_tracing_gives(name):
+    tokenizer = tokenizer_for(name, shelf()[name])
+    warm = Encoder(tokenizer)
+    for _ in range(2):
+        examples, _ = warm.batch(ALL.values())
+    fresh = [e for row in ALL.values() for e in Encoder(tokenizer).batch([row])[0]]
+    assert len(examples) == len(fresh)
+    for one, other in zip(examples, fresh, strict=True):
+        assert [(s.segments, s.weights.tolist(), s.notes) for s in one] == [
+            (s.segments, s.weights.tolist(), s.notes) for s in other
+        ]
+
+
+def test_a_role_of_the_rows_own_is_never_learnt_as_the_templates_words():
+    enc = encoder(ROLE_HEADERS)
+    for _ in range(2):
+        assert refusal(enc, {"role": "end", "content": "x"}, user(), reply()).reason == "control_text"
+        enc({"messages": [user(), reply()]})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from re import Match
@@ -21,13 +22,10 @@ from .origins import within
 from .policy import Part, weight_of
 from .repair import IN_TURNS, alternatives
 from .sequence import Segment, Sequence
+from .skeleton import ROLES, Skeletons
 from .template import Inputs, Source, Template, inputs_of
 from .tokens import Encoded, Pieces
 
-# A template may build a header from a role's name, such as '<|' + role + '|>'.
-ROLES = frozenset(
-    {"system", "user", "assistant", "tool", "developer", "function", "ipython", "model", "observation"}
-)
 _KIND_OF_FIELD = {
     "reasoning_content": "reasoning",
     "thinking": "reasoning",
@@ -43,6 +41,7 @@ class Chats:
         self.options, self.tokens = options, options.tokens
         self.contract = Contract(self.tokens)
         self._templates: dict[str, Template] = {}
+        self._skeletons: dict[str, Skeletons] = defaultdict(Skeletons)
 
     def job(self, row: Conversation, notes: tuple[str, ...] = ()) -> Job:
         inputs = inputs_of(
@@ -90,10 +89,12 @@ class Chats:
     def _drafts(self, inputs: Inputs, row: Conversation) -> list[Draft]:
         """The texts, as the row stands or, where that can't be proven, as the first repair that can makes them."""
         template, wanted = self._template(inputs), self._wanted(row)
+        # Where control text is refused, contents hold nothing that could be taken for the template's words.
+        skeletons = self._skeletons[template.source] if self.options.control == "refuse" else None
         refusal: RowError | None = None
         for tried, notes, repairs in self._attempts(template, inputs):
             try:
-                drafts = self._proven(Row(template, tried), wanted, repairs, row)
+                drafts = self._proven(Row(template, tried, skeletons), wanted, repairs, row)
             except RowError as e:
                 refusal = refusal or e
                 continue

@@ -16,6 +16,7 @@ from typing import Any
 from .errors import RowError
 from .origins import TEMPLATE, Text, join
 from .repair import OPENED, own_reasoning
+from .skeleton import Skeletons
 from .template import Inputs, Marked, Template, Traced, marked
 from .tokens import Tokens
 
@@ -61,8 +62,8 @@ class Draft:
 class Row:
     """One conversation under one template: its renderings, each made once."""
 
-    def __init__(self, template: Template, inputs: Inputs) -> None:
-        self.template, self.inputs = template, inputs
+    def __init__(self, template: Template, inputs: Inputs, skeletons: Skeletons | None = None) -> None:
+        self.template, self.inputs, self.skeletons = template, inputs, skeletons
         self._prompts: dict[int, str] = {}
         self._closed: dict[int, str] = {}
         self._traced: dict[int, Traced | None] = {}
@@ -89,8 +90,16 @@ class Row:
     def traced(self, stop: int) -> Traced | None:
         """`closed(stop)` with the origin of each character, where that can be known."""
         if stop not in self._traced:
-            self._traced[stop] = self.template.trace(self.marked.upto(stop), self.closed(stop))
+            known = self.skeletons and self.skeletons.trace(self.closed(stop), self.inputs.upto(stop))
+            self._traced[stop] = known or self.fully_traced(stop)
         return self._traced[stop]
+
+    def fully_traced(self, stop: int) -> Traced | None:
+        """The same from a rendering of marked inputs, whose sources all such renderings share."""
+        traced = self.template.trace(self.marked.upto(stop), self.closed(stop))
+        if traced and self.skeletons:
+            self.skeletons.learn(traced, self.inputs.upto(stop))
+        return traced
 
     def said(self, text: str, i: int, field: str) -> Text:
         """A text that comes from a field of message i."""
@@ -266,7 +275,7 @@ def joined(contract: Contract, row: Row, i: int, repairs: frozenset[str]) -> Tur
     if opened and (said := _thought(row, i, text.startswith(shown[: opened.start()]), repairs)):
         what, parts = said
     elif "whitespace" in repairs and begin is not None:
-        whole = row.traced(i + 1)
+        whole = row.fully_traced(i + 1)
         parts = [(whole.text if whole else text)[begin:end].lstrip()]
         what = "its prompt differs from the rendered row in white space alone, and is kept"
     else:

@@ -20,6 +20,8 @@ def lost_of_reply(draft: Draft, turn: Turn, message: Mapping[str, Any]) -> list[
         return list(_missing_text(draft.text[turn.start : turn.stop], turn.message, message))
     traced = turn.traced or draft.traced
     assert traced is not None
+    if traced.complete:
+        return []
     return [
         (_key(s), s.field or "") for s in _lost(traced, _said(traced, turn.start, turn.stop), turn.message)
     ]
@@ -28,7 +30,7 @@ def lost_of_reply(draft: Draft, turn: Turn, message: Mapping[str, Any]) -> list[
 def lost_of_context(draft: Draft, trained: set[int], upto: int) -> list[str]:
     """Paths of what the messages around the trained replies, and tools and documents, hold in vain."""
     traced = draft.traced
-    if traced is None:
+    if traced is None or traced.complete:
         return []
     said = _said(traced, 0, len(draft.text))
     paths = [

@@ -48,7 +48,7 @@ class Text(str):
         return self
 
     def __reduce__(self) -> Any:
-        return _restore, (str.__str__(self), self.runs)
+        return text_with, (str.__str__(self), self.runs)
 
     def __getitem__(self, key: SupportsIndex | slice) -> Text:
         if not isinstance(key, slice):
@@ -198,7 +198,8 @@ def owned(value: Any, source: int) -> Any:
     return [owned(v, source) for v in value] if isinstance(value, list | tuple) else value
 
 
-def _restore(text: str, runs: Runs) -> Text:
+def text_with(text: str, runs: Runs) -> Text:
+    """A text of known runs."""
     made = Text(text)
     made.runs = runs
     return made

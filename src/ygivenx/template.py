@@ -132,10 +132,14 @@ class Template:
 
 @dataclass(frozen=True)
 class Traced:
-    """A rendered text with runs of indices into `sources`; sources[0] is the template."""
+    """A rendered text with runs of indices into `sources`; sources[0] is the template.
+
+    complete: known to hold every field of its messages.
+    """
 
     text: Text
     sources: tuple[Source, ...]
+    complete: bool = False
 
 
 @dataclass(frozen=True)
