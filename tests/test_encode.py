@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -120,3 +122,26 @@ def test_control_text_is_refused(smol_tokenizer, role):
     with pytest.raises(RowError, match="im_end") as e:
         Encoder(smol_tokenizer)(row)
     assert (e.value.reason, e.value.field) == ("control_text", "messages[1].content")
+
+
+# --- processes -------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_and_its_errors_travel(smol_tokenizer):
+    enc = Encoder(smol_tokenizer, train="end_of_turn=0.5", max_length=40)
+    copy = pickle.loads(pickle.dumps(enc))
+    row = {"messages": CHAT[:2]}
+    assert copy(row).weights.tolist() == enc(row).weights.tolist()
+    with pytest.raises(RowError) as e:
+        enc({"messages": CHAT * 9})
+    there = pickle.loads(pickle.dumps(e.value))
+    assert (str(there), there.reason, there.where) == (str(e.value), e.value.reason, e.value.where)
+
+
+@pytest.mark.slow
+def test_processes_change_nothing(smol_tokenizer):
+    rows = [{"messages": CHAT}, {"messages": []}, {"x": "a", "y": " b"}, 7, {"messages": CHAT[:2]}]
+    enc = Encoder(smol_tokenizer)
+    alone, apart = enc.batch(rows), enc.batch(rows, processes=2)
+    assert [e.ids.tolist() for e in alone[0]] == [e.ids.tolist() for e in apart[0]]
+    assert [(r.reason, r.where) for r in alone[1]] == [(r.reason, r.where) for r in apart[1]]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,9 @@ class Encoder:
                     f"{name}={value!r}{nearest(str(value), CHOICES[name])}", fix=f"known: {known}"
                 )
         self.tokenizer = tokenizer
-        self.tokens = Tokens(tokenizer, stops)
+        self.tokens = Tokens(tokenizer, stops := tuple(stops))
+        further = {"repair": repair, "max_length": max_length, "bos": bos, "eos": eos, "stops": stops}
+        self._made_of = (train, {**choice, **further, "template_kwargs": template_kwargs})
         options = Options(
             self.tokens, policy_of(train), **choice, repairs=chosen(repair), max_length=max_length, bos=bos, eos=eos,
             template_kwargs=dict(template_kwargs or {}),
@@ -109,20 +113,34 @@ class Encoder:
             raise done
         return done
 
-    def batch(self, rows: Iterable[Any]) -> tuple[list[Example], list[Rejected]]:
-        """Examples and rejected rows, each in order; together as many as there were rows."""
+    def __reduce__(self) -> Any:  # compiled templates don't travel to other processes
+        train, options = self._made_of
+        return _remade, (self.tokenizer, train, options)
+
+    def batch(self, rows: Iterable[Any], *, processes: int = 1) -> tuple[list[Example], list[Rejected]]:
+        """Examples and rejected rows, each in order; together as many as there were rows.
+
+        With several processes each gets a copy of this encoder, so that policies must be importable functions.
+        """
         rows = list(rows)
-        done = self._encode(rows)
+        done = self._encode(rows) if processes == 1 else self._encode_apart(rows, processes)
         examples = [d for d in done if isinstance(d, Example)]
         refused = [(r, d) for r, d in zip(rows, done, strict=True) if isinstance(d, RowError)]
         return examples, [Rejected(_raw(r), e.reason, e.where, str(e)) for r, e in refused]
 
-    def _encode(self, rows: list[Any]) -> list[Example | RowError]:
-        jobs = [self._try(n, row) for n, row in enumerate(rows)]
+    def _encode_apart(self, rows: list[Any], processes: int) -> list[Example | RowError]:
+        size = max(1, -(-len(rows) // (4 * processes)))
+        chunks = [(first, rows[first : first + size]) for first in range(0, len(rows), size)]
+        spawn = get_context("spawn")  # a fork of a process with threads may hang
+        with ProcessPoolExecutor(processes, spawn, _adopt, (self,)) as pool:
+            return [done for chunk in pool.map(_encode_chunk, chunks) for done in chunk]
+
+    def _encode(self, rows: list[Any], first: int = 0) -> list[Example | RowError]:
+        jobs = [self._try(n, row) for n, row in enumerate(rows, first)]
         texts = [t for job in jobs if isinstance(job, Job) for t in job.texts]
         encoded = iter(self.tokens.encode_cut(texts))
         done: list[Example | RowError] = []
-        for n, (row, job) in enumerate(zip(rows, jobs, strict=True)):
+        for n, (row, job) in enumerate(zip(rows, jobs, strict=True), first):
             if isinstance(job, RowError):
                 done.append(job)
                 continue
@@ -141,6 +159,22 @@ class Encoder:
             return self._pairs.job(value) if isinstance(value, Pair) else self._chats.job(value)
         except RowError as e:
             return _located(e, number, row)
+
+
+def _remade(tokenizer: Any, train: Any, options: dict[str, Any]) -> Encoder:
+    return Encoder(tokenizer, train, **options)
+
+
+_adopted: list[Encoder] = []  # in a worker: the encoder that it was started with
+
+
+def _adopt(encoder: Encoder) -> None:
+    _adopted[:] = [encoder]
+
+
+def _encode_chunk(chunk: tuple[int, list[Any]]) -> list[Example | RowError]:
+    first, rows = chunk
+    return _adopted[0]._encode(rows, first)
 
 
 def _located(e: RowError, number: int, row: Any) -> RowError:

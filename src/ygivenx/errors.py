@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class YgivenxError(Exception):
@@ -27,6 +28,9 @@ class YgivenxError(Exception):
         self.what, self.where, self.why, self.fix = what, where, why, fix
         super().__init__(what)
 
+    def __reduce__(self) -> Any:  # errors travel between processes, keyword arguments and all
+        return _remade, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
         lines = [head]
@@ -35,6 +39,12 @@ class YgivenxError(Exception):
         if self.fix:
             lines.append(f"  fix: {self.fix}")
         return "\n".join(lines)
+
+
+def _remade(kind: type[YgivenxError], args: tuple[Any, ...], state: dict[str, Any]) -> YgivenxError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
 
 
 class DataError(YgivenxError, ValueError):
