@@ -87,6 +87,16 @@ def test_encode_hands_over_what_other_trainers_read(smol_tokenizer, rows, tmp_pa
 
 
 @pytest.mark.model
+def test_audit_counts_what_the_reader_rejected(smol_tokenizer, rows):
+    done = ygx("audit", rows, "--model", "sample", "--json")
+    assert done.returncode == 1, done.stderr
+    report = json.loads(done.stdout)
+    assert report["summary"] == report["summary"] | {"rows": 3, "accepted": 1, "quarantined": 2}
+    assert {f["rule"] for f in report["findings"]} >= {"control-text", "rows-quarantined"}
+    assert ygx("audit", rows, "--model", "sample", "--limit", 1).returncode == 0
+
+
+@pytest.mark.model
 def test_ledger(smol_tokenizer, rows):
     done = ygx("ledger", rows, "--model", "sample", "--json")
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from .errors import ConfigError, nearest
 from .evidence import Evidence, Leak, Library, Seen, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
 from .report.parts import Finding
 from .rules import RULES, SEVERITIES, Hit, Rule
-from .sequence import Example
+from .sequence import Example, Rejected
 
 if TYPE_CHECKING:
     from torch import nn
@@ -101,8 +101,8 @@ def audit(
 ) -> Report:
     """Findings about whatever is given; each further thing lets more rules speak.
 
-    rows + encoder: the data as the contract reads it. batch: one collated batch, or a step's list of them, by
-    their labels. probe: a step that was probed. model: its limits and stop tokens. trainer: a transformers
+    rows + encoder: the data as the contract reads it; a reader's Rejected counts as quarantined. batch: one
+    collated batch, or a step's list of them, by their labels. probe: a step that was probed. model: its limits and stop tokens. trainer: a transformers
     trainer, of which one step is rehearsed (see `rehearse`; nothing of it changes); rows default to those in
     its dataset's own columns, the encoder to one of its tokenizer.
     suppress: rule id → why it doesn't apply here; the finding is listed apart and doesn't fail the audit.
@@ -135,8 +135,9 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
         ev.tokenizer = encoder.tokenizer
         if rows is not None:
             ev.rows = list(rows)
-            examples, rejected = encoder.batch(ev.rows)
-            ev.examples, ev.rejected = list(examples), list(rejected)
+            unread = [r for r in ev.rows if isinstance(r, Rejected)]
+            examples, rejected = encoder.batch(r for r in ev.rows if not isinstance(r, Rejected))
+            ev.examples, ev.rejected = list(examples), [*unread, *rejected]
     _add_model(ev, model)
     if trainer is not None:
         batch = _rehearse(ev, trainer)
