@@ -1,0 +1,59 @@
+"""A run doesn't depend on how it is computed: twenty losses by every route, shared or not, whole or in chunks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import llama
+from trees import tree
+
+import ygivenx as yx
+
+STEPS = [tree(seed, count=6) for seed in range(20)]
+
+
+def run(step) -> list[float]:
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for rows in STEPS:
+        optimizer.zero_grad()
+        losses.append(step(model, rows))
+        optimizer.step()
+    return losses
+
+
+def one(**options):
+    def step(model, rows) -> float:
+        value = yx.loss(model, rows, **options).value
+        value.backward()
+        return value.item()
+
+    return step
+
+
+def in_packs(model, rows, max_tokens: int = 50) -> float:
+    weight = sum(float(r.weights.sum()) for r in rows)
+    parts = [yx.loss(model, f, denominator=weight).value for f in yx.pack(rows, max_tokens=max_tokens)]
+    for part in parts:
+        part.backward()
+    return sum(p.item() for p in parts)
+
+
+def unshared(model, rows) -> float:
+    return in_packs(model, rows, max_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def dense() -> list[float]:
+    return run(one(route="dense"))
+
+
+@pytest.mark.parametrize(
+    "step",
+    [one(route="blocks"), one(chunk=25), in_packs, unshared],
+    ids=["blocks", "in chunks", "in packs", "unshared"],
+)
+def test_twenty_losses_are_the_same(step, dense):
+    assert dense[-1] < dense[0]
+    assert run(step) == pytest.approx(dense, rel=1e-5)
