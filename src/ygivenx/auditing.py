@@ -102,9 +102,9 @@ def audit(
     """Findings about whatever is given; each further thing lets more rules speak.
 
     rows + encoder: the data as the contract reads it; a reader's Rejected counts as quarantined. batch: one
-    collated batch, or a step's list of them, by their labels. probe: a step that was probed. model: its limits and stop tokens. trainer: a transformers
-    trainer, of which one step is rehearsed (see `rehearse`; nothing of it changes); rows default to those in
-    its dataset's own columns, the encoder to one of its tokenizer.
+    collated batch, or a step's list of them, by their labels. probe: a step that was probed. model: its limits
+    and stop tokens. trainer: a transformers trainer, of which one step is rehearsed (see `rehearse`; nothing of
+    it changes); rows default to those in its dataset's own columns, the encoder to one of its tokenizer.
     suppress: rule id → why it doesn't apply here; the finding is listed apart and doesn't fail the audit.
 
     Raises ConfigError for a rule id that doesn't exist, or a suppression without a reason.
