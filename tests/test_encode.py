@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, PythonBackend
 
 from ygivenx import Encoder, RowError
 from ygivenx.formats import Conversation, Pair
@@ -145,3 +145,64 @@ def test_processes_change_nothing(smol_tokenizer):
     alone, apart = enc.batch(rows), enc.batch(rows, processes=2)
     assert [e.ids.tolist() for e in alone[0]] == [e.ids.tolist() for e in apart[0]]
     assert [(r.reason, r.where) for r in alone[1]] == [(r.reason, r.where) for r in apart[1]]
+
+
+# --- tokenizers of other kinds ---------------------------------------------------------------------------
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+class Letters(PythonBackend):
+    """A slow tokenizer, a token per character: it tells no offsets."""
+
+    def __init__(self, **options) -> None:
+        self.letters = [chr(i) for i in range(9, 127)]
+        super().__init__(**options)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.letters)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {c: i for i, c in enumerate(self.letters)} | self.added_tokens_encoder
+
+    def _tokenize(self, text: str, **kwargs) -> list[str]:
+        return list(text)
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token) - 9
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.letters[index]
+
+
+def test_a_slow_tokenizer_is_proved_by_prefixes():
+    tokenizer = Letters(eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"])
+    tokenizer.chat_template = CHATML
+    sequence = Encoder(tokenizer)({"messages": CHAT}).only
+    assert sequence.ids.tolist() == tokenizer.apply_chat_template(CHAT, return_dict=False)
+    outputs = [tokenizer.decode(sequence.ids[s.start : s.stop]) for s in sequence.segments if s.output]
+    assert [o.replace(" ", "") for o in outputs] == ["Hellothere", "<|im_end|>", "4", "<|im_end|>"]
+
+
+def test_offsets_with_gaps_are_not_believed():
+    tokenizer = word_level(["Hi", "Hello", "there", "And", "2+2?", "4", "user", "assistant"])
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = CHATML
+    sequence = Encoder(tokenizer)({"messages": CHAT}).only
+    assert sequence.ids.tolist() == tokenizer.apply_chat_template(CHAT, return_dict=False)
+    assert sequence.trained == ["Hello", "there", "<|im_end|>", "4", "<|im_end|>"]
+
+
+def test_a_tokenizer_with_prefix_space_joins_nothing():
+    inner = Tokenizer(models.WordLevel({"▁a": 0, "▁b": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", eos_token="</s>")
+    assert Encoder(tokenizer, eos=False)({"x": "a", "y": " b"}).only.ids.tolist() == [0, 1]
+    for x, options in (("a", {"border": "split"}), ("a</s>", {"control": "text"})):
+        with pytest.raises(RowError) as e:
+            Encoder(tokenizer, **options)({"x": x, "y": " b"})
+        assert e.value.reason == "prefix_space"

@@ -34,6 +34,8 @@ class Pairs:
             raise RowError("x and y are both empty", reason="empty_pair")
         ends = self._ends(row)
         cuts = self._controlled(row, ends)
+        if self.options.border == "split" and row.x and row.y:
+            self.tokens.need_plain_joints("border='split'")
         if self.options.border == "split" or not row.y or not row.x:
             texts = [(row.x, cuts[0]), (row.y, cuts[1])]
         else:

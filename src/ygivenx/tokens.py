@@ -105,7 +105,29 @@ class Tokens:
                 at = found.start() + 1
             else:
                 at = found.end()
+        if cuts:
+            self.need_plain_joints("control='text'")
         return tuple(cuts)
+
+    def need_plain_joints(self, wanted: str) -> None:
+        """Raise RowError if texts encoded apart don't join: the tokenizer puts a space before each."""
+        if self._puts_space:
+            raise RowError(
+                f"{wanted} encodes texts apart, and this tokenizer puts a space before each",
+                reason="prefix_space",
+                why="the ids would say another text than the row does",
+                fix="another choice of border= or control=, or a tokenizer without prefix space",
+            )
+
+    @cached_property
+    def _puts_space(self) -> bool:
+        if self.backend is None:
+            first = self.tokenizer.convert_ids_to_tokens(
+                self.tokenizer.encode("a", add_special_tokens=False)[:1]
+            )
+        else:
+            first = self.backend.encode("a", add_special_tokens=False).tokens[:1]
+        return bool(first) and first[0][:1] in ("▁", "Ġ")
 
     def encode_cut(self, texts: Sequence[tuple[str, tuple[int, ...]]]) -> list[Encoded]:
         """Each text, its pieces between the cuts encoded apart."""
