@@ -84,7 +84,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model_dir, tmp_p
             return super().__call__(batch)
 
     monkeypatch.setattr(clusters, "Scorer", Mortal)
-    asked = questions(4000)
+    asked = questions(3000)
     model = str(model_dir), None, "float32"
     told = list(clusters.scores_on_ray(model, iter(asked), workers=2, tally=Tally(), marginal=False))
     assert flag.exists()

@@ -114,10 +114,11 @@ def _through(
         number += len(block)
     if not blocks:
         return
-    data = ray.data.from_arrow_refs(blocks).sort("key")
+    # One stage at a time: workers that wait for a sort while they hold every core would wait forever.
+    data = ray.data.from_arrow_refs(blocks).sort("key").materialize()
     pool = ray.data.ActorPoolStrategy(size=workers)
     done = data.map_batches(worker, fn_constructor_args=arguments, batch_size=BATCH, compute=pool)
-    yield from done.sort("number").iter_rows()
+    yield from done.materialize().sort("number").iter_rows()
 
 
 def _tokens(question: Question) -> bytes:
