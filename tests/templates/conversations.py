@@ -75,7 +75,12 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
     "names": [user("hi", name="Ann"), reply("hello Ann")],
     "weights": [user(), reply(weight=0.0), user("And now?"), reply("Now 4.", weight=0.5)],
     "think tags in the content": [user(), reply("<think>\nhm\n</think>\n\nIt is 4.")],
-    "think tags, two turns": [user(), reply("<think>\nhm\n</think>\n\n4"), user("3+3"), reply("<think>\nok\n</think>\n\n6")],
+    "think tags, two turns": [
+        user(),
+        reply("<think>\nhm\n</think>\n\n4"),
+        user("3+3"),
+        reply("<think>\nok\n</think>\n\n6"),
+    ],
     "an unclosed think tag": [user(), reply("<think> is a tag")],
     "reasoning": [user(), reply(**THOUGHT)],
     "reasoning, two turns": [user(), reply(**THOUGHT), user("And 3 + 3?"), reply("6", **THOUGHT)],
@@ -83,14 +88,24 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
     "reasoning, system": [system(), user(), reply(**THOUGHT)],
     "empty reasoning": [user(), reply(reasoning_content="")],
     "thinking by that name": [user(), reply(thinking="Two and two.")],
-}  # fmt: skip
+}
 
 WITH_TOOLS: dict[str, list[dict[str, Any]]] = {
     "tools unused": [user(), reply()],
     "a call": [user("Weather?"), calls(call(**ID))],
     "a call and its result": [user("Weather?"), calls(call(**ID)), result(**OF_ID), reply("Clear.")],
-    "a call with content": [user("Weather?"), calls(call(**ID), content="Let me look."), result(**OF_ID), reply("Clear.")],
-    "a call without content": [user("Weather?"), calls(call(**ID), content=None), result(**OF_ID), reply("Clear.")],
+    "a call with content": [
+        user("Weather?"),
+        calls(call(**ID), content="Let me look."),
+        result(**OF_ID),
+        reply("Clear."),
+    ],
+    "a call without content": [
+        user("Weather?"),
+        calls(call(**ID), content=None),
+        result(**OF_ID),
+        reply("Clear."),
+    ],
     "parallel calls": [
         user("Weather and time?"),
         calls(call(**ID), call("clock", {"zone": "WET"}, id="call00002")),
@@ -106,19 +121,35 @@ WITH_TOOLS: dict[str, list[dict[str, Any]]] = {
         result("12:00", tool_call_id="call00002", name="clock"),
         reply("Clear, and noon."),
     ],
-    "string arguments": [user("Weather?"), calls(call(arguments='{"city": "Lisbon"}', **ID)), result(**OF_ID), reply("Clear.")],
+    "string arguments": [
+        user("Weather?"),
+        calls(call(arguments='{"city": "Lisbon"}', **ID)),
+        result(**OF_ID),
+        reply("Clear."),
+    ],
     "no arguments": [user("Time?"), calls(call("clock", {}, **ID)), result("12:00", **OF_ID), reply("Noon.")],
     "nested arguments": [
         user("Plan"),
-        calls(call("plan", {"stops": [{"at": "Lisbon", "ok": True}, None, 1.5], "note": "a\n\"b\""}, **ID)),
+        calls(call("plan", {"stops": [{"at": "Lisbon", "ok": True}, None, 1.5], "note": 'a\n"b"'}, **ID)),
         result(**OF_ID),
         reply("Done."),
     ],
-    "reasoning before a call": [user("Weather?"), calls(call(**ID), **THOUGHT), result(**OF_ID), reply("Clear.", **THOUGHT)],
-    "calls, then another turn": [
-        system(), user("Weather?"), calls(call(**ID)), result(**OF_ID), reply("Clear."), user("Thanks"), reply("Welcome."),
+    "reasoning before a call": [
+        user("Weather?"),
+        calls(call(**ID), **THOUGHT),
+        result(**OF_ID),
+        reply("Clear.", **THOUGHT),
     ],
-}  # fmt: skip
+    "calls, then another turn": [
+        system(),
+        user("Weather?"),
+        calls(call(**ID)),
+        result(**OF_ID),
+        reply("Clear."),
+        user("Thanks"),
+        reply("Welcome."),
+    ],
+}
 
 ALL: dict[str, dict[str, Any]] = {
     **{name: {"messages": m} for name, m in PLAIN.items()},
