@@ -29,6 +29,7 @@ import torch
 import ygivenx as yx
 from ygivenx.places import sample_model_path
 from ygivenx.sequence import Sequence
+from ygivenx.streaming import CHUNK
 
 RESULTS = Path(__file__).parent / "results" / "forest.jsonl"
 RNG = np.random.default_rng(0)
@@ -119,7 +120,7 @@ def forest(model: Any, rows: list[Sequence], **options: Any) -> float:
 
 
 def streamed(model: Any, rows: list[Sequence]) -> float:
-    return forest(model, rows, chunk=1024)
+    return forest(model, rows, chunk=CHUNK)
 
 
 def dense(model: Any, rows: list[Sequence]) -> float:
@@ -149,8 +150,12 @@ def padded(model: Any, rows: list[Sequence]) -> float:
 
 
 def one_rendering(model: Any, rows: list[Sequence]) -> float:
-    """Only the longest sample: what one plain rendering of the conversation costs, if a single mask were right."""
-    return forest(model, [max(rows, key=len)])
+    """The longest sample with as many trained tokens as all of them: one plain rendering, were one mask right."""
+    longest = max(rows, key=len)
+    trained = sum(int(r.weights.sum()) for r in rows)
+    weights = np.zeros(len(longest))
+    weights[np.linspace(1, len(longest) - 1, min(trained, len(longest) - 1)).astype(int)] = 1
+    return forest(model, [Sequence(longest.ids, weights)])
 
 
 ONCE = {"padded", "dense"}  # slow, and no contest: one run each

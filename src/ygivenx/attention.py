@@ -191,7 +191,7 @@ def _per_head(query: Tensor, kv: Tensor) -> Tensor:
 
 # -- blocks: the CPU -------------------------------------------------------------------------------------
 
-Index = slice | Tensor
+Runs = tuple[slice, ...]  # nodes, as runs of neighbours
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,8 @@ class Block:
     """
 
     rows: slice
-    path: Index | None
-    near: Index
+    path: Runs
+    near: Runs
     mask: Tensor | None
 
 
@@ -233,24 +233,34 @@ def _block(plan: Plan, start: int, stop: int, window: int | None) -> Block:
         inside = depth[start:stop]
         keys, everywhere = (a[depth[keys] > inside.min() - window] for a in (keys, everywhere))
         everywhere &= depth[keys] > inside.max() - window
-    path = _index(keys[everywhere]) if everywhere.any() else None
+    path = _runs(keys[everywhere])
     near = np.concatenate((keys[~everywhere], np.arange(start, stop)))
     chain = bool((end[start:stop] == end[start]).all()) and len(near) == stop - start
     if chain and (window is None or stop - start <= window):
-        return Block(rows, path, _index(near), None)
+        return Block(rows, path, _runs(near), None)
     q = np.arange(start, stop)[:, None]
     allowed = (near <= q) & (q < end[near])
     if window is not None:
         allowed &= depth[start:stop, None] - depth[near] < window
     mask = torch.zeros(allowed.shape).masked_fill_(torch.from_numpy(~allowed), -torch.inf)
-    return Block(rows, path, _index(near), mask)
+    return Block(rows, path, _runs(near), mask)
 
 
-def _index(nodes: Ints) -> Index:
-    """A slice where they are neighbours, so that taking them is free."""
-    if nodes[-1] - nodes[0] + 1 == len(nodes):
-        return slice(int(nodes[0]), int(nodes[-1]) + 1)
-    return torch.from_numpy(nodes)
+def _runs(nodes: Ints) -> Runs:
+    starts = np.flatnonzero(np.diff(nodes, prepend=-2) != 1)
+    stops = np.append(starts, len(nodes))[1:]
+    return tuple(slice(int(nodes[a]), int(nodes[b - 1]) + 1) for a, b in zip(starts, stops, strict=True))
+
+
+def _take(values: Tensor, runs: Runs) -> Tensor:
+    """Those nodes of [1, heads, F, D]; without a copy where they are one run."""
+    parts = [values[:, :, run] for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _add(total: Tensor, runs: Runs, part: Tensor) -> None:
+    for run, piece in zip(runs, part.split([run.stop - run.start for run in runs], 2), strict=True):
+        total[:, :, run] += piece
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -271,13 +281,13 @@ class _Blocks(torch.autograd.Function):
         ).transpose(1, 2)
         for b in blocks:
             q, o, total = query[:, :, b.rows], out[:, :, b.rows], lse[:, :, b.rows]
-            near, near_lse = _flash(q, key[:, :, b.near], value[:, :, b.near], 0.0, b.mask is None,
+            near, near_lse = _flash(q, _take(key, b.near), _take(value, b.near), 0.0, b.mask is None,
                                     attn_mask=_like(b.mask, q), scale=scale)  # fmt: skip
-            if b.path is None:
+            if not b.path:
                 o.copy_(near)
                 total.copy_(near_lse)
                 continue
-            far, far_lse = _flash(q, key[:, :, b.path], value[:, :, b.path], scale=scale)
+            far, far_lse = _flash(q, _take(key, b.path), _take(value, b.path), scale=scale)
             torch.logaddexp(near_lse, far_lse, out=total)
             torch.lerp(near, far, (far_lse - total).exp_()[..., None].to(near.dtype), out=o)
         ctx.save_for_backward(query, key, value, out, lse)
@@ -292,9 +302,9 @@ class _Blocks(torch.autograd.Function):
         for b in ctx.blocks:
             g, q, o, total = (t[:, :, b.rows] for t in (grad, query, out, lse))
             for keys, mask, causal in ((b.near, b.mask, b.mask is None), (b.path, None, False)):
-                if keys is None:
+                if not keys:
                     continue
-                k, v = key[:, :, keys], value[:, :, keys]
+                k, v = _take(key, keys), _take(value, keys)
                 dq, dk, dv = _flash_backward(
                     g, q, k, v, o, total, 0.0, causal, attn_mask=_like(mask, q), scale=ctx.scale
                 )
@@ -311,13 +321,6 @@ def _like(mask: Tensor | None, query: Tensor) -> Tensor | None:
 def _zeros(like: Tensor) -> Tensor:
     n, heads, length, width = like.shape
     return like.new_zeros(n, length, heads, width).transpose(1, 2)
-
-
-def _add(total: Tensor, keys: Index, part: Tensor) -> None:
-    if isinstance(keys, slice):
-        total[:, :, keys] += part
-    else:
-        total.index_add_(2, keys, part)
 
 
 # -- flex: CUDA ------------------------------------------------------------------------------------------

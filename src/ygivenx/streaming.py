@@ -24,7 +24,7 @@ from .errors import ConfigError, ModelError
 from .families import check, config_of, decoder_of, feed
 from .forest import Forest, Ints
 
-CHUNK = 1024
+CHUNK = 2048
 
 
 @dataclass(frozen=True)
