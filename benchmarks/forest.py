@@ -7,7 +7,7 @@
     python benchmarks/forest.py table                         the tables of docs/performance.md
 
 Shapes are those of the named cases, token ids are random: neither changes the time of a step. All contestants of
-a case run in one process, in turns; medians are kept (padded and dense run once). "per turn" runs each sample by
+a case run in one process, in turns; medians are kept (those of --once run once). "per turn" runs each sample by
 itself, through the same code (plain causal attention, the head on selected rows only); "padded" is what a trainer
 does by default: padded batches, all logits, labels of −100. The limit is tokens of all samples / distinct tokens.
 """
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--without", nargs="*", default=[])
+    parser.add_argument("--once", nargs="*", default=["padded", "dense"])
     args = parser.parse_args()
     if args.what == "table":
         print(table())
@@ -158,7 +159,6 @@ def one_rendering(model: Any, rows: list[Sequence]) -> float:
     return forest(model, [Sequence(longest.ids, weights)])
 
 
-ONCE = {"padded", "dense"}  # slow, and no contest: one run each
 CONTESTANTS = {f.__name__: f for f in (forest, streamed, dense, per_turn, padded, one_rendering)}
 
 
@@ -171,7 +171,7 @@ def case(args: argparse.Namespace) -> dict[str, Any]:
     wanted: dict[str, torch.Tensor] = {}
     for run in range(args.runs):
         for n, f in sorted(running.items(), key=lambda item: item[0] != "per_turn"):
-            if run and n in ONCE:
+            if run and n in args.once:
                 continue
             model.zero_grad()
             started = time.perf_counter()
