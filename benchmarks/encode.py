@@ -22,7 +22,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 from transformers import AutoTokenizer
 
 from ygivenx import Encoder, Forest, Rejected
-from ygivenx.data import read
+from ygivenx.rows.data import read
 
 
 def main() -> None:

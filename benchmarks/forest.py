@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 import ygivenx as yx
-from ygivenx.places import sample_model_path
+from ygivenx.models.places import sample_model_path
+from ygivenx.models.streaming import CHUNK
 from ygivenx.sequence import Sequence
-from ygivenx.streaming import CHUNK
 
 RESULTS = Path(__file__).parent / "results" / "forest.jsonl"
 RNG = np.random.default_rng(0)

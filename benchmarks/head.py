@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ygivenx import head_kernel, selective_cross_entropy
+from ygivenx import selective_cross_entropy
+from ygivenx.head import kernel
 
 Step = Callable[[], None]
 # Times the bare products of *all* positions that a run took at worst: what to leave out before it blocks the machine.
@@ -56,11 +57,11 @@ def ours(cell: Cell) -> Tensor:
 
 
 def ours_plain(cell: Cell) -> Tensor:
-    os.environ[head_kernel.SWITCH] = "0"
+    os.environ[kernel.SWITCH] = "0"
     try:
         return ours(cell)
     finally:
-        del os.environ[head_kernel.SWITCH]
+        del os.environ[kernel.SWITCH]
 
 
 def select(cell: Cell) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from head import LOSSES, Cell
 
-from ygivenx import head_reference
+from ygivenx.head import reference
 
 
 def confident_cell(rows: int, size: int, vocabulary: int) -> Cell:
@@ -57,7 +57,7 @@ def main() -> None:
     cell = confident_cell(*map(int, args.shape.split(",")))
     weights = torch.full((cell.trained,), 1 / cell.trained)
     leaves = [t.detach().double().requires_grad_() for t in (cell.hidden, cell.weight)]
-    log_p, loss = head_reference.selective_cross_entropy(*leaves, cell.rows, cell.targets, weights)
+    log_p, loss = reference.selective_cross_entropy(*leaves, cell.rows, cell.targets, weights)
     truth = (loss.detach(), *torch.autograd.grad(loss, leaves))
     # Beyond p = 1 - 1e-12 there is no gradient to speak of.
     sure = (log_p > -0.01) & (log_p < -1e-12)

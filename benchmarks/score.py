@@ -87,7 +87,7 @@ SCENARIOS = {
 
 def load(dtype: str) -> tuple[Any, Any]:
     import ygivenx as yx
-    from ygivenx.places import sample_model_path
+    from ygivenx.models.places import sample_model_path
 
     path, gguf_file = sample_model_path()
     return yx.load(path, gguf_file=gguf_file, dtype=getattr(torch, dtype))
@@ -112,7 +112,7 @@ def hf(model: Any, tokenizer: Any, batch: int) -> Any:
 
 
 def ours(model: Any, tokenizer: Any, **options: Any) -> Any:
-    from ygivenx.harness import ForestLM
+    from ygivenx.scores.harness import ForestLM
 
     return ForestLM(pretrained=model, tokenizer=tokenizer, **options)
 
@@ -203,8 +203,8 @@ def score_many(count: int) -> None:
     import numpy as np
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ygivenx.questions import Part, Question, pair_of_ids
-    from ygivenx.scoring import Tally, scores
+    from ygivenx.scores.questions import Part, Question, pair_of_ids
+    from ygivenx.scores.scoring import Tally, scores
 
     torch.manual_seed(0)
     config = LlamaConfig(

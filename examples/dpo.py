@@ -14,8 +14,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 import ygivenx as yx
-from ygivenx.head import log_probs
-from ygivenx.model import head_of, hidden_states
+from ygivenx.head.selective import log_probs
+from ygivenx.models.model import head_of, hidden_states
 
 
 def log_p_of_y(model: Any, forest: yx.Forest) -> torch.Tensor:

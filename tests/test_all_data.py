@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ygivenx import Encoder, Rejected
-from ygivenx.data import read
+from ygivenx.rows.data import read
 
 # (file, options of read, reasons seen with SmolLM2's tokenizer; each was reviewed on 20 samples)
 FILES = [

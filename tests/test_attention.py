@@ -12,10 +12,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from trees import alone, assert_same, gradients, tree
 
 import ygivenx as yx
-from ygivenx import attention
-from ygivenx.attention import Plan
 from ygivenx.errors import ConfigError, ModelError
-from ygivenx.model import hidden_states
+from ygivenx.models import attention
+from ygivenx.models.attention import Plan
+from ygivenx.models.model import hidden_states
 
 
 def options(scale=0.25, window=None, softcap=None, sinks=None, dropout=0.0):

@@ -13,15 +13,15 @@ import torch
 from museum.studio import Studio
 from tiny import VOCAB, llama, sequences
 
-from ygivenx.auditing import audit
-from ygivenx.encode import Encoder
+from ygivenx.encoder.encode import Encoder
 from ygivenx.errors import ConfigError
-from ygivenx.evidence import Evidence, Library, Seen, mark_padding, seen_in_batch, seen_in_forest
 from ygivenx.forest import Forest
 from ygivenx.objective import loss
-from ygivenx.probing import probe
-from ygivenx.rehearsal import rehearse, untouched
-from ygivenx.rules import RULES, SEVERITIES
+from ygivenx.proof.auditing import audit
+from ygivenx.proof.evidence import Evidence, Library, Seen, mark_padding, seen_in_batch, seen_in_forest
+from ygivenx.proof.probing import probe
+from ygivenx.proof.rehearsal import rehearse, untouched
+from ygivenx.proof.rules import RULES, SEVERITIES
 from ygivenx.sequence import Example
 
 # Trainers of other libraries warn of their own plans; warnings of ours are tested where they are made.

@@ -11,9 +11,9 @@ import torch
 from tiny import llama, sequences
 from transformers import Trainer, TrainingArguments
 
-from ygivenx.callback import Watch, XTrainedWarning
 from ygivenx.errors import ConfigError
-from ygivenx.scoring import node_log_probs
+from ygivenx.proof.callback import Watch, XTrainedWarning
+from ygivenx.scores.scoring import node_log_probs
 from ygivenx.sequence import Segment, Sequence
 
 

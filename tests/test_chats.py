@@ -9,7 +9,7 @@ from templates.shelf import shelf, tokenizer_for
 
 from ygivenx import Encoder, Example, RowError
 from ygivenx.errors import ConfigError
-from ygivenx.formats import Conversation
+from ygivenx.rows.formats import Conversation
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

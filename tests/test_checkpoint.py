@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ygivenx import checkpoint
 from ygivenx.errors import CheckpointError
+from ygivenx.training import checkpoint
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from tiny import VOCAB, llama
 
-from ygivenx.questions import Questioner, pair_of_ids
-from ygivenx.scoring import Tally, scores
+from ygivenx.scores.questions import Questioner, pair_of_ids
+from ygivenx.scores.scoring import Tally, scores
 
 if find_spec("ray") is None:
     pytest.skip("ray is not installed", allow_module_level=True)
@@ -50,7 +50,7 @@ def questions(count: int) -> list:
 
 
 def test_two_workers_give_the_same_values_and_keep_sharing(cluster, model_dir):
-    from ygivenx.clusters import scores_on_ray
+    from ygivenx.scores.clusters import scores_on_ray
 
     asked, tally = questions(2000), Tally()
     told = list(
@@ -67,7 +67,7 @@ def test_two_workers_give_the_same_values_and_keep_sharing(cluster, model_dir):
 
 
 def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model_dir, tmp_path, monkeypatch):
-    from ygivenx import clusters
+    from ygivenx.scores import clusters
 
     flag = tmp_path / "killed"
 
@@ -94,8 +94,8 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model_dir, tmp_p
 
 
 def test_rows_are_encoded_in_order_and_none_is_lost(cluster, model_dir, smol_tokenizer):
-    from ygivenx.clusters import encoded_on_ray
-    from ygivenx.encode import Encoder
+    from ygivenx.encoder.encode import Encoder
+    from ygivenx.scores.clusters import encoded_on_ray
     from ygivenx.sequence import Rejected
 
     rows = [{"x": f"Row {i}:", "y": f" {i}" if i % 7 else "<|im_start|>"} for i in range(1200)]

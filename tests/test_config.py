@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ygivenx.config import TrainConfig
+from ygivenx.commands.config import TrainConfig
 from ygivenx.errors import ConfigError
 
 NEEDED = {"data": "d.jsonl", "model": "sample", "output_dir": "out"}

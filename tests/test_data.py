@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ygivenx.data import Conversation, Pair, Row, read
 from ygivenx.errors import ConfigError, DataError, YgivenxError
+from ygivenx.rows.data import Conversation, Pair, Row, read
 from ygivenx.sequence import Rejected
 
 ROWS = [{"x": f"{n}+{n}=", "y": str(2 * n)} for n in range(7)]
@@ -366,7 +366,7 @@ def test_limit_counts_rows_read(tmp_path, limit):
 
 def test_reading_does_not_import_torch(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD)
-    code = "import sys, ygivenx.data as d; list(d.read(sys.argv[1])); sys.exit('torch' in sys.modules)"
+    code = "import sys, ygivenx.rows.data as d; list(d.read(sys.argv[1])); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.jsonl")], check=True)
 
 
@@ -402,7 +402,7 @@ def test_arrays_are_read_the_same_in_any_pieces(tmp_path_factory, rows, chunk):
     path = tmp_path_factory.getbasetemp() / "pieces.json"
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8", errors="surrogatepass")
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("ygivenx.strictjson._CHUNK", chunk)
+        m.setattr("ygivenx.rows.strictjson._CHUNK", chunk)
         assert [i.raw for i in all_of(read(path)) if isinstance(i, Row)] == json.loads(path.read_bytes())
 
 
@@ -528,7 +528,7 @@ def test_a_line_over_the_limit_is_never_held(tmp_path):
 def test_200_megabytes_in_flat_memory(tmp_path):
     write_many(tmp_path / "a.jsonl", 200)
     code = (
-        "import resource, sys; from ygivenx.data import read\n"
+        "import resource, sys; from ygivenx.rows.data import read\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "r = read(sys.argv[1]); rows = iter(r); next(rows); before = peak(); [None for _ in rows]\n"
         "assert r.accepted == 200 * 1024, r.read\n"

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, PythonBackend
 
 from ygivenx import Encoder, RowError
-from ygivenx.formats import Conversation, Pair
+from ygivenx.rows.formats import Conversation, Pair
 
 CHAT = [
     {"role": "user", "content": "Hi"},

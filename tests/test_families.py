@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 from trees import alone, assert_same, gradients, tree
 
 import ygivenx as yx
-from ygivenx import families
 from ygivenx.errors import ModelError
-from ygivenx.model import head_of, hidden_states
+from ygivenx.models import families
+from ygivenx.models.model import head_of, hidden_states
 
 COMMON = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from ygivenx.data import Conversation, Pair, normalise
 from ygivenx.errors import ConfigError, DataError, RowError
-from ygivenx.formats import recognise
+from ygivenx.rows.data import Conversation, Pair, normalise
+from ygivenx.rows.formats import recognise
 
 USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}

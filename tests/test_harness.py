@@ -39,7 +39,7 @@ def run(model: str, arguments: dict, tasks: tuple[Path, list[str]]) -> dict:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    import ygivenx.harness  # noqa: F401
+    import ygivenx.scores.harness  # noqa: F401
 
     folder, names = tasks
     return lm_eval.simple_evaluate(
@@ -98,7 +98,7 @@ def test_on_the_real_model(smol, tasks):
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from ygivenx.harness import ForestLM
+    from ygivenx.scores.harness import ForestLM
 
     model, tokenizer = smol
     stem = "Q: What is the capital of France?\nA: Paris\n\nQ: What is the capital of Italy?\nA:"
@@ -117,7 +117,7 @@ def test_the_harness_s_own_command(tiny_model, tasks, tmp_path):
     folder, _ = tasks
     done = subprocess.run(
         [
-            sys.executable, "-m", "ygivenx.harness", "run", "--model", "ygivenx",
+            sys.executable, "-m", "ygivenx.scores.harness", "run", "--model", "ygivenx",
             "--model_args", f"pretrained={tiny_model},dtype=float32,border=exact", "--device", "cpu",
             "--tasks", "local_parenthesis", "--include_path", folder, "--output_path", tmp_path, "--limit", "4",
         ],

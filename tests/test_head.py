@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ygivenx import head_kernel, head_reference, head_sweep
 from ygivenx.errors import ModelError
-from ygivenx.head import explain, log_probs, selective_cross_entropy
+from ygivenx.head import kernel, reference, sweep
+from ygivenx.head.selective import explain, log_probs, selective_cross_entropy
 
 CASES = int(os.environ.get("YGIVENX_CASES", "300"))
 
@@ -29,16 +29,14 @@ class Case:
     options: dict[str, Any]
     bias: Tensor | None = None
     z_loss: float = 0.0
-    memory: int = head_sweep.MEMORY
+    memory: int = sweep.MEMORY
     wanted: list[Tensor] = field(default_factory=list)
 
     @property
     def size(self) -> float:
         """The largest logit: float32 products lose digits in proportion."""
         with torch.no_grad():
-            z = head_reference.all_logits(
-                self.hidden, self.weight, bias=self.bias, scale=self.options["scale"]
-            )
+            z = reference.all_logits(self.hidden, self.weight, bias=self.bias, scale=self.options["scale"])
         return 1 + float(z.abs().max())
 
     def ours(self) -> tuple[Tensor, Tensor]:
@@ -49,9 +47,7 @@ class Case:
     def twin(self) -> tuple[Tensor, Tensor]:
         edges = (self.rows, self.targets, self.weights)
         more = {"bias": self.bias, "z_loss": self.z_loss}
-        return head_reference.selective_cross_entropy(
-            self.hidden, self.weight, *edges, **self.options, **more
-        )
+        return reference.selective_cross_entropy(self.hidden, self.weight, *edges, **self.options, **more)
 
     def grads(self, loss: Tensor, **kw: Any) -> list[Tensor]:
         return [g.double() for g in torch.autograd.grad(loss, self.wanted, **kw)]
@@ -79,17 +75,17 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32) -> Case:
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles, blocks and rounds in small cases."""
-    monkeypatch.setattr(head_sweep, "TILE", 1)
-    monkeypatch.setattr(head_sweep, "BLOCK", 32)
-    monkeypatch.setattr(head_sweep, "WORTHWHILE", 16)
+    monkeypatch.setattr(sweep, "TILE", 1)
+    monkeypatch.setattr(sweep, "BLOCK", 32)
+    monkeypatch.setattr(sweep, "WORTHWHILE", 16)
 
 
 @pytest.fixture(params=["compiled", "torch"])
 def route(request, monkeypatch):
     if request.param == "torch":
-        monkeypatch.setenv(head_kernel.SWITCH, "0")
-    elif head_kernel.why_not():
-        pytest.skip(head_kernel.why_not())
+        monkeypatch.setenv(kernel.SWITCH, "0")
+    elif kernel.why_not():
+        pytest.skip(kernel.why_not())
     return request.param
 
 
@@ -149,14 +145,14 @@ def test_bfloat16_and_float16_agree_within_their_rounding(seed, route):
 
 @pytest.mark.usefixtures("small_tiles")
 def test_both_routes_give_the_same_numbers(monkeypatch):
-    if head_kernel.why_not():
-        pytest.skip(head_kernel.why_not())
+    if kernel.why_not():
+        pytest.skip(kernel.why_not())
     for seed in range(40):
         case = random_case(seed, torch.bfloat16)
         compiled = case.ours()
-        monkeypatch.setenv(head_kernel.SWITCH, "0")
+        monkeypatch.setenv(kernel.SWITCH, "0")
         plain = case.ours()
-        monkeypatch.delenv(head_kernel.SWITCH)
+        monkeypatch.delenv(kernel.SWITCH)
         for a, b in zip(compiled, plain, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * case.size)
 
@@ -270,10 +266,10 @@ def test_ranks_count_the_tokens_above_the_target(small_tiles):
         found = log_probs(
             case.hidden, case.weight, case.rows, case.targets, bias=case.bias, ranks=True, **case.options
         )
-        z = head_reference.all_logits(case.hidden, case.weight, bias=case.bias, **case.options).detach()
+        z = reference.all_logits(case.hidden, case.weight, bias=case.bias, **case.options).detach()
         gap = (z[case.rows] - z[case.rows].gather(1, case.targets[:, None])).abs()
         clear = ((gap > 1e-5 * case.size) | (gap == 0)).all(-1)
-        true = head_reference.ranks(z, case.rows, case.targets)
+        true = reference.ranks(z, case.rows, case.targets)
         assert torch.equal(found.rank[clear], true[clear])
         assert len(case.rows) < 10 or clear.any() or case.options["softcap"]
 
@@ -304,8 +300,8 @@ def test_second_derivatives_are_refused():
 def test_gradients_are_made_for_whoever_wants_them_only(monkeypatch):
     case = random_case(13)
     made = []
-    sweep = head_sweep.sweep
-    monkeypatch.setattr("ygivenx.head.sweep", lambda *a, **k: made.append(a[5]) or sweep(*a, **k))
+    real = sweep.sweep
+    monkeypatch.setattr("ygivenx.head.selective.sweep", lambda *a, **k: made.append(a[5]) or real(*a, **k))
     case.hidden.requires_grad_()
     case.weight.requires_grad_(False)
     loss = case.ours()[1]
@@ -406,9 +402,9 @@ def empty_cache(monkeypatch, tmp_path):
     """As on a machine on which the kernel was never built."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    head_kernel._loaded.cache_clear()
+    kernel._loaded.cache_clear()
     yield tmp_path
-    head_kernel._loaded.cache_clear()
+    kernel._loaded.cache_clear()
 
 
 def test_without_a_compiler_torch_does_the_work(empty_cache, monkeypatch):
@@ -422,22 +418,22 @@ def test_without_a_compiler_torch_does_the_work(empty_cache, monkeypatch):
 
 def test_a_compiler_that_fails_is_said(empty_cache, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    assert "false failed" in head_kernel.why_not()
+    assert "false failed" in kernel.why_not()
     assert not list(empty_cache.rglob("*.so"))
 
 
 def test_the_kernel_is_built_once_and_kept(empty_cache):
-    if head_kernel.why_not():
-        pytest.skip(head_kernel.why_not())
+    if kernel.why_not():
+        pytest.skip(kernel.why_not())
     (built,) = empty_cache.rglob("*.so")
     stamp = built.stat().st_mtime_ns
-    head_kernel._loaded.cache_clear()
-    assert head_kernel.library() is not None
+    kernel._loaded.cache_clear()
+    assert kernel.library() is not None
     assert built.stat().st_mtime_ns == stamp
     assert list(empty_cache.rglob("*.so")) == [built]
 
 
 def test_the_switch_turns_the_kernel_off(monkeypatch):
-    monkeypatch.setenv(head_kernel.SWITCH, "0")
-    assert head_kernel.library() is None
-    assert head_kernel.SWITCH in explain()["cpu bfloat16"]
+    monkeypatch.setenv(kernel.SWITCH, "0")
+    assert kernel.library() is None
+    assert kernel.SWITCH in explain()["cpu bfloat16"]

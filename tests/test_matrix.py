@@ -10,7 +10,7 @@ from templates.conversations import ALL
 from templates.shelf import shelf, tokenizer_for
 
 from ygivenx import Encoder, RowError
-from ygivenx.formats import normalise
+from ygivenx.rows.formats import normalise
 
 SHELF = shelf()
 STOCK = [n for n in SHELF if not n.endswith("_training")]

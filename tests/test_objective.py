@@ -81,8 +81,8 @@ def test_x_contributes_exactly_zero_on_the_real_model(smol):
         ]
     }
     example = yx.Encoder(tokenizer)(row)
-    from ygivenx.head import selective_cross_entropy
-    from ygivenx.model import head_of, hidden_states
+    from ygivenx.head.selective import selective_cross_entropy
+    from ygivenx.models.model import head_of, hidden_states
 
     forest = yx.Forest.of([example.only])
     edges = forest.edges()

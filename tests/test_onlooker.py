@@ -7,8 +7,8 @@ import sys
 import pytest
 import transformers
 
+from ygivenx.commands.onlooker import trainer_of
 from ygivenx.errors import ConfigError
-from ygivenx.onlooker import trainer_of
 
 SCRIPT = """
 import sys

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ygivenx.encoder.policy import Part, policy_of, weight_of
 from ygivenx.errors import ConfigError
-from ygivenx.policy import Part, policy_of, weight_of
 
 ANSWER = Part("answer", True, 3, "assistant", last=True)
 EARLIER = Part("answer", True, 1, "assistant")

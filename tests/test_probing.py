@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ygivenx.errors import LossError, ModelError
-from ygivenx.probing import RELATIVE_ERROR, leakage, probe, unwrap
+from ygivenx.proof.probing import RELATIVE_ERROR, leakage, probe, unwrap
 
 VOCAB = 300
 
@@ -406,8 +406,8 @@ def test_the_real_model(smol, route):
 @pytest.mark.slow  # loads it once more
 @pytest.mark.parametrize("route", ["logits", "hidden"])
 def test_the_real_model_in_bfloat16(route, smol_tokenizer):
-    from ygivenx.model import load
-    from ygivenx.places import sample_model_path
+    from ygivenx.models.model import load
+    from ygivenx.models.places import sample_model_path
 
     path, gguf_file = sample_model_path()
     model, _ = load(path, gguf_file=gguf_file, dtype=torch.bfloat16)

@@ -13,9 +13,9 @@ from templates.conversations import call
 from templates.shelf import shelf, tokenizer_for
 
 from ygivenx import Encoder, RowError
+from ygivenx.encoder.origins import Text, join
 from ygivenx.errors import YgivenxError
-from ygivenx.formats import normalise
-from ygivenx.origins import Text, join
+from ygivenx.rows.formats import normalise
 
 SHELF = shelf()
 TEMPLATES = [

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ygivenx.errors import ConfigError, RowError
-from ygivenx.questions import MOST, Questioner, pair_of_ids, rolling, windows
+from ygivenx.scores.questions import MOST, Questioner, pair_of_ids, rolling, windows
 from ygivenx.sequence import Segment, Sequence
 
 

@@ -182,7 +182,7 @@ def test_a_strip_from_a_sequence() -> None:
 
 
 def test_a_ledger_from_accounts() -> None:
-    from ygivenx import accounts
+    from ygivenx.scores import accounts
 
     user = accounts.LedgerRow("user", 2, 0.0, -3.0, 1.5, 0.0)
     rows = (user, accounts.LedgerRow("answer", 1, 1.0, -0.5, 0.5, 1.0))

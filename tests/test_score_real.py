@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import ygivenx as yx
-from ygivenx.scoring import questioner_for, scores
+from ygivenx.scores.scoring import questioner_for, scores
 
 pytestmark = pytest.mark.model
 

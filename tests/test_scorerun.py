@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ygivenx.cli import app
 from ygivenx.errors import ConfigError
-from ygivenx.scorefile import ScoreFile
+from ygivenx.scores.scorefile import ScoreFile
 
 
 @pytest.fixture(scope="module")

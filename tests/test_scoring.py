@@ -8,7 +8,7 @@ import torch
 from tiny import llama, sequences
 
 import ygivenx as yx
-from ygivenx.scoring import score_sequences
+from ygivenx.scores.scoring import score_sequences
 from ygivenx.sequence import Segment, Sequence
 
 

@@ -11,10 +11,10 @@ from tiny import llama
 from trees import assert_same, gradients, tree
 
 import ygivenx as yx
-from ygivenx import streaming
 from ygivenx.errors import ConfigError, ModelError
-from ygivenx.model import hidden_states
-from ygivenx.streaming import stream_hidden
+from ygivenx.models import streaming
+from ygivenx.models.model import hidden_states
+from ygivenx.models.streaming import stream_hidden
 
 ROWS = tree(0, count=14)
 

@@ -7,9 +7,9 @@ from templates.conversations import ALL, call, calls, reply, user
 from templates.shelf import shelf, tokenizer_for
 
 from ygivenx import RowError
-from ygivenx.formats import normalise
-from ygivenx.origins import OriginsLost, Text, join, source_at
-from ygivenx.template import Inputs, Template, inputs_of, marked
+from ygivenx.encoder.origins import OriginsLost, Text, join, source_at
+from ygivenx.encoder.template import Inputs, Template, inputs_of, marked
+from ygivenx.rows.formats import normalise
 
 SHELF = shelf()
 STOCK = [n for n in SHELF if not n.endswith("_training")]

@@ -17,9 +17,9 @@ from tiny import llama, sequences
 from transformers import TrainingArguments
 
 import ygivenx as yx
-from ygivenx import checkpoint
 from ygivenx.errors import CheckpointError, ConfigError, LossError
 from ygivenx.sequence import Sequence
+from ygivenx.training import checkpoint
 
 HERE = Path(__file__).parent
 

@@ -19,7 +19,7 @@ from templates.conversations import ALL
 from templates.shelf import shelf, tokenizer_for
 
 from ygivenx import Encoder, RowError, Sequence
-from ygivenx.formats import normalise
+from ygivenx.rows.formats import normalise
 
 SHELF = shelf()
 TWINS = [n for n in SHELF if n.endswith("_training") and n.removesuffix("_training") in SHELF]

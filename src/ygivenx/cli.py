@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .commands.intake import Accepted, open_encoder, open_model, open_rows, the_row
+from .commands.intake import console as err
 from .errors import YgivenxError
-from .intake import Accepted, open_encoder, open_model, open_rows, the_row
-from .intake import console as err
-from .places import located
+from .models.places import located
 
 OK, FINDINGS, USAGE = 0, 1, 2
 
@@ -127,7 +127,7 @@ def encode(
 
     Example: `ygx encode data.jsonl --model sample -o encoded.parquet`
     """
-    from .handover import write_parquet
+    from .encoder.handover import write_parquet
 
     encoder = open_encoder(model, gguf_file, train=train, control=control)
     accepted = Accepted(open_rows(data, fmt, x, y, plain, limit), encoder)
@@ -158,8 +158,8 @@ def ledger(
 
     Example: `ygx ledger data.jsonl --model sample --row 3`
     """
-    from .accounts import ledger as account_for
-    from .encode import Encoder
+    from .encoder.encode import Encoder
+    from .scores.accounts import ledger as account_for
 
     reader = open_rows(data, fmt, x, y, plain, row + 1)
     loaded, tokenizer = open_model(model, gguf_file, dtype)
@@ -220,7 +220,7 @@ def score(
     Example: `ygx score pairs.jsonl --model sample -o scores.jsonl`
     """
     flags = {k: v for k, v in locals().items() if k not in ("model", "gguf_file", "output", "as_json")}
-    from .scorerun import score_file
+    from .commands.scorerun import score_file
 
     reader = open_rows(data, fmt, x, y, plain, limit)
     account = score_file(reader, located(model, gguf_file), output, flags, console=err, silent=as_json)
@@ -250,7 +250,7 @@ def audit(
 
     Example: `ygx audit data.jsonl --model sample --fail-on error --html audit.html`
     """
-    from .auditing import audit as examine_rows
+    from .proof.auditing import audit as examine_rows
 
     reader = open_rows(data, fmt, x, y, plain, limit)
     encoder = open_encoder(model, gguf_file, train=train, control=control)
@@ -274,8 +274,8 @@ def probe(
 
     Example: `ygx probe --html probe.html train.py --epochs 3`
     """
-    from .auditing import audit as examine_trainer
-    from .onlooker import trainer_of
+    from .commands.onlooker import trainer_of
+    from .proof.auditing import audit as examine_trainer
 
     report = examine_trainer(trainer=trainer_of(script, context.args), suppress=reasons(suppress))
     finish(report, fail_on, html, sarif, as_json)
@@ -347,8 +347,8 @@ def train(
     Example: `ygx train --data train.jsonl --x question --y answer --model sample --output-dir runs/a`
     """
     flags = {k: v for k, v in locals().items() if k not in ("config", "as_json", "fmt", "policy")}
-    from .config import TrainConfig
-    from .finetune import finetune
+    from .commands.config import TrainConfig
+    from .commands.finetune import finetune
 
     result = finetune(TrainConfig.of(config, flags | {"format": fmt, "train": policy}), err)
     if as_json:
@@ -385,7 +385,7 @@ def doctor(
 
     Example: `ygx doctor --model sample`
     """
-    from .doctor import examine, told
+    from .commands.doctor import examine, told
 
     found = examine((model, gguf_file) if model else None)
     if as_json:

@@ -11,8 +11,8 @@ import torch
 
 from .errors import LossError
 from .forest import Edges, Forest
-from .head import selective_cross_entropy
-from .model import head_of, hidden_states
+from .head.selective import selective_cross_entropy
+from .models.model import head_of, hidden_states
 from .sequence import Example, Sequence
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from transformers import (
     Trainer,
 )
 
-from ygivenx.auditing import Report
-from ygivenx.encode import Encoder
-from ygivenx.probing import probe
+from ygivenx.encoder.encode import Encoder
+from ygivenx.proof.auditing import Report
+from ygivenx.proof.probing import probe
 
 from .studio import FORGETFUL, MARKED, MARKED_WITHOUT_END, PREFILLED, TOOLS, Studio, quiet
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ygivenx.auditing import Report
-from ygivenx.rules import RULES
+from ygivenx.proof.auditing import Report
+from ygivenx.proof.rules import RULES
 
 from .exhibits import EXHIBITS, Exhibit, run
 from .studio import Studio, quiet
@@ -117,7 +117,7 @@ def main(data: str, *names: str) -> None:
     import trl
     from transformers import AutoTokenizer
 
-    from ygivenx.places import sample_model_path
+    from ygivenx.models.places import sample_model_path
 
     datasets.disable_progress_bars()
     versions = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from ygivenx.auditing import audit
+from ygivenx.proof.auditing import audit
 
 
 def collate(features):

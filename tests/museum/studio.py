@@ -17,9 +17,9 @@ import torch
 from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from ygivenx.auditing import Finding, Report, audit
-from ygivenx.encode import Encoder
-from ygivenx.evidence import Evidence
+from ygivenx.encoder.encode import Encoder
+from ygivenx.proof.auditing import Finding, Report, audit
+from ygivenx.proof.evidence import Evidence
 
 HEAD = """{%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' -}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ygivenx.rules import RULES
+from ygivenx.proof.rules import RULES
 
 from .exhibits import EXHIBITS, Exhibit, run
 from .pages import DOCS, title

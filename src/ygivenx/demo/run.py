@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 
-from ..accounts import Ledger, ledger
-from ..config import TrainConfig
-from ..encode import Encoder
-from ..finetune import build
-from ..intake import open_model
-from ..progress import bar
+from ..commands.config import TrainConfig
+from ..commands.finetune import build
+from ..commands.intake import open_model
+from ..commands.progress import bar
+from ..encoder.encode import Encoder
+from ..scores.accounts import Ledger, ledger
 from ..sequence import Example
-from ..trainer import evaluate, rates
+from ..training.trainer import evaluate, rates
 from .page import write_page
 from .task import splits
 

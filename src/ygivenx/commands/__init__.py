@@ -1,0 +1,1 @@
+"""What the commands of `ygx` do, one module each."""

@@ -1,0 +1,98 @@
+"""What `ygx train` can be told, by flags or a YAML file; an unknown key is an error with the nearest name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. Paths are as given; None leaves a choice to the default of the part that it goes to."""
+
+    data: str
+    model: str
+    output_dir: str
+    gguf_file: str | None = None
+    dtype: str = "float32"
+    format: str | None = None
+    x: str | None = None
+    y: str | None = None
+    plain: bool = False
+    limit: int | None = None
+    eval_data: str | None = None
+    eval_limit: int | None = None
+    eval_steps: int | None = None
+    train: str = "assistant"
+    control: str = "refuse"
+    max_length: int | None = None
+    overflow: str = "refuse"
+    max_tokens: int = 1024
+    denominator: str = "tokens"
+    epochs: float = 1.0
+    max_steps: int = -1
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 2e-5
+    lr_scheduler: str = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    gradient_checkpointing: bool = False
+    lora: int | None = None
+    logging_steps: int = 5
+    save_steps: int | None = None
+    save_total_limit: int | None = 2
+    resume: str | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, path: Path | None, flags: dict[str, Any]) -> TrainConfig:
+        """The keys of a YAML file, overridden by the flags that are not None."""
+        told = {} if path is None else _read(path)
+        merged = {**told, **{k: v for k, v in flags.items() if v is not None}}
+        known = {f.name: f for f in fields(cls)}
+        for key in merged:
+            if key not in known:
+                raise ConfigError(
+                    f"unknown key {key!r}{nearest(key, known)}",
+                    where=str(path or "flags"),
+                    fix=f"known keys: {', '.join(known)}",
+                )
+        missing = [n for n in ("data", "model", "output_dir") if merged.get(n) is None]
+        if missing:
+            raise ConfigError(
+                f"missing: {', '.join(missing)}",
+                fix=" ".join(f"--{m.replace('_', '-')} ..." for m in missing),
+            )
+        return cls(**{k: _typed(k, v, str(known[k].type), path) for k, v in merged.items()})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("unreadable config", where=str(path), why=str(error)) from error
+    if not isinstance(told, dict) or not all(isinstance(k, str) for k in told):
+        raise ConfigError("a config is a mapping of keys to values", where=str(path))
+    return told
+
+
+def _typed(key: str, value: Any, declared: str, path: Path | None) -> Any:
+    """`value` as the declared type; YAML reads 2e-5 as text, and a bool is not a number."""
+    if value is None and "None" in declared:
+        return None
+    kind = declared.split(" |")[0]
+    wanted: type = {"str": str, "int": int, "float": float, "bool": bool}[kind]
+    try:
+        if wanted is float and not isinstance(value, bool):
+            return float(value)
+        if isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
+            return value
+    except (TypeError, ValueError):
+        pass
+    raise ConfigError(f"{key} must be {kind}, got {value!r}", where=str(path or "flags"))

@@ -1,0 +1,127 @@
+"""One fine-tune from a config: rows → examples → packs → Trainer → a model on disk."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import ConfigError, MissingExtra
+from .config import TrainConfig
+from .intake import open_model, open_rows, take
+
+
+def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
+    """Run it, saying aloud what is read and trained; returns the counts and the last metrics."""
+    from ..encoder.encode import Encoder
+
+    started = time.perf_counter()
+    model, tokenizer = open_model(config.model, config.gguf_file, config.dtype)
+    encoder = Encoder(
+        tokenizer,
+        train=config.train,
+        control=config.control,
+        max_length=config.max_length,
+        overflow=config.overflow,
+    )
+
+    def examples_of(path: str, limit: int | None) -> tuple[list[Any], dict[str, Any]]:
+        return take(open_rows(path, config.format, config.x, config.y, config.plain, limit), encoder)
+
+    examples, account = examples_of(config.data, config.limit)
+    if not examples:
+        raise ConfigError(
+            "no row was accepted", where=config.data, fix="the reasons are above; try `ygx show`"
+        )
+    held_out = examples_of(config.eval_data, config.eval_limit)[0] if config.eval_data else None
+    trainer = build(config, adapted(model, config), tokenizer, examples, held_out, console)
+    console.print(str(trainer.train_dataset), highlight=False)
+    before = trainer.evaluate() if held_out else {}
+    outcome = trainer.train(resume_from_checkpoint=config.resume)
+    after = trainer.evaluate() if held_out else {}
+    final = Path(config.output_dir) / "final"
+    trainer.save_model(str(final))
+    console.print(f"saved: {final}", highlight=False, markup=False)
+    return {
+        **account,
+        "steps": trainer.state.global_step,
+        "loss": outcome.training_loss,
+        "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "before": before,
+        "after": after,
+        "model": str(final),
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def adapted(model: Any, config: TrainConfig) -> Any:
+    """The model with LoRA adapters on every linear layer, if the config asks for them."""
+    if config.lora is None:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise MissingExtra("peft", "lora", needed_for="lora") from error
+    wanted = LoraConfig(
+        r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, wanted)
+
+
+def build(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    examples: list[Any],
+    held_out: list[Any] | None,
+    console: Console,
+) -> Any:
+    """The Trainer of a config, with one progress bar and no other output."""
+    import torch
+    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+
+    from ..training.trainer import Trainer
+    from .progress import RichProgress
+
+    args = TrainingArguments(
+        output_dir=config.output_dir,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        **_checkpointing(TrainingArguments, config.gradient_checkpointing),
+        logging_steps=config.logging_steps,
+        eval_strategy="steps" if held_out and config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 500,
+        save_total_limit=config.save_total_limit,
+        seed=config.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+    )
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=examples,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        max_tokens=config.max_tokens,
+        denominator=config.denominator,
+        callbacks=[RichProgress(console)],
+    )
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    return trainer
+
+
+def _checkpointing(arguments: Any, wanted: bool) -> dict[str, bool]:
+    """transformers 5.23 renamed `gradient_checkpointing`, and warns about the old name."""
+    new = "activation_checkpointing"
+    return {new if new in arguments.__dataclass_fields__ else "gradient_checkpointing": wanted}

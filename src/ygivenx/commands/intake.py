@@ -1,0 +1,121 @@
+"""What every command begins with: a model, an encoder, rows; and the account of the rows, said aloud."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+
+from ..errors import ConfigError
+
+console = Console(stderr=True)
+
+
+def open_model(model: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
+    import torch
+
+    from ..models.model import load
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"unknown dtype {dtype!r}", fix="float32, bfloat16 or float16")
+    with console.status("loading the model"):
+        return load(model, gguf_file=gguf_file, dtype=getattr(torch, dtype))
+
+
+def open_encoder(model: str, gguf_file: str | None, **options: Any) -> Any:
+    from ..encoder.encode import Encoder
+
+    with console.status("loading the tokenizer"):
+        return Encoder.from_pretrained(model, gguf_file=gguf_file, **options)
+
+
+def open_rows(
+    data: str, fmt: str | None, x: str | None, y: str | None, plain: bool, limit: int | None
+) -> Any:
+    from ..rows.data import read
+
+    return read(data, fmt=fmt, x=x, y=y, as_text=plain, limit=limit)
+
+
+def encoded(reader: Any, encoder: Any) -> Iterator[Any]:
+    """An Example or a Rejected per row read; what the reader quarantined passes through."""
+    from ..sequence import Rejected
+
+    for chunk in _chunks(reader, 256):
+        examples, rejected = encoder.batch([r for r in chunk if not isinstance(r, Rejected)])
+        yield from (r for r in chunk if isinstance(r, Rejected))
+        yield from examples
+        yield from rejected
+
+
+def _chunks(items: Any, size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+class Accepted:
+    """Iterates over the examples of a reader and keeps count of what was rejected."""
+
+    def __init__(self, reader: Any, encoder: Any) -> None:
+        self.reader, self.encoder = reader, encoder
+        self.accepted, self.reasons, self.first = 0, Counter[str](), ""
+
+    def __iter__(self) -> Iterator[Any]:
+        from ..sequence import Rejected
+
+        for item in encoded(self.reader, self.encoder):
+            if isinstance(item, Rejected):
+                self.reasons[item.reason] += 1
+                self.first = self.first or item.message
+            else:
+                self.accepted += 1
+                yield item
+
+    def account(self) -> dict[str, Any]:
+        """Accepted + quarantined = read; said aloud too."""
+        quarantined = self.reasons.total()
+        account = {
+            "format": self.reader.format,
+            "read": self.accepted + quarantined,
+            "accepted": self.accepted,
+            "quarantined": quarantined,
+            "reasons": dict(self.reasons.most_common()),
+        }
+        say_account(account, self.first)
+        return account
+
+
+def take(reader: Any, encoder: Any) -> tuple[list[Any], dict[str, Any]]:
+    """All examples of a reader, and the account of its rows."""
+    accepted = Accepted(reader, encoder)
+    examples = list(accepted)
+    return examples, accepted.account()
+
+
+def say_account(account: dict[str, Any], first: str) -> None:
+    console.print(f"format: {account['format']}", highlight=False, markup=False)
+    console.print(
+        f"{account['accepted']:,} accepted + {account['quarantined']:,} quarantined "
+        f"= {account['read']:,} read",
+        highlight=False,
+    )
+    for reason, count in account["reasons"].items():
+        console.print(f"  {count:>7,}  {reason}", highlight=False, markup=False)
+    if first:
+        console.print(f"first of them: {first}", highlight=False, markup=False)
+
+
+def the_row(reader: Any, encoder: Any, number: int) -> Any:
+    """The example of one row; raises what the row was quarantined for."""
+    from ..sequence import Rejected
+
+    item = next(islice(reader, number, number + 1), None)
+    if item is None:
+        raise ConfigError(f"there is no row {number}", where=reader.name, fix="--row counts from 0")
+    if isinstance(item, Rejected):
+        raise ConfigError(f"row {number} is quarantined ({item.reason})", why=item.message)
+    return encoder(item)

@@ -1,0 +1,109 @@
+"""What chats and pairs have in common: options, a row on its way through the tokenizer, and its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import RowError
+from ..sequence import Segment, Sequence
+from .policy import Policy
+from .tokens import Encoded, Tokens
+
+
+@dataclass(frozen=True)
+class Options:
+    """The encoder's options; see `Encoder`."""
+
+    tokens: Tokens
+    policy: Policy
+    control: str = "refuse"
+    border: str = "refuse"
+    context: str = "inference"
+    dropped: str = "refuse"
+    repairs: frozenset[str] = frozenset()
+    max_length: int | None = None
+    overflow: str = "refuse"
+    bos: bool | str = "auto"
+    eos: bool | str = "auto"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row on its way: texts to encode, each with the characters where it is cut, and what to make of them."""
+
+    texts: list[tuple[str, tuple[int, ...]]]
+    finish: Callable[[list[Encoded]], list[Sequence]]
+
+
+def made(
+    ids: npt.NDArray[np.int64],
+    weights: npt.NDArray[np.float32],
+    segments: Iterable[Segment],
+    tokens: Any,
+    notes: tuple[str, ...],
+) -> Sequence:
+    """A sequence; raises RowError `nothing_trained` if no token has a weight."""
+    if weights[:1].any():
+        weights[:1] = 0
+        notes += ("the first token has no context to be predicted from: it isn't trained",)
+    if not weights.any():
+        raise RowError(
+            "no token of this row is trained",
+            reason="nothing_trained",
+            fix="check train=, the messages' weights, and that the row has a reply",
+        )
+    return Sequence(ids, weights, tuple(s for s in segments if s.stop > s.start), tokens, notes)
+
+
+def truncated(sequence: Sequence, length: int) -> Sequence:
+    """The first `length` tokens, with a note of what that cost."""
+    weights = sequence.weights[:length].copy()
+    lost = int((sequence.weights[length:] > 0).sum())
+    note = f"truncated from {len(sequence)} to {length} tokens: {lost} trained tokens lost"
+    segments = [
+        Segment(s.start, min(s.stop, length), s.kind, s.output, s.message)
+        for s in sequence.segments
+        if s.start < length
+    ]
+    return made(sequence.ids[:length], weights, segments, sequence.tokens[:length], (*sequence.notes, note))
+
+
+def too_long(sequence: Sequence, most: int) -> RowError:
+    return RowError(
+        f"{len(sequence)} tokens, more than max_length={most}",
+        reason="too_long",
+        fix="raise max_length, or overflow='drop_turns' (whole oldest turns) or 'truncate'",
+    )
+
+
+def control_text(token: str, path: str, why: str = "") -> RowError:
+    return RowError(
+        f"{token!r} is a control token of the tokenizer, written in the row's text",
+        reason="control_text",
+        field=path,
+        why=why or "parsed, it would forge the structure of the conversation",
+        fix="control='text' encodes it as ordinary text, control='parse' as the token; or mend the row",
+    )
+
+
+def straddle(encoded: Encoded, at: int, field: str) -> RowError:
+    if encoded.tiled:
+        k = int(np.searchsorted(encoded.starts, at)) - 1
+        token = repr(encoded.text[encoded.starts[k] : encoded.stops[k]])
+        what = f"the token {token} holds the end of x and the beginning of y"
+    else:
+        what = "the ids of x aren't a prefix of the ids of x and y together"
+    return RowError(
+        what,
+        reason="straddling_token",
+        field=field,
+        why="inference shows x encoded alone: the model would be trained on ids that it never sees",
+        fix="border='mask' leaves such a token out of y, border='split' encodes x and y apart, "
+        "border='refuse' (the default) keeps such rows out",
+    )

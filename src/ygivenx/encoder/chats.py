@@ -1,0 +1,297 @@
+"""Conversations: rendered, proven, kept from forging control tokens, encoded, weighed and fitted."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from re import Match
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import RowError
+from ..rows.formats import Conversation
+from ..sequence import Segment, Sequence
+from .assemble import Job, Options, control_text, made, straddle, too_long, truncated
+from .contract import Contract, Draft, Row
+from .fields import lost_of_context, lost_of_reply
+from .layout import segments_of
+from .origins import within
+from .policy import Part, weight_of
+from .repair import IN_TURNS, alternatives
+from .skeleton import ROLES, Skeletons
+from .template import Inputs, Source, Template, inputs_of
+from .tokens import Encoded, Pieces
+
+_KIND_OF_FIELD = {
+    "reasoning_content": "reasoning",
+    "thinking": "reasoning",
+    "reasoning": "reasoning",
+    "tool_calls": "tool_call",
+}
+
+
+class Chats:
+    """Conversations to jobs."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.tokens = options, options.tokens
+        self.contract = Contract(self.tokens)
+        self._templates: dict[str, Template] = {}
+        self._skeletons: dict[str, Skeletons] = defaultdict(Skeletons)
+
+    def job(self, row: Conversation, notes: tuple[str, ...] = ()) -> Job:
+        inputs = inputs_of(
+            row.messages, row.tools, row.documents, {**self.options.template_kwargs, **row.template_kwargs}
+        )
+        if self.options.control == "refuse":
+            self._refuse_control(inputs)
+        drafts = self._drafts(inputs, row)
+        cuts = [self._cuts(d) for d in drafts]
+
+        def finish(parts: list[Encoded]) -> list[Sequence]:
+            try:
+                return self._finish(row, drafts, cuts, parts, notes)
+            except RowError as e:
+                if e.reason == "too_long" and self.options.overflow == "drop_turns":
+                    return self._shorter(row, e)
+                raise
+
+        return Job([(d.text, c) for d, c in zip(drafts, cuts, strict=True)], finish)
+
+    # --- texts -------------------------------------------------------------------------------------------
+
+    def _template(self, inputs: Inputs) -> Template:
+        tokenizer = self.tokens.tokenizer
+        if not tokenizer.chat_template:
+            raise RowError(
+                "the tokenizer has no chat template, and this row is a conversation",
+                reason="no_template",
+                fix="set tokenizer.chat_template, or give the row as text: columns prompt and completion, or x and y",
+            )
+        source = tokenizer.get_chat_template(tools=inputs.tools)
+        if source not in self._templates:
+            self._templates[source] = Template(source, tokenizer.special_tokens_map)
+        return self._templates[source]
+
+    def _wanted(self, row: Conversation) -> list[int]:
+        """The replies of which some part would be trained; the others are context."""
+        replies = [i for i, m in enumerate(row.messages) if m.get("role") == "assistant"]
+        return [i for i in replies if any(self._weight(row, k, i, replies[-1]) for k in _KINDS)]
+
+    def _weight(self, row: Conversation, kind: str, i: int, last: int) -> float:
+        part = Part(kind, True, i, "assistant", i == last, row.messages[i].get("weight", 1.0))
+        return weight_of(self.options.policy, part)
+
+    def _drafts(self, inputs: Inputs, row: Conversation) -> list[Draft]:
+        """The texts, as the row stands or, where that can't be proven, as the first repair that can makes them."""
+        template, wanted = self._template(inputs), self._wanted(row)
+        # Where control text is refused, contents hold nothing that could be taken for the template's words.
+        skeletons = self._skeletons[template.source] if self.options.control == "refuse" else None
+        refusal: RowError | None = None
+        for tried, notes, repairs in self._attempts(template, inputs):
+            try:
+                drafts = self._proven(Row(template, tried, skeletons), wanted, repairs, row)
+            except RowError as e:
+                refusal = refusal or e
+                continue
+            return [replace(d, notes=d.notes + notes) for d in drafts] if notes else drafts
+        assert refusal is not None
+        raise refusal
+
+    def _attempts(
+        self, template: Template, inputs: Inputs
+    ) -> Iterator[tuple[Inputs, tuple[str, ...], frozenset[str]]]:
+        """(inputs, notes, repairs inside turns), the least change first."""
+        repairs = self.options.repairs
+        in_turns = repairs & IN_TURNS if self.options.context == "inference" else frozenset()
+        for inside in (frozenset[str](), in_turns) if in_turns else (frozenset[str](),):
+            yield inputs, (), inside
+            yield from ((i, notes, inside) for i, notes in alternatives(template, inputs, repairs))
+
+    def _proven(
+        self, rendered: Row, wanted: list[int], repairs: frozenset[str], row: Conversation
+    ) -> list[Draft]:
+        if self.options.context == "rendered":
+            drafts = self.contract.rendered(rendered, wanted)
+        else:
+            drafts = self.contract.drafts(rendered, wanted, repairs)
+        done = [self._complete(d, rendered, row) for d in drafts]
+        lost = lost_of_context(done[-1], set(wanted), done[-1].upto)
+        done[-1] = replace(
+            done[-1], notes=(*done[-1].notes, *(f"{p} is left out by the template" for p in lost))
+        )
+        return done
+
+    def _complete(self, draft: Draft, rendered: Row, row: Conversation) -> Draft:
+        """The draft with notes of what its template leaves out; raises RowError if that is part of a reply."""
+        last = max(rendered.replies(), default=-1)
+        for turn in draft.turns:
+            for path, name in lost_of_reply(draft, turn, rendered.inputs.messages[turn.message]):
+                kind = _KIND_OF_FIELD.get(name, "answer")
+                if self.options.dropped == "refuse" and self._weight(row, kind, turn.message, last):
+                    raise _dropped(path)
+                draft = replace(draft, notes=(*draft.notes, f"{path} is left out by the template"))
+        return draft
+
+    # --- control text ------------------------------------------------------------------------------------
+
+    def _refuse_control(self, inputs: Inputs) -> None:
+        given = {
+            "messages": inputs.messages,
+            "tools": inputs.tools,
+            "documents": inputs.documents,
+            **inputs.kwargs,
+        }
+        if not self.tokens.has_control(json.dumps(given, ensure_ascii=False, default=str)):
+            return
+        for path, text in _leaves(given):
+            if found := self.tokens.has_control(text):
+                raise control_text(found[0], path)
+
+    def _cuts(self, draft: Draft) -> tuple[int, ...]:
+        """Where the text is cut so that no control token is made of a row's characters."""
+        if self.options.control == "parse":
+            return ()
+        traced = next((t.traced for t in draft.turns if t.traced), draft.traced)
+        if traced is None:
+            what = "the origin of this text's characters can't be followed through the template"
+            why = "so control tokens of the row's can't be told from the template's"
+            raise RowError(what, reason="no_origins", why=why, fix="control='parse' trusts the row")
+        runs, sources = traced.text.runs, traced.sources
+
+        def foreign(found: Match[str]) -> Source | None:
+            inside = (sources[s] for s in within(runs, *found.span()) if s)
+            return next((s for s in inside if s.field != "role" or s.text not in ROLES), None)
+
+        cuts = self.tokens.cuts(draft.text, lambda found: foreign(found) is not None)
+        if cuts and self.options.control == "refuse":
+            found = self.tokens.control(draft.text, cuts[0] - 1)[0]
+            source = foreign(found)
+            path = source.path if source else ""
+            raise control_text(found[0], path, "the template and the row write it together")
+        return cuts
+
+    # --- sequences ---------------------------------------------------------------------------------------
+
+    def _finish(
+        self,
+        row: Conversation,
+        drafts: list[Draft],
+        cuts: list[tuple[int, ...]],
+        parts: list[Encoded],
+        notes: tuple[str, ...],
+    ) -> list[Sequence]:
+        sequences: list[Sequence] = []
+        for draft, encoded, cut in zip(drafts, parts, cuts, strict=True):
+            segments = segments_of(draft, encoded, self._borders(draft, encoded), row.messages)
+            weights = self._weights(row, segments, len(encoded.ids))
+            if sequences:  # what an earlier sequence has already weighed
+                shared = _common(sequences[-1].ids, encoded.ids)
+                weights[:shared] = 0
+            told = notes + draft.notes + tuple(n for t in draft.turns for n in t.notes)
+            if cut:
+                told += (
+                    "control tokens in the row's text are encoded as text: the ids differ from the template's",
+                )
+            sequences.append(
+                self._fitted(
+                    made(
+                        encoded.ids,
+                        weights,
+                        segments,
+                        Pieces(encoded.text, encoded.starts, encoded.stops),
+                        told,
+                    )
+                )
+            )
+        return sequences
+
+    def _borders(self, draft: Draft, encoded: Encoded) -> dict[int, int]:
+        borders: dict[int, int] = {}
+        for turn in draft.turns:
+            for at in (turn.start, turn.end, turn.stop):
+                border = self.tokens.border(encoded, at)
+                if border is None and at == turn.start and self.options.border == "mask" and encoded.tiled:
+                    border = int(np.searchsorted(encoded.starts, at))
+                if border is None:
+                    raise straddle(encoded, at, f"messages[{turn.message}]")
+                borders[at] = border
+        return borders
+
+    def _weights(self, row: Conversation, segments: list[Segment], length: int) -> np.ndarray:
+        weights = np.zeros(length, np.float32)
+        last = max((i for i, m in enumerate(row.messages) if m.get("role") == "assistant"), default=-1)
+        for s in segments:
+            message: Mapping[str, Any] = row.messages[s.message] if s.message is not None else {}
+            part = Part(
+                s.kind,
+                s.output,
+                s.message,
+                message.get("role"),
+                s.message == last,
+                message.get("weight", 1.0),
+            )
+            weights[s.start : s.stop] = weight_of(self.options.policy, part)
+        return weights
+
+    # --- length ------------------------------------------------------------------------------------------
+
+    def _fitted(self, sequence: Sequence) -> Sequence:
+        most = self.options.max_length
+        if most is None or len(sequence) <= most:
+            return sequence
+        if self.options.overflow == "truncate":
+            return truncated(sequence, most)
+        raise too_long(sequence, most)
+
+    def _shorter(self, row: Conversation, refusal: RowError) -> list[Sequence]:
+        """The row without its oldest turns, as few as fit; what stands before the first user stays."""
+        users = [i for i, m in enumerate(row.messages) if m.get("role") == "user"]
+        for n, start in enumerate(users[1:], 1):
+            kept = replace(row, messages=row.messages[: users[0]] + row.messages[start:])
+            note = f"the oldest {n} of {len(users)} turns were dropped to fit max_length={self.options.max_length}"
+            job = Chats(replace(self.options, overflow="refuse")).job(kept, (note,))
+            try:
+                return job.finish(self.tokens.encode_cut(job.texts))
+            except RowError as e:
+                if e.reason != "too_long":
+                    raise
+        raise refusal
+
+
+_KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
+
+
+def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
+    """Each string of a row with its path; the names of its fields, which are text too, among them."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            here = f"{path}.{key}" if path else str(key)
+            yield here, str(key)
+            yield from _leaves(item, here)
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{i}]")
+
+
+def _common(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
+    """The length of the common prefix of two arrays."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+def _dropped(path: str) -> RowError:
+    return RowError(
+        "the template leaves out this part of a reply that would be trained",
+        reason="dropped_field",
+        field=path,
+        why="the model would be trained to answer without it",
+        fix="give a template that writes it, remove the field, or dropped='warn'",
+    )

@@ -1,0 +1,187 @@
+"""Rows to examples: ids, a weight for each token, and segments that say what each token is.
+
+`Encoder` renders a conversation, proves which of its tokens the model has to produce (contract.py), encodes
+them in batches and weighs them by policy. What can't be proven is refused with a reason; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, RowError, nearest
+from ..models.places import located, quiet_loading
+from ..rows.data import Row
+from ..rows.formats import Conversation, Pair, normalise
+from ..sequence import Example, Rejected
+from .assemble import Job, Options
+from .chats import Chats
+from .pairs import Pairs
+from .policy import Policy, policy_of
+from .repair import chosen
+from .tokens import Tokens
+
+CHOICES = {
+    "control": ("refuse", "text", "parse"),
+    "border": ("refuse", "mask", "split", "y"),
+    "context": ("inference", "rendered"),
+    "dropped": ("refuse", "warn"),
+    "overflow": ("refuse", "drop_turns", "truncate"),
+}
+
+
+class Encoder:
+    """Encodes rows for one tokenizer.
+
+    train: policies (policy.py) by name or as functions, multiplied.
+    control: a special token written in a row's text: `refuse` the row, ordinary `text`, or `parse` it.
+    border: a token that holds the end of x and the beginning of y: `refuse` the row, `mask` the token (x), `y`
+    (it counts as y) or `split` (x and y encoded apart); the last two for plain pairs.
+    context: train each reply after what `inference` shows, or in the one text as `rendered` (with a note).
+    repair: names of repair.py, "default", "all" or "none". dropped: `refuse` a row whose trained reply the
+    template leaves out in part, or `warn` in the notes.
+    max_length, overflow: `refuse` what is longer, `drop_turns` (whole oldest turns, rendered anew) or
+    `truncate` (the note says how many trained tokens that cost).
+    bos, eos: of plain pairs: True, False, or "auto": a BOS where the tokenizer itself adds one; an eos after
+    y where the tokenizer has one and y doesn't end in it.
+    stops: further tokens that end a turn, beside the tokenizer's eos. template_kwargs: for every row.
+    Raises ConfigError for an unknown choice.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        train: str | Policy | Iterable[str | Policy] = "assistant",
+        *,
+        control: str = "refuse",
+        border: str = "refuse",
+        context: str = "inference",
+        repair: str | Iterable[str] = "default",
+        dropped: str = "refuse",
+        max_length: int | None = None,
+        overflow: str = "refuse",
+        bos: bool | str = "auto",
+        eos: bool | str = "auto",
+        stops: Iterable[str] = (),
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        choice = {
+            "control": control,
+            "border": border,
+            "context": context,
+            "dropped": dropped,
+            "overflow": overflow,
+        }
+        for name, value in choice.items():
+            if value not in CHOICES[name]:
+                known = ", ".join(CHOICES[name])
+                raise ConfigError(
+                    f"{name}={value!r}{nearest(str(value), CHOICES[name])}", fix=f"known: {known}"
+                )
+        self.tokenizer = tokenizer
+        self.tokens = Tokens(tokenizer, stops := tuple(stops))
+        further = {"repair": repair, "max_length": max_length, "bos": bos, "eos": eos, "stops": stops}
+        self._made_of = (train, {**choice, **further, "template_kwargs": template_kwargs})
+        options = Options(
+            self.tokens, policy_of(train), **choice, repairs=chosen(repair), max_length=max_length, bos=bos, eos=eos,
+            template_kwargs=dict(template_kwargs or {}),
+        )  # fmt: skip
+        self._chats, self._pairs = Chats(options), Pairs(options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, gguf_file: str | None = None, **options: Any) -> Encoder:
+        """The encoder of a model's directory: its tokenizer, and the stop tokens of its generation config."""
+        from transformers import AutoTokenizer
+
+        path, gguf_file = located(path, gguf_file)
+        with quiet_loading(path):
+            tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
+        config = Path(path) / "generation_config.json"
+        if "stops" not in options and config.is_file():
+            ids = json.loads(config.read_text()).get("eos_token_id") or []
+            options["stops"] = tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids])
+        return cls(tokenizer, **options)
+
+    def __call__(self, row: Any) -> Example:
+        """One row (a mapping, Conversation, Pair or data.Row) as an Example; raises RowError."""
+        done = self._encode([row])[0]
+        if isinstance(done, RowError):
+            raise done
+        return done
+
+    def __reduce__(self) -> Any:  # compiled templates don't travel to other processes
+        train, options = self._made_of
+        return _remade, (self.tokenizer, train, options)
+
+    def batch(self, rows: Iterable[Any], *, processes: int = 1) -> tuple[list[Example], list[Rejected]]:
+        """Examples and rejected rows, each in order; together as many as there were rows.
+
+        With several processes each gets a copy of this encoder, so that policies must be importable functions.
+        """
+        rows = list(rows)
+        done = self._encode(rows) if processes == 1 else self._encode_apart(rows, processes)
+        examples = [d for d in done if isinstance(d, Example)]
+        refused = [(r, d) for r, d in zip(rows, done, strict=True) if isinstance(d, RowError)]
+        return examples, [Rejected(_raw(r), e.reason, e.where, str(e)) for r, e in refused]
+
+    def _encode_apart(self, rows: list[Any], processes: int) -> list[Example | RowError]:
+        size = max(1, -(-len(rows) // (4 * processes)))
+        chunks = [(first, rows[first : first + size]) for first in range(0, len(rows), size)]
+        spawn = get_context("spawn")  # a fork of a process with threads may hang
+        with ProcessPoolExecutor(processes, spawn, _adopt, (self,)) as pool:
+            return [done for chunk in pool.map(_encode_chunk, chunks) for done in chunk]
+
+    def _encode(self, rows: list[Any], first: int = 0) -> list[Example | RowError]:
+        jobs = [self._try(n, row) for n, row in enumerate(rows, first)]
+        texts = [t for job in jobs if isinstance(job, Job) for t in job.texts]
+        encoded = iter(self.tokens.encode_cut(texts))
+        done: list[Example | RowError] = []
+        for n, (row, job) in enumerate(zip(rows, jobs, strict=True), first):
+            if isinstance(job, RowError):
+                done.append(job)
+                continue
+            parts = [next(encoded) for _ in job.texts]
+            try:
+                done.append(Example(tuple(job.finish(parts)), _raw(row)))
+            except RowError as e:
+                done.append(_located(e, n, row))
+        return done
+
+    def _try(self, number: int, row: Any) -> Job | RowError:
+        try:
+            value = row.value if isinstance(row, Row) else row
+            if not isinstance(value, Conversation | Pair):
+                value = normalise(value)
+            return self._pairs.job(value) if isinstance(value, Pair) else self._chats.job(value)
+        except RowError as e:
+            return _located(e, number, row)
+
+
+def _remade(tokenizer: Any, train: Any, options: dict[str, Any]) -> Encoder:
+    return Encoder(tokenizer, train, **options)
+
+
+_adopted: list[Encoder] = []  # in a worker: the encoder that it was started with
+
+
+def _adopt(encoder: Encoder) -> None:
+    _adopted[:] = [encoder]
+
+
+def _encode_chunk(chunk: tuple[int, list[Any]]) -> list[Example | RowError]:
+    first, rows = chunk
+    return _adopted[0]._encode(rows, first)
+
+
+def _located(e: RowError, number: int, row: Any) -> RowError:
+    place = row.where if isinstance(row, Row) else f"row {number}"
+    e.where = ", ".join(w for w in (place, e.field) if w)
+    return e
+
+
+def _raw(row: Any) -> Any:
+    return row.raw if isinstance(row, Row) else row

@@ -1,0 +1,121 @@
+"""Plain pairs: x and y as the model reads them, with a BOS and an end as the tokenizer has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import ConfigError, RowError
+from ..rows.formats import Pair
+from ..sequence import Segment, Sequence
+from .assemble import Job, Options, control_text, made, straddle, too_long, truncated
+from .policy import Part, weight_of
+from .tokens import Encoded, Pieces, joined
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What is put before x and after y, and whether y already ends in the eos."""
+
+    bos: tuple[str, ...]
+    eos: tuple[str, ...]
+    has_eos: bool
+
+
+class Pairs:
+    """Pairs to jobs."""
+
+    def __init__(self, options: Options) -> None:
+        self.options, self.tokens = options, options.tokens
+
+    def job(self, row: Pair) -> Job:
+        if not row.x and not row.y:
+            raise RowError("x and y are both empty", reason="empty_pair")
+        ends = self._ends(row)
+        cuts = self._controlled(row, ends)
+        if self.options.border == "split" and row.x and row.y:
+            self.tokens.need_plain_joints("border='split'")
+        if self.options.border == "split" or not row.y or not row.x:
+            texts = [(row.x, cuts[0]), (row.y, cuts[1])]
+        else:
+            texts = [(row.x + row.y, (*cuts[0], *(len(row.x) + c for c in cuts[1])))]
+        return Job(texts, lambda parts: [self._sequence(row, parts, ends)])
+
+    def _ends(self, row: Pair) -> _Ends:
+        tokenizer, o = self.tokens.tokenizer, self.options
+        bos, eos = tokenizer.bos_token, tokenizer.eos_token
+        for name, wanted, token in (("bos", o.bos, bos), ("eos", o.eos, eos)):
+            if wanted is True and not token:
+                raise ConfigError(
+                    f"{name}=True, but the tokenizer has no {name} token", fix=f"set tokenizer.{name}_token"
+                )
+        has_bos, has_eos = bool(bos) and row.x.startswith(bos), bool(eos) and row.y.endswith(eos)
+        add_bos = o.bos is True or (o.bos == "auto" and self.tokens.adds_bos)
+        add_eos = o.eos is True or (o.eos == "auto" and bool(eos))
+        return _Ends((bos,) * (add_bos and not has_bos), (eos,) * (add_eos and not has_eos), has_eos)
+
+    def _controlled(self, row: Pair, ends: _Ends) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Where x and y are cut so that their control tokens are text; a BOS and an eos at the ends are meant."""
+        if self.options.control == "parse":
+            return (), ()
+        tokenizer = self.tokens.tokenizer
+        first = (
+            len(tokenizer.bos_token) if tokenizer.bos_token and row.x.startswith(tokenizer.bos_token) else 0
+        )
+        last = len(row.y) - (len(tokenizer.eos_token) if ends.has_eos else 0)
+        if self.options.control == "refuse":
+            for name, text, start, stop in (("x", row.x, first, len(row.x)), ("y", row.y, 0, last)):
+                if found := self.tokens.control(text, start, stop):
+                    raise control_text(found[0][0], name)
+            if found := [m for m in self.tokens.control(row.x + row.y) if m.start() < len(row.x) < m.end()]:
+                raise control_text(found[0][0], "y", "x and y together write it")
+        x = self.tokens.cuts(row.x, lambda m: m.start() >= first)
+        return x, self.tokens.cuts(row.y, lambda m: m.end() <= last)
+
+    def _sequence(self, row: Pair, parts: list[Encoded], ends: _Ends) -> Sequence:
+        encoded, border, notes = self._bordered(row, parts)
+        ids = self.tokens.tokenizer.convert_tokens_to_ids
+        head, tail = ids(list(ends.bos)), ids(list(ends.eos))
+        n, m = len(head), len(head) + len(encoded.ids)
+        stop = m - (ends.has_eos and m > n + border)
+        segments = [
+            Segment(0, n, "bos"),
+            Segment(n, n + border, "prompt"),
+            Segment(n + border, stop, "answer", output=True),
+            Segment(stop, m + len(tail), "end_of_turn", output=True),
+        ]
+        weights = np.zeros(m + len(tail), np.float32)
+        for s in segments:
+            weights[s.start : s.stop] = weight_of(self.options.policy, Part(s.kind, s.output, last=s.output))
+        texts = (*ends.bos, *Pieces(encoded.text, encoded.starts, encoded.stops), *ends.eos)
+        if ends.eos:
+            notes += (f"{ends.eos[0]} was appended to y",)
+        all_ids = np.concatenate([head, encoded.ids, tail]).astype(np.int64)
+        return self._fitted(made(all_ids, weights, segments, texts, notes))
+
+    def _fitted(self, sequence: Sequence) -> Sequence:
+        most = self.options.max_length
+        if most is None or len(sequence) <= most:
+            return sequence
+        if self.options.overflow != "truncate":
+            raise too_long(sequence, most)
+        return truncated(sequence, most)
+
+    def _bordered(self, row: Pair, parts: list[Encoded]) -> tuple[Encoded, int, tuple[str, ...]]:
+        """The encoded pair, how many of its tokens are x, and what was done where one token holds both."""
+        if len(parts) == 2:
+            notes = ("x and y are encoded apart",) if self.options.border == "split" else ()
+            return joined(parts), len(parts[0].ids), notes
+        (encoded,) = parts
+        border = self.tokens.border(encoded, len(row.x))
+        if border is not None:
+            return encoded, border, ()
+        if self.options.border == "refuse" or not encoded.tiled:
+            raise straddle(encoded, len(row.x), "y")
+        first = int(np.searchsorted(encoded.starts, len(row.x))) - 1
+        token = encoded.text[encoded.starts[first] : encoded.stops[first]]
+        masked = self.options.border == "mask"
+        side = "masked, as part of x" if masked else "counted as y"
+        note = f"the token {token!r} holds the end of x and the beginning of y: {side}"
+        return encoded, first + masked, (note,)

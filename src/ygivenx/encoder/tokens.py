@@ -1,0 +1,198 @@
+"""Texts to ids, with the place of each token in the text where the tokenizer tells it truly.
+
+The Rust tokenizer is called directly, as `apply_chat_template(tokenize=True)` calls it: no special tokens
+added, no truncation, no padding. Its offsets are believed only if they tile the text without a gap; a border
+is else proved by encoding what stands before it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import RowError
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text's ids, int64 [T], and each token's characters [starts, stops), int64 [T].
+
+    `tiled`: the offsets cover the text without a gap and in order, so that they can be believed. A slow
+    tokenizer tells none: starts and stops are then all 0.
+    """
+
+    text: str
+    ids: Ints
+    starts: Ints
+    stops: Ints
+    tiled: bool
+
+
+class Pieces(Sequence[str]):
+    """The text of each token, cut when it is asked for: `text[starts[i]:stops[i]]`."""
+
+    __slots__ = ("starts", "stops", "text")
+
+    def __init__(self, text: str, starts: Ints, stops: Ints) -> None:
+        self.text, self.starts, self.stops = text, starts, stops
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, i: int | slice) -> str | tuple[str, ...]:
+        if isinstance(i, slice):
+            return tuple(self)[i]
+        return self.text[self.starts[i] : self.stops[i]]
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.text[a:b] for a, b in zip(self.starts.tolist(), self.stops.tolist(), strict=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+class Tokens:
+    """A tokenizer as the encoder needs it. `stops` are texts of tokens that end a turn, beside its eos."""
+
+    def __init__(self, tokenizer: Any, stops: Iterable[str] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.backend = getattr(tokenizer, "backend_tokenizer", None)
+        special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.special: dict[str, int] = {t: i for t, i in special.items() if t}
+        self.stops = frozenset({tokenizer.eos_token, *stops} & self.special.keys())
+
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def control(self, text: str, start: int = 0, stop: int | None = None) -> list[re.Match[str]]:
+        """The special tokens written in text[start:stop]."""
+        return list(self._control.finditer(text, start, len(text) if stop is None else stop))
+
+    def has_control(self, text: str) -> re.Match[str] | None:
+        return self._control.search(text)
+
+    def cuts(self, text: str, foreign: Callable[[re.Match[str]], bool]) -> tuple[int, ...]:
+        """Where to cut a text so that no foreign special token is left whole: after its first character."""
+        cuts: list[int] = []
+        at = 0
+        while found := self._control.search(text, at):
+            if foreign(found):
+                if len(found[0]) == 1:
+                    raise RowError(f"{found[0]!r} can't be encoded as text", reason="control_text")
+                cuts.append(found.start() + 1)
+                at = found.start() + 1
+            else:
+                at = found.end()
+        if cuts:
+            self.need_plain_joints("control='text'")
+        return tuple(cuts)
+
+    def need_plain_joints(self, wanted: str) -> None:
+        """Raise RowError if texts encoded apart don't join: the tokenizer puts a space before each."""
+        if self._puts_space:
+            raise RowError(
+                f"{wanted} encodes texts apart, and this tokenizer puts a space before each",
+                reason="prefix_space",
+                why="the ids would say another text than the row does",
+                fix="another choice of border= or control=, or a tokenizer without prefix space",
+            )
+
+    @cached_property
+    def _puts_space(self) -> bool:
+        if self.backend is None:
+            first = self.tokenizer.convert_ids_to_tokens(
+                self.tokenizer.encode("a", add_special_tokens=False)[:1]
+            )
+        else:
+            first = self.backend.encode("a", add_special_tokens=False).tokens[:1]
+        return bool(first) and first[0][:1] in ("▁", "Ġ")
+
+    def encode_cut(self, texts: Sequence[tuple[str, tuple[int, ...]]]) -> list[Encoded]:
+        """Each text, its pieces between the cuts encoded apart."""
+        pieces = [[text[a:b] for a, b in pairwise((0, *cuts, len(text)))] for text, cuts in texts]
+        encoded = iter(self.encode([p for some in pieces for p in some]))
+        return [joined([next(encoded) for _ in some]) for some in pieces]
+
+    def encode(self, texts: Sequence[str]) -> list[Encoded]:
+        """Each text as a whole, its special tokens parsed."""
+        if self.backend is None:
+            return [self._slow(t) for t in texts]
+        if self.backend.truncation is not None:
+            self.backend.no_truncation()
+        if self.backend.padding is not None:
+            self.backend.no_padding()
+        encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
+        return [_encoded(t, e) for t, e in zip(texts, encodings, strict=True)]
+
+    def ids(self, text: str) -> Ints:
+        return self.encode([text])[0].ids
+
+    def _slow(self, text: str) -> Encoded:
+        ids = np.array(self.tokenizer.encode(text, add_special_tokens=False), np.int64)
+        nowhere = np.zeros_like(ids)
+        return Encoded(text, ids, nowhere, nowhere, tiled=False)
+
+    def border(self, encoded: Encoded, character: int) -> int | None:
+        """How many tokens lie wholly before a character, if the ids before it are a prefix; else None."""
+        if encoded.tiled:
+            before = int(np.searchsorted(encoded.starts, character))
+            return None if before and encoded.stops[before - 1] > character else before
+        prefix = self.ids(encoded.text[:character])
+        return len(prefix) if np.array_equal(prefix, encoded.ids[: len(prefix)]) else None
+
+    @cached_property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer itself begins a text with its BOS."""
+        bos = self.tokenizer.bos_token_id
+        return bos is not None and list(self.tokenizer("a")["input_ids"])[:1] == [bos]
+
+
+def joined(parts: Sequence[Encoded]) -> Encoded:
+    """Texts encoded apart, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    shifts = [0, *accumulate(len(p.text) for p in parts)]
+    return Encoded(
+        "".join(p.text for p in parts),
+        np.concatenate([p.ids for p in parts]),
+        np.concatenate([p.starts + shift for p, shift in zip(parts, shifts, strict=False)]),
+        np.concatenate([p.stops + shift for p, shift in zip(parts, shifts, strict=False)]),
+        all(p.tiled for p in parts),
+    )
+
+
+def _encoded(text: str, encoding: Any) -> Encoded:
+    ids = np.array(encoding.ids, np.int64)
+    flat = np.fromiter(chain.from_iterable(encoding.offsets), np.int64, 2 * len(ids))
+    starts, stops = flat[::2], flat[1::2]
+    return Encoded(text, ids, starts, stops, _tiles(starts, stops, len(text)))
+
+
+def _tiles(starts: Ints, stops: Ints, length: int) -> bool:
+    if not len(starts):
+        return length == 0
+    whole = starts[0] == 0 and stops[-1] == length
+    in_order = (starts[1:] >= starts[:-1]) & (stops[1:] >= stops[:-1])
+    return bool(whole and (in_order & (starts[1:] <= stops[:-1])).all())

@@ -1,0 +1,1 @@
+"""From hidden rows to log p and gradients, only for the edges that the loss needs."""

@@ -1,0 +1,130 @@
+"""The edges of one call to the head, grouped in columns: the small vectors beside the tiles of `sweep.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+AT_ONCE = 1024  # edges whose hidden states and tokens are gathered at a time
+
+
+@dataclass(frozen=True)
+class Head:
+    """z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap). weight [V, H], bias [V]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+    z_loss: float = 0.0
+
+    def capped(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """z in place as softcap·tanh(z / softcap), and its slope 1 - tanh², where there is a cap."""
+        if self.softcap is None:
+            return z, None
+        z.div_(self.softcap).tanh_()
+        slope = 1 - z * z
+        return z.mul_(self.softcap), slope
+
+
+class Edges:
+    """Edges in the order of their columns, and what is known of each column.
+
+    target [E]; weight, picked (the target's logit), log_p float64 [E]; column [E] of each edge, `starts` [C + 1] of
+    each column's edges, the first of which has the highest logit: its target is *the* target of the column.
+    rows [C]; shift, sums (S), float64 [C]; above int64 [C].
+    """
+
+    def __init__(self, hidden: Tensor, head: Head, rows: Tensor, targets: Tensor, weights: Tensor | None, *,
+                 apart: bool) -> None:  # fmt: skip
+        self.hidden, self.head = hidden, head
+        self.wide = torch.promote_types(head.weight.dtype, torch.float32)
+        picked, slope = self._pick(rows, targets)
+        # By row, the highest logit first; with `apart` each edge is a column of its own.
+        self.order = torch.argsort(picked, descending=True)
+        self.order = self.order[torch.argsort(rows[self.order], stable=True)]
+        rows, self.target, self.picked = rows[self.order], targets[self.order], picked[self.order]
+        self.slope = None if slope is None else slope[self.order]
+        self.weight = None if weights is None else weights[self.order].double()
+        if apart:
+            self.rows, self.column = rows, torch.arange(len(rows), device=rows.device)
+            counts = torch.ones_like(rows)
+        else:
+            self.rows, self.column, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
+        ends = counts.cumsum(0)
+        self.starts, self.first = [0, *ends.tolist()], ends - counts
+        self.shift = self.picked[self.first]
+        self.sums = torch.zeros_like(self.shift)
+        self.above = torch.zeros_like(self.rows)
+        self.log_z = torch.zeros_like(self.shift)
+        self.log_p = torch.zeros_like(self.picked)
+
+    def _pick(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logit of every edge's target and the slope of its cap, float64 [E]."""
+        picked = torch.empty(len(rows), dtype=self.wide, device=rows.device)
+        for part in parts(len(rows)):
+            h, w = self.hidden[rows[part]], self.head.weight[targets[part]]
+            picked[part] = (h.to(self.wide) * w.to(self.wide)).sum(-1)
+        if self.head.bias is not None:
+            picked += self.head.bias[targets]
+        return self.head.capped(picked.double() * self.head.scale)
+
+    def as_given(self, values: Tensor) -> Tensor:
+        """Values per edge in the caller's order."""
+        out = torch.empty_like(values)
+        out[self.order] = values
+        return out
+
+    def settle(self, a: int, b: int) -> None:
+        """log Z and log p of columns [a, b), once their sums are known."""
+        mine = slice(self.starts[a], self.starts[b])
+        shift, column = self.shift[a:b], self.column[mine] - a
+        # log1p(S), as e[target] is exp(0) unless the shift is the maximum
+        log_z = torch.log1p(self.sums[a:b] + torch.expm1(self.picked[self.first[a:b]] - shift))
+        self.log_p[mine] = self.picked[mine] - shift[column] - log_z[column]
+        self.log_z[a:b] = log_z
+
+    def loss(self) -> Tensor:
+        """Σ w·(−log p + z_loss·logsumexp²), float64."""
+        assert self.weight is not None
+        lse = (self.shift + self.log_z)[self.column]
+        return (self.weight * (self.head.z_loss * lse**2 - self.log_p)).sum()
+
+    def coefficients(self, a: int, b: int) -> tuple[Tensor, Tensor]:
+        """Columns [a, b): k [b - a], and of their edges the gradient at the target's logit less what k·e[v]
+        gives already (nothing at *the* target, whose e is left out of the tiles). float64.
+        """
+        assert self.weight is not None
+        mine = slice(self.starts[a], self.starts[b])
+        column, first, weight = self.column[mine] - a, self.first[a:b], self.weight[mine]
+        same = self.target[mine] == self.target[first][column]
+        on_target = torch.zeros(b - a, dtype=weight.dtype, device=weight.device)
+        elsewhere = on_target.index_add(0, column, weight.where(~same, 0.0))
+        size = on_target.index_add(0, column, weight.abs())
+        on_target = on_target.index_add(0, column, weight.where(same, 0.0))
+        lse_part = 2 * self.head.z_loss * (on_target + elsewhere)
+        if self.head.z_loss:
+            lse_part = lse_part * (self.shift[a:b] + self.log_z[a:b])
+        c = on_target + elsewhere + lse_part
+        z = self.log_z[a:b].exp()
+        at_target = elsewhere + lse_part - c * self.sums[a:b] / z
+        g = -weight.where(~same, 0.0)
+        g[first - self.starts[a]] = at_target
+        if self.slope is not None:
+            g = g * self.slope[mine]
+        # Weights that cancel leave c = 0, and tiles can't hold g / k: any c too small to matter will do.
+        c = torch.where(c.abs() < 1e-12 * size, 1e-12 * size, c)
+        return c / z, g
+
+
+def working_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """float16 can't hold unnormalised exponentials: it is computed in float32."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def parts(count: int) -> list[slice]:
+    """Slices of at most AT_ONCE edges, as gathering [E, H] at once would be large."""
+    return [slice(a, a + AT_ONCE) for a in range(0, count, AT_ONCE)]

@@ -1,0 +1,214 @@
+"""The selective head: log p and gradients for the tokens that a loss or a score needs, and for no other.
+
+Rows of hidden states that carry no edge never meet the head, and there is no [tokens, vocabulary] tensor beyond
+one chunk. The readable twin is `reference.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from ..errors import ModelError
+from . import kernel
+from .edges import Head
+from .sweep import MEMORY, sweep
+
+
+class Ranked(NamedTuple):
+    """log_p float32 [E]; rank int64 [E]: tokens with a higher logit than the target, 0 = greedy."""
+
+    log_p: Tensor
+    rank: Tensor
+
+
+def selective_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    z_loss: float = 0.0,
+    memory: int = MEMORY,
+) -> tuple[Tensor, Tensor]:
+    """(log p per edge, Σ w·(−log p + z_loss·logsumexp²)) from only the rows that carry an edge.
+
+    hidden [F, H], weight [V, H], bias [V] in float32, bfloat16 or float16 (computed in float32); rows, targets
+    int64 [E]: edge e asks row rows[e] for token targets[e], in any order, repeats allowed; weights float [E], of
+    any sign. Under torch.autocast the products run in its dtype, as those of nn.Linear do; of two dtypes the wider one
+    counts. Logits are z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap).
+
+    log_p float32 [E] is detached: for a loss whose weights depend on log p with gradients, use `log_probs`. The
+    sum, a float32 scalar, is differentiable in hidden, weight and bias: once, and again after
+    `backward(retain_graph=True)`, which computes them anew. Divide the weights rather than the sum: a factor of
+    exactly 1 in backward costs no pass over the gradients.
+
+    `memory` bytes may be held beyond the gradients; more makes large vocabularies a little faster in float32.
+    Raises ModelError for shapes or indices that don't fit, and for weights that ask for a gradient.
+    """
+    _check(hidden, weight, bias, rows, targets, weights)
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    options = {"softcap": softcap, "scale": scale, "z_loss": z_loss}
+    wants = _wants(hidden, weight, bias)
+    return _Loss.apply(hidden, weight, bias, rows, targets, weights, options, wants, memory)
+
+
+@overload
+def log_probs(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
+    softcap: float | None = ..., scale: float = ..., ranks: Literal[False] = ..., memory: int = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def log_probs(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
+    softcap: float | None = ..., scale: float = ..., ranks: Literal[True], memory: int = ...,
+) -> Ranked: ...  # fmt: skip
+def log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    ranks: bool = False,
+    memory: int = MEMORY,
+) -> Tensor | Ranked:
+    """log Pr(targets[e] | row rows[e]), float32 [E]; with `ranks` also how many tokens are more probable.
+
+    Differentiable like any torch function, once: backward recomputes the chunks, so nothing of size
+    [tokens, vocabulary] is kept. Under torch.no_grad() no gradient is prepared. Arguments as in
+    `selective_cross_entropy`.
+    """
+    _check(hidden, weight, bias, rows, targets)
+    hidden, weight = _autocast(hidden), _autocast(weight)
+    options: dict[str, Any] = {"softcap": softcap, "scale": scale}
+    if ranks:
+        swept = sweep(hidden, Head(weight, bias, **options), rows, targets, ranks=True)
+        assert swept.rank is not None
+        return Ranked(swept.log_p, swept.rank)
+    return _LogProbs.apply(hidden, weight, bias, rows, targets, options, memory)
+
+
+def explain() -> dict[str, str]:
+    """Which route runs on this machine by device and dtype, and why; builds the compiled tile if it can."""
+    reason = kernel.why_not()
+    return {
+        "cpu float32": "torch",
+        "cpu bfloat16": f"torch, as the compiled tile is missing: {reason}" if reason else "compiled tile",
+        "cpu float16": "torch, computed in float32",
+        "cuda": "torch, the same code as on the CPU",
+        "soft-cap": "torch",
+    }
+
+
+Wants = tuple[bool, bool, bool]
+
+
+class _Loss(torch.autograd.Function):
+    """The gradients are made in forward, where the exponentials are at hand, and handed over in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+                weights: Tensor, options: dict[str, Any], wants: Wants,
+                memory: int) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        swept = sweep(hidden, Head(weight, bias, **options), rows, targets, weights, wants, memory=memory)
+        if any(wants):
+            ctx.save_for_backward(hidden, weight, bias, rows, targets, weights)
+            ctx.options, ctx.wants, ctx.memory = options, wants, memory
+            ctx.made = (swept.hidden, swept.weight, swept.bias)
+        ctx.mark_non_differentiable(swept.log_p)
+        return swept.log_p, swept.loss
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        made, ctx.made = ctx.made, None
+        if made is None:  # a second backward: the first one gave its gradients away
+            hidden, weight, bias, rows, targets, weights = ctx.saved_tensors
+            head = Head(weight, bias, **ctx.options)
+            swept = sweep(hidden, head, rows, targets, weights, ctx.wants, memory=ctx.memory)
+            made = (swept.hidden, swept.weight, swept.bias)
+        if grad.device.type != "cpu" or grad.item() != 1:
+            for g in made:
+                if g is not None:
+                    g.mul_(grad)
+        return (*made, *[None] * 6)
+
+
+class _LogProbs(torch.autograd.Function):
+    """Weights are the gradients of log p, known in backward only: there the sweeps are done again."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
+                options: dict[str, Any], memory: int) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(hidden, weight, bias, rows, targets)
+        ctx.options, ctx.memory = options, memory
+        return sweep(hidden, Head(weight, bias, **options), rows, targets).log_p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivatives()
+        hidden, weight, bias, rows, targets = ctx.saved_tensors
+        head, wants = Head(weight, bias, **ctx.options), ctx.needs_input_grad[:3]
+        swept = sweep(hidden, head, rows, targets, -grad, wants, memory=ctx.memory)
+        return (swept.hidden, swept.weight, swept.bias, *[None] * 4)
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled():  # so it is in a backward with create_graph=True, and only there
+        raise ModelError(
+            "the selective head has no second derivatives",
+            why="its gradients would silently count as constants under create_graph=True",
+            fix="compute logits and cross-entropy with torch where they are needed",
+        )
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
+def _wants(*tensors: Tensor | None) -> Wants:
+    hidden, weight, bias = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors)
+    return hidden, weight, bias
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor | None = None,
+) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ModelError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} don't fit",
+            fix="give hidden [F, H] and weight [V, H]; flatten batch and sequence into F",
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ModelError(f"bias {tuple(bias.shape)} doesn't fit a vocabulary of {len(weight)}")
+    if rows.shape != targets.shape or rows.ndim != 1 or (weights is not None and weights.shape != rows.shape):
+        raise ModelError(
+            "rows, targets and weights must be one-dimensional and of one length",
+            why="each edge is one row, one target and one weight",
+        )
+    if weights is not None and weights.requires_grad:
+        raise ModelError(
+            "weights ask for a gradient, and here they are constants",
+            fix="detach them, or build the loss from log_probs(...), which is differentiable",
+        )
+    for name, index, size in (("rows", rows, len(hidden)), ("targets", targets, len(weight))):
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
+            raise ModelError(
+                f"{name} has an index outside 0..{size - 1}",
+                why="such an edge has no row or no token, and leaving it out would change the loss",
+            )

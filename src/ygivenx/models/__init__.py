@@ -1,0 +1,1 @@
+"""Hidden states of a forest's nodes, through an unmodified transformers model."""

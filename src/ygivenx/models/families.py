@@ -1,0 +1,118 @@
+"""Which models can be fed a forest, and feeding them.
+
+The families in PROVEN are compared with unshared runs, gradients included, by the tests. Any other model is
+compared on a small forest before its first use. What keeps a state beside attention is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from ..forest import Forest
+from . import attention
+from .attention import Plan
+
+# `model_type` of the decoders' configs.
+PROVEN = {
+    "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2",
+    "mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "smollm3",
+}  # fmt: skip
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+_compared: WeakSet[nn.Module] = WeakSet()
+
+
+def decoder_of(model: Any) -> Any:
+    """The part that maps tokens to final hidden states. Raises ModelError for what isn't a causal LM."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    if decoder is None or not hasattr(decoder, "get_input_embeddings"):
+        raise ModelError(f"{type(model).__name__} has no decoder", fix="load it with AutoModelForCausalLM")
+    return decoder
+
+
+def config_of(model: Any) -> Any:
+    """The config of the language model, also where a model has several."""
+    return model.config.get_text_config(decoder=True)
+
+
+def check(model: Any) -> None:
+    """Raise ModelError for a model whose hidden states over a forest would not be those of its sequences."""
+    decoder, config = decoder_of(model), config_of(model)
+    strange = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
+    if strange:
+        raise ModelError(
+            f"its layers of type {', '.join(sorted(strange))} can't be computed over a forest",
+            where=type(decoder).__name__,
+            why="such a layer carries a state from token to token, and branches would mix theirs",
+            fix="use a model whose layers are full or sliding-window attention",
+        )
+    if not {"position_ids", "attention_mask"} <= inspect.signature(decoder.forward).parameters.keys():
+        raise ModelError(
+            f"{type(decoder).__name__} takes no positions or no mask",
+            why="without them a token can't be told which path it stands on",
+            fix="use a decoder-only transformer",
+        )
+    attention.prepare(config)
+    if config.model_type not in PROVEN and decoder not in _compared:
+        _compare(decoder, config)
+        _compared.add(decoder)
+
+
+def feed(decoder: nn.Module, plan: Plan, token: np.ndarray) -> Tensor:
+    """Final hidden states [n, H] of the plan's queries, whose ids are token [n]."""
+    ids, depth = (
+        torch.from_numpy(np.ascontiguousarray(a)).to(plan.device) for a in (token, plan.depth[plan.first :])
+    )
+    # A 4-D mask stops the model from making one of its own; our attention doesn't look at it.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.device)
+    out = decoder(
+        input_ids=ids[None], attention_mask=mask, position_ids=depth[None], use_cache=False, ygx=plan
+    )
+    layers = config_of(decoder).num_hidden_layers
+    if len(plan.layers) != layers:
+        raise ModelError(
+            f"{len(plan.layers)} of its {layers} layers use transformers' attention interface",
+            where=type(decoder).__name__,
+            why="the others would mix tokens that don't stand on one path",
+        )
+    return out.last_hidden_state[0]
+
+
+@torch.no_grad()
+def _compare(decoder: Any, config: Any) -> None:
+    """Three branching sequences, over a forest and one by one as the model would run them anyway."""
+    rng = np.random.default_rng(0)
+    trunk, *tails = (rng.integers(0, config.vocab_size, n) for n in (9, 6, 8, 7))
+    rows = [np.concatenate((trunk, tail)) for tail in tails]
+    forest = Forest.of((ids, np.zeros(len(ids))) for ids in rows)
+    embedding = decoder.get_input_embeddings().weight
+    training = decoder.training
+    decoder.eval()
+    try:
+        plan = Plan.of(forest.fed_end, forest.depth[forest.fed], embedding.device)
+        shared = feed(decoder, plan, forest.token[forest.fed])
+        for ids, path in zip(rows, forest.paths, strict=True):
+            tokens = torch.tensor(ids[:-1], device=embedding.device)
+            alone = decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
+            ours = shared[torch.from_numpy(np.searchsorted(forest.fed, path[:-1])).to(alone.device)]
+            _refuse_difference(decoder, ours.double(), alone.double(), torch.finfo(alone.dtype).eps)
+    finally:
+        decoder.train(training)
+
+
+def _refuse_difference(decoder: nn.Module, ours: Tensor, alone: Tensor, eps: float) -> None:
+    difference = float((ours - alone).norm() / alone.norm())
+    if not difference < 300 * eps:
+        raise ModelError(
+            f"over a small forest its hidden states differ by {difference:.1e} from those of the sequences alone",
+            where=type(decoder).__name__,
+            why="some layer mixes tokens that don't stand on one path, so log-probabilities would be wrong",
+            fix="use a model of a proven family: " + ", ".join(sorted(PROVEN)),
+        )

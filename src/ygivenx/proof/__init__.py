@@ -1,0 +1,1 @@
+"""What is really trained: the probe, the audit, the callback."""

@@ -1,0 +1,343 @@
+"""The audit: a dataset, a batch or a live trainer in, findings out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import ConfigError, nearest
+from ..report.parts import Finding
+from ..sequence import Example, Rejected
+from .evidence import Evidence, Leak, Library, Seen, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
+from .rules import RULES, SEVERITIES, Hit, Rule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .probing import Probe
+
+LEAK_DOCUMENTS = 6  # documents of a row that are tested for leaks: each costs a backward pass
+STRIPS = 200  # rows shown token by token on the page
+
+
+@dataclass(frozen=True)
+class Report:
+    """Findings, most severe first, and what they are about. `suppressed` pairs findings with reasons."""
+
+    findings: tuple[Finding, ...]
+    suppressed: tuple[tuple[Finding, str], ...]
+    summary: dict[str, Any]
+    evidence: Evidence = field(repr=False)
+
+    def exit_code(self, fail_on: str = "warning") -> int:
+        """1 if a finding is at least as severe as `fail_on` ("error", "warning", "info"), else 0."""
+        if fail_on not in SEVERITIES:
+            raise ConfigError(f"unknown severity {fail_on!r}{nearest(fail_on, SEVERITIES)}")
+        bar = SEVERITIES.index(fail_on)
+        return int(any(SEVERITIES.index(f.severity) <= bar for f in self.findings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {
+            "summary": self.summary,
+            "findings": [asdict(f) for f in self.findings],
+            "suppressed": [{**asdict(f), "reason": reason} for f, reason in self.suppressed],
+        }
+
+    def to_json(self) -> str:
+        """One JSON document."""
+        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
+
+    def to_sarif(self) -> str:
+        """SARIF 2.1.0 (OASIS), which code-scanning services and editors read."""
+        results = [_sarif_result(f) for f in self.findings]
+        results += [
+            {**_sarif_result(f), "suppressions": [{"kind": "external", "justification": reason}]}
+            for f, reason in self.suppressed
+        ]
+        driver = {
+            "name": "ygivenx",
+            "informationUri": "https://pypi.org/project/ygivenx/",
+            "rules": [_sarif_rule(r) for r in RULES.values()],
+        }
+        schema = "https://json.schemastore.org/sarif-2.1.0.json"
+        document = {
+            "version": "2.1.0",
+            "$schema": schema,
+            "runs": [{"tool": {"driver": driver}, "results": results}],
+        }
+        return json.dumps(document, ensure_ascii=False, indent=1)
+
+    def to_html(self, path: str | Path, title: str = "Audit") -> Path:
+        """Write the page: findings, and the rows with their trained tokens. Returns the path."""
+        from ..report import Page
+
+        page = Page(
+            title=title, summary=self.summary, findings=list(self.findings), rows=_strips(self.evidence)
+        )
+        return page.write(path)
+
+    def __str__(self) -> str:
+        head = [f"{name}: {value}" for name, value in self.summary.items()]
+        body = [_paragraph(f) for f in self.findings] or ["no findings"]
+        tail = [f"suppressed: {f.rule} ({reason})" for f, reason in self.suppressed]
+        return "\n".join([*head, *body, *tail])
+
+
+def audit(
+    rows: Iterable[Any] | None = None,
+    encoder: Any = None,
+    *,
+    batch: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
+    probe: Probe | None = None,
+    model: nn.Module | None = None,
+    trainer: Any = None,
+    suppress: Mapping[str, str] | None = None,
+) -> Report:
+    """Findings about whatever is given; each further thing lets more rules speak.
+
+    rows + encoder: the data as the contract reads it; a reader's Rejected counts as quarantined. batch: one
+    collated batch, or a step's list of them, by their labels. probe: a step that was probed. model: its limits
+    and stop tokens. trainer: a transformers trainer, of which one step is rehearsed (see `rehearse`; nothing of
+    it changes); rows default to those in its dataset's own columns, the encoder to one of its tokenizer.
+    suppress: rule id → why it doesn't apply here; the finding is listed apart and doesn't fail the audit.
+
+    Raises ConfigError for a rule id that doesn't exist, or a suppression without a reason.
+    """
+    suppress = dict(suppress or {})
+    _check_suppressions(suppress)
+    evidence = _gather(rows, encoder, batch, probe, model, trainer)
+    findings = [_finding(r, hit) for r in RULES.values() for hit in r.check(evidence)]
+    findings.sort(key=lambda f: SEVERITIES.index(f.severity))
+    return Report(
+        tuple(f for f in findings if f.rule not in suppress),
+        tuple((f, suppress[f.rule]) for f in findings if f.rule in suppress),
+        _summary(evidence),
+        evidence,
+    )
+
+
+# -- evidence ---------------------------------------------------------------------------------------------
+
+
+def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, trainer: Any) -> Evidence:
+    ev = Evidence(probe=probed)
+    if trainer is not None:
+        model = trainer.model if model is None else model
+        encoder = _encoder_of(trainer) if encoder is None else encoder
+        rows = _rows_of(trainer) if rows is None else rows
+    if encoder is not None:
+        ev.tokenizer = encoder.tokenizer
+        if rows is not None:
+            ev.rows = list(rows)
+            unread = [r for r in ev.rows if isinstance(r, Rejected)]
+            examples, rejected = encoder.batch(r for r in ev.rows if not isinstance(r, Rejected))
+            ev.examples, ev.rejected = list(examples), [*unread, *rejected]
+    _add_model(ev, model)
+    if trainer is not None:
+        batch = _rehearse(ev, trainer)
+    if batch is not None:
+        batches = [batch] if isinstance(batch, Mapping) else list(batch)
+        ev.labels = [s for i, b in enumerate(batches) if "labels" in b for s in seen_in_batch(b, i)]
+    if ev.probe is not None and not ev.steps:
+        ev.steps = [s for i, b in enumerate(ev.probe.micro_batches) for s in seen_in_step(i, b)]
+    _align(ev)
+    if ev.steps:
+        from .rehearsal import denominators
+
+        ev.denominators = denominators(ev.steps)
+    if trainer is not None:
+        ev.leaks = _leaks(ev, trainer.model, batch)
+    return ev
+
+
+def _add_model(ev: Evidence, model: Any) -> None:
+    if model is None:
+        return
+    from .probing import unwrap
+
+    core = unwrap(model)
+    ev.context_length = getattr(core.config.get_text_config(), "max_position_embeddings", None)
+    stops = core.generation_config.eos_token_id if core.generation_config is not None else None
+    ev.stop_ids = frozenset(np.atleast_1d(stops).tolist()) if stops is not None else frozenset()
+
+
+def _rehearse(ev: Evidence, trainer: Any) -> list[dict[str, Any]]:
+    from .rehearsal import rehearse
+
+    run = rehearse(trainer)
+    ev.probe, ev.evaluation = run.probe, run.evaluation
+    for i, (batch, probed) in enumerate(zip(run.batches, run.probe.micro_batches, strict=True)):
+        if "forest" in batch:  # ours
+            sequences = [trainer.train_dataset.sequences[m] for m in batch["forest"].members]
+            ev.steps += seen_in_forest(i, probed, batch["forest"], sequences)
+        else:
+            ev.steps += seen_in_step(i, probed)
+    return run.batches
+
+
+def _align(ev: Evidence) -> None:
+    library = Library(ev.examples)
+    pad = getattr(ev.tokenizer, "pad_token_id", None)
+    for seen in (*ev.steps, *ev.labels):
+        library.align(seen)
+        mark_padding(seen, pad)
+
+
+def _leaks(ev: Evidence, model: Any, batches: list[dict[str, Any]]) -> list[Leak]:
+    """Documents that depend on others, tokens that depend on padding: in the first row that has several."""
+    from .probing import leakage
+
+    leaks = []
+    for seen in ev.steps:
+        groups = _groups(seen)
+        if groups is None or seen.micro_batch >= len(batches):
+            continue
+        batch = batches[seen.micro_batch]
+        if "input_ids" not in batch or np.shape(batch["input_ids"])[-1] != len(seen.ids):
+            continue
+        row = {k: v[seen.row : seen.row + 1] if _per_row(v, batch) else v for k, v in batch.items()}
+        matrix = leakage(model, row, groups[None])
+        padded = bool(seen.padding.any())
+        for g, k in np.argwhere(matrix > 1e-6).tolist():
+            if g != k and not (padded and g == groups.max()):
+                what = "padding" if padded and k == groups.max() else "document"
+                leaks.append(Leak(what, f"{seen.where}, documents {g} and {k}", float(matrix[g, k])))
+        break
+    return leaks
+
+
+def _groups(seen: Seen) -> np.ndarray | None:
+    """int [T]: the document of each token, padding as the last group; None for a row of one."""
+    groups = np.full(len(seen.ids), -1)
+    spans = [(p.start, p.stop) for p in seen.pieces]
+    if len(spans) > 1:
+        for g, (start, stop) in enumerate(spans[:LEAK_DOCUMENTS]):
+            groups[start:stop] = g
+    else:
+        groups = np.where(seen.documents < LEAK_DOCUMENTS, seen.documents, -1)
+    groups[seen.padding] = -1
+    if seen.padding.any():
+        groups[seen.padding] = groups.max() + 1
+    return groups if groups.max() > 0 else None
+
+
+def _per_row(value: Any, batch: Mapping[str, Any]) -> bool:
+    return np.ndim(value) > 0 and np.shape(value)[0] == np.shape(batch["input_ids"])[0]
+
+
+def _encoder_of(trainer: Any) -> Any:
+    tokenizer = trainer.processing_class
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    from ..encoder.encode import Encoder
+
+    return Encoder(tokenizer)
+
+
+def _rows_of(trainer: Any) -> list[Any] | None:
+    """The rows that a trainer's dataset still carries beside its token ids."""
+    columns = getattr(trainer.train_dataset, "column_names", None) or []
+    kept = [c for c in ("messages", "prompt", "completion", "tools") if c in columns]
+    if "messages" not in kept and not {"prompt", "completion"} <= set(kept):
+        return None
+    return list(trainer.train_dataset.select_columns(kept))
+
+
+# -- report -----------------------------------------------------------------------------------------------
+
+
+def _check_suppressions(suppress: Mapping[str, str]) -> None:
+    for name, reason in suppress.items():
+        if name not in RULES:
+            raise ConfigError(f"there is no rule {name!r}{nearest(name, RULES)}", where="suppress")
+        if not reason.strip():
+            raise ConfigError(f"the suppression of {name!r} has no reason", where="suppress", fix="say why")
+
+
+def _finding(rule: Rule, hit: Hit) -> Finding:
+    severity = hit.severity or rule.severity
+    return Finding(rule.id, severity, hit.message, hit.count, hit.share, hit.examples, rule.why, rule.fix)
+
+
+def _summary(ev: Evidence) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    if ev.rows:
+        told |= {"rows": len(ev.rows), "accepted": len(ev.examples), "quarantined": len(ev.rejected)}
+    if ev.seen:
+        tokens = sum(int(s.attended.sum()) for s in ev.seen)
+        trained = sum(int(s.trained.sum()) for s in ev.seen)
+        told |= {
+            "trained tokens are told by": "the gradient of a step" if ev.steps else "labels",
+            "tokens": tokens,
+            "trained": trained,
+            "trained share": round(trained / max(tokens, 1), 4),
+        }
+    if ev.probe is not None:
+        told |= {"Σ weights of the step": round(ev.probe.weight_sum, 6), "weights": ev.probe.weighting}
+    return told
+
+
+def _paragraph(f: Finding) -> str:
+    share = f" ({f.share:.1%})" if f.share is not None else ""
+    count = f"{f.count:,} " if f.count is not None else ""
+    lines = [f"{f.severity} [{f.rule}] {count}{f.message}{share}"]
+    for example in f.examples:
+        lines.append("    " + ": ".join(" ".join(str(v).split()) for v in example.values()))
+    return "\n".join([*lines, f"  why: {f.why}", f"  fix: {f.fix}"])
+
+
+def _strips(ev: Evidence) -> list[Any]:
+    from ..report import TokenStrip
+
+    strips = [
+        TokenStrip(
+            title=s.where,
+            tokens=[ev.text([i]) for i in s.ids],
+            weights=s.weight.tolist(),
+            log_p=[None] * len(s.ids),
+            kinds=[k or "token" for k in s.kinds],
+            ids=s.ids.tolist(),
+        )
+        for s in ev.seen[:STRIPS]
+    ]
+    if strips:
+        return strips
+    return [TokenStrip.of(s, title=f"sequence {i}") for i, s in enumerate(ev.sequences[:STRIPS])]
+
+
+def _sarif_rule(rule: Rule) -> dict[str, Any]:
+    return {
+        "id": rule.id,
+        "shortDescription": {"text": rule.id.replace("-", " ")},
+        "fullDescription": {"text": rule.why},
+        "help": {"text": rule.fix},
+        "defaultConfiguration": {"level": _sarif_level(rule.severity)},
+    }
+
+
+def _sarif_level(severity: str) -> str:
+    return "note" if severity == "info" else severity
+
+
+def _sarif_result(f: Finding) -> dict[str, Any]:
+    text = _paragraph(f).split("\n", 1)[0]
+    return {
+        "ruleId": f.rule,
+        "level": _sarif_level(f.severity),
+        "message": {"text": text},
+        "locations": [
+            {"logicalLocations": [{"fullyQualifiedName": str(e["where"])}]}
+            for e in f.examples
+            if "where" in e
+        ],
+        "properties": {"count": f.count, "share": f.share, "examples": list(f.examples)},
+    }
+
+
+__all__ = ["Example", "Finding", "Report", "audit"]

@@ -1,0 +1,282 @@
+"""What the audit's rules look at: batches and steps, aligned with what the encoder says of the same rows."""
+
+from __future__ import annotations
+
+import difflib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ..sequence import Example, Rejected, Sequence
+
+if TYPE_CHECKING:
+    from ..forest import Forest
+    from .probing import MicroBatch, Probe
+
+SHINGLE = 6  # tokens in a row that identify a document
+UNKNOWN = "?"  # kind of a token that no known document explains
+
+
+@dataclass
+class Seen:
+    """One row of one batch: what was fed, and which of its tokens are trained.
+
+    ids, documents int64 [T]; attended bool [T] by the attention mask; target int64 [T] the token trained at
+    each position (−1: none); weight float64 [T]. padding bool [T]: not attended, or pad tokens at an end that no
+    document explains. Alignment with the encoder's sequences fills in kinds [T] (a segment kind, "?"
+    inside a document that differs there, "" outside any), output bool [T], expected float64 [T] (weight by the
+    encoder, NaN where unknown) and the `pieces` found.
+    """
+
+    micro_batch: int
+    row: int
+    ids: np.ndarray
+    attended: np.ndarray
+    documents: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+    kinds: np.ndarray = field(init=False)
+    output: np.ndarray = field(init=False)
+    expected: np.ndarray = field(init=False)
+    padding: np.ndarray = field(init=False)
+    pieces: list[Piece] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        size = len(self.ids)
+        self.kinds = np.full(size, "", object)
+        self.output = np.zeros(size, bool)
+        self.expected = np.full(size, np.nan)
+        self.padding = ~self.attended
+
+    @property
+    def trained(self) -> np.ndarray:
+        """bool [T]."""
+        return (self.weight != 0) & np.isfinite(self.weight)
+
+    @property
+    def where(self) -> str:
+        return f"micro-batch {self.micro_batch}, row {self.row}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch [start, stop) of a seen row that is `sequence`, and how far it is."""
+
+    sequence: Sequence
+    start: int
+    stop: int
+    matched: np.ndarray  # bool over the sequence's tokens
+
+    @property
+    def missing_head(self) -> int:
+        """Tokens of the sequence before the first that was fed."""
+        return int(self.matched.argmax())
+
+    @property
+    def missing_tail(self) -> np.ndarray:
+        """Indices of the sequence's tokens after the last that was fed."""
+        return np.arange(len(self.matched) - int(self.matched[::-1].argmax()), len(self.matched))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation loss as the trainer reports it, and the same batches weighted by their trained tokens."""
+
+    reported: float
+    by_token: float
+
+
+@dataclass
+class Evidence:
+    """All that is known; rules take what they need. Lists are empty where there is nothing."""
+
+    rows: list[Any] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+    rejected: list[Rejected] = field(default_factory=list)
+    tokenizer: Any = None
+    stop_ids: frozenset[int] = frozenset()
+    context_length: int | None = None
+    labels: list[Seen] = field(default_factory=list)
+    steps: list[Seen] = field(default_factory=list)
+    probe: Probe | None = None
+    denominators: list[Denominator] = field(default_factory=list)
+    leaks: list[Leak] = field(default_factory=list)
+    evaluation: Evaluation | None = None
+
+    @property
+    def seen(self) -> list[Seen]:
+        """What is trained: by the gradient where there was a step, else by the labels."""
+        return self.steps or self.labels
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [s for e in self.examples for s in e.sequences]
+
+    def text(self, ids: Iterable[int]) -> str:
+        """The text of token ids for a finding."""
+        known = [int(i) for i in ids if i >= 0]
+        return self.tokenizer.decode(known) if self.tokenizer is not None else " ".join(map(str, known))
+
+
+@dataclass(frozen=True, slots=True)
+class Denominator:
+    """The weight that each trained token of one micro-batch of one rank gets (the median)."""
+
+    rank: int
+    micro_batch: int
+    tokens: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """Tokens that depend on others that they should not see; size relative to their own share."""
+
+    what: str  # "document" or "padding"
+    where: str
+    size: float
+
+
+def seen_in_batch(batch: Mapping[str, Any], number: int = 0) -> list[Seen]:
+    """A collated batch by its labels. labels[i] counts as a target at position i, as in transformers."""
+    from .probing import documents_of
+
+    ids = np.atleast_2d(np.asarray(batch["input_ids"]))
+    labels = np.atleast_2d(np.asarray(batch["labels"]))
+    mask = batch.get("attention_mask")
+    plain = mask is not None and np.ndim(mask) == 2
+    attended = np.asarray(mask).astype(bool) if plain else np.ones(ids.shape, bool)
+    documents = documents_of(batch.get("position_ids"), attended)
+    trained = labels != -100
+    trained[:, 0] = False  # the first label has no context: every shifted loss drops it
+    target = np.where(trained, labels, -1)
+    columns = zip(ids, attended, documents, target, trained.astype(np.float64), strict=True)
+    return [Seen(number, i, *column) for i, column in enumerate(columns)]
+
+
+def seen_in_step(number: int, batch: MicroBatch) -> list[Seen]:
+    """The rows of a probed micro-batch by their gradient."""
+    rows, width = batch.ids.shape
+    # One column more: the last position of a row may be trained to predict something.
+    target = np.full((rows, width + 1), -1, np.int64)
+    weight = np.zeros((rows, width + 1))
+    for f in batch.found:
+        row, column = divmod(f.row, width)
+        target[row, column + 1] = f.target
+        weight[row, column + 1] += f.weight
+    columns = zip(batch.ids, batch.attended, batch.documents, target[:, :-1], weight[:, :-1], strict=True)
+    return [Seen(number, i, *column) for i, column in enumerate(columns)]
+
+
+def seen_in_forest(number: int, batch: MicroBatch, forest: Forest, sequences: list[Sequence]) -> list[Seen]:
+    """The sequences of a probed forest. Where they share an edge, each gets the part that its own weight claims."""
+    given = {(f.row, f.target): f.weight for f in batch.found}
+    row_of = {int(node): row for row, node in enumerate(forest.fed)}
+    claimed, shared = np.zeros(len(forest.token)), np.zeros(len(forest.token))
+    for path, sequence in zip(forest.paths, sequences, strict=True):
+        claimed[path] += sequence.weights
+        shared[path] += 1
+    seen = []
+    for i, (path, sequence) in enumerate(zip(forest.paths, sequences, strict=True)):
+        edges = [(row_of[int(forest.parent[v])], int(forest.token[v])) for v in path[1:]]
+        total = np.array([0.0, *(given.get(edge, 0.0) for edge in edges)])
+        own = np.where(
+            claimed[path] > 0, sequence.weights / np.maximum(claimed[path], 1e-30), 1 / shared[path]
+        )
+        weight = total * own
+        target = np.where(weight != 0, sequence.ids, -1)
+        whole = np.ones(len(path), bool)
+        seen.append(Seen(number, i, sequence.ids, whole, np.zeros(len(path), np.int64), target, weight))
+    return seen
+
+
+class Library:
+    """The encoder's sequences by their shingles, so that a document is found inside any batch row."""
+
+    def __init__(self, examples: list[Example]) -> None:
+        self._ids = [[s.ids.tolist() for s in e.sequences] for e in examples]
+        self._examples = examples
+        places: dict[tuple[int, ...], list[_Place]] = defaultdict(list)
+        for e, lists in enumerate(self._ids):
+            for s, ids in enumerate(lists):
+                for offset in range(max(1, len(ids) - SHINGLE + 1)):
+                    places[tuple(ids[offset : offset + SHINGLE])].append(_Place(e, s, offset))
+        # What occurs in many documents (a system prompt) tells none apart.
+        self._places = {key: at for key, at in places.items() if len({p.example for p in at}) <= 3}
+
+    def align(self, seen: Seen) -> None:
+        """Fill in kinds, output, expected and pieces of a seen row."""
+        ids = seen.ids.tolist()
+        for sequence, start, stop in self._stretches(ids):
+            matched = np.zeros(len(sequence), bool)
+            kinds, output = _columns(sequence)
+            seen.kinds[start:stop] = UNKNOWN
+            for a, b, size in _blocks(ids[start:stop], sequence.ids.tolist()):
+                here, there = slice(start + a, start + a + size), slice(b, b + size)
+                seen.kinds[here], seen.output[here] = kinds[there], output[there]
+                seen.expected[here] = sequence.weights[there]
+                matched[there] = True
+            if matched.any():
+                seen.pieces.append(Piece(sequence, start, stop, matched))
+
+    def _stretches(self, ids: list[int]) -> list[tuple[Sequence, int, int]]:
+        """(sequence, start, stop) of the documents in a row, in order."""
+        found: list[tuple[_Place, int]] = []
+        for i in range(max(1, len(ids) - SHINGLE + 1)):
+            places = self._places.get(tuple(ids[i : i + SHINGLE]), [])
+            if not places or (found and found[-1][0].example in {p.example for p in places}):
+                continue
+            # Sequences of one example share their beginnings: the one that agrees longest is meant.
+            found.append((max(places, key=lambda p: self._agreement(ids, i, p)), i))
+        starts = [max(0, i - place.offset) for place, i in found]
+        stops = [*starts[1:], len(ids)][: len(starts)]
+        return [
+            (self._examples[place.example].sequences[place.sequence], start, stop)
+            for (place, _), start, stop in zip(found, starts, stops, strict=True)
+            if start < stop
+        ]
+
+    def _agreement(self, ids: list[int], at: int, place: _Place) -> tuple[int, int]:
+        there = self._ids[place.example][place.sequence]
+        pairs = zip(ids[at:], there[place.offset :], strict=False)
+        return sum(a == b for a, b in pairs), -len(there)
+
+
+class _Place(NamedTuple):
+    example: int
+    sequence: int
+    offset: int
+
+
+def mark_padding(seen: Seen, pad: int | None) -> None:
+    """Find padding that no mask declares, and take it out of the documents."""
+    if pad is not None and seen.attended.all():
+        free = (seen.ids == pad) & np.isin(seen.kinds.astype(str), (UNKNOWN, ""))
+        for order in (slice(None), slice(None, None, -1)):
+            run = int(np.append(free[order], False).argmin())
+            # Unaligned, the last token of the text may itself be the pad token.
+            run -= bool(run and order.step and not seen.pieces)
+            if run > 1:
+                seen.padding[order][:run] = True
+    out = seen.padding
+    seen.kinds[out], seen.output[out], seen.expected[out] = "", False, np.nan
+
+
+def _blocks(a: list[int], b: list[int]) -> list[tuple[int, int, int]]:
+    """Matching stretches of two token lists: all of it in the usual case, else by difflib."""
+    if a[: len(b)] == b:
+        return [(0, 0, len(b))]
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    return [(m.a, m.b, m.size) for m in matcher.get_matching_blocks() if m.size > 1]
+
+
+def _columns(sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    kinds = np.full(len(sequence), "", object)
+    output = sequence.weights > 0
+    for segment in sequence.segments:
+        kinds[segment.start : segment.stop] = segment.kind
+        output[segment.start : segment.stop] = segment.output
+    return kinds, output

@@ -1,0 +1,266 @@
+"""Rules about the rows themselves, before any training."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from ...sequence import Rejected
+from ..evidence import Evidence
+from .base import Hit, rule
+from .shared import EXAMPLES, by_x, some
+
+# Reasons of the encoder that have a rule of their own.
+NAMED = {
+    "control_text", "not_continued", "no_prompt", "no_end_of_turn", "straddling_token", "nothing_trained",
+    "empty_pair", "dropped_field", "too_long", "y_too_long",
+}  # fmt: skip
+
+
+@rule(
+    "control-text",
+    "error",
+    why="A row's text contains the template's control tokens: parsed, it forges turns that nobody wrote.",
+    fix="Encode it as text (control='text'), or leave the row out, as the encoder does by default.",
+)
+def control_text(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows forge control tokens", "control_text")
+
+
+@rule(
+    "prompt-not-continued",
+    "warning",
+    why="The template renders the reply so that it doesn't continue what inference shows: training on it would "
+    "teach a context that never occurs.",
+    fix="Set the template's options (enable_thinking, ...) as at inference, or mend the template.",
+)
+def prompt_not_continued(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows don't continue their prompt", "not_continued", "no_prompt")
+
+
+@rule(
+    "no-end-of-turn",
+    "warning",
+    why="The template writes no token after the reply that would end it: the model can't learn to stop.",
+    fix="Name the token that ends a turn (stops=), or mend the template.",
+)
+def no_end_of_turn(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have no end of turn", "no_end_of_turn")
+
+
+@rule(
+    "straddling-border",
+    "warning",
+    why="One token holds the end of x and the beginning of y; inference, which encodes x alone, never shows it.",
+    fix="border='split' encodes x and y apart, border='mask' leaves the token out of y.",
+)
+def straddling_border(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have a token across the border of x and y", "straddling_token")
+
+
+@rule(
+    "y-empty",
+    "warning",
+    why="Nothing of the row is trained: an empty reply, weights of 0, or a truncation that took all of y.",
+    fix="Leave such rows out, or raise max_length.",
+)
+def y_empty(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have no y", "nothing_trained", "empty_pair")
+
+
+@rule(
+    "rows-quarantined",
+    "warning",
+    why="The encoder can't read these rows; nothing of them is trained.",
+    fix="Read the messages: each says what to do.",
+)
+def rows_quarantined(ev: Evidence) -> Iterator[Hit]:
+    for reason in sorted({r.reason for r in ev.rejected} - NAMED):
+        yield from _quarantined(ev, f"rows are quarantined: {reason}", reason)
+
+
+@rule(
+    "field-dropped",
+    "error",
+    why="The rows have tool calls or reasoning, and the chat template doesn't write them: what would be trained "
+    "is another conversation.",
+    fix="Use a template that knows these fields.",
+)
+def field_dropped(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have fields that the template drops", "dropped_field")
+
+
+@rule(
+    "too-long",
+    "warning",
+    why="The rows are longer than the encoder's max_length, and refused rather than cut in silence.",
+    fix="Raise max_length, or choose what goes: overflow='drop_turns' or 'truncate'.",
+)
+def too_long(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows are too long", "too_long", "y_too_long")
+
+
+@rule(
+    "encoder-notes",
+    "info",
+    why="The encoder mended or decided something on the way, and says so on each sequence.",
+    fix="Nothing, if it is meant.",
+)
+def encoder_notes(ev: Evidence) -> Iterator[Hit]:
+    by_note: dict[str, list[int]] = defaultdict(list)
+    for i, s in enumerate(ev.sequences):
+        for note in dict.fromkeys(re.sub(r"\[\d+\]", "[…]", n) for n in s.notes):
+            by_note[note].append(i)
+    for note, at in by_note.items():
+        examples = ({"where": f"sequences {some(at)}"},)
+        yield Hit(f"sequences: {note}", len(at), len(at) / len(ev.sequences), examples)
+
+
+@rule(
+    "end-does-not-stop",
+    "warning",
+    why="Generation stops at the model's eos tokens, and the token that ends a turn in training is none of "
+    "them: the model would write on past its answer.",
+    fix="Add the token to generation_config.eos_token_id.",
+)
+def end_does_not_stop(ev: Evidence) -> Iterator[Hit]:
+    if not ev.stop_ids:
+        return
+    ends = [
+        (i, s.ids[g.start : g.stop])
+        for i, s in enumerate(ev.sequences)
+        for g in s.segments
+        if g.kind == "end_of_turn"
+    ]
+    deaf = [(i, ids) for i, ids in ends if not ev.stop_ids & set(ids.tolist())]
+    if deaf:
+        examples = tuple({"where": f"example {i}", "text": ev.text(ids)} for i, ids in deaf[:EXAMPLES])
+        yield Hit(
+            "turns end in a token at which generation doesn't stop",
+            len(deaf),
+            len(deaf) / len(ends),
+            examples,
+        )
+
+
+@rule(
+    "duplicates",
+    "info",
+    why="The same x and y several times weigh several times.",
+    fix="Remove repeated rows, unless they are meant.",
+)
+def duplicates(ev: Evidence) -> Iterator[Hit]:
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for i, example in enumerate(ev.examples):
+        groups[tuple(t for s in example.sequences for t in s.ids.tolist())].append(i)
+    again = [g for g in groups.values() if len(g) > 1]
+    count = sum(len(g) - 1 for g in again)
+    if count:
+        examples = tuple({"where": f"examples {some(g)}"} for g in again[:EXAMPLES])
+        yield Hit("rows repeat another row", count, count / len(ev.examples), examples)
+
+
+@rule(
+    "conflicting-answers",
+    "warning",
+    why="One x with different y: the best that the model can learn is a mixture of them.",
+    fix="Keep one answer for each x, unless several are meant.",
+)
+def conflicting_answers(ev: Evidence) -> Iterator[Hit]:
+    torn = [answers for answers in by_x(ev).values() if len(answers) > 1]
+    count = sum(len(rows) for answers in torn for rows in answers.values())
+    if count:
+        examples = tuple(
+            {
+                "where": f"examples {some([rows[0] for rows in answers.values()])}",
+                "text": " | ".join(ev.text(y[:24]) for y in list(answers)[:EXAMPLES]),
+            }
+            for answers in torn[:EXAMPLES]
+        )
+        yield Hit("rows have the same x and another y", count, count / len(ev.examples), examples)
+
+
+@rule(
+    "length-outliers",
+    "info",
+    why="A few rows are far longer than the rest: they set the memory of a run and dominate its batches.",
+    fix="Look at them; set max_length on purpose.",
+)
+def length_outliers(ev: Evidence) -> Iterator[Hit]:
+    lengths = np.array([len(s) for s in ev.sequences])
+    if len(lengths) < 20:
+        return
+    low, high = np.quantile(lengths, [0.25, 0.75])
+    far = np.flatnonzero(lengths > high + 6 * max(high - low, 8))
+    if len(far):
+        examples = tuple({"where": f"sequence {i}", "text": f"{lengths[i]:,} tokens"} for i in far[:EXAMPLES])
+        message = f"sequences are far longer than the rest (median {int(np.median(lengths)):,} tokens)"
+        yield Hit(message, len(far), len(far) / len(lengths), examples)
+
+
+@rule(
+    "longer-than-the-model",
+    "warning",
+    why="Positions beyond those that the model was made for give unreliable numbers.",
+    fix="Set max_length, or split the rows.",
+)
+def longer_than_the_model(ev: Evidence) -> Iterator[Hit]:
+    limit = ev.context_length
+    if limit is None:
+        return
+    long = [(i, len(s)) for i, s in enumerate(ev.sequences) if len(s) > limit]
+    if long:
+        examples = tuple({"where": f"sequence {i}", "text": f"{n:,} tokens"} for i, n in long[:EXAMPLES])
+        message = f"sequences are longer than the model's {limit:,} positions"
+        yield Hit(message, len(long), len(long) / len(ev.sequences), examples)
+
+
+@rule(
+    "weights-out-of-range",
+    "warning",
+    why="A weight above 1 multiplies a token's gradient: a few such tokens can dominate a step.",
+    fix="Keep weights in [0, 1]; repeat a row to count it twice.",
+)
+def weights_out_of_range(ev: Evidence) -> Iterator[Hit]:
+    weights = np.concatenate([s.weights for s in ev.sequences]) if ev.sequences else np.zeros(0)
+    above = weights > 1
+    if above.any():
+        message = f"tokens have a weight above 1, up to {weights.max():g}"
+        yield Hit(message, int(above.sum()), float(above.mean()))
+
+
+@rule(
+    "joint-above-marginal",
+    "error",
+    why="[x, y] begins with x, so log Pr([x, y]) ≤ log Pr(x), always: such a pair of scores is wrong.",
+    fix="Score both with the same tokenisation and model, as sums over tokens.",
+)
+def joint_above_marginal(ev: Evidence) -> Iterator[Hit]:
+    scored = [
+        (i, float(r["log_p_xy"]), float(r["log_p_x"]))
+        for i, r in enumerate(ev.rows)
+        if isinstance(r, Mapping) and {"log_p_xy", "log_p_x"} <= r.keys()
+    ]
+    wrong = [(i, joint, x) for i, joint, x in scored if joint > x + 1e-4]
+    if wrong:
+        examples = tuple(
+            {"where": f"row {i}", "text": f"log Pr([x,y]) = {joint:g} > log Pr(x) = {x:g}"}
+            for i, joint, x in wrong[:EXAMPLES]
+        )
+        yield Hit("rows have a joint above its marginal", len(wrong), len(wrong) / len(scored), examples)
+
+
+def _quarantined(ev: Evidence, message: str, *reasons: str) -> Iterator[Hit]:
+    rows = [r for r in ev.rejected if r.reason in reasons]
+    if rows:
+        total = len(ev.rejected) + len(ev.examples)
+        examples = tuple({"where": r.where, "text": _said(r)} for r in rows[:EXAMPLES])
+        yield Hit(message, len(rows), len(rows) / total, examples)
+
+
+def _said(rejected: Rejected) -> str:
+    """The message without the place that it begins with."""
+    return rejected.message.split("\n")[0].removeprefix(f"{rejected.where}: ")

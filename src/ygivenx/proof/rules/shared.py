@@ -1,0 +1,151 @@
+"""What several rules use: masks over seen rows, and how hits are counted and located."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...sequence import Sequence
+from ..evidence import UNKNOWN, Evidence, Piece, Seen
+from .base import Hit
+
+EXAMPLES = 3
+STRAY = 32  # a longer stretch that no known document explains is a document that the audit wasn't given
+
+
+Mask = Callable[[Seen], np.ndarray]
+
+
+@dataclass
+class Found:
+    count: int
+    total: int
+    examples: tuple[Mapping[str, str], ...]
+
+    def hit(self, message: str) -> Hit:
+        return Hit(message, self.count, self.count / max(self.total, 1), self.examples)
+
+
+def tokens(ev: Evidence, message: str, mask: Mask, of: Mask | None = None) -> Iterator[Hit]:
+    found = collect(ev, mask, of=of)
+    if found.count:
+        yield found.hit(message)
+
+
+def collect(ev: Evidence, mask: Mask, *, of: Mask | None = None, seen: list[Seen] | None = None) -> Found:
+    """Positions where `mask` holds, among those of `of` (default: the trained ones)."""
+    count = total = 0
+    examples: list[Mapping[str, str]] = []
+    for s in ev.seen if seen is None else seen:
+        at = np.flatnonzero(mask(s))
+        count += len(at)
+        total += int((s.trained if of is None else of(s)).sum())
+        if len(at) and len(examples) < EXAMPLES:
+            examples.append({"where": f"{s.where}, token {at[0]}", "text": around(ev, s.ids, int(at[0]))})
+    return Found(count, total, tuple(examples))
+
+
+def around(ev: Evidence, ids: np.ndarray, at: int) -> str:
+    before, after = ids[max(0, at - 8) : at], ids[at + 1 : at + 4]
+    return f"{ev.text(before)}⟦{ev.text(ids[at : at + 1])}⟧{ev.text(after)}"
+
+
+def of_kind(s: Seen, *kinds: str) -> np.ndarray:
+    return np.isin(s.kinds.astype(str), kinds)
+
+
+def supplied(s: Seen) -> np.ndarray:
+    """Trained tokens that the encoder gives no weight and the model doesn't have to produce."""
+    return s.trained & (s.target == s.ids) & ~s.output & (s.expected == 0)
+
+
+def wanted_y(s: Seen) -> np.ndarray:
+    wanted = s.output & (s.expected > 0)
+    wanted[:1] = False
+    return wanted
+
+
+def wanted_in(sequence: Sequence) -> np.ndarray:
+    return sequence.weights > 0
+
+
+def after_end(s: Seen) -> np.ndarray:
+    after = np.zeros(len(s.ids), bool)
+    after[1:] = of_kind(s, "end_of_turn")[:-1]
+    return after
+
+
+def misplaced(s: Seen) -> np.ndarray:
+    return s.trained & (s.ids >= 0) & (s.target != s.ids)
+
+
+def share_equal(seen: list[Seen], back: int) -> float:
+    """The share of misplaced targets that equal the token `back` places before the one they should be."""
+    equal = [(np.roll(s.ids, back) == s.target)[misplaced(s)] for s in seen]
+    return float(np.concatenate(equal).mean())
+
+
+def parts_of(s: Seen) -> list[slice]:
+    """What should have a trained token: each aligned document with weight, else the row."""
+    wanted = wanted_y(s)
+    pieces = [slice(p.start, p.stop) for p in s.pieces if wanted[p.start : p.stop].any()]
+    return pieces or [slice(0, len(s.ids))]
+
+
+def stray_tokens(s: Seen) -> np.ndarray:
+    """Tokens of an aligned row that no document explains, but for whole documents that weren't given."""
+    stray = of_kind(s, UNKNOWN, "") & ~s.padding
+    edges = np.flatnonzero(np.diff(np.concatenate(([0], stray.astype(np.int8), [0]))))
+    for start, stop in zip(edges[::2], edges[1::2], strict=True):
+        if stop - start > STRAY and not (s.kinds[start:stop] == UNKNOWN).any():
+            stray[start:stop] = False
+    return stray
+
+
+def lost_tokens(piece: Piece) -> np.ndarray:
+    """bool over a document's tokens: missing in its middle (a cut head or tail has rules of its own)."""
+    lost = ~piece.matched
+    lost[piece.missing_tail] = False
+    if piece.missing_head > STRAY // 4:
+        lost[: piece.missing_head] = False
+    return lost
+
+
+def first_lost(s: Seen) -> np.ndarray:
+    return next(p.sequence.ids[lost_tokens(p)][:12] for p in s.pieces if lost_tokens(p).any())
+
+
+def leaks_of(ev: Evidence, what: str, message: str) -> Iterator[Hit]:
+    found = [leak for leak in ev.leaks if leak.what == what]
+    if found:
+        examples = tuple(
+            {"where": k.where, "text": f"gradient {k.size:.2g} of their own"} for k in found[:EXAMPLES]
+        )
+        yield Hit(message, len(found), examples=examples)
+
+
+def spread_of(ev: Evidence, weights: list[float]) -> float:
+    """Largest over smallest weight; 1 where weights depend on tokens anyway."""
+    uneven = ev.probe is not None and ev.probe.weighting == "probability"
+    positive = [w for w in weights if w > 0]
+    return 1.0 if uneven or len(positive) < 2 else max(positive) / min(positive)
+
+
+def by_x(ev: Evidence) -> dict[tuple[int, ...], dict[tuple[int, ...], list[int]]]:
+    """Examples by their first x and the y that follows it."""
+    groups: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, example in enumerate(ev.examples):
+        s = example.sequences[0]
+        at = np.flatnonzero(s.weights > 0)
+        if len(at):
+            start = int(at[0])
+            stop = start + int(np.append(s.weights[start:] > 0, False).argmin())
+            groups[tuple(s.ids[:start].tolist())][tuple(s.ids[start:stop].tolist())].append(i)
+    return groups
+
+
+def some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:4])) + (", …" if len(numbers) > 4 else "")

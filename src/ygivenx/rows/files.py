@@ -1,0 +1,344 @@
+"""What files hold, before its meaning is known: raw rows of every kind of file, in order, one at a time.
+
+A source is a function without arguments that starts a fresh iteration; None in a row's stead is a blank line.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ..errors import ConfigError, DataError, MissingExtra, RowError, nearest
+from .strictjson import Strict, elements
+
+_BATCH = 256  # rows of a columnar file that are Python objects at a time
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_PACKED = (".gz", ".gzip", ".zst", ".zstd")
+
+
+class RawRow(NamedTuple):
+    """A row's place in its file (counted from 1), its value, and what is wrong with it, if anything."""
+
+    place: str
+    value: Any
+    fault: RowError | None = None
+
+
+Source = Callable[[], Iterator[RawRow | None]]
+
+
+def open_source(name: str, split: str | None, limit: int, is_row: Callable[[list[str]], bool]) -> Source:
+    """The rows of a file, a directory that `datasets` saved, or `hf:NAME[:CONFIG]`, by what it is called.
+
+    `limit` is the longest row in bytes; `is_row` tells by its keys whether a JSON object is itself a row.
+    """
+    path = Path(name)
+    if name.startswith("hf:"):
+        return partial(_hub_rows, name[3:], split)
+    if path.is_dir():
+        return partial(_arrow_rows, _saved_shards(path, split))
+    if split is not None:
+        raise ConfigError("only datasets have splits", where=name, fix="leave split= out")
+    if not path.is_file():
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        fix = "what the datasets library knows by a name is written hf:NAME"
+        raise DataError(f"there is no such file{nearest(path.name, beside)}", where=name, fix=fix)
+    kinds: dict[str, Source] = {
+        **dict.fromkeys((".jsonl", ".ndjson"), partial(_json_lines, path, limit)),
+        ".json": partial(_json_rows, path, limit, is_row),
+        ".csv": partial(_csv_rows, path, limit, ","),
+        ".tsv": partial(_csv_rows, path, limit, "\t"),
+        **dict.fromkeys((".parquet", ".arrow", ".feather"), partial(_arrow_rows, [path])),
+    }
+    suffix = (path.with_suffix("") if path.suffix.lower() in _PACKED else path).suffix.lower()
+    if suffix not in kinds:
+        what = f"unknown kind of file, {suffix or 'without a suffix'}"
+        raise DataError(what, where=name, fix=f"known: {', '.join(kinds)}; text also packed by gzip or zstd")
+    return kinds[suffix]
+
+
+# --- text ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a text file, unpacked by what it is rather than by what it is called."""
+    with path.open("rb") as packed, _unpacked(packed) as stream:
+        if stream.peek(2)[:2] in _UTF16:
+            raise DataError("the text is UTF-16", where=str(path), fix="convert it to UTF-8")
+        yield stream
+
+
+def _unpacked(stream: io.BufferedReader) -> io.BufferedReader:
+    import pyarrow as pa
+
+    magic = stream.peek(4)[:4]
+    if magic.startswith(_GZIP):
+        return io.BufferedReader(gzip.GzipFile(fileobj=stream))
+    if magic == _ZSTD:
+        return io.BufferedReader(pa.input_stream(stream, compression="zstd"))
+    return stream
+
+
+def _lines(stream: BinaryIO, limit: int) -> Iterator[bytes | None]:
+    """Lines with their ends, without a byte order mark; None for one of more than `limit` bytes."""
+    for n in count():
+        line = stream.readline(limit + 1)
+        if not line:
+            return
+        long = len(line) > limit
+        while len(line) > limit and not line.endswith(b"\n"):
+            line = stream.readline(limit + 1)
+        yield None if long else line if n else line.removeprefix(_BOM)
+
+
+def _too_long(limit: int) -> RowError:
+    return RowError(f"longer than {limit:,} bytes", reason="too_long", fix="raise max_row_bytes=")
+
+
+def _json_lines(path: Path, limit: int) -> Iterator[RawRow | None]:
+    strict = Strict()
+    with _open(path) as stream:
+        for n, line in enumerate(_lines(stream, limit), 1):
+            if line is None:
+                yield RawRow(f"line {n}", None, _too_long(limit))
+            else:
+                yield _json_line(f"line {n}", line, strict) if line.strip() else None
+
+
+def _json_line(place: str, line: bytes, strict: Strict) -> RawRow:
+    try:
+        text = line.decode()
+        return RawRow(place, strict.whole(text))
+    except UnicodeDecodeError as e:
+        why = f"at byte {e.start + 1} of the line"
+        fault = RowError(f"byte 0x{line[e.start]:02x} isn't UTF-8", reason="invalid_utf8", why=why)
+        return RawRow(place, line.decode(errors="backslashreplace"), fault)
+    except RowError as e:
+        if e.reason == "broken_json" and not line.endswith(b"\n"):
+            e = RowError("the file ends in half a row", reason="cut_off", why=e.why)
+        return RawRow(place, text, e)
+
+
+def _json_rows(path: Path, limit: int, is_row: Callable[[list[str]], bool]) -> Iterator[RawRow | None]:
+    """A .json file: an array, an object that is a row or holds rows, or after all one row a line."""
+    with _open(path) as stream:
+        is_array = stream.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
+    if is_array:
+        with _open(path) as stream:
+            for n, (value, fault) in enumerate(elements(stream, limit), 1):
+                yield RawRow(f"row {n}", value, fault)
+        return
+    with _open(path) as stream:
+        lines = (line for line in _lines(stream, limit) if line is None or line.strip())
+        first, more = next(lines, b""), next(lines, b"") != b""
+    if first and more and _json_line("", first, Strict()).fault is None:
+        yield from _json_lines(path, limit)
+    elif first != b"":
+        for n, row in enumerate(_rows_in(_json_whole(path), is_row), 1):
+            yield RawRow(f"row {n}", row)
+
+
+def _json_whole(path: Path) -> dict[str, Any]:
+    with _open(path) as stream:
+        data = stream.read()
+    try:
+        whole = Strict().whole(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise DataError(f"byte 0x{data[e.start]:02x} isn't UTF-8", why=f"at byte {e.start + 1}") from None
+    except RowError as e:
+        raise DataError(e.what, why=e.why, fix="a file of one row a line is called .jsonl") from None
+    if not isinstance(whole, dict):
+        raise DataError("neither an array nor an object", fix="write an array of rows")
+    return whole
+
+
+def _rows_in(whole: dict[str, Any], is_row: Callable[[list[str]], bool]) -> list[Any]:
+    """The rows of an object: itself, its one list of objects, or its values."""
+    if is_row(list(whole)):
+        return [whole]
+    lists = [v for v in whole.values() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)]
+    if len(lists) == 1:
+        return lists[0]
+    return list(whole.values()) if all(isinstance(v, dict) for v in whole.values()) else [whole]
+
+
+def _csv_rows(path: Path, limit: int, delimiter: str) -> Iterator[RawRow | None]:
+    # The csv module's own limit, one for the whole process, is 128 KiB a field.
+    csv.field_size_limit(max(csv.field_size_limit(), limit))
+    with _open(path) as stream:
+        text = _CsvText(stream, limit)
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        header = _record(reader, text)
+        if header is None:
+            return
+        if header.fault:
+            raise DataError("the header can't be read", why=str(header.fault))
+        names = header.value
+        if twice := [c for c, n in Counter(names).items() if n > 1]:
+            raise DataError(f"the column {twice[0]!r} occurs twice")
+        while record := _record(reader, text):
+            yield _named(record, names)
+
+
+def _named(record: RawRow, names: list[str]) -> RawRow | None:
+    """A record with its cells by column; None for a blank line."""
+    if record.fault:
+        return record
+    if not record.value:
+        return None
+    if len(record.value) != len(names):
+        what = f"{len(record.value)} fields where the header has {len(names)}"
+        return record._replace(fault=RowError(what, reason="wrong_field_count"))
+    return record._replace(value=dict(zip(names, record.value, strict=True)))
+
+
+class _CsvText:
+    """Lines of a stream as the csv module wants them; `number` of them were read.
+
+    Raises RowError at one that is too long, and goes on behind it.
+    """
+
+    def __init__(self, stream: BinaryIO, limit: int) -> None:
+        self._lines, self._limit, self.number = _lines(stream, limit), limit, 0
+
+    def __iter__(self) -> _CsvText:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.number += 1
+        if line is None:
+            raise _too_long(self._limit)
+        return line.decode(errors="surrogateescape")
+
+
+def _record(reader: Any, text: _CsvText) -> RawRow | None:
+    """The next record of a CSV file as a list of cells; None at the end."""
+    place = f"line {text.number + 1}"
+    try:
+        cells = next(reader)
+    except StopIteration:
+        return None
+    except csv.Error as e:
+        reason = "cut_off" if "unexpected end" in str(e) else "broken_csv"
+        return RawRow(place, None, RowError("not a record", reason=reason, why=str(e)))
+    except RowError as e:
+        return RawRow(place, None, e)
+    for n, cell in enumerate(cells, 1):
+        try:
+            cell.isascii() or cell.encode()
+        except UnicodeEncodeError:
+            shown = [c.encode(errors="surrogateescape").decode(errors="backslashreplace") for c in cells]
+            return RawRow(place, shown, RowError(f"cell {n} isn't UTF-8", reason="invalid_utf8"))
+    return RawRow(place, cells)
+
+
+# --- columnar files and datasets -------------------------------------------------------------------------
+
+
+def _arrow_rows(paths: Iterable[Path]) -> Iterator[RawRow]:
+    numbers = count(1)
+    for batch in (b for path in paths for b in _batches(path)):
+        names = batch.schema.names
+        if len(set(names)) < len(names):
+            raise DataError(f"a column occurs twice among {', '.join(names)}")
+        for start in range(0, batch.num_rows, _BATCH):
+            for value, fault in _values(batch.slice(start, _BATCH)):
+                yield RawRow(f"row {next(numbers)}", value, fault)
+
+
+def _batches(path: Path) -> Iterator[Any]:
+    """Record batches of a Parquet file, an Arrow file or an Arrow stream, by what it is."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pa.OSFile(str(path)) as f:
+        magic = f.read(6)
+        f.seek(0)
+        if magic.startswith(b"PAR1"):
+            yield from pq.ParquetFile(f).iter_batches(batch_size=_BATCH)
+        elif magic == b"ARROW1":
+            file = pa.ipc.open_file(f)
+            yield from (file.get_batch(i) for i in range(file.num_record_batches))
+        else:
+            yield from pa.ipc.open_stream(f)
+
+
+def _values(batch: Any) -> Iterator[tuple[Any, RowError | None]]:
+    """(row as a dict, None); (None, fault) for one without a Python value, such as text that isn't UTF-8."""
+    import pyarrow as pa
+
+    try:
+        rows = batch.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError) as e:
+        if batch.num_rows > 1:
+            for i in range(batch.num_rows):
+                yield from _values(batch.slice(i, 1))
+        else:
+            yield None, RowError("a value can't be read", reason="unreadable_value", why=str(e))
+        return
+    yield from ((row, None) for row in rows)
+
+
+def _saved_shards(path: Path, split: str | None) -> list[Path]:
+    """The Arrow files of a directory that `datasets` saved, in order."""
+    try:
+        if (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+            path = path / _choose(splits, split, str(path))
+        state = json.loads((path / "state.json").read_text("utf-8"))
+        shards = [path / f["filename"] for f in state["_data_files"]]
+    except FileNotFoundError:
+        inside = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
+        fix = "give one file, a directory that datasets saved, or hf:DIRECTORY"
+        raise DataError("not a saved dataset", where=str(path), why=f"it holds {inside}", fix=fix) from None
+    except (ValueError, LookupError, TypeError) as e:
+        raise DataError(
+            "its description is broken", where=str(path), why=f"{type(e).__name__}: {e}"
+        ) from None
+    if lost := [p for p in shards if not p.is_file()]:
+        raise DataError("a part of the dataset is missing", where=str(lost[0]))
+    return shards
+
+
+def _choose(splits: Iterable[str], split: str | None, where: str) -> str:
+    splits = list(splits)
+    if split is None and len(splits) == 1:
+        return splits[0]
+    if split is None or split not in splits:
+        what = (
+            "the dataset has several splits"
+            if split is None
+            else f"no split {split!r}{nearest(split, splits)}"
+        )
+        raise DataError(what, where=where, fix=f"give split=, one of {', '.join(splits)}")
+    return split
+
+
+def _hub_rows(name: str, split: str | None) -> Iterator[RawRow]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingExtra("datasets", "datasets", needed_for=f"hf:{name}") from None
+    path, _, config = name.partition(":")
+    try:
+        splits = datasets.load_dataset(path, config or None, streaming=True)
+        rows = splits[_choose(splits, split, f"hf:{name}")]
+        yield from (RawRow(f"row {n}", row) for n, row in enumerate(rows, 1))
+    except DataError:
+        raise
+    except Exception as e:  # the library and those beneath it raise what they like
+        why = f"{type(e).__name__}: {e}"
+        raise DataError("the datasets library can't read it", where=f"hf:{name}", why=why) from e

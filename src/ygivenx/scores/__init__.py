@@ -1,0 +1,1 @@
+"""Sums of log p along paths: ledger, scores, evaluation."""

@@ -1,0 +1,130 @@
+"""Scoring and encoding on several machines: Ray Data brings items to workers, and results back in order.
+
+A batch is a Ray task: if its worker dies it is done again elsewhere, and its results are taken once.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ..errors import MissingExtra, RowError
+from ..sequence import Example, Rejected
+from .questions import Question
+
+try:
+    import pyarrow as pa
+    import ray.data
+except ImportError as error:
+    raise MissingExtra("ray", "ray", needed_for="a cluster") from error
+
+BATCH = 512  # items that one worker takes together, and that travel together
+Batch = dict[str, Any]  # number: int64; item, result: pickled
+Model = tuple[str, str | None, str]  # directory, GGUF file, dtype
+
+
+class Scorer:
+    """Holds a model on one worker and scores batches of questions; `told` as in `scores`."""
+
+    def __init__(self, model: Model, told: dict[str, Any]) -> None:
+        import torch
+
+        from ..models.model import load
+
+        path, gguf_file, dtype = model
+        self.model, _ = load(path, gguf_file=gguf_file, dtype=getattr(torch, dtype))
+        self.told = told
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Per question its pickled Score, and the batch's counts of tokens beside the first."""
+        from .scoring import Tally, scores
+
+        tally = Tally()
+        told = list(scores(self.model, map(pickle.loads, batch["item"]), tally=tally, **self.told))
+        rest = [0] * (len(told) - 1)
+        return _results(batch, told) | {
+            "tokens": np.array([tally.tokens, *rest]),
+            "distinct": np.array([tally.distinct, *rest]),
+        }
+
+
+class Coder:
+    """Holds an encoder on one worker; `options` are the Encoder's."""
+
+    def __init__(self, path: str, gguf_file: str | None, options: dict[str, Any]) -> None:
+        from ..encoder.encode import Encoder
+
+        self.encoder = Encoder.from_pretrained(path, gguf_file=gguf_file, **options)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Per row its pickled Example, or the Rejected that says why there is none."""
+        return _results(batch, [self._encoded(pickle.loads(item)) for item in batch["item"]])
+
+    def _encoded(self, row: Any) -> Example | Rejected:
+        try:
+            return self.encoder(row)
+        except RowError as error:
+            return Rejected(row, error.reason, error.where, str(error))
+
+
+def scores_on_ray(
+    model: Model, questions: Iterator[Question], *, workers: int, tally: Any, **told: Any
+) -> Iterator[Any]:
+    """A Score per question, in order, from `workers` workers that each load the model.
+
+    Questions are sorted by their tokens, so that what shares a prefix comes to one worker. Scores come when
+    all are there. `tally` and `told` as in `scores`.
+    """
+    rows = _through(Scorer, (model, told), questions, workers, key=_tokens)
+    for row in rows:
+        tally.scores += 1
+        tally.tokens += int(row["tokens"])
+        tally.distinct += int(row["distinct"])
+        yield pickle.loads(row["result"])
+
+
+def encoded_on_ray(
+    path: str, gguf_file: str | None, rows: Iterator[Any], *, workers: int, **options: Any
+) -> Iterator[Example | Rejected]:
+    """An Example or a Rejected per row (as `Encoder` takes it), in order; options are the Encoder's."""
+    for row in _through(Coder, (path, gguf_file, options), rows, workers):
+        yield pickle.loads(row["result"])
+
+
+def _through(
+    worker: type,
+    arguments: tuple[Any, ...],
+    items: Iterator[Any],
+    workers: int,
+    key: Callable[[Any], bytes] = lambda _: b"",
+) -> Iterator[dict[str, Any]]:
+    """Rows that `workers` workers made of the items' batches, neighbours by `key`, in the items' order."""
+    blocks, number = [], 0
+    while block := list(islice(items, BATCH)):
+        columns = {
+            "number": pa.array(range(number, number + len(block)), pa.int64()),
+            "key": pa.array(map(key, block), pa.binary()),
+            "item": pa.array(map(pickle.dumps, block), pa.binary()),
+        }
+        blocks.append(ray.put(pa.table(columns)))
+        number += len(block)
+    if not blocks:
+        return
+    # One stage at a time: workers that wait for a sort while they hold every core would wait forever.
+    data = ray.data.from_arrow_refs(blocks).sort("key").materialize()
+    pool = ray.data.ActorPoolStrategy(size=workers)
+    done = data.map_batches(worker, fn_constructor_args=arguments, batch_size=BATCH, compute=pool)
+    yield from done.materialize().sort("number").iter_rows()
+
+
+def _tokens(question: Question) -> bytes:
+    """Bytes that sort like the ids themselves."""
+    return question.sequences[0].ids.astype(">u4").tobytes()
+
+
+def _results(batch: Batch, made: list[Any]) -> Batch:
+    return {"number": batch["number"], "result": np.array([pickle.dumps(m) for m in made], object)}

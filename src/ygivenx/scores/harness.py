@@ -1,0 +1,145 @@
+"""lm-evaluation-harness on a forest: `--model ygivenx`, with the arguments of its `hf` model.
+
+    python -m ygivenx.scores.harness run --model ygivenx --model_args pretrained=DIR,dtype=float32 --tasks ...
+
+registers the model and hands over to the harness's own command. Releases of the harness that look for entry
+points (group `lm_eval.models`; 0.4.13 doesn't) find it from `lm_eval` as well.
+
+Texts become tokens exactly as in its HF class, which is the base class here, so values and accuracies are
+its own. That rule moves white space at the end of a context into the continuation, and takes the ids after
+as many as the context has by itself: with some tokenizers the model then reads a different text. Such requests
+are counted, warned about and reported among the results' model info; `border=exact` scores x and y as they
+are written instead.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    from ..errors import MissingExtra
+
+    raise MissingExtra("lm-eval", "lm-eval", needed_for="--model ygivenx") from error
+
+from ..encoder.tokens import Tokens
+from ..errors import ConfigError, ModelError, nearest
+from .questions import WINDOW, Part, Question, pair_of_ids
+from .scoring import Tally, scores
+
+Request = tuple[Any, list[int], list[int]]
+
+log = logging.getLogger(__name__)
+BORDERS = ("harness", "exact")
+SHOWN = 3  # requests named in the report
+
+
+@register_model("ygivenx")
+class ForestLM(HFLM):
+    """The harness's HF model with log-likelihoods from a forest; generation is the base class's.
+
+    border: `harness` or `exact`. window: distinct tokens that are scored together. Other arguments are the
+    base class's. Raises ConfigError for an unknown border, ModelError for a model that isn't causal.
+    """
+
+    def __init__(self, *args: Any, border: str = "harness", window: int = WINDOW, **options: Any) -> None:
+        if border not in BORDERS:
+            raise ConfigError(f"unknown border {border!r}{nearest(border, BORDERS)}", fix="harness or exact")
+        super().__init__(*args, **options)
+        if self.backend != "causal":
+            raise ModelError(f"{type(self.model).__name__} isn't a causal language model", fix="--model hf")
+        if self.mixed_precision_dtype is not None:
+            raise ModelError("mixed_precision_dtype has no effect here", fix="set dtype")
+        self._remembered = lru_cache(16)(super().tok_encode)
+        self.border, self.window = border, int(window)
+        self.tally = Tally()
+        self.requests = 0
+        self.changed: list[tuple[str, str]] = []
+
+    def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+        """As the base class; a context that comes once per choice is encoded once."""
+        return list(self._remembered(string, *args, **options))
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if self.border == "harness":
+            x, y = super()._encode_pair(context, continuation)
+            self._compare(context + continuation, x + y)
+            return x, y
+        whole = self.tok_encode(context + continuation)
+        cut = len(whole) - self._tokens_after(context, continuation)
+        return (whole[:cut], whole[cut:]) if cut else ([self.prefix_token_id], whole)
+
+    def _tokens_after(self, context: str, continuation: str) -> int:
+        """How many of the text's last tokens reach beyond the context's last character."""
+        encoded = Tokens(self.tokenizer).encode([context + continuation])[0]
+        if not encoded.tiled:
+            raise ModelError("this tokenizer doesn't tell where its tokens stand", fix="border=harness")
+        return int((encoded.stops > len(context)).sum())
+
+    def _compare(self, text: str, ids: list[int]) -> None:
+        """Whether the ids that will be read are those of the text."""
+        whole = self.tok_encode(text)
+        if whole != ids and (read := self.tok_decode(ids, False)) != self.tok_decode(whole, False):
+            self.changed.append((text, read))
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log Pr(continuation | context) in nats, whether it is greedy) per request, in their order."""
+        before = len(self.changed)
+        answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        self.requests += len(requests)
+        changed = self.changed[before:]
+        if changed:
+            log.warning(
+                "%d of %d requests are not read as written: the harness's rule for borders changes their text. "
+                "The first ends in %r and is read as ending in %r. border=exact scores them as written.",
+                len(changed), len(requests), changed[0][0][-40:], changed[0][1][-40:],
+            )  # fmt: skip
+        return answers
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        told = scores(
+            self.model, map(self._question, requests), marginal=False, window=self.window, tally=self.tally
+        )
+        answers = []
+        for (text, _, _), s in zip(requests, told, strict=True):
+            answers.append((s.log_p_y_given_x, s.greedy))
+            if text is not None:  # windows of a rolling request have none: they are cached as a whole
+                self.cache_hook.add_partial("loglikelihood", text, answers[-1])
+        return answers
+
+    def _question(self, request: Request) -> Question:
+        """As the base class cuts it: contexts lose what doesn't fit on their left."""
+        _, x, y = request
+        if not 0 < len(y) <= self.max_length:
+            raise ModelError(f"a continuation of {len(y)} tokens; the model reads {self.max_length}")
+        lost = max(0, len(x) + len(y) - self.max_length - 1)
+        return Question((Part(pair_of_ids(x[lost:], y)),), 0, truncated=lost)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results: the base class's, the border and what it changed."""
+        info = super().get_model_info()
+        info["ygivenx"] = {
+            "border": self.border,
+            "requests": self.requests,
+            "requests_read_as_another_text": len(self.changed),
+            "examples": [{"written": a[-80:], "read": b[-80:]} for a, b in self.changed[:SHOWN]],
+            **self.tally.to_dict(),
+        }
+        return info
+
+
+def main() -> None:
+    """The harness's command, with `ygivenx` among its models."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

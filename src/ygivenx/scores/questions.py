@@ -1,0 +1,208 @@
+"""What is asked of a model: [x, y] as token sequences with the part of each that counts, in bounded windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import ConfigError, RowError, nearest
+from ..forest import Forest
+from ..rows.formats import Conversation, Pair
+from ..sequence import Segment, Sequence
+
+OVERFLOWS = ("refuse", "left", "roll")
+WINDOW = 32_768  # distinct tokens of one window
+MOST = 16  # tokens of one window, as a multiple of WINDOW, however much is shared
+
+
+class Part(NamedTuple):
+    """A sequence of which the tokens from `since` on count; those before are context alone."""
+
+    sequence: Sequence
+    since: int = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """One [x, y]: its parts (several where it rolls through the context window), each token counted once.
+
+    bytes: UTF-8 bytes of y. truncated: tokens of x left out on the left. alone: y after the unconditional
+    prompt instead of x.
+    """
+
+    parts: tuple[Part, ...]
+    bytes: int
+    truncated: int = 0
+    alone: Sequence | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """What the model reads for it."""
+        return [p.sequence for p in self.parts] + ([] if self.alone is None else [self.alone])
+
+
+@dataclass(frozen=True)
+class Questioner:
+    """Items to questions: text (x is empty), (x, y), (x, [y, ...]), a row, or what an encoder makes of one.
+
+    limit: tokens that the model can read at once, None for any number. overflow: what happens to more:
+    `refuse`, cut x on the `left`, or `roll` y through windows that overlap as little as they can.
+    unconditional: a text to stand in the place of x for log Pr(y).
+    Raises RowError for an item that can't be encoded or doesn't fit; ConfigError for an unknown overflow.
+    """
+
+    encoder: Any
+    limit: int | None = None
+    overflow: str = "refuse"
+    unconditional: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.overflow not in OVERFLOWS:
+            what = f"unknown overflow {self.overflow!r}{nearest(self.overflow, OVERFLOWS)}"
+            raise ConfigError(what, fix=f"one of {', '.join(OVERFLOWS)}")
+
+    def __call__(self, item: Any) -> list[Question]:
+        """The questions of one item: one, or one per y or per turn that has a rendering of its own."""
+        if isinstance(item, str):
+            item = Pair("", item)
+        if isinstance(item, tuple) and not isinstance(item[1], str):
+            return [q for y in item[1] for q in self((item[0], y))]
+        if isinstance(item, tuple):
+            item = Pair(*item)
+        if isinstance(item, Mapping | Conversation | Pair):
+            y = item.y if isinstance(item, Pair) else None
+            return [self._question(s, y) for s in self.encoder(item)]
+        return [self._question(s, None) for s in ([item] if isinstance(item, Sequence) else item)]
+
+    def _question(self, sequence: Sequence, y: str | None) -> Question:
+        y = _text(sequence) if y is None else y
+        alone = None if self.unconditional is None else self.encoder(Pair(self.unconditional, y)).only
+        if alone is not None:
+            self._check(alone, "the unconditional prompt and y are")
+        question = Question((Part(sequence),), len(y.encode()), alone=alone, notes=sequence.notes)
+        if self.limit is None or len(sequence) - 1 <= self.limit:
+            return question
+        if self.overflow == "refuse":
+            self._check(sequence, "it is")
+        return self._cut(question) if self.overflow == "left" else self._roll(question)
+
+    def _check(self, sequence: Sequence, what: str) -> None:
+        if self.limit is not None and len(sequence) - 1 > self.limit:
+            raise RowError(
+                f"{what} {len(sequence):,} tokens long, and the model reads {self.limit:,}",
+                reason="too_long",
+                fix="overflow='left' cuts x on its left, 'roll' moves a window over the whole text",
+            )
+
+    def _cut(self, question: Question) -> Question:
+        """x without its first tokens (a BOS stays); y whole. The last token is never read, so it is free."""
+        assert self.limit is not None
+        sequence = question.parts[0].sequence
+        start, stop = _bos(sequence), len(sequence) - 1 - self.limit + _bos(sequence)
+        if sequence.output[start:stop].any() or stop >= len(sequence):
+            what = f"y doesn't fit into the {self.limit:,} tokens that the model reads"
+            raise RowError(what, reason="y_too_long", fix="overflow='roll' scores y in windows")
+        note = f"x lost {stop - start:,} tokens on its left: the model reads {self.limit:,}"
+        cut = _without(sequence, start, stop)
+        return replace(
+            question, parts=(Part(cut),), truncated=stop - start, notes=(*question.notes, note)
+        )  # fmt: skip
+
+    def _roll(self, question: Question) -> Question:
+        assert self.limit is not None
+        sequence = question.parts[0].sequence
+        parts = tuple(
+            Part(_slice(sequence, a, b), since - a) for a, since, b in rolling(len(sequence), self.limit)
+        )
+        note = f"{len(parts)} windows of {self.limit:,} tokens: context is shortest where one begins"
+        return replace(question, parts=parts, notes=(*question.notes, note))
+
+
+def rolling(length: int, limit: int) -> list[tuple[int, int, int]]:
+    """Windows (start, since, stop) over a text of `length` tokens: tokens [since, stop) count in each.
+
+    Every token counts once; each window but the last begins with the last token that counted before it, and
+    the last has all the context that fits, as in lm-evaluation-harness. Windows have at most limit + 1 tokens,
+    of which the last is never read.
+    """
+    bounds = [*range(1, length, limit), length]
+    windows = [(max(0, b - limit - 1), a, b) for a, b in pairwise(bounds)] or [(0, 0, length)]
+    return [(0, 0, windows[0][2]), *windows[1:]]
+
+
+def windows(questions: Iterable[Question], tokens: int = WINDOW) -> Iterator[tuple[list[Question], Forest]]:
+    """Neighbouring questions with about `tokens` distinct tokens each, and the forest of their sequences.
+
+    However much they share, a window holds at most MOST × `tokens`: memory is bounded, order is kept.
+    """
+    window: list[Question] = []
+    raw, full = 0, tokens
+    for question in questions:
+        window.append(question)
+        raw += sum(map(len, question.sequences))
+        if raw < full:
+            continue
+        forest = _forest(window)
+        spare = tokens - len(forest)
+        if spare > tokens // 8 and raw < MOST * tokens:
+            # What comes is taken to share half as well as what came.
+            full = min(MOST * tokens, raw + int(spare * max(1.0, raw / len(forest) / 2)))
+            continue
+        yield window, forest
+        window, raw, full = [], 0, tokens
+    if window:
+        yield window, _forest(window)
+
+
+def _forest(window: list[Question]) -> Forest:
+    return Forest.of([s for q in window for s in q.sequences])
+
+
+def _text(sequence: Sequence) -> str:
+    return "".join(t for t, out in zip(sequence.tokens, sequence.output, strict=False) if out)
+
+
+def _bos(sequence: Sequence) -> int:
+    return int(bool(sequence.segments) and sequence.segments[0].kind == "bos")
+
+
+def _without(s: Sequence, start: int, stop: int) -> Sequence:
+    """`s` without its tokens [start, stop)."""
+    head, tail = _slice(s, 0, start), _slice(s, stop, len(s))
+    moved = [replace(g, start=g.start + start, stop=g.stop + start) for g in tail.segments]
+    return Sequence(
+        np.concatenate((head.ids, tail.ids)),
+        np.zeros(len(head) + len(tail), np.float32),
+        (*head.segments, *moved),
+        (*head.tokens, *tail.tokens),
+        s.notes,
+    )
+
+
+def _slice(s: Sequence, start: int, stop: int) -> Sequence:
+    """Tokens [start, stop) for scoring: no weights."""
+    segments = [
+        replace(g, start=max(g.start, start) - start, stop=min(g.stop, stop) - start)
+        for g in s.segments
+        if g.start < stop and g.stop > start
+    ]
+    return Sequence(
+        s.ids[start:stop],
+        np.zeros(stop - start, np.float32),
+        tuple(segments),
+        tuple(s.tokens[start:stop]),
+        s.notes,
+    )
+
+
+def pair_of_ids(x: Iterable[int], y: Iterable[int]) -> Sequence:
+    """A sequence whose y is named by ids."""
+    x, y = list(x), list(y)
+    n = len(x) + len(y)
+    segments = (Segment(0, len(x), "prompt"), Segment(len(x), n, "answer", output=True))
+    return Sequence(np.array(x + y, np.int64), np.zeros(n, np.float32), segments)

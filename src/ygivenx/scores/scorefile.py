@@ -1,0 +1,132 @@
+"""A file of scores that grows in input order and, after an interruption, goes on where it ended.
+
+JSON Lines are written as they come. Parquet can't be appended to: its rows wait as JSON Lines in
+`NAME.parquet.jsonl` and become the Parquet file, whole, at the end. Beside it, `NAME.run.json` says which
+run the file belongs to; a file of another run is refused, never overwritten.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, DataError
+
+BATCH = 4096  # rows of one Parquet row group
+
+
+class ScoreFile:
+    """`path`: `.jsonl` or `.parquet`. `run`: what the scores depend on, as plain types.
+
+    done: records that are already there. Raises ConfigError for another kind of file, and for a file that
+    belongs to another run or to none.
+    """
+
+    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
+        if path.suffix not in (".jsonl", ".parquet"):
+            raise ConfigError(
+                f"unknown kind of file {path.suffix!r}", where=str(path), fix=".jsonl or .parquet"
+            )
+        self.path = path
+        self.parquet = path.suffix == ".parquet"
+        self.lines = path.with_name(path.name + ".jsonl") if self.parquet else path
+        self.note = path.with_name(path.name + ".run.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._claim(json.loads(json.dumps(dict(run))))  # as it will be read back
+        self.finished = self.parquet and path.exists()
+        self.done = 0 if self.finished else _whole_lines(self.lines)
+
+    def _claim(self, run: dict[str, Any]) -> None:
+        present = self.path.exists() or self.lines.exists()
+        if not present:
+            _replace(self.note, json.dumps({"run": run}, indent=1, default=str))
+            return
+        if not self.note.exists():
+            raise ConfigError("the file exists and isn't a run's", where=str(self.path), fix=_OTHER)
+        before = json.loads(self.note.read_text(encoding="utf-8"))["run"]
+        differs = [k for k in run.keys() | before.keys() if run.get(k) != before.get(k)]
+        if differs:
+            raise ConfigError(
+                "the file belongs to another run",
+                where=str(self.path),
+                why="these differ: "
+                + ", ".join(f"{k} ({before.get(k)} → {run.get(k)})" for k in sorted(differs)),
+                fix=_OTHER,
+            )
+
+    def write(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Append records as they come; each is in the file when the next is asked for."""
+        with self.lines.open("a", encoding="utf-8") as out:
+            for record in records:
+                out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+                out.flush()
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The records that are there, in order."""
+        if self.lines.exists():
+            with self.lines.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """What `finish` was given by the run that completed the file."""
+        return json.loads(self.note.read_text(encoding="utf-8"))["account"]
+
+    def finish(self, account: Mapping[str, Any]) -> None:
+        """The Parquet file, if that is asked for, and the account of the run beside it."""
+        if self.parquet and not self.finished:
+            _to_parquet(self.lines, self.path)
+            self.lines.unlink()
+        note = json.loads(self.note.read_text(encoding="utf-8"))
+        _replace(self.note, json.dumps(note | {"account": dict(account)}, indent=1, default=str))
+
+
+_OTHER = "name another file, or delete this one"
+
+
+def _whole_lines(path: Path) -> int:
+    """Lines of a file; what an interruption left of a last one is cut off."""
+    if not path.exists():
+        return 0
+    count = whole = 0
+    with path.open("r+b") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                count, whole = count + 1, whole + len(line)
+        file.truncate(whole)
+    return count
+
+
+def _to_parquet(lines: Path, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [(n, getattr(pa, kind)()) for n, kind in _COLUMNS.items()]
+    schema = pa.schema([*columns, *((n, pa.list_(getattr(pa, kind)())) for n, kind in _LISTS.items())])
+    new = path.with_name(path.name + ".new")
+    with lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as out:
+        while batch := [json.loads(line) for line in islice(file, BATCH)]:
+            unknown = batch[0].keys() - set(schema.names)
+            if unknown:
+                raise DataError(f"no column for {', '.join(sorted(unknown))}", where=str(lines))
+            out.write_table(pa.Table.from_pylist(batch, schema))
+    os.replace(new, path)
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+_COLUMNS = {
+    **dict.fromkeys(("row", "sequence", "tokens", "tokens_x", "scored", "bytes", "truncated"), "int64"),
+    **dict.fromkeys(("log_p_x", "log_p_y_given_x", "log_p_xy", "log_p_y"), "float64"),
+    **dict.fromkeys(("per_token", "per_byte", "perplexity", "pmi"), "float64"),
+    **dict.fromkeys(("greedy", "conditional_on_first"), "bool_"),
+}
+_LISTS = {"token_log_p": "float64", "token_rank": "int64", "token_text": "string", "notes": "string"}

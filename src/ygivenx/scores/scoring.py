@@ -1,0 +1,316 @@
+"""Scores: log Pr(x), log Pr(y|x) and log Pr([x, y]) as sums along the paths of a forest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..errors import ConfigError, nearest
+from ..forest import Forest
+from ..head.selective import log_probs
+from ..models.model import head_of
+from ..models.streaming import CHUNK, stream_hidden
+from ..sequence import Sequence
+from .questions import WINDOW, Question, Questioner, windows
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    Floats = npt.NDArray[np.float64]
+    Ints = npt.NDArray[np.int64]
+
+BORDERS = {"joint": "y", "split": "split"}  # names for scores, and what the encoder calls them
+
+
+@dataclass(frozen=True)
+class Score:
+    """Log-probabilities of one [x, y], in nats.
+
+    log_p_x: Σ over the tokens of x that have a context; NaN if it wasn't asked for. log_p_y_given_x: Σ over
+    the tokens of y. log_p_xy: their joint. With `conditional_on_first` these are conditional on the first
+    token, which without a BOS has no probability.
+    tokens, tokens_x: tokens of y, and of x (BOS apart). scored: tokens of y that have a probability.
+    bytes: UTF-8 bytes of y. truncated: tokens of x that were left out to fit the model's context window.
+    greedy: whether every scored token of y is the model's most probable one.
+    log_p_y: log Pr(y | the unconditional prompt); None without such a prompt.
+    token_log_p float64 [T] and token_rank int64 [T], per token of [x, y] that was counted, if asked for: NaN
+    and −1 where there is no value; rank 0 is the most probable token. token_text: their texts.
+    """
+
+    log_p_x: float
+    log_p_y_given_x: float
+    log_p_xy: float
+    tokens: int
+    tokens_x: int
+    scored: int
+    bytes: int
+    greedy: bool
+    conditional_on_first: bool
+    truncated: int = 0
+    log_p_y: float | None = None
+    token_log_p: Floats | None = None
+    token_rank: Ints | None = None
+    token_text: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def per_token(self) -> float:
+        """log Pr(y|x) / scored tokens of y; NaN for none."""
+        return self.log_p_y_given_x / self.scored if self.scored else math.nan
+
+    @property
+    def per_byte(self) -> float:
+        """log Pr(y|x) / UTF-8 bytes of y; NaN for an empty y."""
+        return self.log_p_y_given_x / self.bytes if self.bytes else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp(−per_token); infinite where that is beyond a float."""
+        return math.inf if self.per_token < -709 else math.exp(-self.per_token)
+
+    @property
+    def pmi(self) -> float:
+        """log Pr(y|x) − log Pr(y | unconditional prompt), nats; NaN without such a prompt."""
+        return math.nan if self.log_p_y is None else self.log_p_y_given_x - self.log_p_y
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON: what has no value is None, what wasn't asked for is left out."""
+        told = {f.name: getattr(self, f.name) for f in fields(self)}
+        told |= {n: getattr(self, n) for n in ("per_token", "per_byte", "perplexity")}
+        told["pmi"] = None if self.log_p_y is None else self.pmi
+        return {k: _plain(v) for k, v in told.items() if v is not None}
+
+
+@dataclass
+class Tally:
+    """What a run of scoring did so far. tokens: read, each as often as it occurs; distinct: in the forests."""
+
+    scores: int = 0
+    tokens: int = 0
+    distinct: int = 0
+    began: float = field(default_factory=perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        return perf_counter() - self.began
+
+    @property
+    def sharing(self) -> float:
+        """Tokens per distinct token: what scoring them one by one would have cost."""
+        return self.tokens / max(self.distinct, 1)
+
+    def to_dict(self) -> dict[str, float]:
+        """Counts, seconds and rates."""
+        seconds = max(self.seconds, 1e-9)
+        return {
+            "scores": self.scores,
+            "tokens": self.tokens,
+            "distinct_tokens": self.distinct,
+            "sharing": self.sharing,
+            "seconds": self.seconds,
+            "scores_per_second": self.scores / seconds,
+            "distinct_tokens_per_second": self.distinct / seconds,
+        }
+
+    def __str__(self) -> str:
+        told = self.to_dict()
+        return (
+            f"{told['scores_per_second']:,.1f} pairs/s, {told['distinct_tokens_per_second']:,.0f} distinct "
+            f"tokens/s, {self.sharing:.2f}× shared"
+        )
+
+
+def score(
+    model: nn.Module,
+    tokenizer: Any,
+    items: Iterable[Any],
+    *,
+    border: str = "joint",
+    bos: bool | str = "auto",
+    control: str = "refuse",
+    overflow: str = "refuse",
+    max_length: int | None = None,
+    unconditional: str | None = None,
+    marginal: bool = True,
+    tokens: bool = False,
+) -> list[Any]:
+    """Score each item, in input order; common prefixes are computed once.
+
+    An item is (x, y), (x, [y, ...]), a text (all of it y, x empty), a row as `Encoder` takes it, or a Sequence
+    or Example. It becomes a Score, or a list of them where it has several y's or renderings.
+
+    border: `joint` tokenises x + y as one text, and a token that straddles the border counts as y, with a
+    note; `split` tokenises them apart. bos: True, False, or `auto`: one if and only if the tokenizer itself adds one.
+    control: see `Encoder`. overflow: for more than `max_length` tokens (by default the model's context
+    window) `refuse`, cut x on the `left`, or `roll` a window over them.
+    unconditional: a prompt in the place of x for `Score.pmi`. marginal=False spares log Pr(x).
+    tokens: keep the value and rank of each token.
+
+    Raises RowError for an item that can't be encoded or doesn't fit.
+    """
+    questioner = questioner_for(
+        model, tokenizer, border=border, bos=bos, control=control, overflow=overflow,
+        max_length=max_length, unconditional=unconditional,
+    )  # fmt: skip
+    asked = [questioner(item) for item in items]
+    told = scores(model, (q for questions in asked for q in questions), marginal=marginal, tokens=tokens)
+    found = [[next(told) for _ in questions] for questions in asked]
+    return [f if len(f) != 1 or _several(item) else f[0] for item, f in zip(items, found, strict=True)]
+
+
+def questioner_for(
+    model: nn.Module, tokenizer: Any, *, border: str = "joint", bos: bool | str = "auto", control: str = "refuse",
+    overflow: str = "refuse", max_length: int | None = None, unconditional: str | None = None,
+) -> Questioner:  # fmt: skip
+    """A Questioner for a model and its tokenizer; options as in `score`."""
+    from ..encoder.encode import Encoder
+
+    if border not in BORDERS:
+        raise ConfigError(f"unknown border {border!r}{nearest(border, BORDERS)}", fix="joint or split")
+    # Weights don't matter to scores; with all tokens weighed an empty y isn't refused.
+    encoder = Encoder(tokenizer, "all", control=control, border=BORDERS[border], bos=bos, eos=False)
+    return Questioner(encoder, max_length or context_window(model), overflow, unconditional)
+
+
+def context_window(model: Any) -> int | None:
+    """Tokens that a model reads at once, by its config; None if that names no number."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def scores(
+    model: nn.Module,
+    questions: Iterable[Question],
+    *,
+    marginal: bool = True,
+    tokens: bool = False,
+    window: int = WINDOW,
+    tally: Tally | None = None,
+    **options: Any,
+) -> Iterator[Score]:
+    """A Score per question, in order, as they come: memory holds one window of questions, however many there are.
+
+    `window`: distinct tokens that are scored together; what is shared within one is computed once. `tally` is
+    kept up to date. Options go to `node_values`. Other arguments as in `score`.
+    """
+    tally = Tally() if tally is None else tally
+    for asked, forest in windows(questions, window):
+        wanted = True if marginal else _outputs(asked, forest)
+        log_p, rank = node_values(model, forest, wanted, **options)
+        paths = iter(forest.paths)
+        tally.tokens += forest.total
+        tally.distinct += len(forest)
+        for question in asked:
+            values = [(log_p[p], rank[p]) for _, p in zip(question.sequences, paths, strict=False)]
+            tally.scores += 1
+            yield _score(question, values, marginal, tokens)
+
+
+def score_sequences(model: nn.Module, sequences: Iterable[Sequence], **options: Any) -> list[Score]:
+    """Score sequences whose segments say what is y; in input order. Options as in `scores`."""
+    questioner = Questioner(None)
+    return list(scores(model, (q for s in sequences for q in questioner(s)), **options))
+
+
+def node_log_probs(model: nn.Module, forest: Forest, **options: Any) -> Floats:
+    """log Pr(token | path) of every node, float64 [N]; NaN at roots, which have no context. No gradients."""
+    return node_values(model, forest, **options)[0]
+
+
+@torch.no_grad()
+def node_values(
+    model: nn.Module,
+    forest: Forest,
+    wanted: bool | npt.NDArray[np.bool_] = True,
+    *,
+    chunk: int = CHUNK,
+    route: str = "auto",
+) -> tuple[Floats, Ints]:
+    """(log Pr(token | path) float64 [N], its rank int64 [N], 0 = most probable) of the wanted nodes.
+
+    NaN and −1 elsewhere, and at roots, which have no context. The forest is streamed, `chunk` nodes at a time,
+    with the keys and values of the current path: memory is bounded by the chunk. route: see `hidden_states`.
+    """
+    edges = forest.edges(wanted)
+    log_p = np.full(len(forest), np.nan)
+    rank = np.full(len(forest), -1)
+    head = head_of(model)
+    for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route):
+        at = slice(*np.searchsorted(edges.rows, [part.start, part.stop]))
+        rows, targets = (
+            torch.from_numpy(a[at]).to(hidden.device) for a in (edges.rows - part.start, edges.targets)
+        )
+        values = log_probs(
+            hidden,
+            head.weight,
+            rows,
+            targets,
+            bias=head.bias,
+            softcap=head.softcap,
+            scale=head.scale,
+            ranks=True,
+        )
+        log_p[edges.nodes[at]] = values.log_p.double().cpu().numpy()
+        rank[edges.nodes[at]] = values.rank.cpu().numpy()
+    return log_p, rank
+
+
+def _outputs(asked: list[Question], forest: Forest) -> npt.NDArray[np.bool_]:
+    """bool [N]: the nodes that are y in some sequence."""
+    wanted = np.zeros(len(forest), bool)
+    sequences = (s for q in asked for s in q.sequences)
+    for path, sequence in zip(forest.paths, sequences, strict=True):
+        wanted[path[sequence.output]] = True
+    return wanted
+
+
+def _score(question: Question, values: list[tuple[Floats, Ints]], marginal: bool, tokens: bool) -> Score:
+    parts = [
+        (p.sequence.output[p.since :], log_p[p.since :], rank[p.since :])
+        for p, (log_p, rank) in zip(question.parts, values, strict=False)
+    ]
+    y, log_p, rank = (np.concatenate(column) for column in zip(*parts, strict=True))
+    first = question.parts[0].sequence
+    bos = bool(first.segments) and first.segments[0].kind == "bos"
+    log_p_x = float(np.nansum(log_p[~y])) if marginal else math.nan
+    log_p_y = float(np.nansum(log_p[y]))
+    notes = question.notes if bos else (*question.notes, "no BOS: sums are conditional on the first token")
+    alone = None if question.alone is None else values[-1][0][question.alone.output]
+    return Score(
+        log_p_x=log_p_x,
+        log_p_y_given_x=log_p_y,
+        log_p_xy=log_p_x + log_p_y,
+        tokens=int(y.sum()),
+        tokens_x=int((~y).sum()) - bos,
+        scored=int((~np.isnan(log_p[y])).sum()),
+        bytes=question.bytes,
+        greedy=bool((rank[y] <= 0).all()),
+        conditional_on_first=not bos,
+        truncated=question.truncated,
+        log_p_y=None if alone is None else float(np.nansum(alone)),
+        token_log_p=log_p if tokens else None,
+        token_rank=rank if tokens else None,
+        token_text=_texts(question) if tokens else None,
+        notes=notes,
+    )
+
+
+def _texts(question: Question) -> tuple[str, ...]:
+    return tuple(t for p in question.parts for t in p.sequence.tokens[p.since :])
+
+
+def _several(item: Any) -> bool:
+    """Whether an item asks for a list of scores, even if that has one element."""
+    return isinstance(item, tuple) and len(item) == 2 and not isinstance(item[1], str)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | tuple):
+        return [_plain(v) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,426 @@
+"""`transformers.Trainer` on forests: packs, the selective loss, one denominator per step, safe checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import Dataset, Sampler
+
+from ..errors import CheckpointError, ConfigError, LossError
+from ..forest import Forest, pack
+from ..objective import Loss, loss
+from ..scores.scoring import node_log_probs
+from ..sequence import Example, Sequence
+from . import checkpoint
+
+T = TypeVar("T")
+IDENTITY = "ygivenx.json"
+
+
+class Packs(Dataset[dict[str, Any]]):
+    """Sequences packed into forests; item i is {"forest": ...}, one micro-batch.
+
+    `names[i]` says for each sequence of pack i where it comes from. `skipped` counts packs without any weight:
+    they would be steps that do nothing, so they are left out, never silently trained as 0/0.
+    """
+
+    def __init__(
+        self, sequences: Iterable[Any], *, max_tokens: int, seed: int, denominator: str = "tokens"
+    ) -> None:
+        flat, labels = flatten(sequences)
+        self.sequences = per_sequence(flat) if denominator == "sequence" else flat
+        packs = pack(self.sequences, max_tokens=max_tokens, seed=seed)
+        self.forests = [f for f in packs if f.weight.any()]
+        self.skipped = len(packs) - len(self.forests)
+        self.names = [[labels[i] for i in f.members] for f in self.forests]
+
+    def __str__(self) -> str:
+        distinct = sum(len(f.token) for f in self.forests)
+        total = sum(len(p) for f in self.forests for p in f.paths)
+        trained = sum(int((f.weight[p] > 0).sum()) for f in self.forests for p in f.paths)
+        return (
+            f"{sum(len(f.paths) for f in self.forests):,} sequences in {len(self):,} packs: {total:,} tokens, "
+            f"{distinct:,} distinct (sharing {total / max(distinct, 1):.2f}), {trained / max(total, 1):.1%} trained"
+            + (f"; {self.skipped} packs without any weight left out" if self.skipped else "")
+        )
+
+    def __len__(self) -> int:
+        return len(self.forests)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"forest": self.forests[index], "names": self.names[index]}
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash over every token, weight and place: two equal ones train the same."""
+        digest = hashlib.sha256()
+        for f in self.forests:
+            for values in (f.token, f.parent, f.weight):
+                digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+
+def flatten(items: Iterable[Any]) -> tuple[list[Sequence], list[str]]:
+    """Examples and sequences as sequences, with a name for each ("row 3", "row 3, turn 1")."""
+    flat, names = [], []
+    for i, item in enumerate(items):
+        parts = list(item) if isinstance(item, Example) else [item]
+        for turn, sequence in enumerate(parts):
+            flat.append(sequence)
+            names.append(f"row {i}" + (f", turn {turn}" if len(parts) > 1 else ""))
+    return flat, names
+
+
+def per_sequence(sequences: Iterable[Sequence]) -> list[Sequence]:
+    """Each sequence's weights divided by their sum: the loss becomes the mean of per-sequence means."""
+    out = []
+    for s in sequences:
+        total = s.weights.sum(dtype=np.float64)
+        weights = s.weights / total if total > 0 else s.weights
+        out.append(Sequence(s.ids, weights.astype(np.float32), s.segments, s.tokens, s.notes))
+    return out
+
+
+class EpochOrder(Sampler[int]):
+    """A permutation that is a function of (seed, epoch) alone, so that a resumed run sees the same order."""
+
+    def __init__(self, length: int, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
+        return iter(order.tolist())
+
+
+@dataclass
+class Meter:
+    """What went through since the last log line."""
+
+    since: float = field(default_factory=time.perf_counter)
+    weight: float = 0.0
+    trained: int = 0
+    distinct: int = 0
+    total: int = 0
+
+    def add(self, forest: Forest) -> None:
+        self.weight += float(forest.weight.sum(dtype=np.float64))
+        self.trained += sum(int((forest.weight[p] > 0).sum()) for p in forest.paths)
+        self.distinct += len(forest.token)
+        self.total += sum(map(len, forest.paths))
+
+    def read(self) -> dict[str, float]:
+        """Rates since the last reading; starts anew."""
+        seconds = time.perf_counter() - self.since
+        if not self.total:
+            return {}
+        told = {
+            "y_tokens_per_second": round(self.trained / seconds, 1),
+            "trained_share": round(self.trained / self.total, 4),
+            "sharing": round(self.total / self.distinct, 3),
+        }
+        self.__init__()  # type: ignore[misc]
+        return told
+
+
+class Trainer(transformers.Trainer):
+    """transformers.Trainer whose batch is a forest.
+
+    train_dataset: Examples or Sequences, packed into forests of at most `max_tokens` distinct tokens. One
+    pack is one micro-batch, so `per_device_train_batch_size` has no meaning here and
+    `gradient_accumulation_steps` counts packs. eval_dataset: Examples or Sequences (or a dict of such lists).
+
+    The loss of an optimiser step is Σ w·(−log p) / W, W being the sum of weights over its micro-batches and
+    all ranks (`denominator="tokens"`), or the mean of per-sequence means (`"sequence"`).
+
+    Raises ConfigError for what it can't do, LossError for a non-finite loss (on all ranks, before the
+    update, with the rows' names), CheckpointError for a checkpoint that is incomplete or of other data.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: transformers.TrainingArguments | None = None,
+        train_dataset: Iterable[Any] | None = None,
+        eval_dataset: Any = None,
+        *,
+        max_tokens: int = 4096,
+        denominator: str = "tokens",
+        **kwargs: Any,
+    ) -> None:
+        if denominator not in ("tokens", "sequence"):
+            raise ConfigError(f"unknown denominator {denominator!r}", fix='use "tokens" or "sequence"')
+        for name in ("data_collator", "compute_loss_func", "compute_metrics"):
+            if kwargs.get(name) is not None:
+                raise ConfigError(
+                    f"{name} is not used by ygivenx.Trainer",
+                    why="its batches are forests",
+                    fix="leave it out",
+                )
+        args = args or transformers.TrainingArguments("trainer_output")
+        args.remove_unused_columns = False
+        args.per_device_train_batch_size = 1
+        args.logging_nan_inf_filter = False
+        self.max_tokens, self.denominator = max_tokens, denominator
+        packs = None if train_dataset is None else self._packs(train_dataset, args)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=_only,
+            train_dataset=packs,
+            eval_dataset=eval_dataset,
+            **kwargs,
+        )
+        self.meter = Meter()
+        self.control: transformers.TrainerControl
+        self._staging: Path | None = None
+
+    def _packs(self, items: Iterable[Any], args: transformers.TrainingArguments) -> Packs:
+        packs = Packs(items, max_tokens=self.max_tokens, seed=args.seed, denominator=self.denominator)
+        if not len(packs):
+            raise ConfigError(
+                "nothing to train on: no pack has a token with a weight", fix="look at the rejected rows"
+            )
+        # Every rank needs the same number of micro-batches: fill up with packs that weigh nothing.
+        while len(packs) % args.world_size:
+            packs.forests.append(_weightless(packs.forests[0]))
+            packs.names.append(["a filler"])
+        return packs
+
+    # -- the loss ------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return EpochOrder(len(self.train_dataset if train_dataset is None else train_dataset), self.args.seed)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """W: the sum of weights over all micro-batches of the step and all ranks, float64."""
+        local = sum(float(b["forest"].weight.sum(dtype=np.float64)) for b in batch_samples)
+        total = torch.tensor(local, dtype=torch.float64, device=device)
+        return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        forest = inputs["forest"]
+        inner = self.accelerator.unwrap_model(model)
+        with self.accelerator.autocast():
+            out = through(model, inner, lambda: loss(inner, forest, denominator=num_items_in_batch))
+        self._refuse_non_finite(out, inputs["names"])
+        self.meter.add(forest)
+        # Ranks average their gradients, and W already counts all ranks: undo the average.
+        value = out.value * self.args.world_size
+        return (value, {"log_p": out.log_p}) if return_outputs else value
+
+    def _refuse_non_finite(self, out: Loss, names: list[str]) -> None:
+        bad = (~torch.isfinite(out.value.detach())).to(torch.float32)
+        anywhere = self.accelerator.reduce(bad, "sum") if self.args.world_size > 1 else bad
+        if anywhere.item():
+            here = f"in {', '.join(_culprits(out, names))}" if bad.item() else "on another rank"
+            raise LossError(
+                f"the loss is {out.value.item():g}, {here}",
+                where=f"step {self.state.global_step + 1}",
+                why="an update with it would spoil every weight; none was made",
+                fix="look at these rows with `ygx show`, or lower the learning rate",
+            )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 × parameters × tokens fed (Kaplan et al. 2020, section 2.1)."""
+        return 6 * len(inputs["forest"].fed) * sum(p.numel() for p in self.model.parameters())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self.meter.read()}
+        super().log(logs, start_time)
+
+    # -- evaluation ----------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Nats per token of y (`conditional_nats`) and of x (`marginal_nats`), apart, and the weighted loss."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, dict):
+            many = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items()]
+            return {k: v for metrics in many for k, v in metrics.items()}
+        if data is None:
+            raise ConfigError("no eval_dataset", fix="give the Trainer one, or pass it to evaluate()")
+        started = time.perf_counter()
+        sums = evaluate(
+            self.model,
+            data,
+            max_tokens=self.max_tokens,
+            rank=self.args.process_index,
+            ranks=self.args.world_size,
+        )
+        if self.args.world_size > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in rates(sums).items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # -- checkpoints ---------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As transformers', and `resume_from_checkpoint="auto"`: the newest complete one, or a fresh start."""
+        path = self._resume_path(resume_from_checkpoint)
+        if path is not None:
+            checkpoint.verify(path)
+            self._same_run(path)
+        self.meter = Meter()
+        return super().train(resume_from_checkpoint=None if path is None else str(path), **kwargs)
+
+    def _resume_path(self, asked: str | bool | None) -> Path | None:
+        if asked is None or asked is False:
+            return None
+        if asked not in (True, "auto"):
+            return Path(str(asked))
+        found = checkpoint.newest(Path(self.args.output_dir))
+        if found is None and asked is True:
+            raise CheckpointError(
+                "no complete checkpoint", where=str(self.args.output_dir), fix='use "auto" to start afresh'
+            )
+        return found
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "packs": self.train_dataset.fingerprint,
+            "seed": self.args.seed,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "world_size": self.args.world_size,
+        }
+
+    def _same_run(self, path: Path) -> None:
+        told = json.loads((path / IDENTITY).read_text())
+        changed = [k for k, v in self._identity().items() if told.get(k) != v]
+        if changed:
+            raise CheckpointError(
+                f"it belongs to another run: {', '.join(changed)} changed",
+                where=str(path),
+                why="the order of the packs would differ from the uninterrupted run",
+                fix="use the same data and settings, or another output directory",
+            )
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """transformers' own files, written to a staging directory, sealed, then renamed into place."""
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = run_dir / checkpoint.STAGING
+        if self.is_world_process_zero():
+            checkpoint.clear(self._staging)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self._publish(self._staging / name, run_dir / name)
+            self.accelerator.wait_for_everyone()
+        finally:
+            self._staging = None
+
+    def _publish(self, staged: Path, final: Path) -> None:
+        # The best checkpoint was named by its staging path: give it the one that it will have.
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(final.parent / f"checkpoint-{self.state.best_global_step}")
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+        (staged / IDENTITY).write_text(json.dumps(self._identity()))
+        checkpoint.seal(staged)
+        checkpoint.publish(staged, final)
+        checkpoint.rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+
+def through(wrapper: nn.Module, inner: nn.Module, compute: Callable[[], T]) -> T:
+    """Run `compute` inside the forward pass of a wrapped model.
+
+    DDP and FSDP prepare gradients and gather weights in their own forward; the loss of a forest isn't the
+    model's forward, so for one call it stands in for it.
+    """
+    if wrapper is inner:
+        return compute()
+    forward = inner.forward
+
+    def stand_in() -> T:
+        inner.forward = forward
+        return compute()
+
+    inner.forward = stand_in
+    try:
+        return wrapper()
+    finally:
+        inner.forward = forward
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, data: Iterable[Any], *, max_tokens: int, rank: int = 0, ranks: int = 1
+) -> torch.Tensor:
+    """Sums over the data, float64 [6]: Σ log p and tokens of y, of x, Σ w·log p and Σ w."""
+    sequences, _ = flatten(data)
+    sums = np.zeros(6)
+    was_training = model.training
+    model.eval()
+    for forest in pack(sequences, max_tokens=max_tokens)[rank::ranks]:
+        by_node = node_log_probs(model, forest)
+        for member, path in zip(forest.members, forest.paths, strict=True):
+            sums += _role_sums(sequences[member], by_node[path])
+    model.train(was_training)
+    return torch.from_numpy(sums)
+
+
+def rates(sums: torch.Tensor) -> dict[str, float]:
+    """Nats per token from the sums of `evaluate`; a role without tokens is left out."""
+    y, n_y, x, n_x, weighted, weight = sums.tolist()
+    told = {"loss": (-weighted, weight), "conditional_nats": (-y, n_y), "marginal_nats": (-x, n_x)}
+    return {name: total / count for name, (total, count) in told.items() if count}
+
+
+def _role_sums(s: Sequence, log_p: np.ndarray) -> np.ndarray:
+    output = s.output
+    x = ~output & ~np.isnan(log_p)
+    w = s.weights.astype(np.float64)
+    return np.array(
+        [log_p[output].sum(), output.sum(), log_p[x].sum(), x.sum(), np.nansum(w * log_p), math.fsum(w)]
+    )
+
+
+def _culprits(out: Loss, names: list[str]) -> list[str]:
+    """The sequences with a non-finite log p; all of the pack where no single one stands out."""
+    bad = out.edges.nodes[~torch.isfinite(out.log_p).cpu().numpy()]
+    found = [name for name, path in zip(names, out.forest.paths, strict=True) if np.isin(path, bad).any()]
+    return found or names
+
+
+def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
+    (item,) = batch
+    return item
+
+
+def _weightless(forest: Forest) -> Forest:
+    ids = forest.token[forest.paths[0]][:2]
+    return Forest.of([Sequence(ids, np.zeros(len(ids), np.float32))])
