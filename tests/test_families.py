@@ -38,6 +38,9 @@ CASES = {
     "qwen3_moe": ("Qwen3Moe", {**EXPERTS, "head_dim": 8}),
     "gpt_oss": ("GptOss", {"head_dim": 8, "num_local_experts": 4, "sliding_window": 6}),
     "smollm3": ("SmolLM3", {}),
+    # Not in PROVEN, so that each model is compared first: they scale their logits, one by division.
+    "granite": ("Granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+    "cohere": ("Cohere", {"logit_scale": 0.25}),
 }  # fmt: skip
 OUR_ROUTES = ({"route": "blocks"}, {"route": "dense"}, {"route": "blocks", "chunk": 37})
 
@@ -166,6 +169,16 @@ def test_what_is_no_causal_model_is_refused():
         hidden_states(torch.nn.Linear(2, 2), yx.Forest.of(tree(0)))
     with pytest.raises(ModelError, match="Linear has no language-model head"):
         head_of(torch.nn.Linear(2, 2))
+
+
+def test_a_head_that_does_more_than_a_product_is_refused(monkeypatch):
+    model = llama()
+    monkeypatch.setattr("ygivenx.models.model.PROVEN", frozenset())
+    model.lm_head.register_forward_hook(
+        lambda module, inputs, output: output - output.mean(-1, keepdim=True) * 2
+    )
+    with pytest.raises(ModelError, match="aren't its head's product"):
+        head_of(model)
 
 
 @pytest.mark.filterwarnings(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -13,7 +14,7 @@ from ..errors import ModelError
 from ..forest import Forest
 from . import streaming
 from .attention import Plan
-from .families import check, config_of, decoder_of, feed
+from .families import PROVEN, check, config_of, decoder_of, feed
 from .places import located, quiet_loading
 
 
@@ -62,12 +63,53 @@ def _forget_quantization(model: Any) -> None:
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a causal language model, for `selective_cross_entropy`. Raises ModelError without one."""
+    """The head of a causal language model, for `selective_cross_entropy`.
+
+    Soft cap and scale are read from the config; where the family isn't a proven one they are checked once against
+    the model's own logits. Raises ModelError without a head, or if it does more than `Head` says.
+    """
     layer = getattr(model, "get_output_embeddings", lambda: None)()
     if layer is None:
         raise ModelError(f"{type(model).__name__} has no language-model head", fix="load it as a causal LM")
     config = config_of(model)
-    return Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), 1.0)
+    head = Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), 1.0)
+    if config.model_type in PROVEN:
+        return head
+    if model not in _scales:
+        _scales[model] = _measured_scale(model, head, config)
+    return head._replace(scale=_scales[model])
+
+
+# What configs call the factor of the logits. One family multiplies by what another divides by under the same name.
+_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
+_scales: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _measured_scale(model: Any, head: Head, config: Any) -> float:
+    """The factor, 1 or one that the config names, with which `head` gives the logits of the model itself."""
+    ids = torch.arange(4, device=head.weight.device)[None] % config.vocab_size
+    training = model.training
+    model.eval()
+    try:
+        hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
+        theirs = model(input_ids=ids, use_cache=False).logits.double()
+    finally:
+        model.train(training)
+    raw = torch.nn.functional.linear(hidden, head.weight, head.bias).double()
+    named = [float(v) for v in (getattr(config, n, None) for n in _SCALES) if v]
+    for scale in [1.0, *named, *(1 / v for v in named)]:
+        z = raw * scale
+        if head.softcap is not None:
+            z = head.softcap * torch.tanh(z / head.softcap)
+        if (z - theirs).norm() <= 30 * torch.finfo(head.weight.dtype).eps * theirs.norm():
+            return scale
+    raise ModelError(
+        "its logits aren't its head's product with the last hidden states",
+        where=type(model).__name__,
+        why="neither 1 nor a factor in its config makes them equal, so log-probabilities would be wrong",
+        fix="use a model of a proven family: " + ", ".join(sorted(PROVEN)),
+    )
 
 
 def hidden_states(

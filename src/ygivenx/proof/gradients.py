@@ -11,6 +11,7 @@ token whose direction explains the gradient, its weight the length along it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -155,31 +156,40 @@ def from_hidden(hidden: Tensor, grad: Tensor, form: HeadForm, hints: Tensor) -> 
     hidden, grad [n, H]; hints int64 [n]: the token that wins where two explain a gradient equally well
     (rows of the head's matrix that are equal), −1 for none.
     """
-    found: list[Found] = []
+    readings: dict[
+        torch.dtype, list[list[Found]]
+    ] = {}  # by how the logits may have been rounded; one list a row
     norms = form.weight.detach().float().pow(2).sum(1)
     # Logits of as many rows at once as the loss is likely to have made: other shapes round otherwise.
     for block in torch.arange(len(grad)).split(max(CHUNK, BLOCK // len(norms))):
         rows = block[grad[block].ne(0).any(1).cpu()].to(grad.device)
-        raws = _logits(hidden[block.to(grad.device)], form) if len(rows) else []
-        for chunk in rows.split(CHUNK):
-            found += _best(chunk, [raw[chunk - block[0]] for raw in raws], grad, form, norms, hints)
-    return found
+        raws = _logits(hidden[block.to(grad.device)], form) if len(rows) else {}
+        for dtype, raw in raws.items():
+            for chunk in rows.split(CHUNK):
+                solved = _solve_hidden(raw[chunk - block[0]].double(), grad[chunk], form, norms, hints[chunk])
+                readings.setdefault(dtype, []).extend(
+                    [f._replace(row=row) for f in targets]
+                    for row, targets in zip(chunk.tolist(), solved, strict=True)
+                )
+    return [f for targets in min(readings.values(), key=_misfit, default=[]) for f in targets]
 
 
-def _best(
-    rows: Tensor, raws: list[Tensor], grad: Tensor, form: HeadForm, norms: Tensor, hints: Tensor
-) -> list[Found]:
-    """Fused losses differ in whether a bf16 head's logits are rounded: the better explanation is theirs."""
-    trials = [_solve_hidden(raw.double(), grad[rows], form, norms, hints[rows]) for raw in raws]
-    best = [min(solutions, key=lambda s: s[0].residual) for solutions in zip(*trials, strict=True)]
-    return [f._replace(row=row) for row, targets in zip(rows.tolist(), best, strict=True) for f in targets]
+def _misfit(reading: list[list[Found]]) -> float:
+    """How badly a reading explains the rows of a pass: the sum of log residuals.
+
+    Fused losses differ in whether a half-precision head's logits are rounded, but one loss treats all of its
+    rows alike. By a single row the choice would go wrong where both explain it almost equally well.
+    """
+    return math.fsum(math.log(targets[0].residual + 1e-12) for targets in reading)
 
 
-def _logits(x: Tensor, form: HeadForm) -> list[Tensor]:
+def _logits(x: Tensor, form: HeadForm) -> dict[torch.dtype, Tensor]:
     """What the head's module would give, in its own precision and, where that is a half, in float32."""
     weight = form.weight.detach()
     dtypes = dict.fromkeys((weight.dtype, torch.promote_types(weight.dtype, torch.float32)))
-    return [x.to(d) @ weight.to(d).T + (0 if form.bias is None else form.bias.detach().to(d)) for d in dtypes]
+    return {
+        d: x.to(d) @ weight.to(d).T + (0 if form.bias is None else form.bias.detach().to(d)) for d in dtypes
+    }
 
 
 def _solve_hidden(
