@@ -211,7 +211,7 @@ def reading(of: dict[str, list[dict[str, Any]]]) -> str:
         f"loss on all tokens {mean('all', 'exact_match'):.0%}; y costs {mean('assistant', 'conditional'):.3f} "
         f"against {mean('all', 'conditional'):.3f} nats per token. With the loss on all tokens x improves "
         f"{share['all']:.2f} times as much as y (in nats per token), with the loss on y {share['assistant']:.2f} "
-        "times: that gap is what the callback `ygivenx.proof.callback.Watch` warns by."
+        "times: that gap is what the callback `yx.Watch` warns by."
     )
 
 

@@ -116,6 +116,10 @@ def test_train_then_the_model_is_there(smol_tokenizer, rows, tmp_path):
     assert told["steps"] == 2
     assert told["losses"][1] < told["losses"][0]
     assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert told["report"] == str(tmp_path / "run" / "report.html")
+    assert '"loss that is trained","x":[1.0,2.0]' in page
+    assert '"log_p":[null,' in page
     again = ygx("show", rows, "--model", tmp_path / "run" / "final")
     assert again.returncode == 0, again.stderr
 

@@ -17,17 +17,19 @@ def test_all_names_load_and_are_documented():
 
 def test_nothing_else_is_public():
     assert set(dir(yx)) == set(yx.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'scores'"):
-        yx.scores  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'scoring'"):
+        yx.scoring  # noqa: B018
 
 
 def test_import_is_free_of_torch():
-    code = "import sys, ygivenx, ygivenx.encoder.encode, ygivenx.forest, ygivenx.data; print('torch' in sys.modules)"
+    code = (
+        "import sys, ygivenx.encoder.encode, ygivenx.forest, ygivenx.rows.data; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
 def test_functions_are_not_shadowed_by_modules():
     """`yx.loss` must stay the function, whatever has been imported."""
-    for name in ("loss", "score", "ledger", "probe", "audit"):
+    for name in ("loss", "score", "ledger", "probe", "audit", "check", "pack", "load"):
         assert callable(getattr(yx, name))

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ygivenx.report import Curve, Finding, LedgerRow, LedgerTable, Page, Table, TokenStrip
+from ygivenx.report import Curve, Finding, LedgerRow, LedgerTable, Page, Table, TokenStrip, run_page
 from ygivenx.sequence import Segment, Sequence
 
 HOSTILE = (
@@ -225,6 +225,24 @@ def test_curves_of_one_chart_share_axes_in_order() -> None:
     assert [(c["title"], [k["name"] for k in c["curves"]]) for c in charts] == [
         ("one", ["a", "c"]),
         ("two", ["b"]),
+    ]
+
+
+def test_a_trainers_log_becomes_curves() -> None:
+    """As transformers writes it: entries of several kinds, and a last one with totals."""
+    history = [
+        {"loss": 2.0, "grad_norm": 1.5, "learning_rate": 1e-5, "step": 5},
+        {"eval_loss": 1.9, "eval_marginal_nats": 3.0, "step": 5},
+        {"loss": float("nan"), "step": 10},
+        {"train_runtime": 3.0, "train_loss": 1.8, "step": 10},
+    ]
+    charts = {c["title"]: c["curves"] for c in Document(run_page(history).html()).data["charts"]}
+    assert charts["Norm of the gradient"] == [{"name": "norm of the gradient", "x": [5.0], "y": [1.5]}]
+    nats = charts["Nats per token, lower is more probable"]
+    assert [(c["name"], c["x"], c["y"]) for c in nats] == [
+        ("loss that is trained", [5.0, 10.0], [2.0, None]),
+        ("weighted loss, held out", [5.0], [1.9]),
+        ("marginal, log Pr(x)", [5.0], [3.0]),
     ]
 
 

@@ -26,6 +26,7 @@ _HOME = {
     "probe": "proof.probing",
     "audit": "proof.auditing",
     "Trainer": "training.trainer",
+    "Watch": "proof.callback",
     "YgivenxError": "errors",
     "RowError": "errors",
 }

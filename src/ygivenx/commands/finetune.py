@@ -12,6 +12,8 @@ from ..errors import ConfigError, MissingExtra
 from .config import TrainConfig
 from .intake import open_model, open_rows, take
 
+SHOWN_ROWS = 20  # on the page
+
 
 def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Run it, saying aloud what is read and trained; returns the counts and the last metrics."""
@@ -43,7 +45,8 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     after = trainer.evaluate() if held_out else {}
     final = Path(config.output_dir) / "final"
     trainer.save_model(str(final))
-    console.print(f"saved: {final}", highlight=False, markup=False)
+    page = write_page(config, trainer, held_out or examples, account)
+    console.print(f"saved: {final}, and what was trained: {page}", highlight=False, markup=False)
     return {
         **account,
         "steps": trainer.state.global_step,
@@ -52,8 +55,33 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
         "before": before,
         "after": after,
         "model": str(final),
+        "report": str(page),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def write_page(config: TrainConfig, trainer: Any, examples: list[Any], account: dict[str, Any]) -> Path:
+    """`report.html` in the output directory: the curves of the run, and some rows token by token after it."""
+    from ..forest import Forest
+    from ..report import TokenStrip, run_page
+    from ..scores.scoring import node_log_probs
+
+    shown = [(s, f"row {i}") for i, e in enumerate(examples[:SHOWN_ROWS]) for s in e]
+    forest = Forest.of([s for s, _ in shown])
+    log_p = node_log_probs(trainer.model.eval(), forest)
+    strips = [
+        TokenStrip.of(s, log_p[path], title=title)
+        for (s, title), path in zip(shown, forest.paths, strict=True)
+    ]
+    summary = {"model": config.model, "steps": trainer.state.global_step, "packs": str(trainer.train_dataset)}
+    page = run_page(
+        trainer.state.log_history,
+        title=f"Training on {Path(config.data).name}",
+        subtitle="rows after training, as the model reads them" + (", held out" if config.eval_data else ""),
+        summary=summary | account,
+        rows=strips,
+    )
+    return page.write(Path(config.output_dir) / "report.html")
 
 
 def adapted(model: Any, config: TrainConfig) -> Any:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..report import Curve, LedgerTable, Page, Table, TokenStrip
+from ..report import LedgerTable, Page, Table, TokenStrip, curves
 
 if TYPE_CHECKING:
     from .run import Arm
 
-LOGGED = {"conditional, log Pr(y|x)": "eval_conditional_nats", "marginal, log Pr(x)": "eval_marginal_nats"}
+LOGGED = ("eval_conditional_nats", "eval_marginal_nats")
 
 
 def write_page(path: Path, arms: dict[str, Arm], result: dict[str, Any]) -> None:
@@ -35,7 +35,8 @@ def write_page(path: Path, arms: dict[str, Arm], result: dict[str, Any]) -> None
         rows=list(_strips(y)),
     )
     for name, arm in arms.items():
-        page.curves += _curves(arm, "" if len(arms) == 1 else f" (loss on {name})")
+        suffix = "" if len(arms) == 1 else f" (loss on {name})"
+        page.curves += curves(arm.history, suffix=suffix, names=LOGGED)
     if len(arms) > 1:
         page.tables.append(_comparison(arms))
     page.write(path)
@@ -51,18 +52,6 @@ def _strips(arm: Arm) -> list[TokenStrip]:
             fields={"generated before": before, "generated after": after},
         )
         for i, (example, book, before, after) in enumerate(texts)
-    ]
-
-
-def _curves(arm: Arm, suffix: str) -> list[Curve]:
-    return [
-        Curve(
-            name + suffix,
-            [entry["step"] for entry in arm.history if key in entry],
-            [entry[key] for entry in arm.history if key in entry],
-            chart="Nats per token on held-out rows, lower is more probable",
-        )
-        for name, key in LOGGED.items()
     ]
 
 

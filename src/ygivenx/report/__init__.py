@@ -2,5 +2,16 @@
 
 from .page import Page
 from .parts import Curve, Finding, LedgerRow, LedgerTable, Table, TokenStrip
+from .runs import curves, run_page
 
-__all__ = ["Curve", "Finding", "LedgerRow", "LedgerTable", "Page", "Table", "TokenStrip"]
+__all__ = [
+    "Curve",
+    "Finding",
+    "LedgerRow",
+    "LedgerTable",
+    "Page",
+    "Table",
+    "TokenStrip",
+    "curves",
+    "run_page",
+]

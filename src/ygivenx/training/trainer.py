@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -134,9 +136,18 @@ class Meter:
             "y_tokens_per_second": round(self.trained / seconds, 1),
             "trained_share": round(self.trained / self.total, 4),
             "sharing": round(self.total / self.distinct, 3),
+            "peak_memory_mib": round(peak_memory() / 2**20),
         }
         self.__init__()  # type: ignore[misc]
         return told
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held so far, on the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Trainer(transformers.Trainer):
