@@ -241,8 +241,7 @@ def test_a_trainers_log_becomes_curves() -> None:
     nats = charts["Nats per token, lower is more probable"]
     assert [(c["name"], c["x"], c["y"]) for c in nats] == [
         ("loss that is trained", [5.0, 10.0], [2.0, None]),
-        ("weighted loss, held out", [5.0], [1.9]),
-        ("marginal, log Pr(x)", [5.0], [3.0]),
+        ("marginal, log Pr(x), held out", [5.0], [3.0]),
     ]
 
 

@@ -63,17 +63,19 @@ def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **
         )
     hidden = hidden_states(model, forest, **options)
     head = head_of(model)
-    log_p, total = selective_cross_entropy(
+    # Divided before, not after: gradients come out of the head finished, with no further pass over the largest.
+    shares = (edges.weights / np.float64(weight_sum)).astype(np.float32)
+    log_p, value = selective_cross_entropy(
         hidden,
         head.weight,
         _tensor(edges.rows, hidden),
         _tensor(edges.targets, hidden),
-        _tensor(edges.weights, hidden),
+        _tensor(shares, hidden),
         bias=head.bias,
         softcap=head.softcap,
         scale=head.scale,
     )
-    return Loss(total / weight_sum, weight_sum, log_p, edges, forest)
+    return Loss(value, weight_sum, log_p, edges, forest)
 
 
 def as_forest(batch: Batch) -> Forest:

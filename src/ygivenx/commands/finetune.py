@@ -45,7 +45,7 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     after = trainer.evaluate() if held_out else {}
     final = Path(config.output_dir) / "final"
     trainer.save_model(str(final))
-    page = write_page(config, trainer, held_out or examples, account)
+    page = write_page(config, trainer, held_out or examples, account, before)
     console.print(f"saved: {final}, and what was trained: {page}", highlight=False, markup=False)
     return {
         **account,
@@ -60,8 +60,13 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     }
 
 
-def write_page(config: TrainConfig, trainer: Any, examples: list[Any], account: dict[str, Any]) -> Path:
-    """`report.html` in the output directory: the curves of the run, and some rows token by token after it."""
+def write_page(
+    config: TrainConfig, trainer: Any, examples: list[Any], account: dict[str, Any], before: dict[str, float]
+) -> Path:
+    """`report.html` in the output directory: the curves of the run, and some rows token by token after it.
+
+    before: what evaluation gave before the first step, if there was one.
+    """
     from ..forest import Forest
     from ..report import TokenStrip, run_page
     from ..scores.scoring import node_log_probs
@@ -73,12 +78,17 @@ def write_page(config: TrainConfig, trainer: Any, examples: list[Any], account: 
         TokenStrip.of(s, log_p[path], title=title)
         for (s, title), path in zip(shown, forest.paths, strict=True)
     ]
-    summary = {"model": config.model, "steps": trainer.state.global_step, "packs": str(trainer.train_dataset)}
+    which = "held-out rows" if config.eval_data else "rows"
     page = run_page(
-        trainer.state.log_history,
+        [{**before, "step": 0}, *trainer.state.log_history],
         title=f"Training on {Path(config.data).name}",
-        subtitle="rows after training, as the model reads them" + (", held out" if config.eval_data else ""),
-        summary=summary | account,
+        subtitle=f"{trainer.train_dataset}. Below: {which} after training, as the model reads them.",
+        summary={
+            "model": config.model,
+            "steps": trainer.state.global_step,
+            "rows read": account["read"],
+            "quarantined": account["quarantined"],
+        },
         rows=strips,
     )
     return page.write(Path(config.output_dir) / "report.html")

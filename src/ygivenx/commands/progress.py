@@ -18,6 +18,7 @@ SHOWN = (
     ("y_tokens_per_second", "y tokens/s", ".0f"),
     ("trained_share", "trained", ".1%"),
     ("sharing", "sharing", ".2f"),
+    ("peak_memory_mib", "peak MiB", ".0f"),
 )
 
 

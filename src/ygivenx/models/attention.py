@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ PREFIX = (
     "ygivenx_"  # our names in transformers' registry: ygivenx_sdpa is ours for forests, sdpa for the rest
 )
 ROUTES = ("auto", "dense", "blocks", "flex", "plain")
-BLOCK = 256  # queries of a block that holds more than one segment
+BLOCK = 128  # queries of a block that holds more than one segment
 
 
 KeysValues = dict[nn.Module, tuple[Tensor, Tensor]]  # by attention layer, each [1, heads, tokens, D]
@@ -149,7 +149,7 @@ def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) 
         key, value = _per_head(query, key), _per_head(query, value)
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=o.scale)
     if plan.route == "blocks" and simple and same_width:
-        return _Blocks.apply(query, key, value, plan.once(make_blocks, window), o.scale)
+        return _Blocks.apply(query, key, value, plan.once(make_tiles, window), o.scale)
     if plan.route == "flex" and o.sinks is None and not o.dropout:
         return _flex(query, key, value, plan.once(flex_mask, window), o)
     return dense(query, key, value, plan.once(dense_mask, window), o)
@@ -195,21 +195,42 @@ Runs = tuple[slice, ...]  # nodes, as runs of neighbours
 
 
 @dataclass(frozen=True)
-class Block:
-    """Queries `rows`: they all see the keys `path`; of the keys `near` they see what `mask` allows.
+class Tile:
+    """Queries `rows` that see the nodes `keys`: all of them, those up to their own (`causal`), or those of the mask.
 
-    mask: float [rows, near], 0 or -inf; None says that near are the block's own keys, causal.
+    mask: float [rows, keys], 0 or -inf.
     """
 
     rows: slice
-    path: Runs
-    near: Runs
-    mask: Tensor | None
+    keys: Runs
+    mask: Tensor | None = None
+    causal: bool = False
 
 
-def make_blocks(plan: Plan, window: int | None) -> list[Block]:
-    """Long segments are blocks of their own, short ones are gathered; with a window all are short."""
-    return [_block(plan, start, stop, window) for start, stop in _cuts(plan, window)]
+class Tiles(NamedTuple):
+    """near: each query once, with what stands in its own block. far: with the path that leads to all of the block."""
+
+    near: list[Tile]
+    far: list[Tile]
+
+
+def make_tiles(plan: Plan, window: int | None) -> Tiles:
+    """Long segments are blocks of their own, short ones are gathered; with a window all are short.
+
+    Neighbouring blocks with one path, such as the questions after a passage, see it together: the kernel does
+    best with many queries, and a block's own part with few.
+    """
+    near, far = list[Tile](), list[Tile]()
+    before: Ints | None = None
+    for start, stop in _cuts(plan, window):
+        tile, path = _block(plan, start, stop, window)
+        near.append(tile)
+        if len(path):
+            along = before is not None and np.array_equal(path, before)
+            first = far.pop().rows.start if along else tile.rows.start
+            far.append(Tile(slice(first, tile.rows.stop), _runs(path)))
+        before = path
+    return Tiles(near, far)
 
 
 def _cuts(plan: Plan, window: int | None) -> list[tuple[int, int]]:
@@ -225,7 +246,8 @@ def _cuts(plan: Plan, window: int | None) -> list[tuple[int, int]]:
     return [*cuts, (start, len(plan.end))]
 
 
-def _block(plan: Plan, start: int, stop: int, window: int | None) -> Block:
+def _block(plan: Plan, start: int, stop: int, window: int | None) -> tuple[Tile, Ints]:
+    """Queries [start, stop) with what not all of them see, and the nodes before them that all of them see."""
     end, depth, rows = plan.end, plan.depth, slice(start - plan.first, stop - plan.first)
     keys = np.flatnonzero(end[:start] > start)  # the path from the root to here
     everywhere = end[keys] >= stop
@@ -233,17 +255,16 @@ def _block(plan: Plan, start: int, stop: int, window: int | None) -> Block:
         inside = depth[start:stop]
         keys, everywhere = (a[depth[keys] > inside.min() - window] for a in (keys, everywhere))
         everywhere &= depth[keys] > inside.max() - window
-    path = _runs(keys[everywhere])
     near = np.concatenate((keys[~everywhere], np.arange(start, stop)))
     chain = bool((end[start:stop] == end[start]).all()) and len(near) == stop - start
     if chain and (window is None or stop - start <= window):
-        return Block(rows, path, _runs(near), None)
+        return Tile(rows, _runs(near), causal=True), keys[everywhere]
     q = np.arange(start, stop)[:, None]
     allowed = (near <= q) & (q < end[near])
     if window is not None:
         allowed &= depth[start:stop, None] - depth[near] < window
     mask = torch.zeros(allowed.shape).masked_fill_(torch.from_numpy(~allowed), -torch.inf)
-    return Block(rows, path, _runs(near), mask)
+    return Tile(rows, _runs(near), mask), keys[everywhere]
 
 
 def _runs(nodes: Ints) -> Runs:
@@ -268,30 +289,30 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 
 class _Blocks(torch.autograd.Function):
-    """Softmax over path and near keys by two flash calls, merged by their logsumexp (Dao et al. 2022)."""
+    """Softmax over near and far keys by two flash calls, merged by their logsumexp (Dao et al. 2022)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scale: float) -> Tensor:
         n, heads, length, width = query.shape
         out = query.new_empty(n, length, heads, width).transpose(1, 2)
-        lse = query.new_empty(
-            n, length, heads, dtype=torch.promote_types(query.dtype, torch.float32)
-        ).transpose(1, 2)
-        for b in blocks:
-            q, o, total = query[:, :, b.rows], out[:, :, b.rows], lse[:, :, b.rows]
-            near, near_lse = _flash(q, _take(key, b.near), _take(value, b.near), 0.0, b.mask is None,
-                                    attn_mask=_like(b.mask, q), scale=scale)  # fmt: skip
-            if not b.path:
-                o.copy_(near)
-                total.copy_(near_lse)
-                continue
-            far, far_lse = _flash(q, _take(key, b.path), _take(value, b.path), scale=scale)
-            torch.logaddexp(near_lse, far_lse, out=total)
-            torch.lerp(near, far, (far_lse - total).exp_()[..., None].to(near.dtype), out=o)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        lse = query.new_empty(n, length, heads, dtype=wide).transpose(1, 2)
+
+        def attended(t: Tile) -> tuple[Tensor, Tensor]:
+            q = query[:, :, t.rows]
+            return _flash(q, _take(key, t.keys), _take(value, t.keys), 0.0, t.causal,
+                          attn_mask=_like(t.mask, q), scale=scale)  # fmt: skip
+
+        for t in tiles.near:
+            part, part_lse = attended(t)
+            out[:, :, t.rows], lse[:, :, t.rows] = part, part_lse
+        for t in tiles.far:
+            part, part_lse = attended(t)
+            o, total = out[:, :, t.rows], lse[:, :, t.rows]
+            torch.logaddexp(total, part_lse, out=total)
+            o.lerp_(part, (part_lse - total).exp_()[..., None].to(part.dtype))
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.tiles, ctx.scale = tiles, scale
         return out
 
     @staticmethod
@@ -299,18 +320,15 @@ class _Blocks(torch.autograd.Function):
         # With the merged output and logsumexp, each part's gradient is that of its share of the whole.
         query, key, value, out, lse = ctx.saved_tensors
         d_query, d_key, d_value = (_zeros(t) for t in (query, key, value))
-        for b in ctx.blocks:
-            g, q, o, total = (t[:, :, b.rows] for t in (grad, query, out, lse))
-            for keys, mask, causal in ((b.near, b.mask, b.mask is None), (b.path, None, False)):
-                if not keys:
-                    continue
-                k, v = _take(key, keys), _take(value, keys)
-                dq, dk, dv = _flash_backward(
-                    g, q, k, v, o, total, 0.0, causal, attn_mask=_like(mask, q), scale=ctx.scale
-                )
-                d_query[:, :, b.rows] += dq
-                _add(d_key, keys, dk)
-                _add(d_value, keys, dv)
+        for t in (*ctx.tiles.near, *ctx.tiles.far):
+            g, q, o, total = (a[:, :, t.rows] for a in (grad, query, out, lse))
+            k, v = _take(key, t.keys), _take(value, t.keys)
+            dq, dk, dv = _flash_backward(
+                g, q, k, v, o, total, 0.0, t.causal, attn_mask=_like(t.mask, q), scale=ctx.scale
+            )
+            d_query[:, :, t.rows] += dq
+            _add(d_key, t.keys, dk)
+            _add(d_value, t.keys, dv)
         return d_query, d_key, d_value, None, None
 
 

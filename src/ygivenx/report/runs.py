@@ -12,9 +12,8 @@ NATS = "Nats per token, lower is more probable"
 # Logged name → (curve, chart). What isn't listed here has no curve: learning rates and run times are no news.
 LOGGED = {
     "loss": ("loss that is trained", NATS),
-    "eval_loss": ("weighted loss, held out", NATS),
-    "eval_conditional_nats": ("conditional, log Pr(y|x)", NATS),
-    "eval_marginal_nats": ("marginal, log Pr(x)", NATS),
+    "eval_conditional_nats": ("conditional, log Pr(y|x), held out", NATS),
+    "eval_marginal_nats": ("marginal, log Pr(x), held out", NATS),
     "ygx_conditional": ("conditional, watched examples", NATS),
     "ygx_marginal": ("marginal, watched examples", NATS),
     "ygx_end_of_turn": ("end of turn, watched examples", NATS),

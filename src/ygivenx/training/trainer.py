@@ -237,12 +237,12 @@ class Trainer(transformers.Trainer):
         forest = inputs["forest"]
         inner = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            out = through(model, inner, lambda: loss(inner, forest, denominator=num_items_in_batch))
+            # Ranks average their gradients, and W already counts all ranks: undo the average.
+            weight = None if num_items_in_batch is None else float(num_items_in_batch) / self.args.world_size
+            out = through(model, inner, lambda: loss(inner, forest, denominator=weight))
         self._refuse_non_finite(out, inputs["names"])
         self.meter.add(forest)
-        # Ranks average their gradients, and W already counts all ranks: undo the average.
-        value = out.value * self.args.world_size
-        return (value, {"log_p": out.log_p}) if return_outputs else value
+        return (out.value, {"log_p": out.log_p}) if return_outputs else out.value
 
     def _refuse_non_finite(self, out: Loss, names: list[str]) -> None:
         bad = (~torch.isfinite(out.value.detach())).to(torch.float32)
