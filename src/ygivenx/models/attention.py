@@ -208,7 +208,7 @@ class Tile:
 
 
 class Tiles(NamedTuple):
-    """near: each query once, with what stands in its own block. far: with the path that leads to all of the block."""
+    """near: each query once, with what stands in its own block. far: with the path that leads to whole blocks."""
 
     near: list[Tile]
     far: list[Tile]
@@ -217,19 +217,18 @@ class Tiles(NamedTuple):
 def make_tiles(plan: Plan, window: int | None) -> Tiles:
     """Long segments are blocks of their own, short ones are gathered; with a window all are short.
 
-    Neighbouring blocks with one path, such as the questions after a passage, see it together: the kernel does
-    best with many queries, and a block's own part with few.
+    Neighbouring blocks that one path leads to, such as the questions after a passage, see it together: the kernel
+    does best with many queries there, and with few in a block's own part.
     """
     near, far = list[Tile](), list[Tile]()
-    before: Ints | None = None
+    path = np.zeros(0, np.int64)
     for start, stop in _cuts(plan, window):
-        tile, path = _block(plan, start, stop, window)
+        before = path
+        tile, path = _block(plan, start, stop, window, before)
         near.append(tile)
         if len(path):
-            along = before is not None and np.array_equal(path, before)
-            first = far.pop().rows.start if along else tile.rows.start
+            first = far.pop().rows.start if path is before else tile.rows.start
             far.append(Tile(slice(first, tile.rows.stop), _runs(path)))
-        before = path
     return Tiles(near, far)
 
 
@@ -246,8 +245,11 @@ def _cuts(plan: Plan, window: int | None) -> list[tuple[int, int]]:
     return [*cuts, (start, len(plan.end))]
 
 
-def _block(plan: Plan, start: int, stop: int, window: int | None) -> tuple[Tile, Ints]:
-    """Queries [start, stop) with what not all of them see, and the nodes before them that all of them see."""
+def _block(plan: Plan, start: int, stop: int, window: int | None, before: Ints) -> tuple[Tile, Ints]:
+    """Queries [start, stop) with their near keys, and the path, seen by all of them, that isn't among those.
+
+    It is `before`, the path of the block before, if what it lacks is little.
+    """
     end, depth, rows = plan.end, plan.depth, slice(start - plan.first, stop - plan.first)
     keys = np.flatnonzero(end[:start] > start)  # the path from the root to here
     everywhere = end[keys] >= stop
@@ -255,16 +257,20 @@ def _block(plan: Plan, start: int, stop: int, window: int | None) -> tuple[Tile,
         inside = depth[start:stop]
         keys, everywhere = (a[depth[keys] > inside.min() - window] for a in (keys, everywhere))
         everywhere &= depth[keys] > inside.max() - window
-    near = np.concatenate((keys[~everywhere], np.arange(start, stop)))
-    chain = bool((end[start:stop] == end[start]).all()) and len(near) == stop - start
-    if chain and (window is None or stop - start <= window):
-        return Tile(rows, _runs(near), causal=True), keys[everywhere]
+    path = keys[everywhere]
+    one = bool((end[start:stop] == end[start]).all()) and everywhere.all()
+    if one and (window is None or stop - start <= window):
+        same = np.array_equal(path, before)
+        return Tile(rows, (slice(start, stop),), causal=True), before if same else path
+    if len(path) - len(before) <= BLOCK // 2 and np.array_equal(path[: len(before)], before):
+        path = before
+    near = np.concatenate((np.setdiff1d(keys, path), np.arange(start, stop)))
     q = np.arange(start, stop)[:, None]
     allowed = (near <= q) & (q < end[near])
     if window is not None:
         allowed &= depth[start:stop, None] - depth[near] < window
     mask = torch.zeros(allowed.shape).masked_fill_(torch.from_numpy(~allowed), -torch.inf)
-    return Tile(rows, _runs(near), mask), keys[everywhere]
+    return Tile(rows, _runs(near), mask), path
 
 
 def _runs(nodes: Ints) -> Runs:
