@@ -3,7 +3,8 @@
     python benchmarks/head.py --cells 1024,576,49152,20,bfloat16 ... --out benchmarks/results/head.jsonl
     python benchmarks/head.py --table benchmarks/results/head.jsonl
 
-A cell is N,H,V,percent trained,dtype. All contestants of a cell run in one process, in turns; medians are kept.
+A cell is N,H,V,percent trained,dtype. All contestants of a cell run in one process, in turns and in
+random order, since who comes after whom decides whose memory is still at hand; medians are kept.
 `limit` is the three products of the trained rows, x @ Wᵀ, g @ W and gᵀ @ x, as plain expressions; `limit, reused` has
 its logits in a buffer that is already there. Peak memory is the growth of the resident set (VmHWM) over what was there
 before, less dH and dW. A contestant that would take over --cap seconds a run is left out, and said to be.
@@ -16,6 +17,7 @@ import argparse
 import ctypes
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -164,10 +166,11 @@ def measure(spec: str, contestants: list[str], seconds: float, cap: float) -> di
             skipped.append(f"{name}: {str(error).splitlines()[0][:120]}")
             del steps[name]
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(RUNS):  # in turns; a slow contestant gets fewer
-        for name, step in steps.items():
+    order = random.Random(0)
+    for _ in range(RUNS):  # a slow contestant gets fewer
+        for name in order.sample(list(steps), len(steps)):
             if sum(times[name]) < seconds:
-                times[name].append(timed(step))
+                times[name].append(timed(steps[name]))
     medians = {name: statistics.median(t) for name, t in times.items()}
     return {
         "n": n, "h": h, "v": v, "percent": percent, "dtype": dtype, "trained": cell.trained,
