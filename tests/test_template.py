@@ -7,8 +7,10 @@ from templates.conversations import ALL, call, calls, reply, user
 from templates.shelf import shelf, tokenizer_for
 
 from ygivenx import RowError
+from ygivenx.encoder.inputs import Inputs, inputs_of
 from ygivenx.encoder.origins import OriginsLost, Text, join, source_at
-from ygivenx.encoder.template import Inputs, Template, inputs_of, marked
+from ygivenx.encoder.template import Template
+from ygivenx.encoder.tracing import marked
 from ygivenx.rows.formats import normalise
 
 SHELF = shelf()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from re import Match
@@ -16,14 +15,16 @@ from ..errors import RowError
 from ..rows.formats import Conversation
 from ..sequence import Segment, Sequence
 from .assemble import Job, Options, control_text, made, straddle, too_long, truncated
-from .contract import Contract, Draft, Row
+from .contract import Contract
 from .fields import lost_of_context, lost_of_reply
-from .layout import segments_of
-from .origins import within
+from .inputs import ROLES, Inputs, inputs_of
+from .layout import Outline, outline_of, segments_of
+from .origins import Source, within
 from .policy import Part, weight_of
+from .renderings import Draft, Row
 from .repair import IN_TURNS, alternatives
-from .skeleton import ROLES, Skeletons
-from .template import Inputs, Source, Template, inputs_of
+from .shapes import Shapes
+from .template import Template
 from .tokens import Encoded, Pieces
 
 _KIND_OF_FIELD = {
@@ -34,6 +35,9 @@ _KIND_OF_FIELD = {
 }
 
 
+Cut = tuple[Outline, tuple[int, ...]]  # a text, and where it is cut so that no control token is a row's
+
+
 class Chats:
     """Conversations to jobs."""
 
@@ -41,26 +45,25 @@ class Chats:
         self.options, self.tokens = options, options.tokens
         self.contract = Contract(self.tokens)
         self._templates: dict[str, Template] = {}
-        self._skeletons: dict[str, Skeletons] = defaultdict(Skeletons)
+        self._shapes: dict[str, Shapes] = {}
 
     def job(self, row: Conversation, notes: tuple[str, ...] = ()) -> Job:
         inputs = inputs_of(
             row.messages, row.tools, row.documents, {**self.options.template_kwargs, **row.template_kwargs}
         )
-        if self.options.control == "refuse":
-            self._refuse_control(inputs)
-        drafts = self._drafts(inputs, row)
-        cuts = [self._cuts(d) for d in drafts]
+        texts = self._known(row, inputs)
+        if texts is None:
+            texts = self._made(row, inputs)
 
         def finish(parts: list[Encoded]) -> list[Sequence]:
             try:
-                return self._finish(row, drafts, cuts, parts, notes)
+                return self._finish(row, texts, parts, notes)
             except RowError as e:
                 if e.reason == "too_long" and self.options.overflow == "drop_turns":
                     return self._shorter(row, e)
                 raise
 
-        return Job([(d.text, c) for d, c in zip(drafts, cuts, strict=True)], finish)
+        return Job([(outline.text, cuts) for outline, cuts in texts], finish)
 
     # --- texts -------------------------------------------------------------------------------------------
 
@@ -75,7 +78,24 @@ class Chats:
         source = tokenizer.get_chat_template(tools=inputs.tools)
         if source not in self._templates:
             self._templates[source] = Template(source, tokenizer.special_tokens_map)
+            self._shapes[source] = Shapes(self._templates[source], self.tokens)
         return self._templates[source]
+
+    def _known(self, row: Conversation, inputs: Inputs) -> list[Cut] | None:
+        """The texts by what was proven of rows of the same shape."""
+
+        def prove(holed: Row) -> list[Outline]:
+            return [outline_of(d, row.messages) for d in self._proven(holed, wanted, frozenset(), row)]
+
+        template, wanted = self._template(inputs), self._wanted(row)
+        outlines = self._shapes[template.source].outlines(row, inputs, prove)
+        return None if outlines is None else [(o, ()) for o in outlines]
+
+    def _made(self, row: Conversation, inputs: Inputs) -> list[Cut]:
+        """The texts by a proof of this row's own."""
+        if self.options.control == "refuse":
+            self._refuse_control(inputs)
+        return [(outline_of(d, row.messages), self._cuts(d)) for d in self._drafts(inputs, row)]
 
     def _wanted(self, row: Conversation) -> list[int]:
         """The replies of which some part would be trained; the others are context."""
@@ -89,12 +109,10 @@ class Chats:
     def _drafts(self, inputs: Inputs, row: Conversation) -> list[Draft]:
         """The texts, as the row stands or, where that can't be proven, as the first repair that can makes them."""
         template, wanted = self._template(inputs), self._wanted(row)
-        # Where control text is refused, contents hold nothing that could be taken for the template's words.
-        skeletons = self._skeletons[template.source] if self.options.control == "refuse" else None
         refusal: RowError | None = None
         for tried, notes, repairs in self._attempts(template, inputs):
             try:
-                drafts = self._proven(Row(template, tried, skeletons), wanted, repairs, row)
+                drafts = self._proven(Row(template, tried), wanted, repairs, row)
             except RowError as e:
                 refusal = refusal or e
                 continue
@@ -178,47 +196,28 @@ class Chats:
     # --- sequences ---------------------------------------------------------------------------------------
 
     def _finish(
-        self,
-        row: Conversation,
-        drafts: list[Draft],
-        cuts: list[tuple[int, ...]],
-        parts: list[Encoded],
-        notes: tuple[str, ...],
+        self, row: Conversation, texts: list[Cut], parts: list[Encoded], notes: tuple[str, ...]
     ) -> list[Sequence]:
         sequences: list[Sequence] = []
-        for draft, encoded, cut in zip(drafts, parts, cuts, strict=True):
-            segments = segments_of(draft, encoded, self._borders(draft, encoded), row.messages)
+        for (outline, cuts), encoded in zip(texts, parts, strict=True):
+            segments = segments_of(outline, encoded, self._borders(outline, encoded))
             weights = self._weights(row, segments, len(encoded.ids))
             if sequences:  # what an earlier sequence has already weighed
-                shared = _common(sequences[-1].ids, encoded.ids)
-                weights[:shared] = 0
-            told = notes + draft.notes + tuple(n for t in draft.turns for n in t.notes)
-            if cut:
-                told += (
-                    "control tokens in the row's text are encoded as text: the ids differ from the template's",
-                )
-            sequences.append(
-                self._fitted(
-                    made(
-                        encoded.ids,
-                        weights,
-                        segments,
-                        Pieces(encoded.text, encoded.starts, encoded.stops),
-                        told,
-                    )
-                )
-            )
+                weights[: _common(sequences[-1].ids, encoded.ids)] = 0
+            told = (*notes, *outline.notes, *([_AS_TEXT] if cuts else []))
+            pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
+            sequences.append(self._fitted(made(encoded.ids, weights, segments, pieces, told)))
         return sequences
 
-    def _borders(self, draft: Draft, encoded: Encoded) -> dict[int, int]:
+    def _borders(self, outline: Outline, encoded: Encoded) -> dict[int, int]:
         borders: dict[int, int] = {}
-        for turn in draft.turns:
-            for at in (turn.start, turn.end, turn.stop):
+        for message, start, *ends in outline.turns:
+            for at in (start, *ends):
                 border = self.tokens.border(encoded, at)
-                if border is None and at == turn.start and self.options.border == "mask" and encoded.tiled:
+                if border is None and at == start and self.options.border == "mask" and encoded.tiled:
                     border = int(np.searchsorted(encoded.starts, at))
                 if border is None:
-                    raise straddle(encoded, at, f"messages[{turn.message}]")
+                    raise straddle(encoded, at, f"messages[{message}]")
                 borders[at] = border
         return borders
 
@@ -263,6 +262,7 @@ class Chats:
         raise refusal
 
 
+_AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
 _KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
 
 

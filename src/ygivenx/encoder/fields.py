@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .contract import Draft, Turn
-from .template import REASONING_FIELDS, Source, Traced
+from .inputs import REASONING_FIELDS
+from .origins import Source
+from .renderings import Draft, Turn
+from .tracing import Traced
 
 _THINK_TAG = re.compile("</?think>")  # read as a mark of reasoning, and written anew by the template
 
@@ -20,8 +22,6 @@ def lost_of_reply(draft: Draft, turn: Turn, message: Mapping[str, Any]) -> list[
         return list(_missing_text(draft.text[turn.start : turn.stop], turn.message, message))
     traced = turn.traced or draft.traced
     assert traced is not None
-    if traced.complete:
-        return []
     return [
         (_key(s), s.field or "") for s in _lost(traced, _said(traced, turn.start, turn.stop), turn.message)
     ]
@@ -30,7 +30,7 @@ def lost_of_reply(draft: Draft, turn: Turn, message: Mapping[str, Any]) -> list[
 def lost_of_context(draft: Draft, trained: set[int], upto: int) -> list[str]:
     """Paths of what the messages around the trained replies, and tools and documents, hold in vain."""
     traced = draft.traced
-    if traced is None or traced.complete:
+    if traced is None:
         return []
     said = _said(traced, 0, len(draft.text))
     paths = [

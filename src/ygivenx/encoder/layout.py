@@ -2,32 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from ..sequence import Segment
-from .contract import Draft, Turn
-from .template import REASONING_FIELDS, Source
+from .inputs import REASONING_FIELDS
+from .origins import Source
+from .renderings import Draft, Turn
 from .tokens import Encoded
 
 Messages = Sequence[Mapping[str, Any]]
 Piece = tuple[int, int, Source | None]  # characters [start, stop), source: None for the template's own
 Run = tuple[int, str, bool, int | None]  # its first character, kind, output, message
+Borders = tuple[
+    int, int, int, int
+]  # a turn's message; its output is [start, stop), its end token [end, stop)
+Spans = Sequence[tuple[int, int]]
 
 _KIND_OF_ROLE = {"assistant": "answer", "function": "tool", "ipython": "tool"}
 
 
-def segments_of(
-    draft: Draft, encoded: Encoded, borders: Mapping[int, int], messages: Messages
-) -> list[Segment]:
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A text to be encoded: where its runs begin, and the borders of its turns.
+
+    control: where control tokens must stand in the text, if that isn't known otherwise.
+    """
+
+    text: str
+    turns: tuple[Borders, ...]
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...] = ()
+    control: Spans = ()
+
+    @property
+    def places(self) -> Iterator[int]:
+        """Every character that the outline speaks of."""
+        for turn in self.turns:
+            yield from turn[1:]
+        for run in self.runs:
+            yield run[0]
+        for span in self.control:
+            yield from span
+
+    def moved(self, text: str, to: Mapping[int, int]) -> Outline:
+        """The same of another text, in which each of its places stands elsewhere."""
+        turns = tuple([(i, to[a], to[b], to[c]) for i, a, b, c in self.turns])
+        runs = tuple([(to[at], kind, output, i) for at, kind, output, i in self.runs])
+        return Outline(text, turns, runs, self.notes, [(to[a], to[b]) for a, b in self.control])
+
+
+def outline_of(draft: Draft, messages: Messages) -> Outline:
+    turns = tuple((t.message, t.start, t.end, t.stop) for t in draft.turns)
+    notes = draft.notes + tuple(n for t in draft.turns for n in t.notes)
+    return Outline(draft.text, turns, tuple(_merged(_runs(draft, messages))), notes)
+
+
+def segments_of(outline: Outline, encoded: Encoded, borders: Mapping[int, int]) -> list[Segment]:
     """Segments over all tokens. `borders`: index of the token at each turn's start, end and stop.
 
     A token belongs to the run of its first character; the borders of outputs are exact.
     """
-    runs = _merged(_runs(draft, messages))
+    runs = outline.runs
     if encoded.tiled:
         at = np.searchsorted(encoded.starts, np.array([r[0] for r in runs])).tolist()
     else:
@@ -39,7 +79,7 @@ def segments_of(
     ]
 
 
-def _by_borders(runs: list[Run], borders: Mapping[int, int]) -> list[int]:
+def _by_borders(runs: Sequence[Run], borders: Mapping[int, int]) -> list[int]:
     """Without offsets only the borders of turns are known: what lies between them is one segment."""
     at, known = [], 0
     for run in runs:

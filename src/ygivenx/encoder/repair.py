@@ -22,7 +22,8 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError, nearest
-from .template import Inputs, Template
+from .inputs import Inputs
+from .template import Template
 
 DEFAULT = ("template_kwargs", "arguments_as_text", "content_as_parts", "whitespace", "open_think")
 REPAIRS = (*DEFAULT, "empty_think", "append_end")

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RowError
+from .pieces import cutting_tokens
 
 Ints = npt.NDArray[np.int64]
 
@@ -75,7 +76,7 @@ class Tokens:
 
     def __init__(self, tokenizer: Any, stops: Iterable[str] = ()) -> None:
         self.tokenizer = tokenizer
-        self.backend = getattr(tokenizer, "backend_tokenizer", None)
+        self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         self.special: dict[str, int] = {t: i for t, i in special.items() if t}
@@ -136,9 +137,23 @@ class Tokens:
         return [joined([next(encoded) for _ in some]) for some in pieces]
 
     def encode(self, texts: Sequence[str]) -> list[Encoded]:
-        """Each text as a whole, its special tokens parsed."""
+        """Each text, its special tokens parsed; what stands between them is encoded once where it can be."""
         if self.backend is None:
             return [self._slow(t) for t in texts]
+        cutting = self._cutting
+        if cutting is None:
+            return self.encode_whole(texts)
+        parts = [_parts(cutting, t) for t in texts]
+        wanted = list(dict.fromkeys(chain.from_iterable(parts)))
+        known = dict(zip(wanted, self.encode_whole(wanted), strict=True))
+        return [joined([known[p] for p in some], t) for t, some in zip(texts, parts, strict=True)]
+
+    @cached_property
+    def _cutting(self) -> re.Pattern[str] | None:
+        return cutting_tokens(self.backend)
+
+    def encode_whole(self, texts: Sequence[str]) -> list[Encoded]:
+        """Each text by one call of the tokenizer."""
         if self.backend.truncation is not None:
             self.backend.no_truncation()
         if self.backend.padding is not None:
@@ -169,18 +184,40 @@ class Tokens:
         return bos is not None and list(self.tokenizer("a")["input_ids"])[:1] == [bos]
 
 
-def joined(parts: Sequence[Encoded]) -> Encoded:
-    """Texts encoded apart, one after the other."""
+def joined(parts: Sequence[Encoded], text: str | None = None) -> Encoded:
+    """Texts encoded apart, one after the other; `text` is all of them, if it is known."""
     if len(parts) == 1:
         return parts[0]
-    shifts = [0, *accumulate(len(p.text) for p in parts)]
+    if not parts:
+        return _NOTHING
+    shifts = [0, *accumulate(len(p.text) for p in parts[:-1])]
+    shift = np.repeat(shifts, [len(p.ids) for p in parts])
     return Encoded(
-        "".join(p.text for p in parts),
+        "".join([p.text for p in parts]) if text is None else text,
         np.concatenate([p.ids for p in parts]),
-        np.concatenate([p.starts + shift for p, shift in zip(parts, shifts, strict=False)]),
-        np.concatenate([p.stops + shift for p, shift in zip(parts, shifts, strict=False)]),
+        np.concatenate([p.starts for p in parts]) + shift,
+        np.concatenate([p.stops for p in parts]) + shift,
         all(p.tiled for p in parts),
     )
+
+
+_NONE = np.zeros(0, np.int64)
+_NOTHING = Encoded("", _NONE, _NONE, _NONE, tiled=True)
+
+
+def _parts(cutting: re.Pattern[str], text: str) -> list[str]:
+    """The text cut around these tokens."""
+    parts: list[str] = []
+    at = 0
+    for found in cutting.finditer(text):
+        start, stop = found.span()
+        if at < start:
+            parts.append(text[at:start])
+        parts.append(text[start:stop])
+        at = stop
+    if at < len(text):
+        parts.append(text[at:])
+    return parts
 
 
 def _encoded(text: str, encoding: Any) -> Encoded:

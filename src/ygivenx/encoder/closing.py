@@ -1,0 +1,79 @@
+"""The token that ends a turn.
+
+Let e be after the last character that comes from message i in F, G the next rendering (the next prompt, else one with
+what could come next), L how much of F and G is the same. Of the special tokens in F[e:L] the first that is known to
+stop generation ends the turn, else the last; else, in F[e:], the first that is known, else the first; else, where F
+ends there and G goes on with a special token, that one: the next header ends the turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import RowError
+from .renderings import Row, runs_of_message
+from .tokens import Tokens
+from .tracing import marked
+
+End = tuple[int, str]  # where the token stands in F, and the token; len(F) if it is the next header's
+
+
+def end_of_turn(tokens: Tokens, row: Row, i: int, after: int) -> End | None:
+    """What ends message i, whose last character stands before `after` in F."""
+    text = row.closed(i + 1)
+    then = _or_none(lambda: _next(row, i)) or ""
+    return _closing(tokens, row, text, then, after) or _next_header(tokens, row, i, after)
+
+
+def _next(row: Row, i: int) -> str:
+    """The prompt of the next reply; after the last message the one after a user, or its tool calls' results."""
+    following = next((j for j in row.replies() if j > i), len(row))
+    if i + 1 < len(row):
+        return row.prompt(following)
+    calls = row.inputs.messages[i].get("tool_calls") or []
+    more = [_result(c) for c in calls] or [_USER]
+    return row.template.render(row.inputs.upto(i + 1, *more), add_generation_prompt=True)
+
+
+def _closing(tokens: Tokens, row: Row, text: str, then: str, after: int) -> End | None:
+    common = row.common_prefix(text, then)
+    inside = tokens.control(text, after)
+    shared = [m for m in inside if m.end() <= common]
+    for found, fallback in ((shared, -1), (inside, 0)):
+        stops = [m for m in found if m[0] in tokens.stops]
+        if found:
+            end = stops[0] if stops else found[fallback]
+            return end.start(), end[0]
+    header = next(iter(tokens.control(then, common)), None)
+    if header is not None and header.start() == common == len(text):
+        return len(text), header[0]
+    return None
+
+
+def _next_header(tokens: Tokens, row: Row, i: int, after: int) -> End | None:
+    """The special token that follows message i once it is history, where F itself ends with its text."""
+    text, then = row.closed(i + 1), row.inputs.upto(i + 1, _USER)
+    plain = _or_none(lambda: row.template.render(then, add_generation_prompt=True))
+    traced = row.template.trace(marked(then), plain, add_generation_prompt=True) if plain else None
+    runs = runs_of_message(traced, i) if traced else []
+    if text[after:].strip() or not runs or plain is None:
+        return None
+    gap = next(iter(tokens.control(plain, runs[-1][1])), None)
+    return (len(text), gap[0]) if gap and not plain[runs[-1][1] : gap.start()].strip() else None
+
+
+_USER = {"role": "user", "content": "x"}
+
+
+def _result(call: dict[str, Any]) -> dict[str, Any]:
+    name = call.get("function", call).get("name", "f")
+    made = {"role": "tool", "name": name, "content": "x"}
+    return made | ({"tool_call_id": call["id"]} if "id" in call else {})
+
+
+def _or_none(render: Callable[[], str]) -> str | None:
+    try:
+        return render()
+    except RowError:
+        return None

@@ -1,0 +1,335 @@
+"""Texts that a template sees only through its questions.
+
+A `Hole` stands for one text of a row while a template is rendered. It isn't a str: a template can write it, put it
+beside other words, and ask it something (is it empty, does it hold `</think>`?). The answer is that of the text which
+it stands for, and is remembered on its `Sheet`. Whatever else a template does to it raises `Undecided`. So rows of one
+shape whose texts answer alike are rendered alike but for the texts: what is proven of one rendering is proven of all.
+
+In a rendered text a hole is one character, half a surrogate pair, which no row's text can hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+from jinja2.filters import do_default
+
+from .origins import OriginsLost
+from .sandbox import Environment
+
+FIRST, MOST = 0xD800, 2048
+MARK = re.compile("[\ud800-\udfff]")
+
+Question = tuple[int, str, tuple[Any, ...]]  # of which hole, what, with which arguments
+
+
+class Undecided(OriginsLost):
+    """What happens depends on the text that a hole stands for."""
+
+
+def _undecided(*args: Any, **kwargs: Any) -> NoReturn:
+    raise Undecided
+
+
+ASK: dict[str, Callable[..., bool]] = {
+    "true": bool,
+    "equals": str.__eq__,
+    "contains": str.__contains__,
+    "startswith": str.startswith,
+    "endswith": str.endswith,
+    "strip": lambda text, chars: text.strip(chars) == text,
+    "lstrip": lambda text, chars: text.lstrip(chars) == text,
+    "rstrip": lambda text, chars: text.rstrip(chars) == text,
+}
+
+
+class Sheet:
+    """The holes of one row and what a template asked them. `today`: dates by pattern, which it asked too."""
+
+    def __init__(self) -> None:
+        self.holes: list[Hole] = []
+        self.answers: dict[Question, bool] = {}
+        self.today: dict[str, str] = {}
+
+    def hole(self, text: str, made: tuple[int, str, str | None] | None = None) -> Hole:
+        """A new hole; `made`: (number, method, characters) of the hole that was stripped to this text."""
+        if len(self.holes) == MOST:
+            raise Undecided
+        self.holes.append(Hole(self, len(self.holes), text, made))
+        return self.holes[-1]
+
+    def stripped(self, hole: Hole, method: str, chars: str | None) -> Hole:
+        """The one hole for this hole's text without white space at its ends."""
+        made = (hole.number, method, chars)
+        known = next((h for h in self.holes if h.made == made), None)
+        return known or self.hole(getattr(hole.text, method)(chars), made)
+
+    def texts(self, given: Sequence[str]) -> list[str]:
+        """The text for each hole in another row, whose texts for the holes that weren't made are `given`."""
+        texts = list(given)
+        for h in self.holes[len(given) :]:
+            assert h.made is not None
+            of, method, chars = h.made
+            texts.append(getattr(texts[of], method)(chars))
+        return texts
+
+    def answered_alike(self, texts: Sequence[str]) -> bool:
+        """Whether these texts, one for each hole, would have answered as the holes did."""
+        alike = all(ASK[what](texts[n], *args) == a for (n, what, args), a in self.answers.items())
+        return alike and all(datetime.now().strftime(p) == day for p, day in self.today.items())
+
+
+class _Opaque:
+    """Something written that isn't looked into."""
+
+    __slots__ = ()
+
+    def __add__(self, other: Any) -> Any:
+        return side_by_side((self, other)) if _is_text(other) else NotImplemented
+
+    def __radd__(self, other: Any) -> Any:
+        return side_by_side((other, self)) if _is_text(other) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = _undecided
+    __len__ = __iter__ = __getitem__ = __contains__ = __str__ = __repr__ = __format__ = _undecided
+    __lt__ = __le__ = __gt__ = __ge__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __eq__ = _undecided
+
+
+class Hole(_Opaque):
+    """One text; see the module."""
+
+    __slots__ = ("made", "number", "sheet", "text")
+
+    def __init__(
+        self, sheet: Sheet, number: int, text: str, made: tuple[int, str, str | None] | None
+    ) -> None:
+        self.sheet, self.number, self.text, self.made = sheet, number, text, made
+
+    @property
+    def mark(self) -> str:
+        return chr(FIRST + self.number)
+
+    def begins_otherwise(self, rest: str) -> None:
+        """Ask that this text isn't empty and doesn't begin as `rest` does; raises Undecided if it does."""
+        if not self or (rest and (MARK.match(rest) or self._ask("startswith", rest[0]))):
+            raise Undecided
+
+    def _ask(self, what: str, *args: Any) -> bool:
+        if not all(_is_plain(a) for a in args):
+            raise Undecided
+        answer = ASK[what](self.text, *args)
+        self.sheet.answers[self.number, what, args] = answer
+        return answer
+
+    def __bool__(self) -> bool:
+        return self._ask("true")
+
+    def __eq__(self, other: object) -> bool:  # type: ignore[override]
+        if other is self:
+            return True
+        if isinstance(other, _Opaque):
+            raise Undecided
+        return isinstance(other, str) and self._ask("equals", other)
+
+    __hash__ = _undecided
+
+    def __contains__(self, part: Any) -> bool:  # type: ignore[override]
+        return self._ask("contains", part)
+
+    def startswith(self, prefix: Any) -> bool:
+        return self._ask("startswith", prefix)
+
+    def endswith(self, suffix: Any) -> bool:
+        return self._ask("endswith", suffix)
+
+    def strip(self, chars: str | None = None) -> Hole:
+        return self._stripped("strip", chars)
+
+    def lstrip(self, chars: str | None = None) -> Hole:
+        return self._stripped("lstrip", chars)
+
+    def rstrip(self, chars: str | None = None) -> Hole:
+        return self._stripped("rstrip", chars)
+
+    def _stripped(self, method: str, chars: str | None) -> Hole:
+        if self._ask(method, chars):
+            return self
+        if chars is not None and not chars.isspace():
+            raise Undecided  # a part of the text is lost
+        return self.sheet.stripped(self, method, chars)
+
+    def split(self, sep: Any = None, maxsplit: int = -1) -> list[Hole]:
+        self._lacks(sep)
+        return [self]
+
+    rsplit = split
+
+    def partition(self, sep: Any) -> tuple[Hole, str, str]:
+        self._lacks(sep)
+        return self, "", ""
+
+    def rpartition(self, sep: Any) -> tuple[str, str, Hole]:
+        self._lacks(sep)
+        return "", "", self
+
+    def replace(self, old: Any, new: Any, count: int = -1) -> Hole:
+        self._lacks(old)
+        return self
+
+    def _lacks(self, part: Any) -> None:
+        if part is None or self._ask("contains", part):
+            raise Undecided
+
+
+class Words(_Opaque):
+    """Words of the template and holes beside each other."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, parts: tuple[str | Hole, ...]) -> None:
+        self.parts = parts
+
+    def __bool__(self) -> bool:
+        return any(isinstance(p, str) for p in self.parts) or _undecided()
+
+    __hash__ = _undecided
+
+
+def side_by_side(parts: Iterable[Any]) -> str | Hole | Words:
+    flat = list(_flat(parts))
+    if not any(isinstance(p, Hole) for p in flat):
+        return "".join(flat)
+    return flat[0] if len(flat) == 1 else Words(tuple(flat))
+
+
+def _flat(parts: Iterable[Any]) -> Iterator[Any]:
+    for part in parts:
+        part = _written(part)
+        if isinstance(part, Words):
+            yield from part.parts
+        elif isinstance(part, Hole) or part:
+            yield part
+
+
+def _written(value: Any) -> Any:
+    """As `str` writes it; what holds a hole can't be looked into (its repr raises)."""
+    return value if _is_text(value) else str(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | _Opaque)
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        value is None or isinstance(value, str) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+    )
+
+
+def marked_text(pieces: Iterable[Any]) -> str:
+    """What was written, each hole as its mark."""
+    flat = list(_flat(pieces))
+    if any(isinstance(p, str) and MARK.search(p) for p in flat):
+        raise Undecided  # the template itself writes what we take for marks
+    return "".join(p.mark if isinstance(p, Hole) else p for p in flat)
+
+
+_OF_STR = frozenset(dir(str))
+_METHODS = frozenset(n for n in vars(Hole) if n in _OF_STR and n[0] != "_")
+# What tests say of every text; the others compare, or aren't asked of what can't be looked into.
+_TESTS = {
+    **dict.fromkeys(("string", "sequence", "iterable", "defined"), True),
+    **dict.fromkeys(
+        (
+            "mapping",
+            "number",
+            "integer",
+            "float",
+            "boolean",
+            "none",
+            "undefined",
+            "callable",
+            "true",
+            "false",
+        ),
+        False,
+    ),
+}
+_COMPARING = {"eq", "equalto", "==", "ne", "!=", "in"}
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "trim": lambda text, chars=None: text.strip(chars),
+    "string": lambda text: text,
+    "_sized": lambda text: text,
+    **dict.fromkeys(("default", "d"), do_default),
+}
+
+
+class AskingEnvironment(Environment):
+    """The sandbox over holes: what could look into one without asking is replaced, or undecided."""
+
+    concat: Any = staticmethod(side_by_side)
+    size = staticmethod(lambda piece: 1)
+    sheet = Sheet()
+
+    @staticmethod
+    def own_names() -> dict[str, Any]:
+        join = side_by_side
+        return {"str": _written, "str_join": join, "markup_join": join}
+
+    def __init__(self) -> None:
+        super().__init__()
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {k: _asking_test(k, f) for k, f in tests.items()}
+        self.filters = {k: _asking_filter(k, f) for k, f in self.filters.items()}
+        self.filters["random"] = self.globals["lipsum"] = _undecided
+        self.globals["strftime_now"] = self._today
+
+    def _today(self, pattern: str) -> str:
+        return self.sheet.today.setdefault(pattern, datetime.now().strftime(pattern))
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        return self._of_hole(obj, attribute) if isinstance(obj, _Opaque) else super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        return self._of_hole(obj, argument) if isinstance(obj, _Opaque) else super().getitem(obj, argument)
+
+    def _of_hole(self, obj: Any, name: Any) -> Any:
+        """A method that a hole has; nothing where a str has nothing of this name."""
+        if isinstance(name, str) and name not in _OF_STR:
+            return self.undefined(obj="a text", name=name)
+        if name in _METHODS and isinstance(obj, Hole):
+            return getattr(obj, name)
+        raise Undecided
+
+
+def _asking_test(name: str, test: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(a, _Opaque) for a in args) or name in _COMPARING:
+            return test(*args, **kwargs)
+        if name in _TESTS and isinstance(args[0], _Opaque):
+            return _TESTS[name]
+        raise Undecided
+
+    return _passed_alike(call, test)
+
+
+def _asking_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not any(isinstance(a, _Opaque) for a in (*args, *kwargs.values())):
+            return function(*args, **kwargs)
+        return _FILTERS.get(name, _undecided)(*args, **kwargs)
+
+    return _passed_alike(call, function)
+
+
+def _passed_alike(call: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The mark by which Jinja knows that a function takes its environment or context first."""
+    if hasattr(function, "jinja_pass_arg"):
+        call.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
+    return call

@@ -1,0 +1,40 @@
+"""What a chat template sees of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..rows.messages import WEIGHT_KEYS
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the names that transformers unites
+# A template may build a header from a role's name, such as '<|' + role + '|>'.
+ROLES = frozenset(
+    {"system", "user", "assistant", "tool", "developer", "function", "ipython", "model", "observation"}
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a template sees of a row: messages without nulls and weights, and its further arguments."""
+
+    messages: tuple[dict[str, Any], ...]
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def upto(self, stop: int, *more: dict[str, Any]) -> Inputs:
+        """The same with messages[:stop] and `more`."""
+        return replace(self, messages=self.messages[:stop] + more)
+
+
+def inputs_of(messages: Iterable[Mapping[str, Any]], tools: Any, documents: Any, kwargs: Any) -> Inputs:
+    """Inputs as transformers prepares them: no nulls, reasoning under each of its names; and no weights."""
+    return Inputs(tuple(map(_prepared, messages)), tools, documents, kwargs)
+
+
+def _prepared(message: Mapping[str, Any]) -> dict[str, Any]:
+    m = {k: v for k, v in message.items() if v is not None and k not in WEIGHT_KEYS}
+    reasoning = next((m[k] for k in REASONING_FIELDS if k in m), None)
+    return m if reasoning is None else {"thinking": reasoning, **m, "reasoning_content": reasoning}

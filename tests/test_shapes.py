@@ -1,0 +1,262 @@
+"""Proofs by shape and encoding part by part against their slow twins, and what a template may ask of a text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from templates.shelf import shelf, tokenizer_for
+from test_properties import CONTROL, many, messages, words
+from tokenizers import AddedToken
+
+from ygivenx import Encoder, Example, Rejected, RowError
+from ygivenx.encoder.holes import AskingEnvironment, Sheet, Undecided, marked_text
+from ygivenx.encoder.inputs import Inputs
+from ygivenx.encoder.pieces import cutting_tokens
+from ygivenx.encoder.sandbox import environment
+from ygivenx.encoder.template import Template
+from ygivenx.encoder.tokens import Tokens
+
+SHELF = shelf()
+STOCK = [n for n in SHELF if not n.endswith("_training")]
+needs_shelf = pytest.mark.skipif(not SHELF, reason="TRL is not installed")
+
+tricky = st.lists(
+    st.one_of(
+        words,
+        st.sampled_from(["<think>\n\n</think>\n\n", "<think>\nhm\n</think>\n\n4", "yes ", " yes", "\n"]),
+    ),
+    max_size=4,
+).map("".join)
+some = st.one_of(tricky, st.sampled_from(["Hello there", "4", "Yes, it is."]))
+
+
+def twins(name: str, **options) -> tuple[Encoder, Encoder]:
+    """An encoder, and one that proves each row by itself."""
+    tokenizer = tokenizer_for(name, SHELF[name])
+    fast, slow = Encoder(tokenizer, **options), Encoder(tokenizer, **options)
+    slow._chats._known = lambda row, inputs: None
+    return fast, slow
+
+
+def plain(done: tuple[list[Example], list[Rejected]]) -> list:
+    sequences = [
+        [(s.ids.tolist(), s.weights.tolist(), s.segments, s.notes, list(s.tokens)) for s in e]
+        for e in done[0]
+    ]
+    return [*sequences, *((r.reason, r.where, r.message) for r in done[1])]
+
+
+def proofs(encoder: Encoder) -> int:
+    return sum(len(p) for s in encoder._chats._shapes.values() for p in s._proofs.values())
+
+
+def row(*texts: str) -> dict:
+    return {
+        "messages": [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
+    }
+
+
+ENCODERS: dict[tuple[str, str], tuple[Encoder, Encoder]] = {}
+
+
+@needs_shelf
+@many
+@given(
+    name=st.sampled_from(STOCK or [""]),
+    control=st.sampled_from(["refuse", "text", "parse"]),
+    rows=st.lists(messages(some), min_size=1, max_size=3),
+)
+def test_a_row_proven_by_its_shape_is_as_if_proven_by_itself(name, control, rows):
+    if (name, control) not in ENCODERS:
+        ENCODERS[name, control] = twins(name, control=control)
+    fast, slow = ENCODERS[name, control]
+    rows = [{"messages": m} for m in rows]
+    assert plain(fast.batch(rows * 2)) == plain(slow.batch(rows * 2))
+
+
+@needs_shelf
+@pytest.mark.parametrize("name", STOCK)
+def test_rows_of_one_shape(name):
+    """Every pair of first and second row: what the first one teaches must not be wrong for the second."""
+    texts = [
+        "Hello", "4 ", "\nyes", "</think>", "<think>\nhm\n</think>\n\n4", "<think>\n\n</think>\n\nno", "[INST]",
+        "<|im_end|>", "<", "|>", "a" * 300, "ﬁ e\u0301", "<tool_response>", "{{ x }}", "user", "assistant",
+    ]  # fmt: skip
+    fast, slow = twins(name)
+    rows = [row(u, a) for u in ("Hi", *texts[:8]) for a in texts]
+    rows += [row("Hi", a, "And?", b) for a in texts for b in texts[:8]]
+    assert plain(fast.batch(rows)) == plain(slow.batch(rows))
+    assert plain(fast.batch(rows[::-1])) == plain(slow.batch(rows[::-1]))
+
+
+@needs_shelf
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen2_5", "llama3", "gemma3", "glm4moe", "gptoss", "phi3", "cohere"]
+)
+def test_plain_chats_are_proven_by_shape(name):
+    fast, _ = twins(name)
+    fast.batch([row("Hi", f"{n}.", "And?", f"No, {n}") for n in range(6)])
+    assert proofs(fast) == 1
+
+
+@needs_shelf
+def test_weights_and_policies_are_part_of_the_shape():
+    for train in ("last", "all", "prompt=0.5", "assistant,end_of_turn=0"):
+        fast, slow = twins("qwen2_5", train=train)
+        rows = [row("a", "b", "c", f"d{n}") for n in range(6)]
+        for n, r in enumerate(rows):
+            r["messages"][1]["weight"] = [0.0, 0.5][n % 2]
+        assert plain(fast.batch(rows)) == plain(slow.batch(rows))
+
+
+ASKED = [
+    ("{{ t }}", {}),
+    ("{{ '<' + t + '>' ~ t }}", {}),
+    ("{% set x %}<{{ t }}{% endset %}{{ x }}", {}),
+    ("{% macro f(x) %}({{ x | trim }}{% endmacro %}{{ f(t) }}", {"strip": 1}),
+    ("{% if '</think>' in t %}a{% else %}{{ t }}{% endif %}", {"contains": 1}),
+    ("{% if t == 'x' or t.startswith('y') %}a{% else %}{{ t }}{% endif %}", {"equals": 1, "startswith": 1}),
+    (
+        "{% if t %}{{ t.split('</think>')[-1].lstrip('\\n') }}{% endif %}",
+        {"true": 1, "contains": 1, "lstrip": 1},
+    ),
+    ("{% if t is string and t is not mapping and t is not none %}{{ t }}{% endif %}", {}),
+    ("{{ t | default('x') }}{{ t.nothing is defined }}", {}),
+]
+LOOKED_INTO = [
+    "{{ t | length }}", "{{ t | upper }}", "{{ t[0] }}", "{{ t[1:] }}", "{% for c in t %}{% endfor %}", "{{ t | int }}",
+    "{{ t.count('a') }}", "{{ t | tojson }}", "{{ {'a': t} }}", "{{ [t] | join }}", "{{ t in 'abc' }}",
+    "{{ '%s' % t }}", "{{ '{}'.format(t) }}", "{{ t < 'a' }}", "{{ {t: 1} }}", "{{ (t ~ 'x') | trim }}",
+    "{{ 'x' in ('a' ~ t) }}",
+    "{{ t.split() }}", "{{ t.split('e') | last }}", "{{ t | replace('e', 'x') }}", "{{ t is upper }}",
+    "{{ t.strip('H') }}",
+    "{{ [1, 2] | random }}", "{{ t ~ '\ud800' }}", "{{ t.__class__ }}", "{{ t | string | length }}", "{{ t * 2 }}",
+]  # fmt: skip
+
+
+def asked(source: str, text: str) -> tuple[str, Sheet]:
+    sheet = Sheet()
+    environment(AskingEnvironment).sheet = sheet
+    inputs = Inputs((), kwargs={"t": sheet.hole(text)})
+    return marked_text(Template(source).pieces(AskingEnvironment, inputs, False)), sheet
+
+
+@pytest.mark.parametrize(("source", "questions"), ASKED)
+def test_what_a_template_may_ask(source, questions):
+    made, sheet = asked(source, "Hello")
+    filled = made
+    for hole in sheet.holes:
+        filled = filled.replace(hole.mark, hole.text)
+    assert filled == Template(source).render(Inputs((), kwargs={"t": "Hello"}))
+    kinds = [what for _, what, _ in sheet.answers]
+    assert {k: kinds.count(k) for k in kinds} == questions
+    assert sheet.answered_alike(["Hello"])
+
+
+@pytest.mark.parametrize("source", LOOKED_INTO)
+def test_what_looks_into_a_text_is_undecided(source):
+    with pytest.raises((Undecided, RowError)):
+        asked(source, "Hello")
+
+
+def test_other_answers_are_noticed():
+    _, sheet = asked("{% if '</think>' in t %}{% endif %}{{ t | trim }}", "Hello")
+    assert sheet.answered_alike(["Bye"])
+    assert not sheet.answered_alike(["</think>"])
+    assert not sheet.answered_alike([" Bye"])
+
+
+def test_another_day_is_noticed():
+    _, sheet = asked("{{ strftime_now('%Y') }}{{ t }}", "Hello")
+    assert sheet.answered_alike(["x"])
+    sheet.today["%Y"] = "1999"
+    assert not sheet.answered_alike(["x"])
+
+
+# --- encoding part by part -------------------------------------------------------------------------------
+
+
+@needs_shelf
+@many
+@given(
+    name=st.sampled_from(STOCK or [""]), text=st.lists(st.one_of(words, st.sampled_from(CONTROL)), max_size=9)
+)
+def test_parts_are_encoded_as_the_whole(name, text):
+    tokens = _tokens(name)
+    assert tokens._cutting is not None
+    text = "".join(text)
+    (one,), (other,) = tokens.encode([text]), tokens.encode_whole([text])
+    for field in ("ids", "starts", "stops"):
+        assert getattr(one, field).tolist() == getattr(other, field).tolist()
+    assert (one.text, one.tiled) == (other.text, other.tiled)
+
+
+TOKENS: dict[str, Tokens] = {}
+
+
+def _tokens(name: str) -> Tokens:
+    if name not in TOKENS:
+        TOKENS[name] = Tokens(tokenizer_for(name, SHELF[name]))
+    return TOKENS[name]
+
+
+@needs_shelf
+@pytest.mark.parametrize(
+    "other",
+    ["<|im_end|><x>", "x<|im_end|>", "<|im_end|><|im_start|>", "a<|im", "<|im_end|>\n"],
+)
+def test_a_token_that_another_may_overlap_is_no_place_to_cut(other):
+    tokenizer = tokenizer_for("qwen2_5", SHELF["qwen2_5"])
+    tokenizer.add_tokens([AddedToken(other, special=False, normalized=False)])
+    pattern = cutting_tokens(tokenizer.backend_tokenizer)
+    assert pattern is None or pattern.fullmatch("<|im_end|>") is None
+
+
+@needs_shelf
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_nor_is_one_that_looks_around(flag):
+    tokenizer = tokenizer_for("qwen2_5", SHELF["qwen2_5"])
+    tokenizer.add_tokens(
+        [AddedToken("<|z|>", special=True, **{"normalized": False, flag: True})], special_tokens=True
+    )
+    pattern = cutting_tokens(tokenizer.backend_tokenizer)
+    assert pattern is not None
+    assert pattern.fullmatch("<|z|>") is None
+
+
+class Changed:
+    """A tokenizer of which one step is another."""
+
+    encode_special_tokens = False
+
+    def __init__(self, backend, **steps) -> None:
+        self.made = json.loads(backend.to_str()) | steps
+
+    def to_str(self) -> str:
+        return json.dumps(self.made)
+
+
+@needs_shelf
+@pytest.mark.parametrize(
+    "step",
+    [
+        {
+            "pre_tokenizer": {
+                "type": "Metaspace",
+                "replacement": "▁",
+                "prepend_scheme": "first",
+                "split": True,
+            }
+        },
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Strip"}]}},
+        {"post_processor": {"type": "ByteLevel", "trim_offsets": True, "add_prefix_space": True}},
+        {"model": {"type": "BPE", "dropout": 0.1}},
+    ],
+)
+def test_what_is_not_known_to_work_part_by_part_is_encoded_whole(step):
+    backend = tokenizer_for("qwen2_5", SHELF["qwen2_5"]).backend_tokenizer
+    assert cutting_tokens(Changed(backend)) is not None
+    assert cutting_tokens(Changed(backend, **step)) is None
