@@ -13,7 +13,7 @@ from trees import alone, assert_same, gradients, tree
 
 import ygivenx as yx
 from ygivenx.errors import ConfigError, ModelError
-from ygivenx.models import attention
+from ygivenx.models import attention, families
 from ygivenx.models.attention import Plan
 from ygivenx.models.model import hidden_states
 
@@ -229,5 +229,5 @@ def test_dropout_of_attention_is_drawn_per_node():
 
 
 def test_explain_says_the_route():
-    assert attention.explain()["one sequence"] == "plain"
-    assert attention.explain(llama())["forest"] in ("blocks", "flex")
+    assert families.explain()["one sequence"] == "plain"
+    assert families.explain(llama())["forest"] in ("blocks", "flex")

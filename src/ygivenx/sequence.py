@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .show import coloured
+
 # Kinds of segments, in the field's terms. A role of its own (developer, critic, ...) is its own kind.
 KINDS = (
     "bos", "template", "system", "user", "tool", "prompt",
@@ -86,9 +88,7 @@ class Sequence:
         return [t for t, w in zip(self.tokens, self.weights, strict=True) if w > 0]
 
     def __str__(self) -> str:
-        from .show import coloured
-
-        return coloured(self)
+        return coloured(self.tokens or [f"<{i}>" for i in self.ids], self.weights, self.notes)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from itertools import groupby
 
-from .sequence import Sequence
+import numpy as np
 
 # C0 and C1 controls would reach the reader's terminal as commands: show their pictures instead.
 _PICTURES = {c: 0x2400 + c for c in range(0x20)} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -23,26 +24,24 @@ def wants_colour() -> bool:
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
-def coloured(sequence: Sequence, colour: bool | None = None) -> str:
-    """The text of a sequence with its trained tokens marked, then one line of counts and its notes."""
+def coloured(
+    texts: Iterable[str], weights: np.ndarray, notes: Iterable[str] = (), colour: bool | None = None
+) -> str:
+    """Texts of tokens with the trained ones marked, then one line of counts and the notes."""
     colour = wants_colour() if colour is None else colour
     mark = ("\x1b[1;32m", "\x1b[0m") if colour else ("⟦", "⟧")
     dim = ("\x1b[2m", "\x1b[0m") if colour else ("", "")
-    runs = groupby(zip(_texts(sequence), sequence.weights, strict=True), key=lambda tw: float(tw[1]))
+    runs = groupby(zip(texts, weights, strict=True), key=lambda tw: float(tw[1]))
     parts = []
     for weight, run in runs:
         start, stop = mark if weight > 0 else dim
         body = visible("".join(t for t, _ in run))
         label = f"×{weight:g}" if weight not in (0.0, 1.0) else ""
         parts.append(f"{start}{body}{label}{stop}")
-    trained = int((sequence.weights > 0).sum())
+    trained = int((weights > 0).sum())
     lines = [
         "".join(parts),
-        f"[{len(sequence)} tokens, {trained} trained, weight {sequence.weights.sum():g}]",
+        f"[{len(weights)} tokens, {trained} trained, weight {weights.sum():g}]",
     ]
-    lines += [f"note: {note}" for note in sequence.notes]
+    lines += [f"note: {note}" for note in notes]
     return "\n".join(lines)
-
-
-def _texts(sequence: Sequence) -> tuple[str, ...]:
-    return sequence.tokens or tuple(f"<{i}>" for i in sequence.ids)

@@ -23,7 +23,7 @@ def examine(model: tuple[str, str | None] | None = None) -> dict[str, Any]:
 
     from .. import __version__
     from ..head.selective import explain as head
-    from ..models.attention import explain as attention
+    from ..models.families import explain as attention
 
     found: dict[str, Any] = {
         "ygivenx": __version__,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..report import LedgerTable, Page, Table, TokenStrip, curves
 
 if TYPE_CHECKING:
-    from .run import Arm
+    from .measured import Arm
 
 LOGGED = ("eval_conditional_nats", "eval_marginal_nats")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from ..commands.finetune import build
 from ..commands.intake import open_model
 from ..commands.progress import bar
 from ..encoder.encode import Encoder
-from ..scores.accounts import Ledger, ledger
+from ..scores.accounts import ledger
 from ..sequence import Example
 from ..training.trainer import evaluate, rates
+from .measured import Arm, State
 from .page import write_page
 from .task import splits
 
@@ -28,29 +28,6 @@ TRAIN_ROWS, HELD_OUT_ROWS, WATCHED_ROWS = 240, 100, 12
 MAX_NEW_TOKENS, BATCH = 80, 50
 # What each arm trains. Measured with the same held-out tokens of y and x in both.
 ARMS = {"y": "assistant", "all": "all"}
-
-
-@dataclass(frozen=True)
-class State:
-    """A model's behaviour on the held-out rows: exact match, nats per token, and the first row's ledger."""
-
-    exact_match: float
-    conditional_nats: float
-    marginal_nats: float
-    generated: list[str]
-    ledger: Ledger
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One fine-tune: before, after, and what was logged on the way."""
-
-    before: State
-    after: State
-    history: list[dict[str, float]]
-    examples: list[Example]
-    ledgers: list[Ledger]
-    seconds: float
 
 
 def run(output_dir: Path, *, control: bool, seed: int, console: Console) -> dict[str, Any]:

@@ -402,25 +402,3 @@ def _stock(module: Any) -> Any:
     name = module.config._attn_implementation.removeprefix(PREFIX)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
-
-
-def explain(model: Any = None) -> dict[str, str]:
-    """Which route takes a branching forest on this machine, and what this model's layers do to it."""
-    from .families import check, config_of, decoder_of
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    told = {"one sequence": "plain", "forest": automatic(device)}
-    if model is None:
-        return told
-    check(model)
-    config = config_of(model)
-    told["forest"] = automatic(decoder_of(model).get_input_embeddings().weight.device)
-    if getattr(config, "attn_logit_softcapping", None) and told["forest"] == "blocks":
-        told["forest"] = "dense (the CPU kernel has no soft-cap)"
-    if config.model_type == "gpt_oss":
-        told["forest"] = "dense (attention sinks)"
-    if getattr(config, "sliding_window", None):
-        told["sliding window"] = str(config.sliding_window)
-    if hasattr(config, "router_aux_loss_coef"):
-        told["router loss"] = "not part of the loss"
-    return told

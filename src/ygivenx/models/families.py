@@ -85,6 +85,26 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray) -> Tensor:
     return out.last_hidden_state[0]
 
 
+def explain(model: Any = None) -> dict[str, str]:
+    """Which route takes a branching forest on this machine, and what this model's layers do to it."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    told = {"one sequence": "plain", "forest": attention.automatic(device)}
+    if model is None:
+        return told
+    check(model)
+    config = config_of(model)
+    told["forest"] = attention.automatic(decoder_of(model).get_input_embeddings().weight.device)
+    if getattr(config, "attn_logit_softcapping", None) and told["forest"] == "blocks":
+        told["forest"] = "dense (the CPU kernel has no soft-cap)"
+    if config.model_type == "gpt_oss":
+        told["forest"] = "dense (attention sinks)"
+    if getattr(config, "sliding_window", None):
+        told["sliding window"] = str(config.sliding_window)
+    if hasattr(config, "router_aux_loss_coef"):
+        told["router loss"] = "not part of the loss"
+    return told
+
+
 @torch.no_grad()
 def _compare(decoder: Any, config: Any) -> None:
     """Three branching sequences, over a forest and one by one as the model would run them anyway."""
