@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import ygivenx as yx
-from ygivenx.scores.scoring import questioner_for, scores
+from ygivenx.scores.questions import pair_of_ids
+from ygivenx.scores.scoring import questioner_for, score_sequences, scores
+from ygivenx.scores.values import node_log_probs
 
 pytestmark = pytest.mark.model
 
@@ -58,6 +60,27 @@ def test_order_duplicates_windows_and_chunks_do_not_matter(smol, told):
             assert s.log_p_xy == pytest.approx(told[i].log_p_xy, abs=1e-4)
             assert s.log_p_y_given_x == pytest.approx(told[i].log_p_y_given_x, abs=1e-4)
             assert s.greedy == told[i].greedy
+
+
+def test_one_token_continuations_sum_to_one(smol):
+    model, tokenizer = smol
+    x = tokenizer(X)["input_ids"]
+    every = range(model.config.vocab_size)
+    forest = yx.Forest.of((np.array([*x, v]), np.zeros(len(x) + 1)) for v in every)
+    log_p = node_log_probs(model, forest)
+    assert np.exp([log_p[path[-1]] for path in forest.paths]).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_conditional_is_additive_over_any_cut_of_y(smol, told):
+    model, tokenizer = smol
+    x, whole = tokenizer(X)["input_ids"], tokenizer(X + Y)["input_ids"]
+    for cut in range(len(x) + 1, len(whole)):
+        parts = pair_of_ids(x, whole[len(x) : cut]), pair_of_ids(whole[:cut], whole[cut:])
+        # A window of one token: each is read by itself, nothing is shared.
+        first, second = score_sequences(model, parts, window=1)
+        assert first.log_p_y_given_x + second.log_p_y_given_x == pytest.approx(
+            told[0].log_p_y_given_x, abs=1e-4
+        )
 
 
 def test_several_ys_share_x(smol, told):

@@ -12,7 +12,7 @@ import torch
 
 from ..objective import as_forest
 from ..sequence import Example, Sequence
-from .scoring import node_log_probs
+from .values import node_log_probs
 
 if TYPE_CHECKING:
     from torch import nn

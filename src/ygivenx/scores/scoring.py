@@ -10,21 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from ..errors import ConfigError, nearest
 from ..forest import Forest
-from ..head.selective import log_probs
-from ..models.model import head_of
-from ..models.streaming import CHUNK, stream_hidden
 from ..sequence import Sequence
 from .questions import WINDOW, Question, Questioner, windows
+from .values import Floats, Ints, node_values
+from .values import node_log_probs as node_log_probs  # found here by who scores
 
 if TYPE_CHECKING:
     from torch import nn
-
-    Floats = npt.NDArray[np.float64]
-    Ints = npt.NDArray[np.int64]
 
 BORDERS = {"joint": "y", "split": "split"}  # names for scores, and what the encoder calls them
 
@@ -216,49 +211,6 @@ def score_sequences(model: nn.Module, sequences: Iterable[Sequence], **options: 
     """Score sequences whose segments say what is y; in input order. Options as in `scores`."""
     questioner = Questioner(None)
     return list(scores(model, (q for s in sequences for q in questioner(s)), **options))
-
-
-def node_log_probs(model: nn.Module, forest: Forest, **options: Any) -> Floats:
-    """log Pr(token | path) of every node, float64 [N]; NaN at roots, which have no context. No gradients."""
-    return node_values(model, forest, **options)[0]
-
-
-@torch.no_grad()
-def node_values(
-    model: nn.Module,
-    forest: Forest,
-    wanted: bool | npt.NDArray[np.bool_] = True,
-    *,
-    chunk: int = CHUNK,
-    route: str = "auto",
-) -> tuple[Floats, Ints]:
-    """(log Pr(token | path) float64 [N], its rank int64 [N], 0 = most probable) of the wanted nodes.
-
-    NaN and −1 elsewhere, and at roots, which have no context. The forest is streamed, `chunk` nodes at a time,
-    with the keys and values of the current path: memory is bounded by the chunk. route: see `hidden_states`.
-    """
-    edges = forest.edges(wanted)
-    log_p = np.full(len(forest), np.nan)
-    rank = np.full(len(forest), -1)
-    head = head_of(model)
-    for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route):
-        at = slice(*np.searchsorted(edges.rows, [part.start, part.stop]))
-        rows, targets = (
-            torch.from_numpy(a[at]).to(hidden.device) for a in (edges.rows - part.start, edges.targets)
-        )
-        values = log_probs(
-            hidden,
-            head.weight,
-            rows,
-            targets,
-            bias=head.bias,
-            softcap=head.softcap,
-            scale=head.scale,
-            ranks=True,
-        )
-        log_p[edges.nodes[at]] = values.log_p.double().cpu().numpy()
-        rank[edges.nodes[at]] = values.rank.cpu().numpy()
-    return log_p, rank
 
 
 def _outputs(asked: list[Question], forest: Forest) -> npt.NDArray[np.bool_]:

@@ -1,0 +1,65 @@
+"""The log-probability and the rank of every node of a forest, streamed: memory is bounded by a chunk."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ..forest import Forest
+from ..head.selective import Ranked, log_probs
+from ..models.model import head_of
+from ..models.streaming import CHUNK, stream_hidden
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def node_log_probs(model: nn.Module, forest: Forest, **options: Any) -> Floats:
+    """log Pr(token | path) of every node, float64 [N]; NaN at roots, which have no context. No gradients."""
+    return node_values(model, forest, ranks=False, **options)[0]
+
+
+@torch.no_grad()
+def node_values(
+    model: nn.Module,
+    forest: Forest,
+    wanted: bool | npt.NDArray[np.bool_] = True,
+    *,
+    chunk: int = CHUNK,
+    route: str = "auto",
+    ranks: bool = True,
+) -> tuple[Floats, Ints]:
+    """(log Pr(token | path) float64 [N], its rank int64 [N], 0 = most probable) of the wanted nodes.
+
+    NaN and −1 elsewhere, and at roots, which have no context; −1 everywhere without `ranks`. The forest is
+    streamed, `chunk` nodes at a time, with the keys and values of the current path: memory is bounded by the
+    chunk. route: see `hidden_states`.
+    """
+    edges = forest.edges(wanted)
+    log_p = np.full(len(forest), np.nan)
+    rank = np.full(len(forest), -1)
+    head = head_of(model)
+    for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route):
+        at = slice(*np.searchsorted(edges.rows, [part.start, part.stop]))
+        rows, targets = (
+            torch.from_numpy(a[at]).to(hidden.device) for a in (edges.rows - part.start, edges.targets)
+        )
+        ask: Any = partial(
+            log_probs,
+            hidden,
+            head.weight,
+            rows,
+            targets,
+            bias=head.bias,
+            softcap=head.softcap,
+            scale=head.scale,
+        )
+        found = ask(ranks=True) if ranks else Ranked(ask(), torch.full_like(rows, -1))
+        log_p[edges.nodes[at]] = found.log_p.double().cpu().numpy()
+        rank[edges.nodes[at]] = found.rank.cpu().numpy()
+    return log_p, rank
