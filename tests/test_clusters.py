@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from importlib.util import find_spec
@@ -34,6 +35,15 @@ def cluster():
 def model_dir(tmp_path_factory, smol_tokenizer) -> Path:
     path = tmp_path_factory.mktemp("model")
     llama().save_pretrained(path)
+    smol_tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_model_dir(tmp_path_factory, smol_tokenizer) -> Path:
+    """With all tokens of the tokenizer."""
+    path = tmp_path_factory.mktemp("text_model")
+    llama(vocab_size=len(smol_tokenizer)).save_pretrained(path)
     smol_tokenizer.save_pretrained(path)
     return path
 
@@ -108,3 +118,42 @@ def test_rows_are_encoded_in_order_and_none_is_lost(cluster, model_dir, smol_tok
         else:
             assert isinstance(made, Rejected)
             assert made.reason == "control_text"
+
+
+def test_ygx_encode_and_score_write_the_same_files(cluster, text_model_dir, tmp_path, monkeypatch):
+    import pyarrow.parquet as pq
+    from typer.testing import CliRunner
+
+    from ygivenx.cli import app
+    from ygivenx.scores import clusters
+
+    monkeypatch.setattr(clusters, "PORTION", 24)
+    rows = [{"x": f"Row {i}:", "y": f" {i}" if i % 7 else "<|im_start|>"} for i in range(40)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"x": 5}\n')
+
+    def ygx(command: str, output: Path, *more: str) -> dict:
+        done = CliRunner().invoke(
+            app, [command, str(pairs), "--model", str(text_model_dir), "--json", "-o", str(output), *more]
+        )
+        assert done.exit_code == 0, done.exception
+        return json.loads(done.stdout)
+
+    for command, suffix in (("encode", "parquet"), ("score", "jsonl")):
+        alone, spread = tmp_path / f"alone.{suffix}", tmp_path / f"spread.{suffix}"
+        accounts = ygx(command, alone), ygx(command, spread, "--ray", "2")
+        for key in ("read", "accepted", "quarantined", "reasons"):
+            assert accounts[0][key] == accounts[1][key]
+        assert accounts[1]["quarantined"] == 7
+        if command == "encode":
+            assert pq.read_table(alone).equals(pq.read_table(spread))
+        else:
+            a, b = ([json.loads(line) for line in f.read_text().splitlines()] for f in (alone, spread))
+            assert [r["row"] for r in a] == [r["row"] for r in b]
+            assert [r["log_p_xy"] for r in a] == pytest.approx([r["log_p_xy"] for r in b], abs=1e-4)
+
+    # An interrupted run goes on: what is there isn't asked for again.
+    lines = spread.read_text().splitlines(keepends=True)
+    spread.write_text("".join(lines[:30]))
+    assert ygx("score", spread, "--ray", "2")["run"]["scores"] == 4
+    assert [json.loads(line)["row"] for line in spread.read_text().splitlines()] == [r["row"] for r in a]

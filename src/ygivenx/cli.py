@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .commands.intake import Accepted, open_encoder, open_model, open_rows, the_row
+from .commands.intake import Accepted, encoded, open_encoder, open_model, open_rows, the_row
 from .commands.intake import console as err
 from .errors import YgivenxError
 from .models.places import located
@@ -50,6 +50,9 @@ FailOn = Annotated[
 ]
 HtmlFile = Annotated[Path | None, typer.Option("--html", help="write the page there")]
 SarifFile = Annotated[Path | None, typer.Option("--sarif", help="write SARIF 2.1.0 there")]
+RayWorkers = Annotated[
+    int, typer.Option("--ray", min=0, help="workers of a Ray cluster (extra: ray); 0: none")
+]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16")]
 
 
@@ -121,6 +124,7 @@ def encode(
     limit: Limit = None,
     train: Policy = "assistant",
     control: Control = "refuse",
+    ray: RayWorkers = 0,
     as_json: AsJson = False,
 ) -> None:
     """Ids, weights, labels, positions and segments of every row as Parquet, for TRL, axolotl or a plain loop.
@@ -129,8 +133,16 @@ def encode(
     """
     from .encoder.handover import write_parquet
 
-    encoder = open_encoder(model, gguf_file, train=train, control=control)
-    accepted = Accepted(open_rows(data, fmt, x, y, plain, limit), encoder)
+    reader = open_rows(data, fmt, x, y, plain, limit)
+    if ray:
+        from .scores.clusters import encoded_on_ray
+
+        items = encoded_on_ray(
+            *located(model, gguf_file), iter(reader), workers=ray, train=train, control=control
+        )
+    else:
+        items = encoded(reader, open_encoder(model, gguf_file, train=train, control=control))
+    accepted = Accepted(reader, items)
     with err.status("encoding"):
         sequences = write_parquet(accepted, output)
     account = accepted.account() | {"sequences": sequences, "output": str(output)}
@@ -212,7 +224,7 @@ def score(
     ] = None,
     marginal: Annotated[bool, typer.Option(help="log Pr(x) too; without it scoring is cheaper")] = True,
     tokens: Annotated[bool, typer.Option("--tokens", help="add value, rank and text of each token")] = False,
-    ray: Annotated[int, typer.Option(help="workers of a Ray cluster (extra: ray); 0 for none")] = 0,
+    ray: RayWorkers = 0,
     as_json: AsJson = False,
 ) -> None:
     """log Pr(x), log Pr(y|x) and log Pr([x,y]) of every row, in nats. Run it again to go on where it ended.

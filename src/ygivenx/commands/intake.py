@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -58,16 +58,19 @@ def _chunks(items: Any, size: int) -> Iterator[list[Any]]:
 
 
 class Accepted:
-    """Iterates over the examples of a reader and keeps count of what was rejected."""
+    """Iterates over the examples that a reader's rows became, and keeps count of what was rejected.
 
-    def __init__(self, reader: Any, encoder: Any) -> None:
-        self.reader, self.encoder = reader, encoder
+    items: an Example or a Rejected per row of the reader, as from `encoded`.
+    """
+
+    def __init__(self, reader: Any, items: Iterable[Any]) -> None:
+        self.reader, self.items = reader, items
         self.accepted, self.reasons, self.first = 0, Counter[str](), ""
 
     def __iter__(self) -> Iterator[Any]:
         from ..sequence import Rejected
 
-        for item in encoded(self.reader, self.encoder):
+        for item in self.items:
             if isinstance(item, Rejected):
                 self.reasons[item.reason] += 1
                 self.first = self.first or item.message
@@ -91,7 +94,7 @@ class Accepted:
 
 def take(reader: Any, encoder: Any) -> tuple[list[Any], dict[str, Any]]:
     """All examples of a reader, and the account of its rows."""
-    accepted = Accepted(reader, encoder)
+    accepted = Accepted(reader, encoded(reader, encoder))
     examples = list(accepted)
     return examples, accepted.account()
 

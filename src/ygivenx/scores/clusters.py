@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import MissingExtra, RowError
+from ..rows.data import Row
 from ..sequence import Example, Rejected
 from .questions import Question
 
@@ -23,6 +24,7 @@ except ImportError as error:
     raise MissingExtra("ray", "ray", needed_for="a cluster") from error
 
 BATCH = 512  # items that one worker takes together, and that travel together
+PORTION = 128 * BATCH  # items whose results come when all of them are there
 Batch = dict[str, Any]  # number: int64; item, result: pickled
 Model = tuple[str, str | None, str]  # directory, GGUF file, dtype
 
@@ -65,10 +67,12 @@ class Coder:
         return _results(batch, [self._encoded(pickle.loads(item)) for item in batch["item"]])
 
     def _encoded(self, row: Any) -> Example | Rejected:
+        if isinstance(row, Rejected):
+            return row
         try:
             return self.encoder(row)
         except RowError as error:
-            return Rejected(row, error.reason, error.where, str(error))
+            return Rejected(row.raw if isinstance(row, Row) else row, error.reason, error.where, str(error))
 
 
 def scores_on_ray(
@@ -76,8 +80,8 @@ def scores_on_ray(
 ) -> Iterator[Any]:
     """A Score per question, in order, from `workers` workers that each load the model.
 
-    Questions are sorted by their tokens, so that what shares a prefix comes to one worker. Scores come when
-    all are there. `tally` and `told` as in `scores`.
+    Questions of a portion are sorted by their tokens, so that what shares a prefix comes to one worker; its
+    scores come when all are there. `tally` and `told` as in `scores`.
     """
     rows = _through(Scorer, (model, told), questions, workers, key=_tokens)
     for row in rows:
@@ -90,7 +94,10 @@ def scores_on_ray(
 def encoded_on_ray(
     path: str, gguf_file: str | None, rows: Iterator[Any], *, workers: int, **options: Any
 ) -> Iterator[Example | Rejected]:
-    """An Example or a Rejected per row (as `Encoder` takes it), in order; options are the Encoder's."""
+    """An Example or a Rejected per row (as `Encoder` takes it), in order; options are the Encoder's.
+
+    What was rejected before passes through.
+    """
     for row in _through(Coder, (path, gguf_file, options), rows, workers):
         yield pickle.loads(row["result"])
 
@@ -102,23 +109,26 @@ def _through(
     workers: int,
     key: Callable[[Any], bytes] = lambda _: b"",
 ) -> Iterator[dict[str, Any]]:
-    """Rows that `workers` workers made of the items' batches, neighbours by `key`, in the items' order."""
-    blocks, number = [], 0
-    while block := list(islice(items, BATCH)):
-        columns = {
-            "number": pa.array(range(number, number + len(block)), pa.int64()),
-            "key": pa.array(map(key, block), pa.binary()),
-            "item": pa.array(map(pickle.dumps, block), pa.binary()),
-        }
-        blocks.append(ray.put(pa.table(columns)))
-        number += len(block)
-    if not blocks:
-        return
-    # One stage at a time: workers that wait for a sort while they hold every core would wait forever.
-    data = ray.data.from_arrow_refs(blocks).sort("key").materialize()
-    pool = ray.data.ActorPoolStrategy(size=workers)
-    done = data.map_batches(worker, fn_constructor_args=arguments, batch_size=BATCH, compute=pool)
-    yield from done.materialize().sort("number").iter_rows()
+    """Rows that `workers` workers made of the items, in the items' order, a portion at a time."""
+    while blocks := [ray.put(table) for table in _tables(islice(items, PORTION), key)]:
+        # One stage at a time: workers that wait for a sort while they hold every core would wait forever.
+        data = ray.data.from_arrow_refs(blocks).sort("key").materialize()
+        pool = ray.data.ActorPoolStrategy(size=workers)
+        done = data.map_batches(worker, fn_constructor_args=arguments, batch_size=BATCH, compute=pool)
+        yield from done.materialize().sort("number").iter_rows()
+
+
+def _tables(items: Iterator[Any], key: Callable[[Any], bytes]) -> Iterator[Any]:
+    """Items as tables of `BATCH` rows: their number, what they are sorted by, and themselves, pickled."""
+    numbered = enumerate(items)
+    while rows := list(islice(numbered, BATCH)):
+        yield pa.table(
+            {
+                "number": pa.array([n for n, _ in rows], pa.int64()),
+                "key": pa.array([key(item) for _, item in rows], pa.binary()),
+                "item": pa.array([pickle.dumps(item) for _, item in rows], pa.binary()),
+            }
+        )
 
 
 def _tokens(question: Question) -> bytes:
