@@ -120,16 +120,19 @@ def ours(model: Any, tokenizer: Any, **options: Any) -> Any:
 def run_batch(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
     """Seconds of the HF class on some requests by batch size, after one that warms up."""
     model, tokenizer = load(args.dtype)
-    few = (
-        pairs[:: max(1, len(pairs) // args.count)][: args.count]
-        if args.scenario == "alone"
-        else pairs[: args.count]
-    )
+    if args.scenario in ("alone", "xquad"):  # of all lengths; where questions share, whole questions
+        pairs = every(pairs, args.count)
+    few = pairs[: args.count]
     timed(hf(model, tokenizer, 1), pairs[:1])
     return {
         "seconds": {b: timed(hf(model, tokenizer, b), few)[0] for b in args.batches},
         "requests": len(few),
     }
+
+
+def every(pairs: Pairs, count: int) -> Pairs:
+    """About `count` of them, from everywhere."""
+    return pairs[:: max(1, len(pairs) // count)]
 
 
 def run_hf(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
@@ -153,24 +156,21 @@ def best(scenario: str, dtype: str) -> int:
 
 
 def run_ours(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
-    """Three times all; then some requests one by one, whose tokens per second are what sharing can be held to."""
+    """Three times all; then some requests one by one, whose pace is what sharing is held to.
+
+    limit: tokens per distinct token, what sharing could bring at most if every token cost the same. work_limit: the
+    same in multiplications, which grow with a token's depth. Shares: seconds that the distinct tokens (or their
+    multiplications) would take at the pace of one by one, divided by our seconds.
+    """
     model, tokenizer = load(args.dtype)
     timed(ours(model, tokenizer), pairs[:1])
     runs = [(lm := ours(model, tokenizer), *timed(lm, pairs)) for _ in range(3)]
     lm, _, values = runs[-1]
-    some = pairs[:: max(1, len(pairs) // args.count)]
-    single, one_by_one, tokens = 0.0, [], 0
-    for pair in some:
-        each = ours(model, tokenizer)
-        seconds, (value,) = timed(each, [pair])
-        single += seconds
-        tokens += each.tally.tokens
-        one_by_one.append(value)
-    worst = max(
-        abs(a - b) for a, b in zip(one_by_one, values[:: max(1, len(pairs) // args.count)], strict=True)
-    )
+    some = every(pairs, args.count)
+    told = [(each := ours(model, tokenizer), *timed(each, [pair])) for pair in some]
+    single, tokens = sum(s for _, s, _ in told), sum(each.tally.tokens for each, _, _ in told)
     median = statistics.median(s for _, s, _ in runs)
-    limit_seconds = lm.tally.distinct * single / tokens
+    alone, shared = work(lm, pairs), work(lm, pairs, together=True)
     return {
         "seconds": median,
         "runs": [s for _, s, _ in runs],
@@ -178,11 +178,39 @@ def run_ours(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
         "tokens": lm.tally.tokens,
         "distinct": lm.tally.distinct,
         "limit": lm.tally.sharing,
+        "work_limit": alone / shared,
         "one_by_one_tokens_per_second": tokens / single,
-        "share_of_limit": limit_seconds / median,
-        "worst_difference_to_one_by_one_nats": worst,
+        "share_of_limit": lm.tally.distinct * single / tokens / median,
+        "share_of_work_limit": shared * single / work(lm, some) / median,
+        "worst_difference_to_one_by_one_nats": max(
+            abs(a - b) for (_, _, (a,)), b in zip(told, every(values, args.count), strict=True)
+        ),
         "values": values,
     }
+
+
+def work(lm: Any, pairs: Pairs, together: bool = False) -> float:
+    """Multiplications of the pairs' log-likelihoods (weights, attention, head), one by one or in one forest."""
+    import numpy as np
+
+    from ygivenx.forest import Forest
+
+    config = lm.model.config
+    layers = [m for m in lm.model.model.modules() if isinstance(m, torch.nn.Linear)]
+    per_token = sum(m.weight.numel() for m in layers)
+    per_key = 2 * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+    asked = [lm._question((None, *lm._encode_pair(*pair))).sequences[0] for pair in pairs]
+    total = 0.0
+    for sequences in [asked] if together else [[s] for s in asked]:
+        forest = Forest.of(sequences)
+        rows = {
+            int(forest.parent[n])
+            for s, path in zip(sequences, forest.paths, strict=True)
+            for n in path[s.output]
+        }
+        total += len(forest.fed) * per_token + float(np.sum(forest.depth[forest.fed] + 1)) * per_key
+        total += len(rows) * lm.model.lm_head.weight.numel()
+    return total
 
 
 def run_memory(args: argparse.Namespace, _: Pairs) -> dict[str, Any]:
@@ -230,24 +258,26 @@ def score_many(count: int) -> None:
 def table(_: argparse.Namespace) -> None:
     """The results as Markdown."""
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    print(
-        "| scenario | dtype | requests | limit | HF class, batch | ours | times faster | share of the limit |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    heads = "scenario, requests", "dtype", "limit", "HF class (batch)", "ours", "times faster", "share of the limit", \
+        "share by work", "largest difference, nats: HF class", "one by one"  # fmt: skip
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for mine in (r for r in rows if r["what"] == "ours"):
         key = mine["scenario"], mine["dtype"]
         parts = [r for r in rows if r["what"] == "hf" and (r["scenario"], r["dtype"]) == key]
-        theirs = sum(p["seconds"] for p in parts)
-        print(
-            f"| {key[0]} | {key[1]} | {mine['requests']} | {mine['limit']:.1f} | {theirs:.1f} s, {parts[0]['batch']} "
-            f"| {mine['seconds']:.2f} s | {theirs / mine['seconds']:.1f} | {mine['share_of_limit']:.2f} |"
-            if parts
-            else f"| {key[0]} | {key[1]} | {mine['requests']} | {mine['limit']:.1f} | | {mine['seconds']:.2f} s | | |"
-        )
-        values = [v for p in sorted(parts, key=lambda p: p["part"]) for v in p["values"]]
-        if values:
-            worst = max(abs(a - b) for a, b in zip(mine["values"], values, strict=True))
-            print(f"<!-- {key}: largest difference between the two, per request: {worst:.1e} nats -->")
+        cells = [f"{key[0]}, {mine['requests']}", key[1], f"{mine['limit']:.1f}", *theirs(mine, parts)]
+        cells[4:4] = [f"{mine['seconds']:.2f} s"]
+        cells[6:6] = [f"{mine['share_of_limit']:.2f}", f"{mine['share_of_work_limit']:.2f}"]
+        print(f"| {' | '.join(cells)} | {mine['worst_difference_to_one_by_one_nats']:.0e} |")
+
+
+def theirs(mine: dict[str, Any], parts: list[dict[str, Any]]) -> list[str]:
+    """The HF class's seconds, how often ours fit into them, and how far its values are from ours."""
+    if not parts:
+        return ["not measured", "", ""]
+    seconds = sum(p["seconds"] for p in parts)
+    values = [v for p in sorted(parts, key=lambda p: p["part"]) for v in p["values"]]
+    worst = max(abs(a - b) for a, b in zip(mine["values"], values, strict=True))
+    return [f"{seconds:.1f} s ({parts[0]['batch']})", f"{seconds / mine['seconds']:.1f}", f"{worst:.0e}"]
 
 
 def plot(told: dict[str, Any]) -> str:
