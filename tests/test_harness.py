@@ -113,6 +113,14 @@ def test_on_the_real_model(smol, tasks):
     assert ours[0][0] > ours[1][0]
 
 
+@pytest.mark.slow
+@pytest.mark.model
+def test_every_task_with_the_real_model(smol, tasks):
+    model, tokenizer = smol
+    arguments = {"pretrained": model, "tokenizer": tokenizer}
+    assert_equal(run("ygivenx", arguments, tasks), run("hf", arguments, tasks))
+
+
 def test_the_harness_s_own_command(tiny_model, tasks, tmp_path):
     folder, _ = tasks
     done = subprocess.run(
