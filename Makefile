@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRAS := gguf,lora,test
 
-.PHONY: setup demo test check slow browser tokenizers clean help
+.PHONY: setup demo test check slow nightly browser tokenizers clean help
 
 help:
-	@echo "make demo | test | check | slow | browser | setup | clean"
+	@echo "make demo | test | check | slow | nightly | browser | tokenizers | setup | clean"
 
 setup: $(READY)
 
@@ -34,6 +34,10 @@ check: setup
 # What takes too long for every change.
 slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# Ten thousand random conversations through each property.
+nightly: setup
+	YGIVENX_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_properties.py
 
 browser: setup
 	$(BIN)/python -m pytest -m browser
