@@ -277,7 +277,7 @@ def theirs(mine: dict[str, Any], parts: list[dict[str, Any]]) -> list[str]:
     seconds = sum(p["seconds"] for p in parts)
     values = [v for p in sorted(parts, key=lambda p: p["part"]) for v in p["values"]]
     worst = max(abs(a - b) for a, b in zip(mine["values"], values, strict=True))
-    return [f"{seconds:.1f} s ({parts[0]['batch']})", f"{seconds / mine['seconds']:.1f}", f"{worst:.0e}"]
+    return [f"{seconds:.1f} s ({parts[0]['batch']})", f"{seconds / mine['seconds']:.3g}", f"{worst:.0e}"]
 
 
 def plot(told: dict[str, Any]) -> str:
