@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ygivenx import Encoder, Rejected
+from ygivenx.errors import DataError
 from ygivenx.rows.data import read
 
 # (file, options of read, reasons seen with SmolLM2's tokenizer; each was reviewed on 20 samples)
@@ -24,6 +27,46 @@ FILES = [
     ("llamafactory/reason_tool_use_demo_50.jsonl", {}, {"dropped_field"}),
     ("llamafactory/v1_sft_demo.jsonl", {}, set()),
 ]
+
+# Sets of another shape: refused as a whole, with the columns found and how to name others.
+FOREIGN = [
+    "bfcl/BFCL_v4_multiple.json", "bfcl/BFCL_v4_parallel.json", "bfcl/possible_answer/BFCL_v4_multi_turn_base.json",
+    "fastchat/gpt-4.jsonl", "fastchat/question.jsonl", "self_instruct/seed_tasks.jsonl",
+    "self_instruct/user_oriented_instructions.jsonl", "xquad/xquad.ar.json", "xquad/xquad.en.json",
+    "xquad/xquad.zh.json",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("file", FOREIGN)
+def test_a_set_of_another_shape_is_refused_with_its_columns(data_dir, file):
+    with pytest.raises(DataError, match="the columns found are") as e:
+        list(read(data_dir / file))
+    assert "fmt=" in e.value.fix
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("language", ["ar", "en", "zh"])
+def test_questions_and_answers_in_three_scripts(smol_tokenizer, data_dir, language):
+    data = json.loads((data_dir / f"xquad/xquad.{language}.json").read_text())["data"]
+    rows = [
+        {"question": f"{p['context']}\n\n{q['question']}", "answer": q["answers"][0]["text"]}
+        for article in data[:8]
+        for p in article["paragraphs"]
+        for q in p["qas"]
+    ]
+    examples, rejected = Encoder(smol_tokenizer).batch(rows)
+    assert (len(examples), rejected) == (len(rows), [])
+    assert all("".join(e.trained) == f"{r['answer']}<|im_end|>" for e, r in zip(examples, rows, strict=True))
+
+
+@pytest.mark.model
+def test_instances_of_instructions(smol_tokenizer, data_dir):
+    lines = (data_dir / "self_instruct/seed_tasks.jsonl").read_text().splitlines()
+    tasks = [json.loads(line) for line in lines]
+    rows = [{"instruction": t["instruction"], **t["instances"][0]} for t in tasks]
+    examples, rejected = Encoder(smol_tokenizer).batch(rows)
+    assert len(examples) + len(rejected) == len(rows) == 175
+    assert {r.reason for r in rejected} <= {"straddling_token"}
 
 
 def through(path, encoder: Encoder, limit: int | None, options: dict) -> tuple[int, list[Rejected]]:

@@ -66,3 +66,18 @@ def test_trls_collator_takes_it(written):
     batch = DataCollatorForLanguageModeling(pad_token_id=0)(rows)
     for n, r in enumerate(rows):
         assert batch["labels"][n][: len(r["labels"])].tolist() == r["labels"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets is not installed")
+def test_axolotl_would_take_it_as_tokenized(written):
+    """axolotl's own test for tokenized data, _is_dataset_already_tokenized in utils/data/wrappers.py: a Dataset
+    with these three features is used as it is."""
+    from datasets import Dataset
+
+    columns = ["input_ids", "attention_mask", "labels"]
+    data = Dataset.from_parquet(str(written[0]), columns=columns, cache_dir=str(written[0].parent))
+    assert set(data.features) == set(columns)
+    for r in data:
+        assert len(r["input_ids"]) == len(r["labels"]) == len(r["attention_mask"])
+        assert set(r["attention_mask"]) == {1}
+        assert any(label >= 0 for label in r["labels"])
