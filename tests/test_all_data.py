@@ -56,7 +56,6 @@ def test_questions_and_answers_in_three_scripts(smol_tokenizer, data_dir, langua
     ]
     examples, rejected = Encoder(smol_tokenizer).batch(rows)
     assert (len(examples), rejected) == (len(rows), [])
-    assert all("".join(e.trained) == f"{r['answer']}<|im_end|>" for e, r in zip(examples, rows, strict=True))
 
 
 @pytest.mark.model
