@@ -24,7 +24,7 @@ import torch
 
 import ygivenx as yx
 from ygivenx.models.places import sample_model_path
-from ygivenx.scores.scoring import node_log_probs
+from ygivenx.scores.values import node_log_probs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "seed-question.json"

@@ -69,7 +69,7 @@ def write_page(
     """
     from ..forest import Forest
     from ..report import TokenStrip, run_page
-    from ..scores.scoring import node_log_probs
+    from ..scores.values import node_log_probs
 
     shown = [(s, f"row {i}") for i, e in enumerate(examples[:SHOWN_ROWS]) for s in e]
     forest = Forest.of([s for s, _ in shown])

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ..errors import ConfigError
 from ..forest import Forest
-from ..scores.scoring import node_log_probs
+from ..scores.values import node_log_probs
 from ..sequence import Example, Sequence
 from .probing import Probe, probe, unwrap
 

@@ -16,7 +16,6 @@ from ..forest import Forest
 from ..sequence import Sequence
 from .questions import WINDOW, Question, Questioner, windows
 from .values import Floats, Ints, node_values
-from .values import node_log_probs as node_log_probs  # found here by who scores
 
 if TYPE_CHECKING:
     from torch import nn

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, Sampler
 from ..errors import CheckpointError, ConfigError, LossError
 from ..forest import Forest, pack
 from ..objective import Loss, loss
-from ..scores.scoring import node_log_probs
+from ..scores.values import node_log_probs
 from ..sequence import Example, Sequence
 from . import checkpoint
 
