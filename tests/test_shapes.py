@@ -260,3 +260,15 @@ def test_what_is_not_known_to_work_part_by_part_is_encoded_whole(step):
     backend = tokenizer_for("qwen2_5", SHELF["qwen2_5"]).backend_tokenizer
     assert cutting_tokens(Changed(backend)) is not None
     assert cutting_tokens(Changed(backend, **step)) is None
+
+
+def test_where_renderings_part_at_a_hole_its_text_is_asked():
+    """That they part there, and not later, depends on how the text begins: other rows have to answer alike."""
+    sheet = Sheet()
+    sheet.hole("yes").begins_otherwise("no")
+    assert sheet.answered_alike(["perhaps"])
+    assert not sheet.answered_alike(["never"])
+    assert not sheet.answered_alike([""])
+    for text, rest in (("yes", "yet"), ("", "no"), ("yes", sheet.holes[0].mark)):
+        with pytest.raises(Undecided):
+            sheet.hole(text).begins_otherwise(rest)
