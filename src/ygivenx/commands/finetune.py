@@ -91,7 +91,8 @@ def write_page(
         },
         rows=strips,
     )
-    return page.write(Path(config.output_dir) / "report.html")
+    target = Path(config.output_dir) / "report.html"
+    return page.write(target) if trainer.is_world_process_zero() else target
 
 
 def adapted(model: Any, config: TrainConfig) -> Any:

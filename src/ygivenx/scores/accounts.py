@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..objective import as_forest
+from ..report.parts import LedgerRow
 from ..sequence import Example, Sequence
 from .values import node_log_probs
 
@@ -19,18 +20,6 @@ if TYPE_CHECKING:
 
 # |joint − marginal − conditional| per |joint|, by dtype: two forward passes round differently.
 RELATIVE_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerRow:
-    """Sums over the tokens of one kind of segment. `log_p` in nats, `share` of the weighted loss (0 to 1)."""
-
-    kind: str
-    tokens: int
-    weight: float
-    log_p: float
-    nats_per_token: float
-    share: float
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -143,9 +142,13 @@ class Meter:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that this process has held so far, on the GPU where there is one."""
+    """Bytes: the most that this process has held so far, on the GPU where there is one; 0 where that can't be told."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0  # it has no getrusage
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
