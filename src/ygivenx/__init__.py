@@ -18,6 +18,7 @@ _HOME = {
     "Forest": "forest",
     "pack": "forest",
     "load": "models.model",
+    "keep_freed_memory": "models.memory",
     "loss": "objective",
     "selective_cross_entropy": "head.selective",
     "score": "scores.scoring",

@@ -61,7 +61,7 @@ def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **
             why="the loss is a weighted mean, and the weights add up to 0",
             fix="leave such rows out, or pass denominator= with the weight of the whole step",
         )
-    hidden = hidden_states(model, forest, **options)
+    hidden = hidden_states(model, forest, needed=np.unique(edges.rows), **options)
     head = head_of(model)
     # Divided before, not after: gradients come out of the head finished, with no further pass over the largest.
     shares = (edges.weights / np.float64(weight_sum)).astype(np.float32)

@@ -17,10 +17,12 @@ console = Console(stderr=True)
 def open_model(model: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
     import torch
 
+    from ..models.memory import keep_freed_memory
     from ..models.model import load
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"unknown dtype {dtype!r}", fix="float32, bfloat16 or float16")
+    keep_freed_memory()
     with console.status("loading the model"):
         return load(model, gguf_file=gguf_file, dtype=getattr(torch, dtype))
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..forest import Forest
-from . import attention
+from ..forest import Forest, Ints
+from . import attention, lastlayer
 from .attention import Plan
 
 # `model_type` of the decoders' configs.
@@ -65,16 +65,17 @@ def check(model: Any) -> None:
         _compared.add(decoder)
 
 
-def feed(decoder: nn.Module, plan: Plan, token: np.ndarray) -> Tensor:
-    """Final hidden states [n, H] of the plan's queries, whose ids are token [n]."""
+def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None = None) -> Tensor:
+    """Final hidden states [n, H] of the plan's queries, whose ids are token [n]; of those `needed`, where given."""
     ids, depth = (
         torch.from_numpy(np.ascontiguousarray(a)).to(plan.device) for a in (token, plan.depth[plan.first :])
     )
     # A 4-D mask stops the model from making one of its own; our attention doesn't look at it.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.device)
-    out = decoder(
-        input_ids=ids[None], attention_mask=mask, position_ids=depth[None], use_cache=False, ygx=plan
-    )
+    with lastlayer.only(decoder, needed, len(token)):
+        out = decoder(
+            input_ids=ids[None], attention_mask=mask, position_ids=depth[None], use_cache=False, ygx=plan
+        )
     layers = config_of(decoder).num_hidden_layers
     if len(plan.layers) != layers:
         raise ModelError(

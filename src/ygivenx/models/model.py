@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..forest import Forest
+from ..forest import Forest, Ints
 from . import streaming
 from .attention import Plan
 from .families import PROVEN, check, config_of, decoder_of, feed
@@ -113,12 +113,14 @@ def _measured_scale(model: Any, head: Head, config: Any) -> float:
 
 
 def hidden_states(
-    model: nn.Module, forest: Forest, *, route: str = "auto", chunk: int | None = None
-) -> Tensor:
+    model: nn.Module, forest: Forest, *, route: str = "auto", chunk: int | None = None, needed: Ints | None = None
+) -> Tensor:  # fmt: skip
     """Final hidden states, after the last norm, of the nodes with children: [F, H], differentiable.
 
     Row i belongs to node forest.fed[i]. chunk: compute so many tokens at a time, exact all the same, in memory
     that is bounded by the chunk; by default that happens where the forest needs more than half of the memory.
+    needed: the rows that will be read, int64 [n], sorted; the others may then hold anything, which spares most of
+    the last layer. By default all.
     Dropout is drawn once per node, so sequences share it where they share tokens. Auxiliary losses of routers
     aren't part of it. Raises ModelError for a model that can't attend along a forest.
     """
@@ -130,6 +132,6 @@ def hidden_states(
     if chunk is None and length > streaming.automatic(model):
         chunk = streaming.CHUNK
     if chunk is not None and length > chunk:
-        return streaming.streamed(model, forest, chunk, route)
+        return streaming.streamed(model, forest, chunk, route, needed)
     plan = Plan.of(forest.fed_end, forest.depth[forest.fed], embedding.device, route)
-    return feed(decoder, plan, forest.token[forest.fed])
+    return feed(decoder, plan, forest.token[forest.fed], needed)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -44,6 +44,7 @@ class Run:
     forest: Forest
     route: str
     size: int
+    needed: Ints | None = None
 
     @cached_property
     def decoder(self) -> Any:
@@ -80,22 +81,27 @@ class Run:
         with torch.autocast(
             kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), cache_enabled=False
         ):
-            hidden = feed(self.decoder, plan, self.forest.token[fed[chunk.start : chunk.stop]])
+            token = self.forest.token[fed[chunk.start : chunk.stop]]
+            hidden = feed(self.decoder, plan, token, self._needed_of(chunk))
         fresh, plan.fresh = plan.fresh, None  # what gradient checkpointing runs again is not kept again
         return hidden, fresh
+
+    def _needed_of(self, chunk: Chunk) -> Ints | None:
+        if self.needed is None:
+            return None
+        return self.needed[slice(*np.searchsorted(self.needed, [chunk.start, chunk.stop]))] - chunk.start
 
 
 @torch.no_grad()
 def stream_hidden(
-    model: nn.Module, forest: Forest, *, chunk: int = CHUNK, route: str = "auto"
-) -> Iterator[tuple[slice, Tensor]]:
+    model: nn.Module, forest: Forest, *, chunk: int = CHUNK, route: str = "auto", needed: Ints | None = None
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
     """(rows, hidden [rows, H]) in order, `chunk` rows at a time; no gradients.
 
-    Only the keys and values of the current path are kept. Raises ConfigError for chunk < 1, ModelError like
-    `hidden_states`.
+    needed: see `hidden_states`. Only the keys and values of the current path are kept. Raises ConfigError for
+    chunk < 1, ModelError like `hidden_states`.
     """
-    run = _run(model, forest, route, chunk)
-    _keep_freed_memory()
+    run = _run(model, forest, route, chunk, needed)
     stack: KeysValues = {}
     held = np.zeros(0, np.int64)
     for part in run.chunks():
@@ -107,31 +113,24 @@ def stream_hidden(
         held = np.concatenate((part.path, np.arange(part.start, part.stop)))
 
 
-@cache
-def _keep_freed_memory() -> None:
-    """Let glibc keep what the layers free, instead of giving it back to the kernel after each of them.
-
-    It keeps blocks up to the size of the largest one that was freed so far, 32 MB at most: so free one of these.
-    Its pages are never touched. On other systems nothing happens.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
 def _after(past: tuple[Tensor, Tensor] | None, fresh: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if past is None:
         return fresh
     return torch.cat((past[0], fresh[0]), 2), torch.cat((past[1], fresh[1]), 2)
 
 
-def streamed(model: nn.Module, forest: Forest, chunk: int = CHUNK, route: str = "auto") -> Tensor:
+def streamed(
+    model: nn.Module, forest: Forest, chunk: int = CHUNK, route: str = "auto", needed: Ints | None = None
+) -> Tensor:
     """`hidden_states`, differentiable, computed `chunk` rows at a time."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not parameters:
-        return torch.cat([hidden for _, hidden in stream_hidden(model, forest, chunk=chunk, route=route)])
-    return _Streamed.apply(_run(model, forest, route, chunk), *parameters)
+        parts = stream_hidden(model, forest, chunk=chunk, route=route, needed=needed)
+        return torch.cat([hidden for _, hidden in parts])
+    return _Streamed.apply(_run(model, forest, route, chunk, needed), *parameters)
 
 
-def _run(model: nn.Module, forest: Forest, route: str, chunk: int) -> Run:
+def _run(model: nn.Module, forest: Forest, route: str, chunk: int, needed: Ints | None) -> Run:
     if chunk < 1:
         raise ConfigError(f"chunk is {chunk}", fix="give at least 1 token; 512 to 4096 is usual")
     check(model)
@@ -140,7 +139,7 @@ def _run(model: nn.Module, forest: Forest, route: str, chunk: int) -> Run:
             "reentrant gradient checkpointing loses the gradients of keys and values between chunks",
             fix='gradient_checkpointing_kwargs={"use_reentrant": False}, which is the better one anyway',
         )
-    return Run(model, forest, route, chunk)
+    return Run(model, forest, route, chunk, needed)
 
 
 def _reentrant(module: nn.Module) -> bool:

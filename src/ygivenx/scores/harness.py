@@ -28,6 +28,7 @@ except ImportError as error:
 
 from ..encoder.tokens import Tokens
 from ..errors import ConfigError, ModelError, nearest
+from ..models.memory import keep_freed_memory
 from .questions import WINDOW, Part, Question, pair_of_ids
 from .scoring import Tally, scores
 
@@ -54,6 +55,7 @@ class ForestLM(HFLM):
             raise ModelError(f"{type(self.model).__name__} isn't a causal language model", fix="--model hf")
         if self.mixed_precision_dtype is not None:
             raise ModelError("mixed_precision_dtype has no effect here", fix="set dtype")
+        keep_freed_memory()
         self._remembered = lru_cache(16)(super().tok_encode)
         self.border, self.window = border, int(window)
         self.tally = Tally()

@@ -44,7 +44,7 @@ def node_values(
     log_p = np.full(len(forest), np.nan)
     rank = np.full(len(forest), -1)
     head = head_of(model)
-    for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route):
+    for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route, needed=np.unique(edges.rows)):
         at = slice(*np.searchsorted(edges.rows, [part.start, part.stop]))
         rows, targets = (
             torch.from_numpy(a[at]).to(hidden.device) for a in (edges.rows - part.start, edges.targets)

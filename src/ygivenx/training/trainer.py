@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch.utils.data import Dataset, Sampler
 
 from ..errors import CheckpointError, ConfigError, LossError
 from ..forest import Forest, pack
+from ..models import memory
 from ..objective import Loss, loss
 from ..scores.values import node_log_probs
 from ..sequence import Example, Sequence
@@ -135,22 +135,10 @@ class Meter:
             "y_tokens_per_second": round(self.trained / seconds, 1),
             "trained_share": round(self.trained / self.total, 4),
             "sharing": round(self.total / self.distinct, 3),
-            "peak_memory_mib": round(peak_memory() / 2**20),
+            "peak_memory_mib": round(memory.peak() / 2**20),
         }
         self.__init__()  # type: ignore[misc]
         return told
-
-
-def peak_memory() -> int:
-    """Bytes: the most that this process has held so far, on the GPU where there is one; 0 where that can't be told."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0  # it has no getrusage
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux, bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Trainer(transformers.Trainer):
@@ -305,6 +293,7 @@ class Trainer(transformers.Trainer):
             checkpoint.verify(path)
             self._same_run(path)
         self.meter = Meter()
+        memory.keep_freed_memory()
         return super().train(resume_from_checkpoint=None if path is None else str(path), **kwargs)
 
     def _resume_path(self, asked: str | bool | None) -> Path | None:

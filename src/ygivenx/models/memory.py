@@ -1,0 +1,57 @@
+"""The memory of this process: the most that it held, and keeping what layers free for the next ones."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from functools import cache
+
+import torch
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+MADV_HUGEPAGE = 14  # linux/mman.h
+PAGE = 4096
+
+
+def peak() -> int:
+    """Bytes: the most that this process has held so far, on the GPU where there is one; 0 where that can't be told."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0  # it has no getrusage
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@cache
+def keep_freed_memory() -> bool:
+    """From here on this process keeps the memory that it frees, on large pages; whether that could be done.
+
+    glibc gives every large block back to the kernel, so that the next layer's tensors come as new pages, each
+    with a fault and filled with zeros: a good part of a step on a CPU. GPUs don't need it; torch keeps their memory
+    anyway. The price: the process doesn't shrink below its peak any more. It is done once, on Linux with glibc,
+    and not where the environment already says something about the allocator (MALLOC_*, GLIBC_TUNABLES, LD_PRELOAD).
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or _settled_by_environment():
+        return False
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1)):
+        return False
+    # Addresses, not memory: what is freed here is what all later blocks are cut from, and pages come when touched.
+    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    block = libc.malloc(size)
+    if block:  # a limit on addresses may forbid it; freed memory is kept all the same
+        libc.madvise(-(-block // PAGE) * PAGE, size // PAGE * PAGE - PAGE, MADV_HUGEPAGE)
+        libc.free(block)
+    return True
+
+
+def _settled_by_environment() -> bool:
+    return any(n.startswith("MALLOC_") or n in ("GLIBC_TUNABLES", "LD_PRELOAD") for n in os.environ)
