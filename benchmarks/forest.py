@@ -2,16 +2,17 @@
 
     python benchmarks/forest.py case six_turns [--runs 3]     one line of benchmarks/results/forest.jsonl per case
     python benchmarks/forest.py memory six_turns forest       peak memory of one step, alone in its process
+    python benchmarks/forest.py precise twenty_turns          gradients against those in float64
     python benchmarks/forest.py growth 4096                   seconds and peak memory of a step on n distinct tokens
     python benchmarks/forest.py build                         building a forest of a million tokens
     python benchmarks/forest.py table                         the tables of docs/performance.md
 
 Shapes are those of the named cases, token ids are random: neither changes the time of a step. All contestants of
-a case run in one process, in turns; medians are kept (those of --once run once). "per turn" runs each sample by
+a case run in one process, in turns, once to warm up; then medians are kept (those of --once run once). "per turn" runs each sample by
 itself, through the same code (plain causal attention, the head on selected rows only); "padded" is what a trainer
 does by default: padded batches, all logits, labels of −100. The limit is tokens of all samples / distinct tokens. The
 limit by work counts multiplications instead: distinct tokens stand further back on average than the repeated ones,
-so each of them attends to more.
+so each of them attends to more. Freed memory is kept for all contestants, as `yx.Trainer` and `ygx` do.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["case", "memory", "growth", "build", "table"])
+    parser.add_argument("what", choices=["case", "memory", "precise", "growth", "build", "table"])
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--without", nargs="*", default=[])
@@ -96,7 +97,9 @@ def main() -> None:
     if args.what == "table":
         print(table())
         return
-    record = {"case": case, "memory": memory, "growth": growth, "build": build}[args.what](args)
+    yx.keep_freed_memory()
+    kinds = {"case": case, "memory": memory, "precise": precise, "growth": growth, "build": build}
+    record = kinds[args.what](args)
     told = {
         "what": args.what,
         "command": "python " + " ".join(sys.argv),
@@ -171,14 +174,15 @@ def case(args: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {n: [] for n in running}
     told: dict[str, Any] = {}
     wanted: dict[str, torch.Tensor] = {}
-    for run in range(args.runs):
+    for run in range(args.runs + 1):  # the first one warms up
         for n, f in sorted(running.items(), key=lambda item: item[0] != "per_turn"):
-            if run and n in args.once:
+            if run > 1 and n in args.once:
                 continue
             model.zero_grad()
             started = time.perf_counter()
             loss = f(model, rows)
-            seconds[n].append(time.perf_counter() - started)
+            if run:
+                seconds[n].append(time.perf_counter() - started)
             if run == 0 and n == "per_turn":
                 wanted = {k: p.grad.clone() for k, p in model.named_parameters()}
             if run == 0 and wanted and n in ("forest", "streamed", "dense"):
@@ -215,6 +219,29 @@ def work(model: Any, forest: yx.Forest) -> float:
     )
     head = c.hidden_size * c.vocab_size * len(np.unique(forest.edges().rows))
     return 3 * (body * len(forest.fed) + attended + head)
+
+
+def precise(args: argparse.Namespace) -> dict[str, Any]:
+    """The largest relative L2 difference of a tensor's gradient to the one in float64, by contestant."""
+    (name,) = args.rest
+    rows, model = CASES[name](), load()
+    made = {n: gradients(CONTESTANTS[n], model, rows) for n in ("forest", "streamed", "per_turn")}
+    exact = gradients(streamed, model.double(), rows)
+    return {
+        "case": name,
+        "to_float64": {n: max(_differences(ours, exact)) for n, ours in made.items()},
+        "forest_to_per_turn": max(_differences(made["forest"], made["per_turn"])),
+    }
+
+
+def gradients(contestant: Callable[..., float], model: Any, rows: list[Sequence]) -> list[torch.Tensor]:
+    model.zero_grad()
+    contestant(model, rows)
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def _differences(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+    return [float((a - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
 
 
 # -- memory and growth -----------------------------------------------------------------------------------

@@ -88,6 +88,20 @@ def test_the_sequence_denominator_is_the_mean_of_means(tmp_path):
     assert trainer.state.log_history[0]["loss"] == pytest.approx(np.mean(each), abs=1e-4)
 
 
+def test_what_was_just_evaluated_is_not_evaluated_again(tmp_path):
+    from ygivenx.commands.finetune import evaluation
+
+    data = sequences(6)
+    for strategy, again in (("steps", 0), ("no", 1)):
+        settings = {"max_steps": 2, "eval_strategy": strategy, "eval_steps": 1}
+        trainer = make(tmp_path / strategy, data, eval_dataset=data, **settings)
+        trainer.train()
+        before = len(trainer.state.log_history)
+        told = evaluation(trainer)
+        assert len(trainer.state.log_history) - before == again
+        assert told["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
 def test_evaluation_tells_y_from_x(tmp_path):
     data = sequences(5, seed=3)
     trainer = make(tmp_path, data, eval_dataset=data)

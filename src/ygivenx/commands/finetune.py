@@ -42,7 +42,7 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     console.print(str(trainer.train_dataset), highlight=False)
     before = trainer.evaluate() if held_out else {}
     outcome = trainer.train(resume_from_checkpoint=config.resume)
-    after = trainer.evaluate() if held_out else {}
+    after = evaluation(trainer) if held_out else {}
     final = Path(config.output_dir) / "final"
     trainer.save_model(str(final))
     page = write_page(config, trainer, held_out or examples, account, before)
@@ -58,6 +58,14 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
         "report": str(page),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def evaluation(trainer: Any) -> dict[str, float]:
+    """What evaluation gives, or gave if nothing was trained since."""
+    logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if logged and logged[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return {k: v for k, v in logged[-1].items() if k.startswith("eval_")}
+    return dict(trainer.evaluate())
 
 
 def write_page(

@@ -19,7 +19,7 @@ from ..commands.progress import bar
 from ..encoder.encode import Encoder
 from ..scores.accounts import ledger
 from ..sequence import Example
-from ..training.trainer import evaluate, rates
+from ..training.evaluation import evaluate, rates
 from .measured import Arm, State
 from .page import write_page
 from .task import splits

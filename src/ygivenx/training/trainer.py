@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,99 +13,18 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Sampler
 
 from ..errors import CheckpointError, ConfigError, LossError
-from ..forest import Forest, pack
+from ..forest import Forest
 from ..models import memory
 from ..objective import Loss, loss
-from ..scores.values import node_log_probs
-from ..sequence import Example, Sequence
 from . import checkpoint
+from .evaluation import evaluate, rates
+from .packs import EpochOrder, Packs
 
 T = TypeVar("T")
 IDENTITY = "ygivenx.json"
-
-
-class Packs(Dataset[dict[str, Any]]):
-    """Sequences packed into forests; item i is {"forest": ...}, one micro-batch.
-
-    `names[i]` says for each sequence of pack i where it comes from. `skipped` counts packs without any weight:
-    they would be steps that do nothing, so they are left out, never silently trained as 0/0.
-    """
-
-    def __init__(
-        self, sequences: Iterable[Any], *, max_tokens: int, seed: int, denominator: str = "tokens"
-    ) -> None:
-        flat, labels = flatten(sequences)
-        self.sequences = per_sequence(flat) if denominator == "sequence" else flat
-        packs = pack(self.sequences, max_tokens=max_tokens, seed=seed)
-        self.forests = [f for f in packs if f.weight.any()]
-        self.skipped = len(packs) - len(self.forests)
-        self.names = [[labels[i] for i in f.members] for f in self.forests]
-
-    def __str__(self) -> str:
-        distinct = sum(len(f.token) for f in self.forests)
-        total = sum(len(p) for f in self.forests for p in f.paths)
-        trained = sum(int((f.weight[p] > 0).sum()) for f in self.forests for p in f.paths)
-        return (
-            f"{sum(len(f.paths) for f in self.forests):,} sequences in {len(self):,} packs: {total:,} tokens, "
-            f"{distinct:,} distinct (sharing {total / max(distinct, 1):.2f}), {trained / max(total, 1):.1%} trained"
-            + (f"; {self.skipped} packs without any weight left out" if self.skipped else "")
-        )
-
-    def __len__(self) -> int:
-        return len(self.forests)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"forest": self.forests[index], "names": self.names[index]}
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash over every token, weight and place: two equal ones train the same."""
-        digest = hashlib.sha256()
-        for f in self.forests:
-            for values in (f.token, f.parent, f.weight):
-                digest.update(np.ascontiguousarray(values).tobytes())
-        return digest.hexdigest()
-
-
-def flatten(items: Iterable[Any]) -> tuple[list[Sequence], list[str]]:
-    """Examples and sequences as sequences, with a name for each ("row 3", "row 3, turn 1")."""
-    flat, names = [], []
-    for i, item in enumerate(items):
-        parts = list(item) if isinstance(item, Example) else [item]
-        for turn, sequence in enumerate(parts):
-            flat.append(sequence)
-            names.append(f"row {i}" + (f", turn {turn}" if len(parts) > 1 else ""))
-    return flat, names
-
-
-def per_sequence(sequences: Iterable[Sequence]) -> list[Sequence]:
-    """Each sequence's weights divided by their sum: the loss becomes the mean of per-sequence means."""
-    out = []
-    for s in sequences:
-        total = s.weights.sum(dtype=np.float64)
-        weights = s.weights / total if total > 0 else s.weights
-        out.append(Sequence(s.ids, weights.astype(np.float32), s.segments, s.tokens, s.notes))
-    return out
-
-
-class EpochOrder(Sampler[int]):
-    """A permutation that is a function of (seed, epoch) alone, so that a resumed run sees the same order."""
-
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
-        return iter(order.tolist())
 
 
 @dataclass
@@ -201,10 +118,7 @@ class Trainer(transformers.Trainer):
             raise ConfigError(
                 "nothing to train on: no pack has a token with a weight", fix="look at the rejected rows"
             )
-        # Every rank needs the same number of micro-batches: fill up with packs that weigh nothing.
-        while len(packs) % args.world_size:
-            packs.forests.append(_weightless(packs.forests[0]))
-            packs.names.append(["a filler"])
+        packs.fill(args.world_size)
         return packs
 
     # -- the loss ------------------------------------------------------------------------------------------
@@ -379,39 +293,6 @@ def through(wrapper: nn.Module, inner: nn.Module, compute: Callable[[], T]) -> T
         inner.forward = forward
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, data: Iterable[Any], *, max_tokens: int, rank: int = 0, ranks: int = 1
-) -> torch.Tensor:
-    """Sums over the data, float64 [6]: Σ log p and tokens of y, of x, Σ w·log p and Σ w."""
-    sequences, _ = flatten(data)
-    sums = np.zeros(6)
-    was_training = model.training
-    model.eval()
-    for forest in pack(sequences, max_tokens=max_tokens)[rank::ranks]:
-        by_node = node_log_probs(model, forest)
-        for member, path in zip(forest.members, forest.paths, strict=True):
-            sums += _role_sums(sequences[member], by_node[path])
-    model.train(was_training)
-    return torch.from_numpy(sums)
-
-
-def rates(sums: torch.Tensor) -> dict[str, float]:
-    """Nats per token from the sums of `evaluate`; a role without tokens is left out."""
-    y, n_y, x, n_x, weighted, weight = sums.tolist()
-    told = {"loss": (-weighted, weight), "conditional_nats": (-y, n_y), "marginal_nats": (-x, n_x)}
-    return {name: total / count for name, (total, count) in told.items() if count}
-
-
-def _role_sums(s: Sequence, log_p: np.ndarray) -> np.ndarray:
-    output = s.output
-    x = ~output & ~np.isnan(log_p)
-    w = s.weights.astype(np.float64)
-    return np.array(
-        [log_p[output].sum(), output.sum(), log_p[x].sum(), x.sum(), np.nansum(w * log_p), math.fsum(w)]
-    )
-
-
 def _culprits(out: Loss, names: list[str]) -> list[str]:
     """The sequences with a non-finite log p; all of the pack where no single one stands out."""
     bad = out.edges.nodes[~torch.isfinite(out.log_p).cpu().numpy()]
@@ -422,8 +303,3 @@ def _culprits(out: Loss, names: list[str]) -> list[str]:
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
     (item,) = batch
     return item
-
-
-def _weightless(forest: Forest) -> Forest:
-    ids = forest.token[forest.paths[0]][:2]
-    return Forest.of([Sequence(ids, np.zeros(len(ids), np.float32))])
