@@ -8,11 +8,12 @@
     python benchmarks/forest.py table                         the tables of docs/performance.md
 
 Shapes are those of the named cases, token ids are random: neither changes the time of a step. All contestants of
-a case run in one process, in turns, once to warm up; then medians are kept (those of --once run once). "per turn" runs each sample by
-itself, through the same code (plain causal attention, the head on selected rows only); "padded" is what a trainer
-does by default: padded batches, all logits, labels of −100. The limit is tokens of all samples / distinct tokens. The
-limit by work counts multiplications instead: distinct tokens stand further back on average than the repeated ones,
-so each of them attends to more. Freed memory is kept for all contestants, as `yx.Trainer` and `ygx` do.
+a case run in one process, in turns: a round that warms up, then --runs of which the medians are kept (of those of
+--once a single one). "per turn" runs each sample by itself, through the same code (plain causal attention, the head
+on selected rows only); "padded" is what a trainer does by default: padded batches, all logits, labels of −100. The
+limit is tokens of all samples / distinct tokens. The limit by work counts multiplications instead: distinct tokens
+stand further back on average than the repeated ones, so each of them attends to more. Freed memory is kept for all
+contestants, as `yx.Trainer` and `ygx` do.
 """
 
 from __future__ import annotations
