@@ -275,6 +275,17 @@ def table(_: argparse.Namespace) -> None:
         cells[4:4] = [f"{mine['seconds']:.2f} s"]
         cells[6:6] = [f"{mine['share_of_limit']:.2f}", f"{mine['share_of_work_limit']:.2f}"]
         print(f"| {' | '.join(cells)} | {mine['worst_difference_to_one_by_one_nats']:.0e} |")
+    print(*to_float64(rows), sep="\n")
+
+
+def to_float64(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """How far float32 values are from those of the HF class in float64, where that was run."""
+    for exact in (r for r in rows if r["what"] == "hf" and r["dtype"] == "float64"):
+        for r in (r for r in rows if r["dtype"] == "float32" and r["scenario"] == exact["scenario"]):
+            if "values" in r:
+                worst = max(abs(a - b) for a, b in zip(r["values"], exact["values"], strict=True))
+                name = "the HF class" if r["what"] == "hf" else "ours"
+                yield f"{exact['scenario']}: {name} in float32 is off by {worst:.1e} nats at most"
 
 
 def theirs(mine: dict[str, Any], parts: list[dict[str, Any]]) -> list[str]:

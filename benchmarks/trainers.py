@@ -7,7 +7,8 @@ SmolLM2-135M-Instruct, float32, AdamW, no evaluation, no checkpoints; the same r
 of 16 times the mean length for ours). Each
 contestant runs in a process of its own and trains on the answers alone; the clock runs from the end of the first step
 to the end of the last, and counts the tokens of y of these steps. `grouped` puts rows of similar length together
-(transformers' own sampler); `chunked` is TRL's fused loss. Lines go to benchmarks/results/trainers.jsonl.
+(transformers' own sampler); `chunked` is TRL's fused loss; `kept` has the allocator keep freed memory, as ours does
+by itself (`yx.keep_freed_memory`). Lines go to benchmarks/results/trainers.jsonl.
 """
 
 from __future__ import annotations
@@ -136,14 +137,26 @@ def by_trl(model: Any, tokenizer: Any, **more: Any) -> dict[str, Any]:
     return timed(trainer, lambda i: seen[i])
 
 
+def kept(run: Callable[..., dict[str, Any]], *args: Any, **more: Any) -> dict[str, Any]:
+    """A peer in a process that keeps freed memory: not its default, but its best here."""
+    assert yx.keep_freed_memory()
+    return run(*args, **more)
+
+
 CONTESTANTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
     "ours": ours,
     "transformers": by_transformers,
     "transformers_grouped": lambda m, t: by_transformers(m, t, train_sampling_strategy="group_by_length"),
+    "transformers_grouped_kept": lambda m, t: kept(
+        by_transformers, m, t, train_sampling_strategy="group_by_length"
+    ),
     "trl": by_trl,
     "trl_chunked": lambda m, t: by_trl(m, t, loss_type="chunked_nll"),
     "trl_grouped_chunked": lambda m, t: by_trl(
         m, t, loss_type="chunked_nll", train_sampling_strategy="group_by_length"
+    ),
+    "trl_grouped_chunked_kept": lambda m, t: kept(
+        by_trl, m, t, loss_type="chunked_nll", train_sampling_strategy="group_by_length"
     ),
 }
 

@@ -24,6 +24,7 @@ def examine(model: tuple[str, str | None] | None = None) -> dict[str, Any]:
     from .. import __version__
     from ..head.selective import explain as head
     from ..models.families import explain as attention
+    from ..models.memory import keep_freed_memory
 
     found: dict[str, Any] = {
         "ygivenx": __version__,
@@ -39,6 +40,7 @@ def examine(model: tuple[str, str | None] | None = None) -> dict[str, Any]:
         "dtype": "float32",
         "attention": attention(),
         "head": head(),
+        "freed memory": "kept" if keep_freed_memory() else "given back: no glibc, or the environment settles it",
     }
     if model is not None:
         from ..models.model import load
