@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ygivenx import selective_cross_entropy
-from ygivenx.head import kernel
+from ygivenx.head import kernel, pages
 
 Step = Callable[[], None]
 # Times the bare products of *all* positions that a run took at worst: what to leave out before it blocks the machine.
@@ -178,21 +178,23 @@ def measure(spec: str, contestants: list[str], seconds: float, cap: float) -> di
         "milliseconds": {k: round(t * 1e3, 2) for k, t in medians.items()},
         "of_limit": {k: round(t / medians["limit"], 3) for k, t in medians.items()},
         "fastest_of_limit": {k: round(min(t) / min(times["limit"]), 3) for k, t in times.items()},
-        "load": os.getloadavg()[0],
+        "load": os.getloadavg()[0], "pages": "small" if pages.given_back() else "large",
         "peak_mb_beyond_gradients": {k: round(m / 2**20) for k, m in memory.items()},
         "left_out": skipped,
     }  # fmt: skip
 
 
 def table(path: Path, fastest: bool) -> str:
-    cells = [json.loads(line) for line in path.read_text().splitlines()]
+    """The last measurement of every cell."""
+    measured = [json.loads(line) for line in path.read_text().splitlines()]
+    cells = {tuple(c[key] for key in ("n", "h", "v", "percent", "dtype")): c for c in measured}
     names = ["limit, reused", *LOSSES]
-    head = ["N", "H", "V", "%", "dtype", "limit ms", *names, "our peak MB"]
+    head = ["N", "H", "V", "%", "dtype", "pages", "limit ms", *names, "our peak MB"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for c in cells:
+    for spec, c in sorted(cells.items()):
         of = c["fastest_of_limit" if fastest else "of_limit"]
         ratios = [f"{of[n]:.2f}" if n in of else "" for n in names]
-        first = [c["n"], c["h"], c["v"], c["percent"], c["dtype"], c["milliseconds"]["limit"]]
+        first = [*spec, c.get("pages", "large"), c["milliseconds"]["limit"]]
         lines.append(
             "| " + " | ".join(map(str, [*first, *ratios, c["peak_mb_beyond_gradients"]["ours"]])) + " |"
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ygivenx.errors import ModelError
-from ygivenx.head import kernel, reference, sweep
+from ygivenx.head import kernel, pages, reference, sweep
 from ygivenx.head.selective import explain, log_probs, selective_cross_entropy
 
 CASES = int(os.environ.get("YGIVENX_CASES", "300"))
@@ -78,6 +78,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(sweep, "TILE", 1)
     monkeypatch.setattr(sweep, "BLOCK", 32)
     monkeypatch.setattr(sweep, "WORTHWHILE", 16)
+    monkeypatch.setattr(sweep, "THIN", 24)
 
 
 @pytest.fixture(params=["compiled", "torch"])
@@ -437,3 +438,15 @@ def test_the_switch_turns_the_kernel_off(monkeypatch):
     monkeypatch.setenv(kernel.SWITCH, "0")
     assert kernel.library() is None
     assert kernel.SWITCH in explain()["cpu bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "features", "expected"),
+    [("0x0005", "0110010100", True), ("0x0005", "0110000100", False), ("0x0002", "1111111111", False)],
+)
+def test_a_machine_that_gives_large_pages_back_is_recognised(tmp_path, kind, features, expected):
+    (tmp_path / "virtio0").mkdir()
+    (tmp_path / "virtio0" / "device").write_text(kind + "\n")
+    (tmp_path / "virtio0" / "features").write_text(features + "\n")
+    (tmp_path / "virtio1").mkdir()  # one that can't be read
+    assert pages.given_back.__wrapped__(str(tmp_path)) is expected

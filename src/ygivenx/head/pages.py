@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,14 +13,31 @@ from torch import Tensor
 SMALL_PAGE = 4096
 LARGE = 8 << 20  # bytes from which asking is worthwhile
 MADV_HUGEPAGE = 14  # linux/mman.h
+BALLOON, REPORTS = "0x0005", 5  # virtio 1.2, 5.5: the device, and its feature "free page reporting"
 
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """torch.empty; on Linux a large CPU tensor asks for huge pages, which the kernel may grant or not."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
-    if sys.platform == "linux" and device.type == "cpu" and tensor.nbytes >= LARGE:
+    if device.type == "cpu" and tensor.nbytes >= LARGE and sys.platform == "linux" and not given_back():
         start = -(-tensor.data_ptr() // SMALL_PAGE) * SMALL_PAGE
         length = (tensor.data_ptr() + tensor.nbytes - start) // SMALL_PAGE * SMALL_PAGE
         # A hint: a refusal (EINVAL without support) changes nothing but time.
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
     return tensor
+
+
+@lru_cache(maxsize=1)
+def given_back(devices: str = "/sys/bus/virtio/devices") -> bool:
+    """Whether this virtual machine gives free large pages back to its host: their next use costs the host's faults,
+    which is several times what small pages cost.
+    """
+    return any(_reports(device) for device in Path(devices).glob("*"))
+
+
+def _reports(device: Path) -> bool:
+    try:
+        kind, features = ((device / name).read_text().strip() for name in ("device", "features"))
+    except OSError:
+        return False
+    return kind == BALLOON and features[REPORTS : REPORTS + 1] == "1"

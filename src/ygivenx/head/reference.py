@@ -1,4 +1,4 @@
-"""The readable twin of `head.py`: whole logits in float64 and torch's own autograd. The oracle of its tests."""
+"""The readable twin of `selective.py`: whole logits in float64 and torch's own autograd. The oracle of its tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweeps behind `head.py`: softmax statistics, log p and both gradients, a tile of the vocabulary at a time.
+"""The sweeps behind `selective.py`: softmax statistics, log p and both gradients, a tile of the vocabulary at a time.
 
 Columns are the rows of hidden states that carry an edge. Tiles are [tokens of the vocabulary, columns], so that
 statistics run along the columns. The logit of a column's target is the shift s of its exponentials
@@ -18,27 +18,24 @@ terms. The factor k goes to the other side of the products, so exponentials meet
 In between the exponentials wait in the memory of dW itself: tile i in the place of tile i - 1, and the second
 sweep goes backwards. That holds as many columns as H. What is beyond is computed again (bfloat16, where adding to
 a rounded dW would lose digits, and large vocabularies) or waits in working memory and adds to dW (float32).
-
-A bfloat16 logit is the product rounded to bfloat16 plus what that rounding left over, from a second product:
-softmax sees float32, as the sums do. `kernel.py` makes the same tile of exponentials at once, where it can.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import kernel, pages
+from . import pages
 from .edges import Edges, Head, parts, working_dtype
+from .tiles import Block, Marks, Scratch, shaped
 
 MEMORY = 64 << 20  # bytes beyond the gradients that a call may hold on to
-HUGE = 1e20
 BLOCK = 1024  # columns of one first sweep
 TILE = 2 << 20  # elements of one tile
 PAD = 16  # columns come in multiples of this: the products run on whole vectors
+THIN = 128  # columns up to which float32 tiles lie column by column, unpadded: few columns multiply faster so
 WORTHWHILE = 160  # columns from which adding to dW is cheaper than computing the logits again
 
 
@@ -84,7 +81,7 @@ def _sweep(
     head = replace(head, weight=head.weight.to(working_dtype(hidden, head.weight)))
     edges = Edges(hidden, head, rows, targets, weights, apart=ranks)
     into = _Gradients(hidden, head, edges.wide, wants)
-    scratch = _Scratch(hidden.device)
+    scratch = Scratch(hidden.device)
     if into.weight is not None and not len(rows):
         into.weight.zero_()
     for a, b, room in _rounds(len(edges.rows), head.weight, memory if wants[1] else 0):
@@ -109,190 +106,46 @@ class _Gradients:
         self.bias = torch.zeros(len(head.weight), dtype=wide, device=device) if wants[2] else None
 
 
-class _Scratch:
-    """Working memory that every tile uses again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.flat: dict[str, Tensor] = {}
-
-    def view(self, name: str, height: int, width: int, dtype: torch.dtype) -> Tensor:
-        flat = self.flat.get(name)
-        if flat is None or len(flat) < height * width:
-            flat = self.flat[name] = pages.empty((height * width,), dtype, self.device)
-        return flat[: height * width].view(height, width)
-
-
-class _Marks:
-    """Values to be added to single elements of the tiles: (token, column, value), in order of token."""
-
-    def __init__(self, token: Tensor, column: Tensor, value: Tensor) -> None:
-        order = torch.argsort(token)
-        self.token, self.column, self.value = token[order], column[order], value[order]
-        self.tokens: list[int] = self.token.tolist()
-
-    def within(self, start: int, stop: int) -> slice:
-        return slice(bisect_left(self.tokens, start), bisect_left(self.tokens, stop))
-
-    def add_to(self, tile: Tensor, start: int) -> None:
-        """Adds those whose token lies in this tile, which begins at token `start`."""
-        mine = self.within(start, start + len(tile))
-        if mine.start < mine.stop:
-            place = (self.token[mine] - start, self.column[mine])
-            tile.index_put_(place, self.value[mine].to(tile.dtype), accumulate=True)
-
-
-class _Block:
-    """Columns [a, b) of the edges: as many as one first sweep takes."""
-
-    def __init__(self, edges: Edges, a: int, b: int, scratch: _Scratch) -> None:
-        self.edges, self.head, self.a, self.b, self.scratch = edges, edges.head, a, b, scratch
-        self.width = _padded(b - a)
-        weight, device = self.head.weight, edges.hidden.device
-        self.x = torch.zeros(self.width, weight.shape[1], dtype=weight.dtype, device=device)
-        self.x[: b - a] = edges.hidden[edges.rows[a:b]]
-        self.shift = torch.zeros(self.width, dtype=edges.wide, device=device)
-        self.shift[: b - a] = edges.shift[a:b]
-        nowhere = torch.full((b - a,), -torch.inf, dtype=edges.wide, device=device)
-        column = torch.arange(b - a, device=device)
-        self.without_target = _Marks(edges.target[edges.first[a:b]], column, nowhere)
-        compiled = self.head.softcap is None and kernel.usable(weight)
-        self.packed = kernel.Packed(self.x) if compiled else None
-
-    def shifted_logits(self, out: Tensor, start: int, shift: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(z - shift, slope of the cap) of the tokens from `start` on; `out` is overwritten and may be it."""
-        head, wide = self.head, self.edges.wide
-        weight = head.weight[start : start + len(out)]
-        torch.mm(weight, self.x.T, out=out)
-        capped = head.softcap is not None
-        z = out
-        if out.dtype != wide:
-            lost = self.scratch.view("lost", len(out), self.width, out.dtype)
-            torch.addmm(out, weight, self.x.T, beta=-1, out=lost)
-            z = self.scratch.view("z", len(out), self.width, wide).copy_(out)
-            z += lost
-        if not capped:
-            z -= shift / head.scale
-        if head.bias is not None:
-            z += head.bias[start : start + len(out), None]
-        if head.scale != 1:
-            z *= head.scale
-        z, slope = head.capped(z)
-        return (z.sub_(shift) if capped else z), slope
-
-    def exponentials(
-        self, out: Tensor, start: int, sums: Tensor | None = None, above: Tensor | None = None
-    ) -> None:
-        """e[v], 0 at the columns' targets, times the slope of the cap, into `out`; adds to S and to the rank."""
-        if self.packed is not None:
-            self._compiled_exponentials(self.packed, out, start, sums, above)
-            return
-        z, slope = self.shifted_logits(out, start, self.shift)
-        self.without_target.add_to(z, start)
-        if above is not None:
-            # Written as numbers: torch sums booleans six times as slowly. A tile's count is exact in float32.
-            higher = torch.gt(z, 0, out=self.scratch.view("higher", len(z), self.width, z.dtype))
-            above += higher.sum(0).long()
-        z.exp_()
-        if sums is not None:
-            sums += z.sum(0)
-        if slope is not None:
-            z *= slope
-        if z is not out:
-            out.copy_(z)
-
-    def _compiled_exponentials(
-        self, packed: kernel.Packed, out: Tensor, start: int, sums: Tensor | None, above: Tensor | None
-    ) -> None:
-        stop = start + len(out)
-        marks, mine = self.without_target, self.without_target.within(start, stop)
-        bias = None if self.head.bias is None else self.head.bias[start:stop].float()
-        packed.exponentials(
-            self.head.weight[start:stop], out, self.shift, bias, self.head.scale,
-            (marks.token[mine] - start, marks.column[mine]),
-            torch.zeros(self.width, dtype=torch.float64) if sums is None else sums,
-            torch.zeros(self.width, dtype=torch.int64) if above is None else above,
-        )  # fmt: skip
-
-    def first_sweep(self, tiles: list[tuple[int, Tensor]], *, product: bool, ranks: bool) -> Tensor | None:
-        """Fills the tiles, settles log p, and gives Σ e[v]·W[v] [width, H] if that is asked for."""
-        sums, above, total = self._first_sweep(tiles, product, ranks)
-        far = ~(sums <= HUGE)  # NaN as well
-        if far[: self.b - self.a].any():
-            self.shift = torch.where(far, self._maximum(tiles), self.shift)
-            sums, _, total = self._first_sweep(
-                tiles, product, ranks=False
-            )  # ranks were counted at the target
-        edges, n = self.edges, self.b - self.a
-        edges.shift[self.a : self.b] = self.shift[:n]
-        edges.sums[self.a : self.b] = sums[:n]
-        if above is not None:
-            edges.above[self.a : self.b] = above[:n]
-        edges.settle(self.a, self.b)
-        return total
-
-    def _first_sweep(
-        self, tiles: list[tuple[int, Tensor]], product: bool, ranks: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        device, wide = self.x.device, self.edges.wide
-        sums = torch.zeros(self.width, dtype=torch.float64, device=device)
-        above = torch.zeros(self.width, dtype=torch.int64, device=device) if ranks else None
-        total = torch.zeros(self.x.shape, dtype=wide, device=device) if product else None
-        for start, tile in tiles:
-            self.exponentials(tile, start, sums, above)
-            if total is not None:
-                weight = self.head.weight[start : start + len(tile)]
-                if weight.dtype == wide:
-                    total.addmm_(tile.T, weight)
-                else:
-                    part = self.scratch.view("part", self.width, weight.shape[1], weight.dtype)
-                    total += torch.mm(tile.T, weight, out=part)
-        return sums, above, total
-
-    def _maximum(self, tiles: list[tuple[int, Tensor]]) -> Tensor:
-        highest = torch.full_like(self.shift, -torch.inf)
-        for start, tile in tiles:
-            z, _ = self.shifted_logits(tile, start, torch.zeros_like(highest))
-            highest = torch.maximum(highest, z.amax(0))
-        return highest
-
-
 class _Round:
     """Columns [a, b) of the edges, whose share of dW is made together; `room` of them can wait."""
 
-    def __init__(self, edges: Edges, a: int, b: int, room: int, into: _Gradients, scratch: _Scratch) -> None:
+    def __init__(self, edges: Edges, a: int, b: int, room: int, into: _Gradients, scratch: Scratch) -> None:
         self.edges, self.into, self.scratch = edges, into, scratch
         self.weight, self.adds = edges.head.weight, a > 0
-        self.kept = min(room, _padded(b - a))
+        self.thin = b - a <= THIN and self.weight.dtype != torch.bfloat16
+        self.kept = min(room, self._wide(b - a))
         middle = min(a + self.kept, b)
         self.spans = [*_even(a, middle, BLOCK), *_even(middle, b, BLOCK)]
-        widths = [_padded(d - c) for c, d in self.spans]
+        widths = [self._wide(d - c) for c, d in self.spans]
         self.width = sum(widths)
         self.step = _height(max(self.kept, *widths), 512)
         self.starts = range(0, len(self.weight), self.step)
         self.waiting = self._waiting() if self.kept else []
-        self.again: list[tuple[int, _Block]] = []  # blocks that couldn't wait, and their first column
+        self.again: list[tuple[int, Block]] = []  # blocks that couldn't wait, and their first column
         self.factor = torch.zeros(self.width, dtype=edges.wide, device=self.weight.device)
         self.scaled_x = torch.empty(self.width, self.weight.shape[1], dtype=self.weight.dtype,
                                     device=self.weight.device) if into.weight is not None else None  # fmt: skip
         self.marks: list[tuple[Tensor, Tensor, Tensor]] = []
 
+    def _wide(self, columns: int) -> int:
+        return columns if self.thin else _padded(columns)
+
     def _waiting(self) -> list[Tensor]:
         """The places of the exponentials, one [tokens, kept] per tile."""
         heights = [min(self.step, len(self.weight) - start) for start in self.starts]
         if self.adds:
-            own = self.scratch.view("waiting", len(self.weight), self.kept, self.weight.dtype)
+            own = self.scratch.view("waiting", len(self.weight), self.kept, self.weight.dtype, thin=self.thin)
             return [own[start : start + n] for start, n in zip(self.starts, heights, strict=True)]
         assert self.into.weight is not None
         spare = self.scratch.view("spare", heights[0], self.kept, self.weight.dtype)
         places = [spare, *(self.into.weight[start : start + self.step] for start in self.starts[:-1])]
-        return [p.view(-1)[: n * self.kept].view(n, self.kept) for p, n in zip(places, heights, strict=True)]
+        return [shaped(p.view(-1), n, self.kept, self.thin) for p, n in zip(places, heights, strict=True)]
 
     def sweep(self, *, ranks: bool) -> None:
         """Both sweeps; the second one only for dW and the bias."""
         at = 0
         for a, b in self.spans:
-            block = _Block(self.edges, a, b, self.scratch)
+            block = Block(self.edges, a, b, self._wide(b - a), self.scratch)
             kept = at + block.width <= self.kept
             tiles = [(start, self._place(i, at, block.width, kept)) for i, start in enumerate(self.starts)]
             total = block.first_sweep(tiles, product=self.into.hidden is not None, ranks=ranks)
@@ -308,9 +161,9 @@ class _Round:
         if kept:
             return self.waiting[i][:, at : at + width]
         height = min(self.step, len(self.weight) - self.starts[i])
-        return self.scratch.view("tile", height, width, self.weight.dtype)
+        return self.scratch.view("tile", height, width, self.weight.dtype, thin=self.thin)
 
-    def _settle(self, block: _Block, at: int, total: Tensor | None) -> None:
+    def _settle(self, block: Block, at: int, total: Tensor | None) -> None:
         """Once a block's statistics are known: its share of dH, and what its share of dW needs."""
         edges, a, b = self.edges, block.a, block.b
         mine, scale = slice(edges.starts[a], edges.starts[b]), edges.head.scale
@@ -331,7 +184,7 @@ class _Round:
 
     def _second_sweep(self) -> None:
         into = self.into
-        marks = _Marks(*(torch.cat(parts) for parts in zip(*self.marks, strict=True)))
+        marks = Marks(*(torch.cat(parts) for parts in zip(*self.marks, strict=True)))
         step = _height(self.width, 256) if self.again else self.step
         for i, first in reversed(list(enumerate(self.starts))):
             last = min(first + self.step, len(self.weight))
@@ -382,4 +235,4 @@ def _padded(columns: int) -> int:
 
 def _height(width: int, least: int) -> int:
     """Tokens of a tile of so many columns."""
-    return min(8192, max(least, TILE // width // 256 * 256))
+    return max(least, TILE // width // 256 * 256)

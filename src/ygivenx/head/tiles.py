@@ -1,0 +1,171 @@
+"""Tiles of exponentials for `sweep.py`: [tokens of the vocabulary, columns], in working memory that is used again.
+
+A bfloat16 logit is the product rounded to bfloat16 plus what that rounding left over, from a second product:
+softmax sees float32, as the sums do. `kernel.py` makes the same tile of exponentials at once, where it can.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import torch
+from torch import Tensor
+
+from . import kernel, pages
+from .edges import Edges
+
+HUGE = 1e20
+
+
+class Scratch:
+    """Working memory that every tile uses again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flat: dict[str, Tensor] = {}
+
+    def view(self, name: str, height: int, width: int, dtype: torch.dtype, *, thin: bool = False) -> Tensor:
+        flat = self.flat.get(name)
+        if flat is None or len(flat) < height * width:
+            flat = self.flat[name] = pages.empty((height * width,), dtype, self.device)
+        return shaped(flat, height, width, thin)
+
+
+class Marks:
+    """Values to be added to single elements of the tiles: (token, column, value), in order of token."""
+
+    def __init__(self, token: Tensor, column: Tensor, value: Tensor) -> None:
+        order = torch.argsort(token)
+        self.token, self.column, self.value = token[order], column[order], value[order]
+        self.tokens: list[int] = self.token.tolist()
+
+    def within(self, start: int, stop: int) -> slice:
+        return slice(bisect_left(self.tokens, start), bisect_left(self.tokens, stop))
+
+    def add_to(self, tile: Tensor, start: int) -> None:
+        """Adds those whose token lies in this tile, which begins at token `start`."""
+        mine = self.within(start, start + len(tile))
+        if mine.start < mine.stop:
+            place = (self.token[mine] - start, self.column[mine])
+            tile.index_put_(place, self.value[mine].to(tile.dtype), accumulate=True)
+
+
+class Block:
+    """Columns [a, b) of the edges, as many as one first sweep takes, in tiles of `width` columns."""
+
+    def __init__(self, edges: Edges, a: int, b: int, width: int, scratch: Scratch) -> None:
+        self.edges, self.head, self.a, self.b, self.scratch = edges, edges.head, a, b, scratch
+        self.width = width
+        weight, device = self.head.weight, edges.hidden.device
+        self.x = torch.zeros(self.width, weight.shape[1], dtype=weight.dtype, device=device)
+        self.x[: b - a] = edges.hidden[edges.rows[a:b]]
+        self.shift = torch.zeros(self.width, dtype=edges.wide, device=device)
+        self.shift[: b - a] = edges.shift[a:b]
+        nowhere = torch.full((b - a,), -torch.inf, dtype=edges.wide, device=device)
+        column = torch.arange(b - a, device=device)
+        self.without_target = Marks(edges.target[edges.first[a:b]], column, nowhere)
+        compiled = self.head.softcap is None and kernel.usable(weight)
+        self.packed = kernel.Packed(self.x) if compiled else None
+
+    def shifted_logits(self, out: Tensor, start: int, shift: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(z - shift, slope of the cap) of the tokens from `start` on; `out` is overwritten and may be it."""
+        head, wide = self.head, self.edges.wide
+        weight = head.weight[start : start + len(out)]
+        torch.mm(weight, self.x.T, out=out)
+        capped = head.softcap is not None
+        z = out
+        if out.dtype != wide:
+            lost = self.scratch.view("lost", len(out), self.width, out.dtype)
+            torch.addmm(out, weight, self.x.T, beta=-1, out=lost)
+            z = self.scratch.view("z", len(out), self.width, wide).copy_(out)
+            z += lost
+        if not capped:
+            z -= shift / head.scale
+        if head.bias is not None:
+            z += head.bias[start : start + len(out), None]
+        if head.scale != 1:
+            z *= head.scale
+        z, slope = head.capped(z)
+        return (z.sub_(shift) if capped else z), slope
+
+    def exponentials(
+        self, out: Tensor, start: int, sums: Tensor | None = None, above: Tensor | None = None
+    ) -> None:
+        """e[v], 0 at the columns' targets, times the slope of the cap, into `out`; adds to S and to the rank."""
+        if self.packed is not None:
+            self._compiled_exponentials(self.packed, out, start, sums, above)
+            return
+        z, slope = self.shifted_logits(out, start, self.shift)
+        self.without_target.add_to(z, start)
+        if above is not None:
+            # Written as numbers: torch sums booleans six times as slowly. A tile's count is exact in float32.
+            higher = torch.gt(z, 0, out=self.scratch.view("higher", len(z), self.width, z.dtype))
+            above += higher.sum(0).long()
+        z.exp_()
+        if sums is not None:
+            sums += z.sum(0)
+        if slope is not None:
+            z *= slope
+        if z is not out:
+            out.copy_(z)
+
+    def _compiled_exponentials(
+        self, packed: kernel.Packed, out: Tensor, start: int, sums: Tensor | None, above: Tensor | None
+    ) -> None:
+        stop = start + len(out)
+        marks, mine = self.without_target, self.without_target.within(start, stop)
+        bias = None if self.head.bias is None else self.head.bias[start:stop].float()
+        packed.exponentials(
+            self.head.weight[start:stop], out, self.shift, bias, self.head.scale,
+            (marks.token[mine] - start, marks.column[mine]),
+            torch.zeros(self.width, dtype=torch.float64) if sums is None else sums,
+            torch.zeros(self.width, dtype=torch.int64) if above is None else above,
+        )  # fmt: skip
+
+    def first_sweep(self, tiles: list[tuple[int, Tensor]], *, product: bool, ranks: bool) -> Tensor | None:
+        """Fills the tiles, settles log p, and gives Σ e[v]·W[v] [width, H] if that is asked for."""
+        sums, above, total = self._first_sweep(tiles, product, ranks)
+        far = ~(sums <= HUGE)  # NaN as well
+        if far[: self.b - self.a].any():
+            self.shift = torch.where(far, self._maximum(tiles), self.shift)
+            sums, _, total = self._first_sweep(
+                tiles, product, ranks=False
+            )  # ranks were counted at the target
+        edges, n = self.edges, self.b - self.a
+        edges.shift[self.a : self.b] = self.shift[:n]
+        edges.sums[self.a : self.b] = sums[:n]
+        if above is not None:
+            edges.above[self.a : self.b] = above[:n]
+        edges.settle(self.a, self.b)
+        return total
+
+    def _first_sweep(
+        self, tiles: list[tuple[int, Tensor]], product: bool, ranks: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        device, wide = self.x.device, self.edges.wide
+        sums = torch.zeros(self.width, dtype=torch.float64, device=device)
+        above = torch.zeros(self.width, dtype=torch.int64, device=device) if ranks else None
+        total = torch.zeros(self.x.shape, dtype=wide, device=device) if product else None
+        for start, tile in tiles:
+            self.exponentials(tile, start, sums, above)
+            if total is not None:
+                weight = self.head.weight[start : start + len(tile)]
+                if weight.dtype == wide:
+                    total.addmm_(tile.T, weight)
+                else:
+                    part = self.scratch.view("part", self.width, weight.shape[1], weight.dtype)
+                    total += torch.mm(tile.T, weight, out=part)
+        return sums, above, total
+
+    def _maximum(self, tiles: list[tuple[int, Tensor]]) -> Tensor:
+        highest = torch.full_like(self.shift, -torch.inf)
+        for start, tile in tiles:
+            z, _ = self.shifted_logits(tile, start, torch.zeros_like(highest))
+            highest = torch.maximum(highest, z.amax(0))
+        return highest
+
+
+def shaped(flat: Tensor, height: int, width: int, thin: bool) -> Tensor:
+    """The beginning of a flat tensor as a tile [height, width]; a thin one lies column by column."""
+    used = flat[: height * width]
+    return used.view(width, height).T if thin else used.view(height, width)
