@@ -1,17 +1,21 @@
 """What becomes of each conversation of the test matrix under each template that TRL ships, and why.
 
 python benchmarks/encode_matrix.py > benchmarks/results/encode-matrix.json
+python benchmarks/encode_matrix.py --templates FOLDER > benchmarks/results/encode-matrix-elsewhere.json
 
 Every mask that is given is checked by tests/templates/checker.py, which shares nothing with the encoder. Two rates of
 refusal: by the contract, of the conversations that the template renders in full; and because the template leaves out
-part of a reply that would be trained, of all that it renders.
+part of a reply that would be trained, of all that it renders. `--templates` takes a folder of others, named
+SOURCE--NAME.jinja: they aren't ours to ship, so that the report has how many each source gave, and counts alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,19 +33,41 @@ DROPPED, NOT_RENDERED = "dropped_field", "template_error"
 
 
 def main() -> None:
-    templates = {n: t for n, t in shelf().items() if not n.endswith("_training")}
-    counts: Counter[str] = Counter()
-    refused: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    errors: list[str] = []
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--templates", type=Path, metavar="FOLDER")
+    folder = parser.parse_args().templates
+    templates = elsewhere(folder) if folder else stock()
+    found = Found()
     for name, template in templates.items():
         encoder = Encoder(tokenizer_for(name, template))
         for title, row in ALL.items():
-            result, said = outcome(encoder, row)
-            counts[result] += 1
-            errors += [f"{name}, {title}: {fault}" for fault in said if result in ("single", "split")]
-            if result not in ("single", "split", NOT_RENDERED):
-                refused[f"{result}: {said[0]}"][name].append(title)
-    print(json.dumps(report(counts, refused, errors, len(templates)), indent=1, ensure_ascii=False))
+            found.take(name, title, *outcome(encoder, row))
+    sources = Counter(n.partition("--")[0] for n in templates) if folder else None
+    print(json.dumps(report(found, templates, sources), indent=1, ensure_ascii=False))
+
+
+def stock() -> dict[str, str]:
+    return {n: t for n, t in shelf().items() if not n.endswith("_training")}
+
+
+def elsewhere(folder: Path) -> dict[str, str]:
+    return {p.stem: p.read_text() for p in sorted(folder.glob("*.jinja"))}
+
+
+class Found:
+    """What became of the pairs."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.refused: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+        self.errors: list[str] = []
+
+    def take(self, name: str, title: str, result: str, said: list[str]) -> None:
+        self.counts[result] += 1
+        if result in ("single", "split"):
+            self.errors += [f"{name}, {title}: {fault}" for fault in said]
+        elif result != NOT_RENDERED:
+            self.refused[f"{result}: {said[0]}"][name].append(title)
 
 
 def outcome(encoder: Encoder, row: dict[str, Any]) -> tuple[str, list[str]]:
@@ -56,14 +82,17 @@ def outcome(encoder: Encoder, row: dict[str, Any]) -> tuple[str, list[str]]:
     return kind, faults(encoder.tokenizer, normal, example)
 
 
-def report(counts: Counter[str], refused: Any, errors: list[str], templates: int) -> dict[str, Any]:
+def report(found: Found, templates: Iterable[str], sources: Counter[str] | None) -> dict[str, Any]:
+    counts = found.counts
     rendered = counts.total() - counts[NOT_RENDERED]
     whole = rendered - counts[DROPPED]
     contract = whole - counts["single"] - counts["split"]
     return {
-        "command": "python benchmarks/encode_matrix.py",
-        "trl": version("trl"),
-        "templates": templates,
+        "command": " ".join(
+            ["python", "benchmarks/encode_matrix.py", *(["--templates FOLDER"] if sources else [])]
+        ),
+        **({"sources": sources} if sources else {"trl": version("trl")}),
+        "templates": len(list(templates)),
         "conversations": len(ALL),
         "pairs": counts.total(),
         "rendered": rendered,
@@ -71,10 +100,10 @@ def report(counts: Counter[str], refused: Any, errors: list[str], templates: int
         "shares_of_rendered": {k: share(n, rendered) for k, n in counts.most_common() if k != NOT_RENDERED},
         "refused_by_the_contract_of_those_rendered_in_full": share(contract, whole),
         "refused_as_the_template_drops_part_of_a_trained_reply": share(counts[DROPPED], rendered),
-        "silent_errors": errors,
+        "silent_errors": found.errors,
         "refused": {
-            why: {"pairs": sum(map(len, by.values())), "by_template": by}
-            for why, by in sorted(refused.items())
+            why: {"pairs": sum(map(len, by.values())), **({"by_template": by} if not sources else {})}
+            for why, by in sorted(found.refused.items())
         },
     }
 

@@ -14,6 +14,7 @@ from templates.shelf import shelf, tokenizer_for
 
 from ygivenx import Encoder, RowError
 from ygivenx.encoder.origins import Text, join
+from ygivenx.encoder.writing import percent
 from ygivenx.errors import YgivenxError
 from ygivenx.rows.formats import normalise
 
@@ -185,7 +186,7 @@ def test_texts_do_what_strings_do_and_keep_their_sources(parts, data):
         (text[::-1], plain[::-1]),
         (text.replace("a", "bb"), plain.replace("a", "bb")),
         ("-" + text * 2 + "+", "-" + plain * 2 + "+"),
-        (Text.of("%s|%s", 0) % (text, text), f"{plain}|{plain}"),
+        (percent("%s|%s", (text, text)), f"{plain}|{plain}"),
         (Text.of("-", 0).join(text.split(sep)), "-".join(plain.split(sep))),
         (Text.of("-", 0).join(text.rsplit(sep, 1)), "-".join(plain.rsplit(sep, 1))),
         (Text.of("-", 0).join(text.partition("a")), "-".join(plain.partition("a"))),

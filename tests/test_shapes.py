@@ -12,7 +12,8 @@ from test_properties import CONTROL, many, messages, words
 from tokenizers import AddedToken
 
 from ygivenx import Encoder, Example, Rejected, RowError
-from ygivenx.encoder.holes import AskingEnvironment, Sheet, Undecided, marked_text
+from ygivenx.encoder.asking import AskingEnvironment
+from ygivenx.encoder.holes import Sheet, Undecided, marked_text
 from ygivenx.encoder.inputs import Inputs
 from ygivenx.encoder.pieces import cutting_tokens
 from ygivenx.encoder.sandbox import environment

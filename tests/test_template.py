@@ -75,6 +75,8 @@ def test_the_same_text_and_the_same_refusals_as_transformers(name):
         ("{{ '%s!' % messages[0].content }}", [("ab cd", "c"), ("!", "template")]),
         ("{{ '%s%s' % ('x', messages[0].content) }}", [("x", "template"), ("ab cd", "c")]),
         ("{{ messages[0].content | tojson }}", [('"', "template"), ("ab cd", "c"), ('"', "template")]),
+        ("{{ '{}:{}!'.format('x', messages[0].content) }}", [("x:", "template"), ("ab cd", "c"), ("!", "template")]),
+        ("{{ '{}{a}'.format('x', a='y') ~ messages[0].content }}", [("xy", "template"), ("ab cd", "c")]),
         ("{% set x %}<{{ messages[0].content }}{% endset %}{{ x }}", [("<", "template"), ("ab cd", "c")]),
         ("{% macro f(x) %}({{ x }}{% endmacro %}{{ f(messages[0].content) }}", [("(", "template"), ("ab cd", "c")]),
         ("{% generation %}{{ messages[0].content }}{% endgeneration %}", [("ab cd", "c")]),
@@ -109,6 +111,11 @@ def test_what_cannot_be_followed_is_declined():
     inputs = Inputs(({"role": "a", "content": "b c"},))
     template = Template("{{ (messages[0].role ~ messages[0].content) | wordwrap(1) | urlencode }}")
     assert template.trace(marked(inputs), template.render(inputs)) is None
+    for source in ("{{ '{0}!'.format(messages[0].role) }}", "{{ messages[0].content.format(1) }}"):
+        template = Template(source)
+        assert template.trace(marked(inputs), template.render(inputs)) is None
+    with pytest.raises(OriginsLost):
+        Text.of("a", 1) % ()
     mixed = join([Text.of("a", 1), Text.of("ß", 2)])
     with pytest.raises(OriginsLost):
         mixed.upper()

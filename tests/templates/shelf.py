@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 _SPECIAL = re.compile(
     r"<\|[^|<>\s'\"{}]+\|?>|<[a-z_]+\|>|<｜[^<>]*?｜>|</?s>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|"
     r"SYSTEM_PROMPT|THINK|ARGS|CALL_ID|TOOL_CONTENT)\]|"
-    r"<(?:bos|eos|start_of_turn|end_of_turn|end_of_utterance)>"
+    r"<(?:bos|eos|start_of_turn|end_of_turn|end_of_utterance|beginning_of_sentence|end_of_sentence|sep)>|"
+    r"<SPECIAL_\d+>|<seed:[a-z]+>|\[\|[a-z]+\|\]|\]~!?b[\[\]]|\[e~\["
 )
 # The eos of a family where it isn't the first of these that its template writes.
 _EOS = (

@@ -15,10 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2.filters import do_default
-
 from .origins import OriginsLost
-from .sandbox import Environment
 
 FIRST, MOST = 0xD800, 2048
 MARK = re.compile("[\ud800-\udfff]")
@@ -30,7 +27,7 @@ class Undecided(OriginsLost):
     """What happens depends on the text that a hole stands for."""
 
 
-def _undecided(*args: Any, **kwargs: Any) -> NoReturn:
+def undecided(*args: Any, **kwargs: Any) -> NoReturn:
     raise Undecided
 
 
@@ -82,7 +79,7 @@ class Sheet:
         return alike and all(datetime.now().strftime(p) == day for p, day in self.today.items())
 
 
-class _Opaque:
+class Opaque:
     """Something written that isn't looked into."""
 
     __slots__ = ()
@@ -96,12 +93,12 @@ class _Opaque:
     def __ne__(self, other: object) -> bool:
         return not self == other
 
-    __hash__ = _undecided
-    __len__ = __iter__ = __getitem__ = __contains__ = __str__ = __repr__ = __format__ = _undecided
-    __lt__ = __le__ = __gt__ = __ge__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __eq__ = _undecided
+    __hash__ = undecided
+    __len__ = __iter__ = __getitem__ = __contains__ = __str__ = __repr__ = __format__ = undecided
+    __lt__ = __le__ = __gt__ = __ge__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __eq__ = undecided
 
 
-class Hole(_Opaque):
+class Hole(Opaque):
     """One text; see the module."""
 
     __slots__ = ("made", "number", "sheet", "text")
@@ -133,11 +130,11 @@ class Hole(_Opaque):
     def __eq__(self, other: object) -> bool:  # type: ignore[override]
         if other is self:
             return True
-        if isinstance(other, _Opaque):
+        if isinstance(other, Opaque):
             raise Undecided
         return isinstance(other, str) and self._ask("equals", other)
 
-    __hash__ = _undecided
+    __hash__ = undecided
 
     def __contains__(self, part: Any) -> bool:  # type: ignore[override]
         return self._ask("contains", part)
@@ -187,7 +184,7 @@ class Hole(_Opaque):
             raise Undecided
 
 
-class Words(_Opaque):
+class Words(Opaque):
     """Words of the template and holes beside each other."""
 
     __slots__ = ("parts",)
@@ -196,9 +193,9 @@ class Words(_Opaque):
         self.parts = parts
 
     def __bool__(self) -> bool:
-        return any(isinstance(p, str) for p in self.parts) or _undecided()
+        return any(isinstance(p, str) for p in self.parts) or undecided()
 
-    __hash__ = _undecided
+    __hash__ = undecided
 
 
 def side_by_side(parts: Iterable[Any]) -> str | Hole | Words:
@@ -210,20 +207,20 @@ def side_by_side(parts: Iterable[Any]) -> str | Hole | Words:
 
 def _flat(parts: Iterable[Any]) -> Iterator[Any]:
     for part in parts:
-        part = _written(part)
+        part = written(part)
         if isinstance(part, Words):
             yield from part.parts
         elif isinstance(part, Hole) or part:
             yield part
 
 
-def _written(value: Any) -> Any:
+def written(value: Any) -> Any:
     """As `str` writes it; what holds a hole can't be looked into (its repr raises)."""
     return value if _is_text(value) else str(value)
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str | _Opaque)
+    return isinstance(value, str | Opaque)
 
 
 def _is_plain(value: Any) -> bool:
@@ -238,98 +235,3 @@ def marked_text(pieces: Iterable[Any]) -> str:
     if any(isinstance(p, str) and MARK.search(p) for p in flat):
         raise Undecided  # the template itself writes what we take for marks
     return "".join(p.mark if isinstance(p, Hole) else p for p in flat)
-
-
-_OF_STR = frozenset(dir(str))
-_METHODS = frozenset(n for n in vars(Hole) if n in _OF_STR and n[0] != "_")
-# What tests say of every text; the others compare, or aren't asked of what can't be looked into.
-_TESTS = {
-    **dict.fromkeys(("string", "sequence", "iterable", "defined"), True),
-    **dict.fromkeys(
-        (
-            "mapping",
-            "number",
-            "integer",
-            "float",
-            "boolean",
-            "none",
-            "undefined",
-            "callable",
-            "true",
-            "false",
-        ),
-        False,
-    ),
-}
-_COMPARING = {"eq", "equalto", "==", "ne", "!=", "in"}
-_FILTERS: dict[str, Callable[..., Any]] = {
-    "trim": lambda text, chars=None: text.strip(chars),
-    "string": lambda text: text,
-    "_sized": lambda text: text,
-    **dict.fromkeys(("default", "d"), do_default),
-}
-
-
-class AskingEnvironment(Environment):
-    """The sandbox over holes: what could look into one without asking is replaced, or undecided."""
-
-    concat: Any = staticmethod(side_by_side)
-    size = staticmethod(lambda piece: 1)
-    sheet = Sheet()
-
-    @staticmethod
-    def own_names() -> dict[str, Any]:
-        join = side_by_side
-        return {"str": _written, "str_join": join, "markup_join": join}
-
-    def __init__(self) -> None:
-        super().__init__()
-        tests: dict[str, Any] = dict(self.tests)
-        self.tests = {k: _asking_test(k, f) for k, f in tests.items()}
-        self.filters = {k: _asking_filter(k, f) for k, f in self.filters.items()}
-        self.filters["random"] = self.globals["lipsum"] = _undecided
-        self.globals["strftime_now"] = self._today
-
-    def _today(self, pattern: str) -> str:
-        return self.sheet.today.setdefault(pattern, datetime.now().strftime(pattern))
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        return self._of_hole(obj, attribute) if isinstance(obj, _Opaque) else super().getattr(obj, attribute)
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        return self._of_hole(obj, argument) if isinstance(obj, _Opaque) else super().getitem(obj, argument)
-
-    def _of_hole(self, obj: Any, name: Any) -> Any:
-        """A method that a hole has; nothing where a str has nothing of this name."""
-        if isinstance(name, str) and name not in _OF_STR:
-            return self.undefined(obj="a text", name=name)
-        if name in _METHODS and isinstance(obj, Hole):
-            return getattr(obj, name)
-        raise Undecided
-
-
-def _asking_test(name: str, test: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(a, _Opaque) for a in args) or name in _COMPARING:
-            return test(*args, **kwargs)
-        if name in _TESTS and isinstance(args[0], _Opaque):
-            return _TESTS[name]
-        raise Undecided
-
-    return _passed_alike(call, test)
-
-
-def _asking_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(a, _Opaque) for a in (*args, *kwargs.values())):
-            return function(*args, **kwargs)
-        return _FILTERS.get(name, _undecided)(*args, **kwargs)
-
-    return _passed_alike(call, function)
-
-
-def _passed_alike(call: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The mark by which Jinja knows that a function takes its environment or context first."""
-    if hasattr(function, "jinja_pass_arg"):
-        call.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
-    return call

@@ -1,18 +1,17 @@
 """Text that knows, for each character, which field of a row it came from.
 
 `Text` is a `str` that carries runs of sources through everything that chat templates do to strings: slicing,
-strip, split, partition, replace, join, case, `+`, `*`, `%`. Source 0 is the template itself. A method that
+strip, split, partition, replace, join, case, `+`, `*`. Source 0 is the template itself. A method that
 can't say where its characters come from raises `OriginsLost`: a wrong origin is worse than none.
 """
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from operator import index
-from typing import Any, SupportsIndex
+from typing import Any, NoReturn, SupportsIndex
 
 TEMPLATE = 0
 Runs = tuple[tuple[int, int], ...]  # (stop, source), stops increasing up to the length
@@ -75,11 +74,10 @@ class Text(str):
 
     __rmul__ = __mul__
 
-    def __mod__(self, values: Any) -> Text:
-        return percent(self, values)
+    def __mod__(self, values: Any) -> NoReturn:  # the sandbox has `percent` for it
+        raise OriginsLost
 
-    def __rmod__(self, other: str) -> Text:
-        return percent(other, self)
+    __rmod__ = __mod__
 
     def strip(self, chars: str | None = None, /) -> Text:
         return self.lstrip(chars).rstrip(chars)
@@ -181,23 +179,6 @@ class Text(str):
         return self.made_into(str.translate(self, table))
 
 
-class Owned(dict[Any, Any]):
-    """An object all of whose text has one source, so that its JSON has it too."""
-
-    source: int
-
-
-def owned(value: Any, source: int) -> Any:
-    """A JSON value with each text of one source."""
-    if isinstance(value, str):
-        return Text.of(value, source)
-    if isinstance(value, Mapping):
-        made = Owned((owned(k, source), owned(v, source)) for k, v in value.items())
-        made.source = source
-        return made
-    return [owned(v, source) for v in value] if isinstance(value, list | tuple) else value
-
-
 def text_with(text: str, runs: Runs) -> Text:
     """A text of known runs."""
     made = Text(text)
@@ -258,76 +239,6 @@ def join(parts: Iterable[str]) -> Text:
     return made
 
 
-def join_any(parts: Iterable[Any]) -> Text:
-    """Jinja's `~` and buffers: anything, as text."""
-    return join([p if isinstance(p, str) else as_text(p) for p in parts])
-
-
-def as_text(value: Any) -> str:
-    """str(value); a container of texts loses where its characters came from."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list | tuple | Mapping) and has_origin(value):
-        return join(_repr(value))
-    return str(value)
-
-
-def has_origin(value: Any) -> bool:
-    """Whether a row's text is in a value."""
-    return any(_sources(value))
-
-
-def _repr(value: Any) -> Iterator[str]:
-    """repr(value), as a template that prints a container writes it."""
-    if isinstance(value, Text):
-        yield value.made_into(repr(str.__str__(value)))
-    elif isinstance(value, Mapping):
-        for i, (key, item) in enumerate(value.items()):
-            yield ", " if i else "{"
-            yield from _repr(key)
-            yield ": "
-            yield from _repr(item)
-        yield "}" if value else "{}"
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield ", " if i else "["
-            yield from _repr(item)
-        yield "]" if value else "[]"
-    elif isinstance(value, tuple):
-        raise OriginsLost
-    else:
-        yield repr(value)
-
-
-def _sources(value: Any) -> Iterator[int]:
-    if isinstance(value, Text):
-        yield from (source for _, source in value.runs)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _sources(key)
-            yield from _sources(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _sources(item)
-
-
-def percent(pattern: str, values: Any) -> Text:
-    """`pattern % values` where only plain %s takes texts with an origin."""
-    items = values if isinstance(values, tuple) else (values,)
-    if isinstance(values, Mapping) or str.count(pattern, "%") != str.count(pattern, "%s"):
-        if has_origin(pattern) or has_origin(values):
-            raise OriginsLost
-        return Text.of(str.__mod__(str.__str__(pattern), values), TEMPLATE)
-    parts = Text.split(_as_origin(pattern), "%s")
-    if len(parts) != len(items) + 1:
-        raise TypeError("not all arguments converted, or not enough, in %")
-    return join_any([parts[0], *(x for pair in zip(items, parts[1:], strict=True) for x in pair)])
-
-
-def _as_origin(text: str) -> Text:
-    return text if isinstance(text, Text) else Text.of(text, TEMPLATE)
-
-
 def _locate(text: Text, parts: list[str]) -> list[str]:
     """The parts of a split, each found in the text from left to right."""
     found: list[str] = []
@@ -337,68 +248,3 @@ def _locate(text: Text, parts: list[str]) -> list[str]:
         found.append(_cut(text, at, at + len(part)))
         at += len(part)
     return found
-
-
-# --- JSON ------------------------------------------------------------------------------------------------
-
-
-def to_json(value: Any, *, ensure_ascii: bool, indent: Any, separators: Any, sort_keys: bool) -> str:
-    """`json.dumps` of a value with texts inside; what isn't a text belongs to the key or text beside it."""
-    comma, colon = separators or ((", ", ": ") if indent is None else (",", ": "))
-    space = None if indent is None else (indent if isinstance(indent, str) else " " * indent)
-    options = _Json(ensure_ascii, space, comma, colon, sort_keys)
-    return join(options.value(value, 0, TEMPLATE))
-
-
-@dataclass(frozen=True, slots=True)
-class _Json:
-    ensure_ascii: bool
-    indent: str | None
-    comma: str
-    colon: str
-    sort_keys: bool
-
-    def value(self, value: Any, level: int, owner: int) -> Iterator[str]:
-        if isinstance(value, str):
-            yield from self.string(value)
-        elif isinstance(value, Owned) and self.indent is None and not self.sort_keys:
-            separators = (self.comma, self.colon)
-            yield Text.of(
-                json.dumps(value, ensure_ascii=self.ensure_ascii, separators=separators), value.source
-            )
-        elif isinstance(value, Mapping):
-            items = sorted(value.items()) if self.sort_keys else value.items()
-            pairs = [self.member(k, v, level + 1) for k, v in items]
-            yield from self.block("{", pairs, "}", level)
-        elif isinstance(value, list | tuple):
-            yield from self.block("[", [self.value(v, level + 1, owner) for v in value], "]", level)
-        else:
-            yield Text.of(json.dumps(value, ensure_ascii=self.ensure_ascii), owner)
-
-    def member(self, key: Any, value: Any, level: int) -> Iterator[str]:
-        if isinstance(key, str):
-            yield from self.string(key)
-        else:
-            yield json.dumps({key: 0})[1:-4]
-        yield self.colon
-        yield from self.value(value, level, next(_sources(key), TEMPLATE))
-
-    def string(self, text: str) -> Iterator[str]:
-        yield '"'
-        start = 0
-        for stop, source in runs_of(text):
-            piece = str.__getitem__(text, slice(start, stop))
-            yield Text.of(json.dumps(piece, ensure_ascii=self.ensure_ascii)[1:-1], source)
-            start = stop
-        yield '"'
-
-    def block(self, opening: str, items: list[Iterator[str]], closing: str, level: int) -> Iterator[str]:
-        yield opening
-        for i, item in enumerate(items):
-            yield self.comma if i else ""
-            if self.indent is not None:
-                yield "\n" + self.indent * (level + 1)
-            yield from item
-        if items and self.indent is not None:
-            yield "\n" + self.indent * level
-        yield closing

@@ -17,7 +17,8 @@ from typing import Any
 
 from ..errors import RowError
 from ..rows.formats import Conversation
-from .holes import FIRST, MARK, AskingEnvironment, Hole, Sheet, Undecided, marked_text
+from .asking import AskingEnvironment
+from .holes import FIRST, MARK, Hole, Sheet, Undecided, marked_text
 from .inputs import REASONING_FIELDS, ROLES, Inputs
 from .layout import Outline
 from .origins import TEMPLATE, Source, text_with

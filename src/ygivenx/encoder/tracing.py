@@ -9,27 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jinja2
 import jinja2.filters
 
 from .inputs import Inputs
-from .origins import (
-    TEMPLATE,
-    OriginsLost,
-    Owned,
-    Source,
-    Text,
-    as_text,
-    has_origin,
-    join,
-    join_any,
-    owned,
-    percent,
-    to_json,
-)
+from .origins import TEMPLATE, OriginsLost, Source, Text, join
 from .sandbox import Environment
+from .writing import Owned, as_text, braces, has_origin, join_any, owned, percent, to_json
 
 
 @dataclass(frozen=True)
@@ -123,8 +112,10 @@ class TracingEnvironment(Environment):
         return super().getitem(_wrapped(obj), argument)
 
     def wrap_str_format(self, value: Any) -> Any:
-        made = super().wrap_str_format(value)
-        return made and _guarded(made, str(value.__self__))
+        if super().wrap_str_format(value) is None:
+            return None
+        plain = super().wrap_str_format(getattr(str.__str__(value.__self__), value.__name__))
+        return partial(braces, value.__self__, plain)
 
 
 def _wrapped(obj: Any) -> Any:
@@ -142,14 +133,14 @@ def _tojson_traced(
     return to_json(x, sort_keys=sort_keys, **options)
 
 
-def _guarded(function: Callable[..., Any], *given: str) -> Callable[..., Any]:
+def _guarded(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function that knows nothing of origins: a str that it makes of one text keeps its source."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         if not isinstance(result, str) or isinstance(result, Text):
             return result
-        texts = [a for a in (*given, *args, *kwargs.values()) if has_origin(a)]
+        texts = [a for a in (*args, *kwargs.values()) if has_origin(a)]
         if not texts:
             return result
         if len(texts) > 1 or not isinstance(texts[0], Text):
