@@ -14,8 +14,8 @@ from trees import alone, assert_same, gradients, tree
 import ygivenx as yx
 from ygivenx.errors import ConfigError, ModelError
 from ygivenx.models import attention, families
-from ygivenx.models.attention import Plan
 from ygivenx.models.model import hidden_states
+from ygivenx.models.plan import Plan
 
 
 def options(scale=0.25, window=None, softcap=None, sinks=None, dropout=0.0):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..forest import Forest, Ints
 from . import attention, lastlayer
-from .attention import Plan
+from .plan import Plan, automatic
 
 # `model_type` of the decoders' configs.
 PROVEN = {
@@ -89,12 +89,12 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None 
 def explain(model: Any = None) -> dict[str, str]:
     """Which route takes a branching forest on this machine, and what this model's layers do to it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    told = {"one sequence": "plain", "forest": attention.automatic(device)}
+    told = {"one sequence": "plain", "forest": automatic(device)}
     if model is None:
         return told
     check(model)
     config = config_of(model)
-    told["forest"] = attention.automatic(decoder_of(model).get_input_embeddings().weight.device)
+    told["forest"] = automatic(decoder_of(model).get_input_embeddings().weight.device)
     if getattr(config, "attn_logit_softcapping", None) and told["forest"] == "blocks":
         told["forest"] = "dense (the CPU kernel has no soft-cap)"
     if config.model_type == "gpt_oss":

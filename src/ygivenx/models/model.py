@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..forest import Forest, Ints
 from . import streaming
-from .attention import Plan
 from .families import PROVEN, check, config_of, decoder_of, feed
 from .places import located, quiet_loading
+from .plan import Plan
 
 
 class Head(NamedTuple):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
 from ..forest import Forest, Ints
-from .attention import KeysValues, Plan
 from .families import check, config_of, decoder_of, feed
+from .plan import KeysValues, Plan
 
 CHUNK = 2048
 
