@@ -1,0 +1,177 @@
+"""Attention over a forest on a CPU: blocks of queries, each with itself and with the path that leads to it.
+
+Every block is one or two calls of torch's flash kernel, which never makes more scores than it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..forest import Ints
+from .plan import Plan
+
+BLOCK = 128  # queries of a block that holds more than one segment
+
+Runs = tuple[slice, ...]  # nodes, as runs of neighbours
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Queries `rows` that see the nodes `keys`: all of them, those up to their own (`causal`), or those of the mask.
+
+    mask: float [rows, keys], 0 or -inf.
+    """
+
+    rows: Runs
+    keys: Runs
+    mask: Tensor | None = None
+    causal: bool = False
+
+
+class Tiles(NamedTuple):
+    """near: each query once, with what stands in its own block. far: with the path that leads to whole blocks."""
+
+    near: list[Tile]
+    far: list[Tile]
+
+
+def make_tiles(plan: Plan, window: int | None) -> Tiles:
+    """Long segments are blocks of their own, short ones are gathered; with a window all are short.
+
+    Blocks that one path leads to, such as the questions after a passage, see it together wherever they stand: the
+    kernel does best with many queries there, and with few in a block's own part.
+    """
+    near, paths = list[Tile](), dict[bytes, tuple[Ints, list[Ints]]]()
+    path = np.zeros(0, np.int64)
+    for start, stop in _cuts(plan, window):
+        tile, path = _block(plan, start, stop, window, path)
+        near.append(tile)
+        if len(path):
+            paths.setdefault(path.tobytes(), (path, []))[1].append(np.arange(start, stop) - plan.first)
+    far = [Tile(_runs(np.concatenate(rows)), _runs(path)) for path, rows in paths.values()]
+    return Tiles(near, far)
+
+
+def _cuts(plan: Plan, window: int | None) -> list[tuple[int, int]]:
+    # Neighbours with the same end are a chain without branches: a segment.
+    bounds = plan.first + np.flatnonzero(np.diff(plan.end[plan.first :], prepend=-1, append=-1))
+    if window is not None:
+        bounds = np.unique(np.concatenate((bounds, np.arange(plan.first, len(plan.end), BLOCK))))
+    cuts, start = [], plan.first
+    for here, after in pairwise(bounds.tolist()):
+        if after - start > BLOCK and here > start:
+            cuts.append((start, here))
+            start = here
+    return [*cuts, (start, len(plan.end))]
+
+
+def _block(plan: Plan, start: int, stop: int, window: int | None, before: Ints) -> tuple[Tile, Ints]:
+    """Queries [start, stop) with their near keys, and the path, seen by all of them, that isn't among those.
+
+    It is `before`, the path of the block before, if what it lacks is little.
+    """
+    end, depth, rows = plan.end, plan.depth, (slice(start - plan.first, stop - plan.first),)
+    keys = np.flatnonzero(end[:start] > start)  # the path from the root to here
+    everywhere = end[keys] >= stop
+    if window is not None:
+        inside = depth[start:stop]
+        keys, everywhere = (a[depth[keys] > inside.min() - window] for a in (keys, everywhere))
+        everywhere &= depth[keys] > inside.max() - window
+    path = keys[everywhere]
+    one = bool((end[start:stop] == end[start]).all()) and everywhere.all()
+    if one and (window is None or stop - start <= window):
+        return Tile(rows, (slice(start, stop),), causal=True), path
+    if len(path) - len(before) <= BLOCK // 2 and np.array_equal(path[: len(before)], before):
+        path = before
+    near = np.concatenate((np.setdiff1d(keys, path), np.arange(start, stop)))
+    q = np.arange(start, stop)[:, None]
+    allowed = (near <= q) & (q < end[near])
+    if window is not None:
+        allowed &= depth[start:stop, None] - depth[near] < window
+    mask = torch.zeros(allowed.shape).masked_fill_(torch.from_numpy(~allowed), -torch.inf)
+    return Tile(rows, _runs(near), mask), path
+
+
+def _runs(nodes: Ints) -> Runs:
+    starts = np.flatnonzero(np.diff(nodes, prepend=-2) != 1)
+    stops = np.append(starts, len(nodes))[1:]
+    return tuple(slice(int(nodes[a]), int(nodes[b - 1]) + 1) for a, b in zip(starts, stops, strict=True))
+
+
+def _take(values: Tensor, runs: Runs) -> Tensor:
+    """Those nodes of [1, heads, F, D]; without a copy where they are one run."""
+    parts = [values[:, :, run] for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _parts(values: Tensor, runs: Runs) -> tuple[Tensor, ...]:
+    """What belongs to each run of a tile's result [1, heads, F, ...]."""
+    return values.split([run.stop - run.start for run in runs], 2)
+
+
+def _add(total: Tensor, runs: Runs, part: Tensor) -> None:
+    for run, piece in zip(runs, _parts(part, runs), strict=True):
+        total[:, :, run] += piece
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Blocks(torch.autograd.Function):
+    """Softmax over near and far keys by two flash calls, merged by their logsumexp (Dao et al. 2022)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scale: float) -> Tensor:
+        n, heads, length, width = query.shape
+        out = query.new_empty(n, length, heads, width).transpose(1, 2)
+        wide = torch.promote_types(query.dtype, torch.float32)
+        lse = query.new_empty(n, length, heads, dtype=wide).transpose(1, 2)
+
+        def attended(t: Tile) -> Iterator[tuple[slice, Tensor, Tensor]]:
+            q = _take(query, t.rows)
+            part, part_lse = _flash(q, _take(key, t.keys), _take(value, t.keys), 0.0, t.causal,
+                                    attn_mask=_like(t.mask, q), scale=scale)  # fmt: skip
+            yield from zip(t.rows, _parts(part, t.rows), _parts(part_lse, t.rows), strict=True)
+
+        for run, part, part_lse in chain.from_iterable(map(attended, tiles.near)):
+            out[:, :, run], lse[:, :, run] = part, part_lse
+        for run, part, part_lse in chain.from_iterable(map(attended, tiles.far)):
+            o, total = out[:, :, run], lse[:, :, run]
+            torch.logaddexp(total, part_lse, out=total)
+            o.lerp_(part, (part_lse - total).exp_()[..., None].to(part.dtype))
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.tiles, ctx.scale = tiles, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # With the merged output and logsumexp, each part's gradient is that of its share of the whole.
+        query, key, value, out, lse = ctx.saved_tensors
+        d_query, d_key, d_value = (_zeros(t) for t in (query, key, value))
+        for t in (*ctx.tiles.near, *ctx.tiles.far):
+            g, q, o, total = (_take(a, t.rows) for a in (grad, query, out, lse))
+            k, v = _take(key, t.keys), _take(value, t.keys)
+            dq, dk, dv = _flash_backward(
+                g, q, k, v, o, total, 0.0, t.causal, attn_mask=_like(t.mask, q), scale=ctx.scale
+            )
+            _add(d_query, t.rows, dq)
+            _add(d_key, t.keys, dk)
+            _add(d_value, t.keys, dv)
+        return d_query, d_key, d_value, None, None
+
+
+def _like(mask: Tensor | None, query: Tensor) -> Tensor | None:
+    return None if mask is None else mask.to(query.dtype)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    n, heads, length, width = like.shape
+    return like.new_zeros(n, length, heads, width).transpose(1, 2)
