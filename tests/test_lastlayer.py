@@ -55,12 +55,11 @@ def test_other_rows_never_meet_its_mlp(watched):
     assert 0 < met[-1] < length / 2
 
 
-@pytest.mark.parametrize("untrained", [0, 6])
-def test_the_loss_asks_for_its_trained_rows(watched, untrained):
+def test_the_loss_asks_for_its_trained_rows(watched):
     model, _, met = watched
-    rows = [(s.ids, s.weights * 0 if i < untrained else s.weights) for i, s in enumerate(ROWS)]
-    out = yx.loss(model, rows)
-    assert met[-1] == len(np.unique(out.edges.rows)) < met[0]
+    rng = np.random.default_rng(0)
+    out = yx.loss(model, [(s.ids, s.weights * (rng.random(len(s)) < 0.2)) for s in ROWS])
+    assert met[-1] == len(np.unique(out.edges.rows)) < met[0] / 2
 
 
 def test_all_rows_and_nearly_all_go_the_plain_way(watched):
