@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,8 @@ FLAGS = (
     "-fopenmp",
     "-shared",
     "-fPIC",
+    # Compilers prefer half vectors for AVX-512, which took 1.2 to 1.7 times as long here.
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 )
 
 
