@@ -238,9 +238,11 @@ def score_many(count: int) -> None:
     import numpy as np
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from ygivenx.models.memory import keep_freed_memory
     from ygivenx.scores.questions import Part, Question, pair_of_ids
     from ygivenx.scores.scoring import Tally, scores
 
+    keep_freed_memory()  # as `ygx score` does
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,

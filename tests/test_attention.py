@@ -13,7 +13,7 @@ from trees import alone, assert_same, gradients, tree
 
 import ygivenx as yx
 from ygivenx.errors import ConfigError, ModelError
-from ygivenx.models import attention, families
+from ygivenx.models import attention, blocks, families
 from ygivenx.models.model import hidden_states
 from ygivenx.models.plan import Plan
 
@@ -40,7 +40,7 @@ def plan_of(forest: yx.Forest, route: str) -> Plan:
 @pytest.mark.parametrize("block", [1, 3, 16, 256])
 @pytest.mark.parametrize("window", [None, 1, 5, 30])
 def test_blocks_equal_the_twin(block, window, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     for seed in range(3):
         forest = yx.Forest.of(tree(seed))
         tensors = inputs(len(forest.fed))
@@ -51,6 +51,18 @@ def test_blocks_equal_the_twin(block, window, monkeypatch):
             made[route] = [out, *torch.autograd.grad(out, tensors, g)]
         for a, b in zip(made["blocks"], made["dense"], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_that_one_path_leads_to_see_it_together():
+    """A turn's answer and what comes after its question part from one path, with whole subtrees between them."""
+    trunk, ids = np.arange(300), np.arange(1000, 1200)
+    rows = [np.concatenate((trunk, ids, ids[:150] + 1000 * k)) for k in (1, 2)] + [
+        np.concatenate((trunk, ids + 9000))
+    ]
+    forest = yx.Forest.of((r, np.zeros(len(r))) for r in rows)
+    tiles = blocks.make_tiles(plan_of(forest, "blocks"), None)
+    seen = {sum(k.stop - k.start for k in tile.keys): len(tile.rows) for tile in tiles.far}
+    assert seen == {300: 2, 500: 1}  # by length of the path: how many runs of queries see it
 
 
 def test_the_twin_is_softmax_over_ancestors():
