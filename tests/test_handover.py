@@ -68,15 +68,33 @@ def test_trls_collator_takes_it(written):
         assert batch["labels"][n][: len(r["labels"])].tolist() == r["labels"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets is not installed")
-def test_axolotl_would_take_it_as_tokenized(written):
-    """axolotl's own test for tokenized data, _is_dataset_already_tokenized in utils/data/wrappers.py: a Dataset
-    with these three features is used as it is."""
+def dataset(path):
+    """What axolotl takes as tokenized: a Dataset with these three features."""
     from datasets import Dataset
 
     columns = ["input_ids", "attention_mask", "labels"]
-    data = Dataset.from_parquet(str(written[0]), columns=columns, cache_dir=str(written[0].parent))
-    assert set(data.features) == set(columns)
+    return Dataset.from_parquet(str(path), columns=columns, cache_dir=str(path.parent))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("axolotl") is None, reason="axolotl is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_axolotl_takes_it_as_it_is(written):
+    from axolotl.utils.collators import DataCollatorForSeq2Seq
+    from axolotl.utils.data.wrappers import get_dataset_wrapper
+    from axolotl.utils.dict import DictDefault
+
+    data, tokenizer = dataset(written[0]), encoder(THINKER).tokenizer
+    wrapped, _ = get_dataset_wrapper(DictDefault(path="out"), tokenizer, DictDefault(), None, data)
+    assert wrapped is data
+    batch = DataCollatorForSeq2Seq(tokenizer)(list(wrapped))
+    for n, r in enumerate(data):
+        assert batch["labels"][n][: len(r["labels"])].tolist() == r["labels"]
+        assert (batch["labels"][n][len(r["labels"]) :] == -100).all()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="datasets is not installed")
+def test_three_columns_as_a_dataset(written):
+    data = dataset(written[0])
     for r in data:
         assert len(r["input_ids"]) == len(r["labels"]) == len(r["attention_mask"])
         assert set(r["attention_mask"]) == {1}
