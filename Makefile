@@ -37,7 +37,7 @@ slow: setup
 
 # Ten thousand random conversations through each property.
 nightly: setup
-	YGIVENX_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_properties.py
+	YGIVENX_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_properties.py tests/test_shapes.py
 
 browser: setup
 	$(BIN)/python -m pytest -m browser

@@ -331,12 +331,12 @@ def _cases(records: list[dict[str, Any]]) -> str:
         "|" + "---|" * 14,
     ]
     for r in records:
-        error, one = r.get("forest_gradient_error"), r["seconds"]["one_rendering"]
+        error, one = r.get("forest_gradient_error"), r["seconds"].get("one_rendering")
         cells = [
             r["case"].replace("_", " "), r["samples"], f"{r['tokens']:,}", f"{r['distinct']:,}", f"{r['limit']:.2f}×",
             f"{r['limit_by_work']:.2f}×", _times(r, "forest"), _share(r, "forest"),
             _share(r, "forest", "limit_by_work"), _share(r, "streamed"), _share(r, "dense"), _times(r, "padded"),
-            f"{r['seconds']['forest'] / one:.2f}", f"{error:.1e}" if error else "–",
+            f"{r['seconds']['forest'] / one:.2f}" if one else "–", f"{error:.1e}" if error else "–",
         ]  # fmt: skip
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
