@@ -40,7 +40,9 @@ def examine(model: tuple[str, str | None] | None = None) -> dict[str, Any]:
         "dtype": "float32",
         "attention": attention(),
         "head": head(),
-        "freed memory": "kept" if keep_freed_memory() else "given back: no glibc, or the environment settles it",
+        "freed memory": "kept"
+        if keep_freed_memory()
+        else "given back: no glibc, or the environment settles it",
     }
     if model is not None:
         from ..models.model import load
