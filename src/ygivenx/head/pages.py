@@ -5,12 +5,12 @@ from __future__ import annotations
 import ctypes
 import sys
 from functools import lru_cache
+from mmap import PAGESIZE
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SMALL_PAGE = 4096
 LARGE = 8 << 20  # bytes from which asking is worthwhile
 MADV_HUGEPAGE = 14  # linux/mman.h
 BALLOON, REPORTS = "0x0005", 5  # virtio 1.2, 5.5: the device, and its feature "free page reporting"
@@ -20,11 +20,14 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch
     """torch.empty; on Linux a large CPU tensor asks for huge pages, which the kernel may grant or not."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if device.type == "cpu" and tensor.nbytes >= LARGE and sys.platform == "linux" and not given_back():
-        start = -(-tensor.data_ptr() // SMALL_PAGE) * SMALL_PAGE
-        length = (tensor.data_ptr() + tensor.nbytes - start) // SMALL_PAGE * SMALL_PAGE
-        # A hint: a refusal (EINVAL without support) changes nothing but time.
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_HUGEPAGE)
+        ask_for_large(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def ask_for_large(address: int, size: int) -> None:
+    """On Linux: ask for large pages in these bytes. A hint, whose refusal (EINVAL) changes nothing but time."""
+    start, stop = -(-address // PAGESIZE) * PAGESIZE, (address + size) // PAGESIZE * PAGESIZE
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_HUGEPAGE)
 
 
 @lru_cache(maxsize=1)

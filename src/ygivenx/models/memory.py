@@ -10,9 +10,9 @@ from functools import cache
 
 import torch
 
+from ..head.pages import ask_for_large
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-MADV_HUGEPAGE = 14  # linux/mman.h
-PAGE = 4096
 
 
 def peak() -> int:
@@ -41,14 +41,14 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1)):
         return False
     # Addresses, not memory: what is freed here is what all later blocks are cut from, and pages come when touched.
     size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     block = libc.malloc(size)
     if block:  # a limit on addresses may forbid it; freed memory is kept all the same
-        libc.madvise(-(-block // PAGE) * PAGE, size // PAGE * PAGE - PAGE, MADV_HUGEPAGE)
+        # Also where a balloon takes free large pages back: these are never free again.
+        ask_for_large(block, size)
         libc.free(block)
     return True
 
