@@ -26,6 +26,7 @@ def main(out: Path, rows: int, max_tokens: int, accumulation: int, steps: int) -
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
         torch.save({"grads": grads, "losses": losses, "packs": len(trainer.train_dataset)}, out)
+    trainer.accelerator.end_training()  # gloo's threads must end before the interpreter does
 
 
 if __name__ == "__main__":

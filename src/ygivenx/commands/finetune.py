@@ -47,6 +47,8 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     trainer.save_model(str(final))
     page = write_page(config, trainer, held_out or examples, account, before)
     console.print(f"saved: {final}, and what was trained: {page}", highlight=False, markup=False)
+    # The ranks' threads end here: a process that leaves them to the interpreter's exit may abort there.
+    trainer.accelerator.end_training()
     return {
         **account,
         "steps": trainer.state.global_step,
