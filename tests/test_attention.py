@@ -53,6 +53,25 @@ def test_blocks_equal_the_twin(block, window, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("heads", "kv"), [(4, 1), (6, 2), (9, 3), (4, 4)])
+@pytest.mark.parametrize("threads", [1, 2, 7, 64])
+def test_however_heads_are_dealt_to_threads_gradients_are_the_same(heads, kv, threads, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 8)
+    monkeypatch.setattr(blocks.torch, "get_num_threads", lambda: threads)
+    forest = yx.Forest.of(tree(1))
+    tensors = inputs(len(forest.fed), heads=heads, kv=kv)
+    tiles = blocks.make_tiles(plan_of(forest, "blocks"), None)
+    batches = {blocks._Fold.of(t, *tensors[:2]).batch for part in tiles for t in part}
+    assert batches == {1} if threads == 1 or heads == kv else max(batches) > 1 or kv == threads
+    g = torch.randn_like(tensors[0])
+    made = {}
+    for route in ("dense", "blocks"):
+        out = attention._routed(plan_of(forest, route), *tensors, options())
+        made[route] = torch.autograd.grad(out, tensors, g)
+    for a, b in zip(made["blocks"], made["dense"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
 def test_blocks_that_one_path_leads_to_see_it_together():
     """A turn's answer and what comes after its question part from one path, with whole subtrees between them."""
     trunk, ids = np.arange(300), np.arange(1000, 1200)

@@ -121,6 +121,41 @@ def _add(total: Tensor, runs: Runs, part: Tensor) -> None:
         total[:, :, run] += piece
 
 
+class _Fold(NamedTuple):
+    """Query heads that share a key head, written as a batch, so that every thread has as much to do as the others.
+
+    The kernel's backward pass hands (batch, key head) pairs to threads: with three of them, one of two threads does
+    two thirds of the work. [1, heads, R, ...] becomes [batch, key heads, heads / key heads * R / batch, ...].
+    """
+
+    batch: int
+    kv_heads: int
+    groups: int
+
+    @classmethod
+    def of(cls, tile: Tile, query: Tensor, key: Tensor) -> _Fold:
+        kv_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
+        rows = sum(run.stop - run.start for run in tile.rows)
+        # Rows that don't all see the same keys stay as they are.
+        whole = tile.causal or tile.mask is not None
+        fits = {1, groups} if whole else {b for b in range(1, groups + 1) if groups * rows % b == 0}
+        threads = torch.get_num_threads()
+        return cls(min(fits, key=lambda b: (-(-b * kv_heads // threads) / b, b)), kv_heads, groups)
+
+    def __call__(self, a: Tensor) -> Tensor:
+        if self.batch == 1:
+            return a
+        grouped = a[0].unflatten(0, (self.kv_heads, self.groups))
+        length = self.groups * a.shape[2] // self.batch
+        return grouped.reshape(self.kv_heads, self.batch, length, *a.shape[3:]).transpose(0, 1)
+
+    def back(self, a: Tensor) -> Tensor:
+        if self.batch == 1:
+            return a
+        grouped = a.transpose(0, 1).reshape(self.kv_heads, self.groups, -1, a.shape[-1])
+        return grouped.flatten(0, 1)[None]
+
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -157,15 +192,20 @@ class Blocks(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         d_query, d_key, d_value = (_zeros(t) for t in (query, key, value))
         for t in (*ctx.tiles.near, *ctx.tiles.far):
-            g, q, o, total = (_take(a, t.rows) for a in (grad, query, out, lse))
-            k, v = _take(key, t.keys), _take(value, t.keys)
+            fold = _Fold.of(t, query, key)
+            g, q, o, total = (fold(_take(a, t.rows)) for a in (grad, query, out, lse))
+            k, v = (_take(a, t.keys).expand(fold.batch, -1, -1, -1) for a in (key, value))
             dq, dk, dv = _flash_backward(
                 g, q, k, v, o, total, 0.0, t.causal, attn_mask=_like(t.mask, q), scale=ctx.scale
             )
-            _add(d_query, t.rows, dq)
-            _add(d_key, t.keys, dk)
-            _add(d_value, t.keys, dv)
+            _add(d_query, t.rows, fold.back(dq))
+            _add(d_key, t.keys, _sum(dk))
+            _add(d_value, t.keys, _sum(dv))
         return d_query, d_key, d_value, None, None
+
+
+def _sum(parts: Tensor) -> Tensor:
+    return parts.sum(0, keepdim=True) if len(parts) > 1 else parts
 
 
 def _like(mask: Tensor | None, query: Tensor) -> Tensor | None:
