@@ -37,13 +37,19 @@ def main() -> None:
     parser.add_argument("--templates", type=Path, metavar="FOLDER")
     folder = parser.parse_args().templates
     templates = elsewhere(folder) if folder else stock()
+    found, mended = taken(templates, "default"), taken(templates, "all")
+    sources = Counter(n.partition("--")[0] for n in templates) if folder else None
+    made = report(found, templates, sources) | {"with_every_repair": rates(mended)}
+    print(json.dumps(made, indent=1, ensure_ascii=False))
+
+
+def taken(templates: dict[str, str], repair: str) -> Found:
     found = Found()
     for name, template in templates.items():
-        encoder = Encoder(tokenizer_for(name, template))
+        encoder = Encoder(tokenizer_for(name, template), repair=repair)
         for title, row in ALL.items():
             found.take(name, title, *outcome(encoder, row))
-    sources = Counter(n.partition("--")[0] for n in templates) if folder else None
-    print(json.dumps(report(found, templates, sources), indent=1, ensure_ascii=False))
+    return found
 
 
 def stock() -> dict[str, str]:
@@ -84,9 +90,6 @@ def outcome(encoder: Encoder, row: dict[str, Any]) -> tuple[str, list[str]]:
 
 def report(found: Found, templates: Iterable[str], sources: Counter[str] | None) -> dict[str, Any]:
     counts = found.counts
-    rendered = counts.total() - counts[NOT_RENDERED]
-    whole = rendered - counts[DROPPED]
-    contract = whole - counts["single"] - counts["split"]
     return {
         "command": " ".join(
             ["python", "benchmarks/encode_matrix.py", *(["--templates FOLDER"] if sources else [])]
@@ -95,16 +98,26 @@ def report(found: Found, templates: Iterable[str], sources: Counter[str] | None)
         "templates": len(list(templates)),
         "conversations": len(ALL),
         "pairs": counts.total(),
+        **rates(found),
+        "refused": {
+            why: {"pairs": sum(map(len, by.values())), **({"by_template": by} if not sources else {})}
+            for why, by in sorted(found.refused.items())
+        },
+    }
+
+
+def rates(found: Found) -> dict[str, Any]:
+    counts = found.counts
+    rendered = counts.total() - counts[NOT_RENDERED]
+    whole = rendered - counts[DROPPED]
+    contract = whole - counts["single"] - counts["split"]
+    return {
         "rendered": rendered,
         "counts": dict(counts.most_common()),
         "shares_of_rendered": {k: share(n, rendered) for k, n in counts.most_common() if k != NOT_RENDERED},
         "refused_by_the_contract_of_those_rendered_in_full": share(contract, whole),
         "refused_as_the_template_drops_part_of_a_trained_reply": share(counts[DROPPED], rendered),
         "silent_errors": found.errors,
-        "refused": {
-            why: {"pairs": sum(map(len, by.values())), **({"by_template": by} if not sources else {})}
-            for why, by in sorted(found.refused.items())
-        },
     }
 
 

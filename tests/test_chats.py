@@ -164,6 +164,13 @@ def test_append_end_only_when_asked():
     assert "appended" in " ".join(example.only.notes)
 
 
+def test_a_refusal_names_what_repairs_leave():
+    messages = [user(), reply(reasoning_content="Sum.")]
+    assert refusal(encoder(NO_END), *messages).reason == "no_end_of_turn"
+    error = refusal(encoder(NO_END, repair="all"), *messages)
+    assert (error.reason, error.field) == ("dropped_field", "messages[1].reasoning_content")
+
+
 def test_white_space_of_the_prompt_is_kept():
     template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n ' }}{% endif %}")
     example = encoder(template)({"messages": [user(), reply()]})
@@ -183,6 +190,41 @@ def test_arguments_as_text():
 def test_unknown_repair():
     with pytest.raises(ConfigError, match="open_think"):
         encoder(repair="open_thinks")
+
+
+# The system prompt stands with the user's message that comes last, as some Mistral templates have it.
+MOVING = (
+    "{% for m in messages %}"
+    "{% if m.role == 'user' %}<|user|>"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n\n{% endif %}"
+    "{{ m.content }}<|end|>{% elif m.role == 'assistant' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+def test_a_system_prompt_that_moves_stays_where_inference_shows_it():
+    messages = [system("Be terse."), user("2+2"), reply("4"), user("3+3"), reply("6")]
+    example = encoder(MOVING)({"messages": messages})
+    texts = [encoder(MOVING).tokenizer.decode(s.ids) for s in example.sequences]
+    assert texts == [
+        "<|user|>Be terse.\n\n2+2<|end|>4<|im_end|>",
+        "<|user|>2+2<|end|>4<|im_end|><|user|>Be terse.\n\n3+3<|end|>6<|im_end|>",
+    ]
+    assert trained(example) == "4<|im_end|>6<|im_end|>"
+    assert "what stands before the last message, and is kept" in example.sequences[0].notes[-1]
+    assert refusal(encoder(MOVING, repair="none"), *messages).reason == "not_continued"
+
+
+def test_a_prompt_that_ends_otherwise_than_the_row_goes_on_is_still_refused():
+    template = MOVING.replace("{% endfor %}", "{% endfor %}{% if add_generation_prompt %}Now:{% endif %}")
+    assert refusal(encoder(template), system("Be terse."), user("2+2"), reply("4")).reason == "not_continued"
+
+
+def test_nothing_asks_for_a_second_reply_in_a_row():
+    template = MOVING.replace(
+        "{{ m.content }}<|im_end|>", "{{ '' if loop.last else 'Old: ' }}{{ m.content }}<|im_end|>"
+    )
+    error = refusal(encoder(template), user("2+2"), reply("4", weight=0), reply("Four."))
+    assert error.reason == "not_continued"
 
 
 # --- what the template leaves out ------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 
 from ygivenx import Example, Sequence
 
-MENDED = re.compile(r"the ids differ from the template's")
+MENDED = re.compile(r"the ids differ from the template's|was appended, as nothing ends the turn")
 
 
 def faults(tokenizer: Any, row: Mapping[str, Any], example: Example) -> list[str]:
@@ -48,6 +48,9 @@ def _reply(render: _Renderer, sequence: Sequence, i: int, start: int, stop: int)
         found.append("what stands before it isn't what inference shows")
     if ids[stop - 1] not in render.special:
         found.append("its last token isn't special")
+    said = render.tokenizer.decode(ids[start : stop - 1]).strip()
+    if render.kept and said not in render.text(render.messages[: i + 1]):
+        found.append("the template doesn't write it so")
     if render.mended:
         return found
     closed = render.ids(i + 1)
@@ -72,6 +75,7 @@ class _Renderer:
         notes = "\n".join(sequence.notes)
         self.tokenizer = tokenizer
         self.mended = bool(MENDED.search(notes))
+        self.kept = "and is kept" in notes
         self.extended = "the header of the next turn" in notes
         switches = {k: v == "True" for k, v in re.findall(r"rendered with (\w+)=(\w+)", notes)}
         self.more = {k: row.get(k) for k in ("tools", "documents")} | switches

@@ -114,7 +114,9 @@ class Chats:
             try:
                 drafts = self._proven(Row(template, tried), wanted, repairs, row)
             except RowError as e:
-                refusal = refusal or e
+                refusal = (
+                    e if refusal is None or not notes else refusal
+                )  # that of the row as it stands, repaired
                 continue
             return [replace(d, notes=d.notes + notes) for d in drafts] if notes else drafts
         assert refusal is not None

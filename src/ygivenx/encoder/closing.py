@@ -9,21 +9,30 @@ ends there and G goes on with a special token, that one: the next header ends th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import RowError
 from .renderings import Row, runs_of_message
 from .tokens import Tokens
 from .tracing import marked
 
-End = tuple[int, str]  # where the token stands in F, and the token; len(F) if it is the next header's
+
+class End(NamedTuple):
+    """Where the token that ends a turn stands in F, or is put; the note says why if F doesn't have it there."""
+
+    at: int
+    token: str
+    note: str = ""
 
 
 def end_of_turn(tokens: Tokens, row: Row, i: int, after: int) -> End | None:
     """What ends message i, whose last character stands before `after` in F."""
     text = row.closed(i + 1)
     then = _or_none(lambda: _next(row, i)) or ""
-    return _closing(tokens, row, text, then, after) or _next_header(tokens, row, i, after)
+    found = _closing(tokens, row, text, then, after) or _next_header(tokens, row, i, after)
+    if found is None or found.at < len(text):
+        return found
+    return found._replace(note=f"messages[{i}]: the header of the next turn, {found.token!r}, ends it")
 
 
 def _next(row: Row, i: int) -> str:
@@ -44,10 +53,10 @@ def _closing(tokens: Tokens, row: Row, text: str, then: str, after: int) -> End 
         stops = [m for m in found if m[0] in tokens.stops]
         if found:
             end = stops[0] if stops else found[fallback]
-            return end.start(), end[0]
+            return End(end.start(), end[0])
     header = next(iter(tokens.control(then, common)), None)
     if header is not None and header.start() == common == len(text):
-        return len(text), header[0]
+        return End(len(text), header[0])
     return None
 
 
@@ -60,7 +69,7 @@ def _next_header(tokens: Tokens, row: Row, i: int, after: int) -> End | None:
     if text[after:].strip() or not runs or plain is None:
         return None
     gap = next(iter(tokens.control(plain, runs[-1][1])), None)
-    return (len(text), gap[0]) if gap and not plain[runs[-1][1] : gap.start()].strip() else None
+    return End(len(text), gap[0]) if gap and not plain[runs[-1][1] : gap.start()].strip() else None
 
 
 _USER = {"role": "user", "content": "x"}

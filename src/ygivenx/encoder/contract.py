@@ -69,44 +69,38 @@ class Contract:
         shown, text = self._prompt(row, i), row.closed(i + 1)
         continues = row.begins(text, shown)
         after = max(self.last_character(row, i), len(shown) if continues else 0)
+        if not continues and not repairs:
+            raise _not_continued(i, shown, text)
+        closed = self._end(row, i, after, "append_end" in repairs)
         if not continues:
-            mended = joined(row, i, repairs, self._end(row, i, after)) if repairs else None
+            mended = joined(row, i, repairs, closed)
             if mended is None:
                 raise _not_continued(i, shown, text)
             return mended
-        try:
-            end, token = self._end(row, i, after)
-        except RowError:
-            if "append_end" not in repairs:
-                raise
-            return self._with_end(i, text, after, len(shown))
-        if end < len(text):
-            return Turn(i, text, len(shown), end, end + len(token))
-        note = f"messages[{i}]: the header of the next turn, {token!r}, ends it"
-        return Turn(i, text + token, len(shown), end, end + len(token), notes=(note,))
+        end, token, note = closed
+        whole = text[:end] + token if note else text
+        return Turn(i, whole, len(shown), end, end + len(token), notes=(note,) if note else ())
 
-    def _end(self, row: Row, i: int, after: int) -> End:
+    def _end(self, row: Row, i: int, after: int, append: bool) -> End:
         found = end_of_turn(self.tokens, row, i, after)
-        if found is None:
+        if found is not None:
+            return found
+        eos = self.tokens.tokenizer.eos_token
+        if not append:
             raise RowError(
                 "nothing ends this turn",
                 reason="no_end_of_turn",
                 field=f"messages[{i}]",
                 why=f"after it the template writes {_quoted(row.closed(i + 1)[after:])}: a model trained on it "
                 "never stops",
-                fix=f"repair='append_end' appends {self.tokens.tokenizer.eos_token!r}, or give another template",
+                fix=f"repair='append_end' appends {eos!r}, or give another template",
             )
-        return found
-
-    def _with_end(self, i: int, text: str, end: int, start: int) -> Turn:
-        eos = self.tokens.tokenizer.eos_token
         if not eos:
             what = "append_end needs an eos token, and the tokenizer has none"
             raise RowError(
                 what, reason="no_end_of_turn", field=f"messages[{i}]", fix="set tokenizer.eos_token"
             )
-        note = f"messages[{i}]: {eos!r} was appended, as nothing ends the turn"
-        return Turn(i, text[:end] + eos, start, end, end + len(eos), notes=(note,))
+        return End(after, eos, f"messages[{i}]: {eos!r} was appended, as nothing ends the turn")
 
     def _prompt(self, row: Row, i: int) -> str:
         try:

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 from .closing import End
 from .origins import join
-from .renderings import Row, Turn
+from .renderings import Row, Turn, runs_of_message
 from .repair import OPENED, own_reasoning
 from .tracing import Traced
 
 _CLOSE = "\n</think>\n\n"
+_KEPT = "differs from the rendered row in {}, and is kept"
 
 
 def joined(row: Row, i: int, repairs: frozenset[str], closed: End) -> Turn | None:
     """P with the reply put after it by hand, where a repair allows it; `closed` is what ends the reply in F."""
     shown, text = row.prompt(i), row.closed(i + 1)
-    opened, begin = OPENED.search(shown), _beyond(shown, text)
-    end, token = closed
+    opened, (end, token, ending) = OPENED.search(shown), closed
+    whole, prompt = row.traced(i + 1), row.traced_prompt(i)
+    written: str = whole.text if whole else text
     if opened and (said := _thought(row, i, text.startswith(shown[: opened.start()]), repairs)):
         what, parts = said
-    elif "whitespace" in repairs and begin is not None:
-        whole = row.traced(i + 1)
-        parts = [(whole.text if whole else text)[begin:end].lstrip()]
-        what = "its prompt differs from the rendered row in white space alone, and is kept"
+    elif "whitespace" in repairs and (begin := _beyond(shown, text)) is not None:
+        what, parts = f"its prompt {_KEPT.format('white space alone')}", [written[begin:end].lstrip()]
+    elif "history" in repairs and (begin := _after_last(row, prompt, whole, i)) is not None:
+        where = "what stands before the last message"
+        what, parts = f"its prompt {_KEPT.format(where)}", [written[begin:end]]
     else:
         return None
-    prompt = row.template.trace(row.marked.upto(i), shown, add_generation_prompt=True)
     traced = prompt and Traced(join([prompt.text, *parts, token]), prompt.sources)
     stop = len(shown) + sum(map(len, parts))
-    note = f"messages[{i}]: {what}; the ids differ from the template's"
-    return Turn(i, "".join([shown, *parts, token]), len(shown), stop, stop + len(token), traced, (note,))
+    notes = (f"messages[{i}]: {what}; the ids differ from the template's", *([ending] if ending else []))
+    return Turn(i, "".join([shown, *parts, token]), len(shown), stop, stop + len(token), traced, notes)
 
 
 def _beyond(shown: str, text: str) -> int | None:
@@ -42,6 +44,21 @@ def _beyond(shown: str, text: str) -> int | None:
                 return None
             have += 1
     return None
+
+
+def _after_last(row: Row, prompt: Traced | None, whole: Traced | None, i: int) -> int | None:
+    """Where in F the reply begins, if from the first character of the last message before it F goes on as P does.
+
+    Such a template writes what is further back otherwise once the reply stands there: a system prompt, for one, only
+    with the user's message that comes last.
+    """
+    if prompt is None or whole is None or i - 1 in row.replies():  # between two replies nothing asks for one
+        return None
+    here, there = runs_of_message(prompt, i - 1), runs_of_message(whole, i - 1)
+    if not here or not there:
+        return None
+    tail, at = str(prompt.text)[here[0][0] :], there[0][0]
+    return at + len(tail) if str(whole.text).startswith(tail, at) else None
 
 
 def _thought(row: Row, i: int, continues: bool, repairs: frozenset[str]) -> tuple[str, list[str]] | None:

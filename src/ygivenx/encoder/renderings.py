@@ -77,6 +77,10 @@ class Row:
             self._traced[stop] = self.template.trace(self.marked.upto(stop), self.closed(stop))
         return self._traced[stop]
 
+    def traced_prompt(self, i: int) -> Traced | None:
+        """`prompt(i)` likewise."""
+        return self.template.trace(self.marked.upto(i), self.prompt(i), add_generation_prompt=True)
+
     def said(self, text: str, i: int, field: str) -> Text:
         """A text that comes from a field of message i."""
         sources = enumerate(self.marked.sources)

@@ -6,6 +6,7 @@
 | arguments_as_text| tool calls' arguments as JSON text, where the template needs them so         | yes |
 | content_as_parts | contents as lists of one text part, where the template needs them so         | yes |
 | whitespace       | the prompt and the rendered row differ in white space alone                  | yes |
+| history          | the template writes what is further back differently once the reply is there | yes |
 | open_think       | the prompt opens <think>, and the reply brings its own reasoning             | yes |
 | empty_think      | the prompt opens <think>, and the reply has none: it is closed at once       | no  |
 | append_end       | nothing ends the turn: the tokenizer's eos is appended                       | no  |
@@ -25,9 +26,11 @@ from ..errors import ConfigError, nearest
 from .inputs import Inputs
 from .template import Template
 
-DEFAULT = ("template_kwargs", "arguments_as_text", "content_as_parts", "whitespace", "open_think")
+DEFAULT = ("template_kwargs", "arguments_as_text", "content_as_parts", "whitespace", "history", "open_think")
 REPAIRS = (*DEFAULT, "empty_think", "append_end")
-IN_TURNS = frozenset({"whitespace", "open_think", "empty_think", "append_end"})  # done while a turn is proven
+IN_TURNS = frozenset(
+    {"whitespace", "history", "open_think", "empty_think", "append_end"}
+)  # done while a turn is proven
 
 OPENED = re.compile(r"<think>\s*\Z")
 _SWITCH = re.compile("think|reason")
