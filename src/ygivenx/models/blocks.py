@@ -165,8 +165,8 @@ class Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tiles: Tiles, scale: float) -> Tensor:
-        n, heads, length, width = query.shape
-        out = query.new_empty(n, length, heads, width).transpose(1, 2)
+        n, heads, length, _ = query.shape
+        out = _empty(query)
         wide = torch.promote_types(query.dtype, torch.float32)
         lse = query.new_empty(n, length, heads, dtype=wide).transpose(1, 2)
 
@@ -190,17 +190,25 @@ class Blocks(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # With the merged output and logsumexp, each part's gradient is that of its share of the whole.
         query, key, value, out, lse = ctx.saved_tensors
-        d_query, d_key, d_value = (_zeros(t) for t in (query, key, value))
-        for t in (*ctx.tiles.near, *ctx.tiles.far):
+        d_query, d_key, d_value = _empty(query), _zeros(key), _zeros(value)
+
+        def share(t: Tile) -> Tensor:
+            """Of the gradient of the tile's queries; that of its keys and values is added."""
             fold = _Fold.of(t, query, key)
             g, q, o, total = (fold(_take(a, t.rows)) for a in (grad, query, out, lse))
             k, v = (_take(a, t.keys).expand(fold.batch, -1, -1, -1) for a in (key, value))
             dq, dk, dv = _flash_backward(
                 g, q, k, v, o, total, 0.0, t.causal, attn_mask=_like(t.mask, q), scale=ctx.scale
             )
-            _add(d_query, t.rows, fold.back(dq))
             _add(d_key, t.keys, _sum(dk))
             _add(d_value, t.keys, _sum(dv))
+            return fold.back(dq)
+
+        for t in ctx.tiles.near:  # each query once
+            for run, part in zip(t.rows, _parts(share(t), t.rows), strict=True):
+                d_query[:, :, run] = part
+        for t in ctx.tiles.far:
+            _add(d_query, t.rows, share(t))
         return d_query, d_key, d_value, None, None
 
 
@@ -212,6 +220,11 @@ def _like(mask: Tensor | None, query: Tensor) -> Tensor | None:
     return None if mask is None else mask.to(query.dtype)
 
 
-def _zeros(like: Tensor) -> Tensor:
+def _empty(like: Tensor) -> Tensor:
+    """In the order of memory that the layers before want: [1, F, heads, D], transposed."""
     n, heads, length, width = like.shape
-    return like.new_zeros(n, length, heads, width).transpose(1, 2)
+    return like.new_empty(n, length, heads, width).transpose(1, 2)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return _empty(like).zero_()
