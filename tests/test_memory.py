@@ -48,7 +48,8 @@ def run(*arguments: str, **environment: str) -> tuple[str, int]:
 
 
 def test_what_is_freed_comes_back_without_faults():
-    assert run("keep") == ("True", pytest.approx(0, abs=1000))  # its interpreter has some faults of its own
+    kept, faults = run("keep")
+    assert (kept, faults < run()[1] / 2) == ("True", True)  # an interpreter has some of its own
 
 
 def test_without_it_every_step_pays_again():
