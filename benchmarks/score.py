@@ -31,7 +31,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 RESULTS = ROOT / "benchmarks" / "results" / "score.jsonl"
-TURNS = 5
+TURNS = 7
 Pairs = list[tuple[str, str]]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness_tasks import write_tasks
 from tiny import llama
+from tokenizers import processors
 
 if find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed", allow_module_level=True)
@@ -111,6 +112,40 @@ def test_on_the_real_model(smol, tasks):
         assert a[0] == pytest.approx(b[0], abs=1e-3)
         assert a[1] == b[1]
     assert ours[0][0] > ours[1][0]
+
+
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_texts_in_batches_are_those_of_the_hf_class(tiny_model, add_bos):
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    from ygivenx.scores.harness import ForestLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    lm = ForestLM(pretrained=str(tiny_model), tokenizer=tokenizer, device="cpu", add_bos_token=add_bos)
+    texts = ["Once", "Once upon ", "", f"{tokenizer.bos_token}again", " 😀"]
+    told = lm._encode_batch(texts)
+    assert told == {t: HFLM.tok_encode(lm, t) for t in texts}
+    assert (told["Once"][0] == tokenizer.bos_token_id) == (add_bos is not False)
+    assert told[texts[3]].count(tokenizer.bos_token_id) == 1
+
+
+def test_requests_are_encoded_once_and_in_batches(tiny_model, monkeypatch):
+    from ygivenx.scores import harness
+
+    monkeypatch.setattr(harness, "AHEAD", 4)
+    lm = harness.ForestLM(pretrained=str(tiny_model), device="cpu")
+    pairs = [(f"{'a' * (i // 2)} ", "b") for i in range(12)]
+    one_by_one = [lm._encode_pair(*pair) for pair in pairs]
+    batches, encode = [], lm._encode_batch
+    monkeypatch.setattr(lm, "_encode_batch", lambda texts: batches.append(texts) or encode(texts))
+    monkeypatch.setattr(lm.tokenizer, "encode", None)
+    lm._batches = lm._encode_ahead(pairs)
+    assert [lm._encode_pair(*pair) for pair in pairs] == one_by_one
+    assert list(map(len, batches)) == [4, 4, 4]
 
 
 @pytest.mark.slow
