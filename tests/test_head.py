@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ygivenx.errors import ModelError
-from ygivenx.head import kernel, pages, reference, sweep
+from ygivenx.head import fused, kernel, pages, reference, sweep
 from ygivenx.head.selective import explain, log_probs, selective_cross_entropy
 
 CASES = int(os.environ.get("YGIVENX_CASES", "300"))
@@ -56,7 +56,7 @@ class Case:
 def random_case(seed: int, dtype: torch.dtype = torch.float32) -> Case:
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    rows, size = int(rng.choice([1, 2, 7, 40, 130])), int(rng.choice([2, 6, 16, 34]))
+    rows, size = int(rng.choice([1, 2, 7, 40, 130])), int(rng.choice([2, 6, 16, 34, 130]))
     vocabulary = int(rng.choice([1, 2, 11, 300, 1500]))
     edges = int(rng.choice([0, 1, rows, 2 * rows]))
     spread = float(rng.choice([0.1, 1, 5, 30]))  # 30: targets hopelessly far below, and confident ones
@@ -77,6 +77,7 @@ def small_tiles(monkeypatch):
     """Several tiles, blocks and rounds in small cases."""
     monkeypatch.setattr(sweep, "TILE", 1)
     monkeypatch.setattr(sweep, "BLOCK", 32)
+    monkeypatch.setattr(fused, "BLOCK", 1)
     monkeypatch.setattr(sweep, "WORTHWHILE", 16)
     monkeypatch.setattr(sweep, "THIN", 24)
 
@@ -120,13 +121,13 @@ def run_cases(first: int, count: int) -> None:
             raise AssertionError(f"random_case({seed})") from error
 
 
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_tiles", "route")
 def test_random_cases_agree_with_the_twin():
     run_cases(0, CASES)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.usefixtures("small_tiles", "route")
 def test_twenty_thousand_random_cases():
     run_cases(1_000_000, 20_000)
 
@@ -158,14 +159,15 @@ def test_both_routes_give_the_same_numbers(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * case.size)
 
 
-def test_at_a_usual_size_float32_is_within_the_bars():
+@pytest.mark.parametrize("count", [96, 200])  # fewer and more columns than H
+def test_at_a_usual_size_float32_is_within_the_bars(count, route):
     torch.manual_seed(0)
     hidden, weight = (
-        torch.randn(96, 128, requires_grad=True),
+        torch.randn(count, 128, requires_grad=True),
         (torch.randn(20_000, 128) * 0.1).requires_grad_(),
     )
-    rows, targets = torch.arange(96), torch.randint(0, 20_000, (96,))
-    case = Case(hidden, weight, rows, targets, torch.rand(96), {"softcap": None, "scale": 1.0})
+    rows, targets = torch.arange(count), torch.randint(0, 20_000, (count,))
+    case = Case(hidden, weight, rows, targets, torch.rand(count), {"softcap": None, "scale": 1.0})
     case.wanted = [hidden, weight]
     loss, true = case.ours()[1], case.twin()[1]
     assert abs(float(loss.detach()) / float(true.detach()) - 1) < 1e-6

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-AT_ONCE = 1024  # edges whose hidden states and tokens are gathered at a time
+AT_ONCE = 1024  # edges, or tokens of the vocabulary, that are gathered at a time
+PAD = 16  # columns come in multiples of this: the products run on whole vectors
 
 
 @dataclass(frozen=True)
@@ -86,15 +87,26 @@ class Edges:
         self.log_p[mine] = self.picked[mine] - shift[column] - log_z[column]
         self.log_z[a:b] = log_z
 
+    def highest(self, columns: Tensor) -> Tensor:
+        """The highest logit of each of these columns, float64."""
+        x, found = self.hidden[self.rows[columns]].to(self.wide), []
+        for part in parts(len(self.head.weight)):
+            z = x @ self.head.weight[part].to(self.wide).T
+            if self.head.bias is not None:
+                z += self.head.bias[part]
+            found.append(self.head.capped(z * self.head.scale)[0].amax(1))
+        return torch.stack(found).amax(0).double()
+
     def loss(self) -> Tensor:
         """Σ w·(−log p + z_loss·logsumexp²), float64."""
         assert self.weight is not None
         lse = (self.shift + self.log_z)[self.column]
         return (self.weight * (self.head.z_loss * lse**2 - self.log_p)).sum()
 
-    def coefficients(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        """Columns [a, b): k [b - a], and of their edges the gradient at the target's logit less what k·e[v]
-        gives already (nothing at *the* target, whose e is left out of the tiles). float64.
+    def coefficients(self, a: int, b: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """Columns [a, b): k·scale [b - a], and of their edges the gradient g at the target's logit less what k·e[v]
+        gives already (nothing at *the* target, whose e is left out of the tiles), float64; and (token, column, g / k),
+        what the tiles hold there besides.
         """
         assert self.weight is not None
         mine = slice(self.starts[a], self.starts[b])
@@ -116,7 +128,9 @@ class Edges:
             g = g * self.slope[mine]
         # Weights that cancel leave c = 0, and tiles can't hold g / k: any c too small to matter will do.
         c = torch.where(c.abs() < 1e-12 * size, 1e-12 * size, c)
-        return c / z, g
+        k = c / z
+        held = torch.where(k[column] == 0, 0.0, g / k[column])
+        return k * self.head.scale, g, (self.target[mine], column, held)
 
 
 def working_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -126,5 +140,17 @@ def working_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def parts(count: int) -> list[slice]:
-    """Slices of at most AT_ONCE edges, as gathering [E, H] at once would be large."""
+    """Slices of at most AT_ONCE, as gathering [E, H] at once would be large."""
     return [slice(a, a + AT_ONCE) for a in range(0, count, AT_ONCE)]
+
+
+def even(a: int, b: int, most: int, unit: int = PAD) -> list[tuple[int, int]]:
+    """[a, b) in as few parts of at most `most` as possible, about equal and, but for the last, whole units."""
+    if a == b:
+        return []
+    size = padded(-(-(b - a) // -(-(b - a) // most)), unit)
+    return [(c, min(c + size, b)) for c in range(a, b, size)]
+
+
+def padded(columns: int, unit: int = PAD) -> int:
+    return -(-columns // unit) * unit

@@ -1,4 +1,4 @@
-"""The optional compiled tile of `sweep.py`: built from `kernel.cpp` on first use, kept in the user's cache.
+"""The optional compiled kernel behind `fused.py`: built from `kernel.cpp` on first use, kept in the user's cache.
 
 Nothing happens at import. Where it can't be built or can't run, torch does the same work: `why_not()` says why.
 """
@@ -19,9 +19,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .edges import Head
+from .gradients import Gradients
+from .tiles import Marks
+
 SOURCE = Path(__file__).with_name("kernel.cpp")
 SWITCH = "YGIVENX_KERNEL"  # set to 0 to do without
 BUILD_SECONDS = 60
+WIDTH = 64  # columns that lie together, as in `kernel.cpp`
+NAMES = {torch.bfloat16: "bfloat16", torch.float32: "float32"}
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -36,10 +42,17 @@ FLAGS = (
 )
 
 
-def usable(weight: Tensor) -> bool:
+def usable(head: Head) -> bool:
     """Whether the kernel runs for this head; builds it if need be."""
-    fits = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
-    return fits and weight.is_contiguous() and library() is not None
+    weight = head.weight
+    fits = weight.device.type == "cpu" and weight.dtype in NAMES and weight.shape[1] % 2 == 0
+    fast = weight.dtype == torch.bfloat16 or fast_float32()
+    return fits and fast and weight.is_contiguous() and head.softcap is None and library() is not None
+
+
+def fast_float32() -> bool:
+    """Whether six bfloat16 products take no longer than a float32 one: so it is on matrix units."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def library() -> ctypes.CDLL | None:
@@ -52,23 +65,70 @@ def why_not() -> str:
     return f"{SWITCH}=0" if os.environ.get(SWITCH) == "0" else _loaded()[1]
 
 
-class Packed:
-    """Columns of hidden states in the order in which the matrix kernels read them. bfloat16 [columns, H]."""
+def bytes_of_column(weight: Tensor) -> int:
+    """Bytes of one packed row of hidden states: a float32 number is three of bfloat16."""
+    return 2 * _planes(weight.dtype) * weight.shape[1]
 
-    def __init__(self, x: Tensor) -> None:
-        self.columns, self.size = x.shape
-        self.x = torch.empty_like(x)
-        _call("ygx_pack", x, self.columns, self.size, self.x)
 
-    def exponentials(
-        self, weight: Tensor, out: Tensor, shift: Tensor, bias: Tensor | None, scale: float,
-        marks: tuple[Tensor, Tensor], sums: Tensor, above: Tensor,
-    ) -> None:  # fmt: skip
-        """One tile: see `kernel.cpp`. marks: tokens of the tile, ascending, and their columns."""
-        _call(
-            "ygx_exponentials", weight, len(weight), self.size, self.x, self.columns, out, out.stride(0), shift,
-            bias, scale, *marks, len(marks[0]), sums, above,
-        )  # fmt: skip
+def _planes(dtype: torch.dtype) -> int:
+    return 1 if dtype == torch.bfloat16 else 3
+
+
+class Tiles:
+    """What both sweeps read: the head, and `columns` columns from `start` on, with shift and targets."""
+
+    def __init__(self, head: Head, start: int, columns: int, shift: Tensor, targets: Marks) -> None:
+        self.weight, self.start, self.columns = head.weight, start, columns
+        self.arguments = (columns, shift, None if head.bias is None else head.bias.float(), head.scale,
+                          targets.token, targets.column, len(targets.token))  # fmt: skip
+
+
+class Columns:
+    """Rows of hidden states, padded with zeros to `columns`, as the matrix kernels read them."""
+
+    def __init__(self, hidden: Tensor, rows: Tensor, columns: int) -> None:
+        self.hidden, self.rows, self.columns = hidden, rows, columns
+        self.name, self.size = NAMES[hidden.dtype], hidden.shape[1]
+        self.x = self._pack(None)
+
+    def _pack(self, factor: Tensor | None) -> Tensor:
+        """For logits, or times `factor` for dW."""
+        packed = torch.empty(self.columns, self.size * _planes(self.hidden.dtype), dtype=torch.bfloat16)
+        places = (packed, None) if factor is None else (None, packed)
+        shape = len(self.rows), self.columns, self.size
+        _call(f"ygx_pack_{self.name}", self.hidden, self.rows, *shape, factor, *places)
+        return packed
+
+    def first(self, tiles: Tiles, *, product: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """S float64 [columns]; ranks int64 [columns]; Σ e[v]·W[v] float32 [columns, H] if asked for.
+
+        Threads share out the columns, in groups of some width, and then the vocabulary.
+        """
+        threads, n = torch.get_num_threads(), tiles.columns
+        groups = max(1, min(threads, n // (4 * WIDTH)))
+        parts = threads // groups
+        sums, above = torch.zeros(parts, n, dtype=torch.float64), torch.zeros(parts, n, dtype=torch.int64)
+        total = torch.zeros(parts, n * self.size) if product else None
+        self._call("first", tiles, groups, parts, sums, above, total)
+        return sums.sum(0), above.sum(0), None if total is None else self._by_column(total, n)
+
+    def _by_column(self, total: Tensor, columns: int) -> Tensor:
+        """[parts, columns / WIDTH, H, WIDTH] to [columns, H]."""
+        flat, whole = total.sum(0) if len(total) > 1 else total[0], columns // WIDTH * WIDTH
+        out = torch.empty(columns, self.size)
+        out[:whole].view(-1, WIDTH, self.size).copy_(flat[: whole * self.size].view(-1, self.size, WIDTH).mT)
+        out[whole:] = flat[whole * self.size :].view(self.size, columns - whole).T
+        return out
+
+    def second(self, tiles: Tiles, factor: Tensor, held: Marks, into: Gradients, *, add: bool) -> None:
+        """dW and the bias's gradient, written or, with `add`, added to."""
+        weight = torch.empty_like(tiles.weight) if into.weight is None else into.weight
+        self._call("second", tiles, self._pack(factor), factor, held.token, held.column, held.value.float(),
+                   len(held.token), weight, into.bias, int(add))  # fmt: skip
+
+    def _call(self, sweep: str, tiles: Tiles, *more: Tensor | int | None) -> None:
+        weight, x = tiles.weight, self.x[tiles.start :]
+        _call(f"ygx_{sweep}_{self.name}", weight, *weight.shape, x, *tiles.arguments, *more)
 
 
 def _call(name: str, *arguments: Tensor | int | float | None) -> None:

@@ -98,11 +98,17 @@ def log_probs(
 
 
 def explain() -> dict[str, str]:
-    """Which route runs on this machine by device and dtype, and why; builds the compiled tile if it can."""
+    """Which route runs on this machine by device and dtype, and why; builds the compiled kernel if it can."""
     reason = kernel.why_not()
+    missing = f"torch, as the compiled kernel is missing: {reason}"
+    waiting = "torch while exponentials fit into the head's gradient, else the compiled kernel"
     return {
-        "cpu float32": "torch",
-        "cpu bfloat16": f"torch, as the compiled tile is missing: {reason}" if reason else "compiled tile",
+        "cpu float32": missing
+        if reason
+        else waiting
+        if kernel.fast_float32()
+        else "torch: this CPU has no AMX",
+        "cpu bfloat16": missing if reason else "compiled kernel",
         "cpu float16": "torch, computed in float32",
         "cuda": "torch, the same code as on the CPU",
         "soft-cap": "torch",

@@ -27,14 +27,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import pages
-from .edges import Edges, Head, parts, working_dtype
+from . import fused, kernel
+from .edges import PAD, Edges, Head, even, padded, working_dtype
+from .gradients import Gradients
 from .tiles import Block, Marks, Scratch, shaped
 
 MEMORY = 64 << 20  # bytes beyond the gradients that a call may hold on to
 BLOCK = 1024  # columns of one first sweep
 TILE = 2 << 20  # elements of one tile
-PAD = 16  # columns come in multiples of this: the products run on whole vectors
 THIN = 128  # columns up to which float32 tiles lie column by column, unpadded: few columns multiply faster so
 WORTHWHILE = 160  # columns from which adding to dW is cheaper than computing the logits again
 
@@ -80,12 +80,15 @@ def _sweep(
     given = head.weight.dtype
     head = replace(head, weight=head.weight.to(working_dtype(hidden, head.weight)))
     edges = Edges(hidden, head, rows, targets, weights, apart=ranks)
-    into = _Gradients(hidden, head, edges.wide, wants)
-    scratch = Scratch(hidden.device)
+    into = Gradients(hidden, head, edges.wide, wants)
     if into.weight is not None and not len(rows):
         into.weight.zero_()
-    for a, b, room in _rounds(len(edges.rows), head.weight, memory if wants[1] else 0):
-        _Round(edges, a, b, room, into, scratch).sweep(ranks=ranks)
+    if kernel.usable(head) and not _wait_in_gradient(edges, into):
+        fused.sweep(edges, into, memory, ranks=ranks)
+    else:
+        scratch = Scratch(hidden.device)
+        for a, b, room in _rounds(len(edges.rows), head.weight, memory if wants[1] else 0):
+            _Round(edges, a, b, room, into, scratch).sweep(ranks=ranks)
     return Swept(
         edges.as_given(edges.log_p).to(edges.wide),
         edges.as_given(edges.above[edges.column]) if ranks else None,
@@ -96,26 +99,16 @@ def _sweep(
     )
 
 
-class _Gradients:
-    """Where the gradients go; None for those that nobody wants."""
-
-    def __init__(self, hidden: Tensor, head: Head, wide: torch.dtype, wants: tuple[bool, bool, bool]) -> None:
-        device = hidden.device
-        self.hidden = torch.zeros_like(hidden) if wants[0] else None
-        self.weight = pages.empty(head.weight.shape, head.weight.dtype, device) if wants[1] else None
-        self.bias = torch.zeros(len(head.weight), dtype=wide, device=device) if wants[2] else None
-
-
 class _Round:
     """Columns [a, b) of the edges, whose share of dW is made together; `room` of them can wait."""
 
-    def __init__(self, edges: Edges, a: int, b: int, room: int, into: _Gradients, scratch: Scratch) -> None:
+    def __init__(self, edges: Edges, a: int, b: int, room: int, into: Gradients, scratch: Scratch) -> None:
         self.edges, self.into, self.scratch = edges, into, scratch
         self.weight, self.adds = edges.head.weight, a > 0
         self.thin = b - a <= THIN and self.weight.dtype != torch.bfloat16
         self.kept = min(room, self._wide(b - a))
         middle = min(a + self.kept, b)
-        self.spans = [*_even(a, middle, BLOCK), *_even(middle, b, BLOCK)]
+        self.spans = [*even(a, middle, BLOCK), *even(middle, b, BLOCK)]
         widths = [self._wide(d - c) for c, d in self.spans]
         self.width = sum(widths)
         self.step = _height(max(self.kept, *widths), 512)
@@ -128,7 +121,7 @@ class _Round:
         self.marks: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def _wide(self, columns: int) -> int:
-        return columns if self.thin else _padded(columns)
+        return columns if self.thin else padded(columns)
 
     def _waiting(self) -> list[Tensor]:
         """The places of the exponentials, one [tokens, kept] per tile."""
@@ -154,7 +147,7 @@ class _Round:
             if not kept:
                 self.again.append((at, block))
             at += block.width
-        if self.into.weight is not None or self.into.bias is not None:
+        if self.into.second_sweep:
             self._second_sweep()
 
     def _place(self, i: int, at: int, width: int, kept: bool) -> Tensor:
@@ -165,22 +158,13 @@ class _Round:
 
     def _settle(self, block: Block, at: int, total: Tensor | None) -> None:
         """Once a block's statistics are known: its share of dH, and what its share of dW needs."""
-        edges, a, b = self.edges, block.a, block.b
-        mine, scale = slice(edges.starts[a], edges.starts[b]), edges.head.scale
-        k, g = edges.coefficients(a, b)
-        column, target = edges.column[mine] - a, edges.target[mine]
-        self.factor[at : at + b - a] = k * scale
-        factor = self.factor[at : at + block.width, None]
-        held = torch.where(k[column] == 0, 0.0, g / k[column])
-        self.marks.append((target, column + at, held))
+        a, b = block.a, block.b
+        factor, g, marks = self.edges.coefficients(a, b)
+        self.factor[at : at + b - a] = factor
+        self.marks.append((marks[0], marks[1] + at, marks[2]))
         if self.scaled_x is not None:
-            self.scaled_x[at : at + block.width] = block.x * factor
-        if total is not None and self.into.hidden is not None:
-            total *= factor
-            for part in parts(len(target)):
-                terms = self.weight[target[part]] * (g[part] * scale).to(total.dtype)[:, None]
-                total.index_add_(0, column[part], terms)
-            self.into.hidden[edges.rows[a:b]] = total[: b - a].to(self.into.hidden.dtype)
+            self.scaled_x[at : at + block.width] = block.x * self.factor[at : at + block.width, None]
+        self.into.settle(self.edges, a, b, factor, g, total)
 
     def _second_sweep(self) -> None:
         into = self.into
@@ -212,25 +196,24 @@ class _Round:
         return tile
 
 
+def _wait_in_gradient(edges: Edges, into: Gradients) -> bool:
+    """Whether every exponential of float32 can wait where dW will be: that saves the most work."""
+    weight = edges.head.weight
+    return weight.dtype != torch.bfloat16 and into.weight is not None and len(edges.rows) <= _room(weight)
+
+
+def _room(weight: Tensor) -> int:
+    """Columns that can wait where dW will be."""
+    return weight.shape[1] // PAD * PAD
+
+
 def _rounds(columns: int, weight: Tensor, memory: int) -> list[tuple[int, int, int]]:
     """[a, b) and how many of its columns can wait: at first in dW, then in most of `memory`."""
-    room = weight.shape[1] // PAD * PAD if memory else 0
+    room = _room(weight) if memory else 0
     later = memory * 11 // 16 // (len(weight) * weight.element_size()) // PAD * PAD
     if columns <= room or weight.dtype == torch.bfloat16 or later < WORTHWHILE or not room:
         return [(0, columns, room)] if columns else []
-    return [(0, room, room), *((a, b, later) for a, b in _even(room, columns, later))]
-
-
-def _even(a: int, b: int, most: int) -> list[tuple[int, int]]:
-    """[a, b) in as few parts of at most `most` as possible, about equal and, but for the last, whole PADs."""
-    if a == b:
-        return []
-    size = _padded(-(-(b - a) // -(-(b - a) // most)))
-    return [(c, min(c + size, b)) for c in range(a, b, size)]
-
-
-def _padded(columns: int) -> int:
-    return -(-columns // PAD) * PAD
+    return [(0, room, room), *((a, b, later) for a, b in even(room, columns, later))]
 
 
 def _height(width: int, least: int) -> int:

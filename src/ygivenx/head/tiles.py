@@ -1,7 +1,7 @@
 """Tiles of exponentials for `sweep.py`: [tokens of the vocabulary, columns], in working memory that is used again.
 
 A bfloat16 logit is the product rounded to bfloat16 plus what that rounding left over, from a second product:
-softmax sees float32, as the sums do. `kernel.py` makes the same tile of exponentials at once, where it can.
+softmax sees float32, as the sums do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bisect import bisect_left
 import torch
 from torch import Tensor
 
-from . import kernel, pages
+from . import pages
 from .edges import Edges
 
 HUGE = 1e20
@@ -64,8 +64,6 @@ class Block:
         nowhere = torch.full((b - a,), -torch.inf, dtype=edges.wide, device=device)
         column = torch.arange(b - a, device=device)
         self.without_target = Marks(edges.target[edges.first[a:b]], column, nowhere)
-        compiled = self.head.softcap is None and kernel.usable(weight)
-        self.packed = kernel.Packed(self.x) if compiled else None
 
     def shifted_logits(self, out: Tensor, start: int, shift: Tensor) -> tuple[Tensor, Tensor | None]:
         """(z - shift, slope of the cap) of the tokens from `start` on; `out` is overwritten and may be it."""
@@ -92,9 +90,6 @@ class Block:
         self, out: Tensor, start: int, sums: Tensor | None = None, above: Tensor | None = None
     ) -> None:
         """e[v], 0 at the columns' targets, times the slope of the cap, into `out`; adds to S and to the rank."""
-        if self.packed is not None:
-            self._compiled_exponentials(self.packed, out, start, sums, above)
-            return
         z, slope = self.shifted_logits(out, start, self.shift)
         self.without_target.add_to(z, start)
         if above is not None:
@@ -109,28 +104,14 @@ class Block:
         if z is not out:
             out.copy_(z)
 
-    def _compiled_exponentials(
-        self, packed: kernel.Packed, out: Tensor, start: int, sums: Tensor | None, above: Tensor | None
-    ) -> None:
-        stop = start + len(out)
-        marks, mine = self.without_target, self.without_target.within(start, stop)
-        bias = None if self.head.bias is None else self.head.bias[start:stop].float()
-        packed.exponentials(
-            self.head.weight[start:stop], out, self.shift, bias, self.head.scale,
-            (marks.token[mine] - start, marks.column[mine]),
-            torch.zeros(self.width, dtype=torch.float64) if sums is None else sums,
-            torch.zeros(self.width, dtype=torch.int64) if above is None else above,
-        )  # fmt: skip
-
     def first_sweep(self, tiles: list[tuple[int, Tensor]], *, product: bool, ranks: bool) -> Tensor | None:
         """Fills the tiles, settles log p, and gives Σ e[v]·W[v] [width, H] if that is asked for."""
         sums, above, total = self._first_sweep(tiles, product, ranks)
-        far = ~(sums <= HUGE)  # NaN as well
-        if far[: self.b - self.a].any():
-            self.shift = torch.where(far, self._maximum(tiles), self.shift)
-            sums, _, total = self._first_sweep(
-                tiles, product, ranks=False
-            )  # ranks were counted at the target
+        far = (~(sums[: self.b - self.a] <= HUGE)).nonzero()[:, 0]  # NaN as well
+        if len(far):
+            self.shift[far] = self.edges.highest(far + self.a).to(self.shift.dtype)
+            # Ranks were counted at the target.
+            sums, _, total = self._first_sweep(tiles, product, ranks=False)
         edges, n = self.edges, self.b - self.a
         edges.shift[self.a : self.b] = self.shift[:n]
         edges.sums[self.a : self.b] = sums[:n]
@@ -156,13 +137,6 @@ class Block:
                     part = self.scratch.view("part", self.width, weight.shape[1], weight.dtype)
                     total += torch.mm(tile.T, weight, out=part)
         return sums, above, total
-
-    def _maximum(self, tiles: list[tuple[int, Tensor]]) -> Tensor:
-        highest = torch.full_like(self.shift, -torch.inf)
-        for start, tile in tiles:
-            z, _ = self.shifted_logits(tile, start, torch.zeros_like(highest))
-            highest = torch.maximum(highest, z.amax(0))
-        return highest
 
 
 def shaped(flat: Tensor, height: int, width: int, thin: bool) -> Tensor:
