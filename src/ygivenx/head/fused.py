@@ -14,7 +14,7 @@ from .edges import Edges, even, padded
 from .gradients import Gradients
 from .tiles import HUGE, Marks
 
-BLOCK = 12 << 20  # bytes of Σ e[v]·W[v], float32, of one first sweep
+BLOCK = 8 << 20  # bytes of Σ e[v]·W[v], float32, of one first sweep
 WIDTH = kernel.WIDTH
 
 
@@ -40,15 +40,19 @@ class _Round:
 
     def sweep(self, block: int, *, ranks: bool) -> None:
         for a, b in even(self.a, self.b, block, WIDTH):
-            total = self._first(a, b, ranks)
-            if self.edges.weight is not None:
-                factor, g, (token, column, held) = self.edges.coefficients(a, b)
-                self.factor[a - self.a : b - self.a] = factor
-                self.held.append((token, column + a - self.a, held))
-                self.into.settle(self.edges, a, b, factor, g, total)
+            self._settle(a, b, self._first(a, b, ranks))
         if self.into.second_sweep:
             marks = Marks(*(torch.cat(parts) for parts in zip(*self.held, strict=True)))
             self.columns.second(self._tiles(self.a, self.b), self.factor, marks, self.into, add=self.a > 0)
+
+    def _settle(self, a: int, b: int, total: Tensor | None) -> None:
+        """Once the statistics of columns [a, b) are known: their share of dH, and what their share of dW needs."""
+        if self.edges.weight is None:
+            return
+        factor, g, (token, column, held) = self.edges.coefficients(a, b)
+        self.factor[a - self.a : b - self.a] = factor
+        self.held.append((token, column + a - self.a, held))
+        self.into.settle(self.edges, a, b, factor, g, total)
 
     def _tiles(self, a: int, b: int) -> kernel.Tiles:
         edges = self.edges

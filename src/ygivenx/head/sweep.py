@@ -83,11 +83,12 @@ def _sweep(
     into = Gradients(hidden, head, edges.wide, wants)
     if into.weight is not None and not len(rows):
         into.weight.zero_()
-    if kernel.usable(head) and not _wait_in_gradient(edges, into):
+    rounds = _rounds(len(edges.rows), head.weight, memory if wants[1] else 0)
+    if kernel.usable(head) and (head.weight.dtype == torch.bfloat16 or not _all_wait(rounds)):
         fused.sweep(edges, into, memory, ranks=ranks)
     else:
         scratch = Scratch(hidden.device)
-        for a, b, room in _rounds(len(edges.rows), head.weight, memory if wants[1] else 0):
+        for a, b, room in rounds:
             _Round(edges, a, b, room, into, scratch).sweep(ranks=ranks)
     return Swept(
         edges.as_given(edges.log_p).to(edges.wide),
@@ -196,20 +197,14 @@ class _Round:
         return tile
 
 
-def _wait_in_gradient(edges: Edges, into: Gradients) -> bool:
-    """Whether every exponential of float32 can wait where dW will be: that saves the most work."""
-    weight = edges.head.weight
-    return weight.dtype != torch.bfloat16 and into.weight is not None and len(edges.rows) <= _room(weight)
-
-
-def _room(weight: Tensor) -> int:
-    """Columns that can wait where dW will be."""
-    return weight.shape[1] // PAD * PAD
+def _all_wait(rounds: list[tuple[int, int, int]]) -> bool:
+    """Whether no exponential is computed twice, which in float32 saves the most."""
+    return all(b - a <= room for a, b, room in rounds)
 
 
 def _rounds(columns: int, weight: Tensor, memory: int) -> list[tuple[int, int, int]]:
     """[a, b) and how many of its columns can wait: at first in dW, then in most of `memory`."""
-    room = _room(weight) if memory else 0
+    room = weight.shape[1] // PAD * PAD if memory else 0
     later = memory * 11 // 16 // (len(weight) * weight.element_size()) // PAD * PAD
     if columns <= room or weight.dtype == torch.bfloat16 or later < WORTHWHILE or not room:
         return [(0, columns, room)] if columns else []
