@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-AT_ONCE = 256  # edges, or tokens of the vocabulary, that are gathered at a time
+AT_ONCE = 128  # edges, or tokens of the vocabulary, that are gathered at a time
 PAD = 16  # columns come in multiples of this: the products run on whole vectors
 
 
