@@ -237,6 +237,28 @@ def test_a_masked_vocabulary_and_not_a_number_come_through():
     assert log_p[1].isnan()
 
 
+@pytest.mark.usefixtures("small_tiles", "route")
+def test_the_default_dtype_does_not_matter():
+    case = random_case(13, torch.bfloat16)
+    usual = case.ours()
+    torch.set_default_dtype(torch.float64)
+    try:
+        other = case.ours()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(usual, other, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("route")
+def test_a_whole_number_is_a_scale():
+    case = random_case(13, torch.bfloat16)
+    case.options = {"softcap": None, "scale": 2.0}
+    usual = case.ours()
+    case.options["scale"] = 2
+    assert torch.equal(usual[0], case.ours()[0])
+
+
 def test_no_edge_gives_zeros():
     case = random_case(1)
     case.rows, case.targets, case.weights = case.rows[:0], case.targets[:0], case.weights[:0]
@@ -434,6 +456,21 @@ def test_the_kernel_is_built_once_and_kept(empty_cache):
     assert kernel.library() is not None
     assert built.stat().st_mtime_ns == stamp
     assert list(empty_cache.rglob("*.so")) == [built]
+
+
+def test_float32_takes_the_kernel_only_on_matrix_units_and_where_exponentials_cannot_wait(monkeypatch):
+    if kernel.why_not():
+        pytest.skip(kernel.why_not())
+    taken = []
+    real = fused.sweep
+    monkeypatch.setattr(fused, "sweep", lambda *a, **k: taken.append(True) or real(*a, **k))
+    hidden, weight = torch.randn(40, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
+    for units, rows, expected in (({"amx_bf16": True}, 40, 1), ({"amx_bf16": True}, 8, 0), ({}, 40, 0)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units, raising=False)
+        index = torch.arange(rows)
+        selective_cross_entropy(hidden, weight, index, index, torch.ones(rows), memory=1)
+        assert len(taken) == expected
+        taken.clear()
 
 
 def test_the_switch_turns_the_kernel_off(monkeypatch):

@@ -34,7 +34,7 @@ class _Round:
         self.edges, self.a, self.b, self.into = edges, a, b, into
         hidden = edges.hidden.to(edges.head.weight.dtype).contiguous()
         self.columns = kernel.Columns(hidden, edges.rows[a:b], padded(b - a))
-        self.shift, self.factor = torch.zeros(2, padded(b - a))
+        self.shift, self.factor = kernel.zeros(2, padded(b - a))
         self.shift[: b - a] = edges.shift[a:b]
         self.held: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -56,8 +56,8 @@ class _Round:
 
     def _tiles(self, a: int, b: int) -> kernel.Tiles:
         edges = self.edges
-        nothing = torch.zeros(b - a)
-        targets = Marks(edges.target[edges.first[a:b]], torch.arange(b - a), nothing)
+        column = torch.arange(b - a, device="cpu")
+        targets = Marks(edges.target[edges.first[a:b]], column, kernel.zeros(b - a))
         return kernel.Tiles(edges.head, a - self.a, padded(b - a), self.shift[a - self.a :], targets)
 
     def _first(self, a: int, b: int, ranks: bool) -> Tensor | None:

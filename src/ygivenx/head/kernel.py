@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +54,15 @@ def usable(head: Head) -> bool:
 
 def fast_float32() -> bool:
     """Whether six bfloat16 products take no longer than a float32 one: so it is on matrix units."""
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    capabilities: Mapping[str, Any] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older releases of torch can't tell
+    return bool(capabilities.get("amx_bf16"))
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for the kernel, whatever torch's default dtype and device are."""
+    return torch.zeros(*shape, dtype=dtype, device="cpu")
 
 
 def library() -> ctypes.CDLL | None:
@@ -79,7 +89,7 @@ class Tiles:
 
     def __init__(self, head: Head, start: int, columns: int, shift: Tensor, targets: Marks) -> None:
         self.weight, self.start, self.columns = head.weight, start, columns
-        self.arguments = (columns, shift, None if head.bias is None else head.bias.float(), head.scale,
+        self.arguments = (columns, shift, None if head.bias is None else head.bias.float(), float(head.scale),
                           targets.token, targets.column, len(targets.token))  # fmt: skip
 
 
@@ -93,10 +103,11 @@ class Columns:
 
     def _pack(self, factor: Tensor | None) -> Tensor:
         """For logits, or times `factor` for dW."""
-        packed = torch.empty(self.columns, self.size * _planes(self.hidden.dtype), dtype=torch.bfloat16)
+        shape = self.columns, self.size * _planes(self.hidden.dtype)
+        packed = self.hidden.new_empty(shape, dtype=torch.bfloat16)
         places = (packed, None) if factor is None else (None, packed)
-        shape = len(self.rows), self.columns, self.size
-        _call(f"ygx_pack_{self.name}", self.hidden, self.rows, *shape, factor, *places)
+        sizes = len(self.rows), self.columns, self.size
+        _call(f"ygx_pack_{self.name}", self.hidden, self.rows, *sizes, factor, *places)
         return packed
 
     def first(self, tiles: Tiles, *, product: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -107,15 +118,15 @@ class Columns:
         threads, n = torch.get_num_threads(), tiles.columns
         groups = max(1, min(threads, n // (4 * WIDTH)))
         parts = threads // groups
-        sums, above = torch.zeros(parts, n, dtype=torch.float64), torch.zeros(parts, n, dtype=torch.int64)
-        total = torch.zeros(parts, n * self.size) if product else None
+        sums, above = zeros(parts, n, dtype=torch.float64), zeros(parts, n, dtype=torch.int64)
+        total = zeros(parts, n * self.size) if product else None
         self._call("first", tiles, groups, parts, sums, above, total)
         return sums.sum(0), above.sum(0), None if total is None else self._by_column(total, n)
 
     def _by_column(self, total: Tensor, columns: int) -> Tensor:
         """[parts, columns / WIDTH, H, WIDTH] to [columns, H]."""
         flat, whole = total.sum(0) if len(total) > 1 else total[0], columns // WIDTH * WIDTH
-        out = torch.empty(columns, self.size)
+        out = zeros(columns, self.size)
         out[:whole].view(-1, WIDTH, self.size).copy_(flat[: whole * self.size].view(-1, self.size, WIDTH).mT)
         out[whole:] = flat[whole * self.size :].view(self.size, columns - whole).T
         return out

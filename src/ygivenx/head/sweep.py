@@ -15,9 +15,10 @@ terms. The factor k goes to the other side of the products, so exponentials meet
     first sweep    e, S and Σ e[v]·W[v], while the tile of W is in the cache
     second sweep   dW[v] = Σ e[v, column]·(k·h)[column], each tile written once
 
-In between the exponentials wait in the memory of dW itself: tile i in the place of tile i - 1, and the second
-sweep goes backwards. That holds as many columns as H. What is beyond is computed again (bfloat16, where adding to
-a rounded dW would lose digits, and large vocabularies) or waits in working memory and adds to dW (float32).
+Where the compiled kernel runs, `fused.py` computes e twice and keeps none. Here, in plain torch, the exponentials wait
+in the memory of dW itself: tile i in the place of tile i - 1, and the second sweep goes backwards. That holds as many
+columns as H. What is beyond is computed again (bfloat16, where adding to a rounded dW would lose digits, and large
+vocabularies) or waits in working memory and adds to dW (float32).
 """
 
 from __future__ import annotations
