@@ -14,7 +14,7 @@ from .edges import Edges, even, padded
 from .gradients import Gradients
 from .tiles import HUGE, Marks
 
-BLOCK = 6 << 20  # bytes of Σ e[v]·W[v], float32, of one first sweep
+BLOCK = 8 << 20  # bytes of Σ e[v]·W[v], float32, of one first sweep
 WIDTH = kernel.WIDTH
 
 
