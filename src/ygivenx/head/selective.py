@@ -101,7 +101,7 @@ def explain() -> dict[str, str]:
     """Which route runs on this machine by device and dtype, and why; builds the compiled kernel if it can."""
     reason = kernel.why_not()
     missing = f"torch, as the compiled kernel is missing: {reason}"
-    waiting = "torch while exponentials fit into the head's gradient, else the compiled kernel"
+    waiting = "torch while half of the exponentials fit into the head's gradient, else the compiled kernel"
     return {
         "cpu float32": missing
         if reason
