@@ -1,6 +1,7 @@
-"""How exact the head's gradients are in bfloat16, against float64 on the same inputs, by confidence of the rows.
+"""How exact the head's gradients are, against float64 on the same inputs, by confidence of the rows.
 
     python benchmarks/head_accuracy.py --out benchmarks/results/head_accuracy.json
+    python benchmarks/head_accuracy.py --dtype float32 --shape 1300,576,20000 --out ..._float32.json  # rows > 2 H
 
 Rows predict their targets with all degrees of certainty, as late in fine-tuning. Per contestant: relative error of the
 loss and of dH per row (median and maximum) over the confident rows (p > 0.99) and over the others, and of dW.
@@ -18,14 +19,14 @@ from head import LOSSES, Cell
 from ygivenx.head import reference
 
 
-def confident_cell(rows: int, size: int, vocabulary: int) -> Cell:
-    """A bfloat16 cell whose hidden states point at their targets' embeddings, some more than others."""
-    cell = Cell(rows, size, vocabulary, 100, "bfloat16")
+def confident_cell(rows: int, size: int, vocabulary: int, dtype: str) -> Cell:
+    """A cell whose hidden states point at their targets' embeddings, some more than others."""
+    cell = Cell(rows, size, vocabulary, 100, dtype)
     with torch.no_grad():
         weight = cell.weight * 5  # logits of a trained head spread over tens
         pull = torch.linspace(0.6, 1.6, rows)[:, None]
         hidden = weight[cell.targets].float() * pull + torch.randn(rows, size) * 0.3
-        cell.weight, cell.hidden = weight.requires_grad_(), hidden.bfloat16().requires_grad_()
+        cell.weight, cell.hidden = weight.requires_grad_(), hidden.to(cell.hidden.dtype).requires_grad_()
     return cell
 
 
@@ -49,19 +50,25 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shape", default="192,576,49152", metavar="ROWS,H,V")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument(
         "--contestants", default="ours,ours without kernel,select,transformers,TRL,cut-cross-entropy"
     )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    cell = confident_cell(*map(int, args.shape.split(",")))
+    cell = confident_cell(*map(int, args.shape.split(",")), args.dtype)
     weights = torch.full((cell.trained,), 1 / cell.trained)
     leaves = [t.detach().double().requires_grad_() for t in (cell.hidden, cell.weight)]
     log_p, loss = reference.selective_cross_entropy(*leaves, cell.rows, cell.targets, weights)
     truth = (loss.detach(), *torch.autograd.grad(loss, leaves))
     # Beyond p = 1 - 1e-12 there is no gradient to speak of.
     sure = (log_p > -0.01) & (log_p < -1e-12)
-    told: dict[str, object] = {"shape": args.shape, "confident": int(sure.sum()), "rows": cell.trained}
+    told: dict[str, object] = {
+        "shape": args.shape,
+        "dtype": args.dtype,
+        "confident": int(sure.sum()),
+        "rows": cell.trained,
+    }
     for name in args.contestants.split(","):
         told[name] = errors(cell, name, truth, sure)
     print(json.dumps(told, indent=1))

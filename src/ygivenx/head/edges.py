@@ -78,8 +78,11 @@ class Edges:
         out[self.order] = values
         return out
 
-    def settle(self, a: int, b: int) -> None:
-        """log Z and log p of columns [a, b), once their sums are known."""
+    def settle(self, a: int, b: int, shift: Tensor, sums: Tensor, above: Tensor | None) -> None:
+        """Columns [a, b) and what a sweep found of them, at least [b - a] each: log Z and log p follow."""
+        self.shift[a:b], self.sums[a:b] = shift[: b - a], sums[: b - a]
+        if above is not None:
+            self.above[a:b] = above[: b - a]
         mine = slice(self.starts[a], self.starts[b])
         shift, column = self.shift[a:b], self.column[mine] - a
         # log1p(S), as e[target] is exp(0) unless the shift is the maximum

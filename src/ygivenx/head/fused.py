@@ -69,9 +69,5 @@ class _Round:
             self.shift[far + a - self.a] = edges.highest(far + a).float()
             # Ranks were counted at the target.
             sums, _, total = self.columns.first(self._tiles(a, b), product=product)
-        edges.shift[a:b] = self.shift[a - self.a : b - self.a]
-        edges.sums[a:b] = sums[: b - a]
-        if ranks:
-            edges.above[a:b] = above[: b - a]
-        edges.settle(a, b)
+        edges.settle(a, b, self.shift[a - self.a :], sums, above if ranks else None)
         return total

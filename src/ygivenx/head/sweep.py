@@ -85,7 +85,8 @@ def _sweep(
     if into.weight is not None and not len(rows):
         into.weight.zero_()
     rounds = _rounds(len(edges.rows), head.weight, memory if wants[1] else 0)
-    if kernel.usable(head) and (head.weight.dtype == torch.bfloat16 or not _mostly_wait(rounds)):
+    # What comes first decides whether the kernel is built at all.
+    if (head.weight.dtype == torch.bfloat16 or not _mostly_wait(rounds)) and kernel.usable(head):
         fused.sweep(edges, into, memory, ranks=ranks)
     else:
         scratch = Scratch(hidden.device)

@@ -112,12 +112,7 @@ class Block:
             self.shift[far] = self.edges.highest(far + self.a).to(self.shift.dtype)
             # Ranks were counted at the target.
             sums, _, total = self._first_sweep(tiles, product, ranks=False)
-        edges, n = self.edges, self.b - self.a
-        edges.shift[self.a : self.b] = self.shift[:n]
-        edges.sums[self.a : self.b] = sums[:n]
-        if above is not None:
-            edges.above[self.a : self.b] = above[:n]
-        edges.settle(self.a, self.b)
+        self.edges.settle(self.a, self.b, self.shift, sums, above)
         return total
 
     def _first_sweep(
