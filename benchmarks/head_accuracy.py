@@ -1,7 +1,7 @@
 """How exact the head's gradients are, against float64 on the same inputs, by confidence of the rows.
 
     python benchmarks/head_accuracy.py --out benchmarks/results/head_accuracy.json
-    python benchmarks/head_accuracy.py --dtype float32 --shape 1300,576,20000 --out ..._float32.json  # rows > 2 H
+    python benchmarks/head_accuracy.py --dtype float32 --shape 1000,384,80000 --out ..._float32.json  # on the kernel
 
 Rows predict their targets with all degrees of certainty, as late in fine-tuning. Per contestant: relative error of the
 loss and of dH per row (median and maximum) over the confident rows (p > 0.99) and over the others, and of dW.
