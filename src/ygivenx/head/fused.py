@@ -12,7 +12,7 @@ from torch import Tensor
 from . import kernel
 from .edges import Edges, even, padded
 from .gradients import Gradients
-from .tiles import HUGE, Marks
+from .tiles import HUGE, Marks, Scratch
 
 BLOCK = 8 << 20  # bytes of Σ e[v]·W[v], float32, of one first sweep
 WIDTH = kernel.WIDTH
@@ -22,18 +22,19 @@ def sweep(edges: Edges, into: Gradients, memory: int, *, ranks: bool) -> None:
     """Statistics into `edges`, gradients into `into`, in rounds of columns of which x and y fit into `memory`."""
     weight = edges.head.weight
     block = max(1, BLOCK // (4 * weight.shape[1] * WIDTH)) * WIDTH
+    scratch = Scratch(weight.device)
     fits = memory // 2 // (2 * kernel.bytes_of_column(weight)) // WIDTH * WIDTH
     for a, b in even(0, len(edges.rows), max(fits, block) if into.second_sweep else block, WIDTH):
-        _Round(edges, a, b, into).sweep(block, ranks=ranks)
+        _Round(edges, a, b, into, scratch).sweep(block, ranks=ranks)
 
 
 class _Round:
     """Columns [a, b) of the edges, whose share of dW is made together."""
 
-    def __init__(self, edges: Edges, a: int, b: int, into: Gradients) -> None:
+    def __init__(self, edges: Edges, a: int, b: int, into: Gradients, scratch: Scratch) -> None:
         self.edges, self.a, self.b, self.into = edges, a, b, into
         hidden = edges.hidden.to(edges.head.weight.dtype).contiguous()
-        self.columns = kernel.Columns(hidden, edges.rows[a:b], padded(b - a))
+        self.columns = kernel.Columns(hidden, edges.rows[a:b], padded(b - a), scratch)
         self.shift, self.factor = kernel.zeros(2, padded(b - a))
         self.shift[: b - a] = edges.shift[a:b]
         self.held: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -208,7 +208,7 @@ template <typename T> struct Tiles {
         exponentiate(e, n, width, shift + c0, bias ? bias + v0 : nullptr, scale, sum, above);
     }
 
-    // Tokens [begin, end) and columns [from, to): sums, above [columns]; total [columns / WIDTH, size, WIDTH] or null.
+    // Tokens [begin, end) and columns [from, to): sums, above [columns]; total [columns, size] or null.
     void first(int64_t begin, int64_t end, int64_t from, int64_t to, double *sums, int64_t *above, float *total) const {
         constexpr int P = PLANES<T>;
         const Room<bf16> room(P > 1 ? P * FIRST<P> * size : 0), turned(total ? P * FIRST<P> * size : 0);
@@ -231,7 +231,16 @@ template <typename T> struct Tiles {
             }
         }
         for (int64_t c = from; c < to; c++) above[c] += static_cast<int64_t>(higher[c]);
+        for (int64_t c0 = from; total && c0 < to; c0 += WIDTH) by_column(total + c0 * size, min(WIDTH, to - c0));
         at::native::cpublas::brgemm_release(true);
+    }
+
+    // A piece of total, [size, width] as the products add to it, to [width, size], in place.
+    void by_column(float *piece, int64_t width) const {
+        const Room<float> copy(size * width);
+        std::copy(piece, piece + size * width, copy.data());
+        for (int64_t c = 0; c < width; c++)
+            for (int64_t k = 0; k < size; k++) piece[c * size + k] = copy[k * width + c];
     }
 
     // dW of the tokens from v0 on, and of the bias where it is wanted. y: a right factor per DEEP columns and strip.
@@ -343,7 +352,7 @@ void pack(const T *hidden, const int64_t *rows, int64_t count, int64_t columns, 
 extern "C" bool ygx_usable() { return at::native::cpublas::could_pack(static_cast<c10::ScalarType>(15)); }
 
 // weight [tokens, size]; shift [columns]; bias [tokens] or null; sums, above [parts, columns];
-// total [parts, columns / WIDTH, size, WIDTH] or null; d_weight [tokens, size]; d_bias [tokens] or null.
+// total [parts, columns, size] or null; d_weight [tokens, size]; d_bias [tokens] or null.
 // columns, size: even. groups * parts: threads, each with its share of the columns and of the tokens.
 #define EXPORT(NAME, T)                                                                                              \
     extern "C" void ygx_pack_##NAME(const T *hidden, const int64_t *rows, int64_t count, int64_t columns,            \

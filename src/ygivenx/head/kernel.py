@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .edges import Head
 from .gradients import Gradients
-from .tiles import Marks
+from .tiles import Marks, Scratch
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
 SWITCH = "YGIVENX_KERNEL"  # set to 0 to do without
@@ -96,22 +96,22 @@ class Tiles:
 class Columns:
     """Rows of hidden states, padded with zeros to `columns`, as the matrix kernels read them."""
 
-    def __init__(self, hidden: Tensor, rows: Tensor, columns: int) -> None:
-        self.hidden, self.rows, self.columns = hidden, rows, columns
+    def __init__(self, hidden: Tensor, rows: Tensor, columns: int, scratch: Scratch) -> None:
+        self.hidden, self.rows, self.columns, self.scratch = hidden, rows, columns, scratch
         self.name, self.size = NAMES[hidden.dtype], hidden.shape[1]
-        self.x = self._pack(None)
+        self.x = self._pack("x", None)
 
-    def _pack(self, factor: Tensor | None) -> Tensor:
+    def _pack(self, name: str, factor: Tensor | None) -> Tensor:
         """For logits, or times `factor` for dW."""
-        shape = self.columns, self.size * _planes(self.hidden.dtype)
-        packed = self.hidden.new_empty(shape, dtype=torch.bfloat16)
+        width = self.size * _planes(self.hidden.dtype)
+        packed = self.scratch.view(name, self.columns, width, torch.bfloat16)
         places = (packed, None) if factor is None else (None, packed)
         sizes = len(self.rows), self.columns, self.size
         _call(f"ygx_pack_{self.name}", self.hidden, self.rows, *sizes, factor, *places)
         return packed
 
     def first(self, tiles: Tiles, *, product: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """S float64 [columns]; ranks int64 [columns]; Σ e[v]·W[v] float32 [columns, H] if asked for.
+        """S float64 [columns]; ranks int64 [columns]; Σ e[v]·W[v] float32 [columns, H] if asked for, until the next call.
 
         Threads share out the columns, in groups of some width, and then the vocabulary.
         """
@@ -119,22 +119,18 @@ class Columns:
         groups = max(1, min(threads, n // (4 * WIDTH)))
         parts = threads // groups
         sums, above = zeros(parts, n, dtype=torch.float64), zeros(parts, n, dtype=torch.int64)
-        total = zeros(parts, n * self.size) if product else None
+        total = None
+        if product:
+            total = self.scratch.view("total", parts, n * self.size, torch.float32).zero_()
         self._call("first", tiles, groups, parts, sums, above, total)
-        return sums.sum(0), above.sum(0), None if total is None else self._by_column(total, n)
-
-    def _by_column(self, total: Tensor, columns: int) -> Tensor:
-        """[parts, columns / WIDTH, H, WIDTH] to [columns, H]."""
-        flat, whole = total.sum(0) if len(total) > 1 else total[0], columns // WIDTH * WIDTH
-        out = zeros(columns, self.size)
-        out[:whole].view(-1, WIDTH, self.size).copy_(flat[: whole * self.size].view(-1, self.size, WIDTH).mT)
-        out[whole:] = flat[whole * self.size :].view(self.size, columns - whole).T
-        return out
+        if total is not None:
+            total = (total.sum(0) if parts > 1 else total).view(n, self.size)
+        return sums.sum(0), above.sum(0), total
 
     def second(self, tiles: Tiles, factor: Tensor, held: Marks, into: Gradients, *, add: bool) -> None:
         """dW and the bias's gradient, written or, with `add`, added to."""
         weight = torch.empty_like(tiles.weight) if into.weight is None else into.weight
-        self._call("second", tiles, self._pack(factor), factor, held.token, held.column, held.value.float(),
+        self._call("second", tiles, self._pack("y", factor), factor, held.token, held.column, held.value.float(),
                    len(held.token), weight, into.bias, int(add))  # fmt: skip
 
     def _call(self, sweep: str, tiles: Tiles, *more: Tensor | int | None) -> None:

@@ -35,6 +35,7 @@ from .tiles import Block, Marks, Scratch, shaped
 
 MEMORY = 64 << 20  # bytes beyond the gradients that a call may hold on to
 BLOCK = 1024  # columns of one first sweep
+WIDEST = 8 << 20  # bytes of Σ e[v]·W[v] of one first sweep
 TILE = 2 << 20  # elements of one tile
 THIN = 128  # columns up to which float32 tiles lie column by column, unpadded: few columns multiply faster so
 WORTHWHILE = 160  # columns from which adding to dW is cheaper than computing the logits again
@@ -111,7 +112,8 @@ class _Round:
         self.thin = b - a <= THIN and self.weight.dtype != torch.bfloat16
         self.kept = min(room, self._wide(b - a))
         middle = min(a + self.kept, b)
-        self.spans = [*even(a, middle, BLOCK), *even(middle, b, BLOCK)]
+        block = min(BLOCK, max(1, WIDEST // (edges.wide.itemsize * self.weight.shape[1]) // PAD) * PAD)
+        self.spans = [*even(a, middle, block), *even(middle, b, block)]
         widths = [self._wide(d - c) for c, d in self.spans]
         self.width = sum(widths)
         self.step = _height(max(self.kept, *widths), 512)
@@ -133,7 +135,7 @@ class _Round:
             own = self.scratch.view("waiting", len(self.weight), self.kept, self.weight.dtype, thin=self.thin)
             return [own[start : start + n] for start, n in zip(self.starts, heights, strict=True)]
         assert self.into.weight is not None
-        spare = self.scratch.view("spare", heights[0], self.kept, self.weight.dtype)
+        spare = self.scratch.view("waiting", heights[0], self.kept, self.weight.dtype)
         places = [spare, *(self.into.weight[start : start + self.step] for start in self.starts[:-1])]
         return [shaped(p.view(-1), n, self.kept, self.thin) for p, n in zip(places, heights, strict=True)]
 
@@ -141,17 +143,23 @@ class _Round:
         """Both sweeps; the second one only for dW and the bias."""
         at = 0
         for a, b in self.spans:
-            block = Block(self.edges, a, b, self._wide(b - a), self.scratch)
-            kept = at + block.width <= self.kept
+            kept = at + self._wide(b - a) <= self.kept
+            block = Block(self.edges, a, b, self._rows(at, self._wide(b - a), kept), self.scratch)
             tiles = [(start, self._place(i, at, block.width, kept)) for i, start in enumerate(self.starts)]
             total = block.first_sweep(tiles, product=self.into.hidden is not None, ranks=ranks)
             if self.edges.weight is not None:
                 self._settle(block, at, total)
-            if not kept:
+            if not kept and self.into.second_sweep:
                 self.again.append((at, block))
             at += block.width
         if self.into.second_sweep:
             self._second_sweep()
+
+    def _rows(self, at: int, width: int, kept: bool) -> Tensor:
+        """Where x of a block goes. What waits needs it no longer once it is scaled: it becomes that in its place."""
+        if kept and self.scaled_x is not None:
+            return self.scaled_x[at : at + width]
+        return self.weight.new_empty(width, self.weight.shape[1])
 
     def _place(self, i: int, at: int, width: int, kept: bool) -> Tensor:
         if kept:
@@ -166,7 +174,8 @@ class _Round:
         self.factor[at : at + b - a] = factor
         self.marks.append((marks[0], marks[1] + at, marks[2]))
         if self.scaled_x is not None:
-            self.scaled_x[at : at + block.width] = block.x * self.factor[at : at + block.width, None]
+            scaled = self.scaled_x[at : at + block.width]
+            torch.mul(block.x, self.factor[at : at + block.width, None], out=scaled)
         self.into.settle(self.edges, a, b, factor, g, total)
 
     def _second_sweep(self) -> None:
@@ -191,7 +200,7 @@ class _Round:
         if not self.again:
             assert kept is not None
             return kept
-        tile = self.scratch.view("complete", height, self.width, self.weight.dtype)
+        tile = self.scratch.view("tile", height, self.width, self.weight.dtype)
         if kept is not None:
             tile[:, : self.kept] = kept
         for at, block in self.again:
@@ -201,16 +210,24 @@ class _Round:
 
 def _mostly_wait(rounds: list[tuple[int, int, int]]) -> bool:
     """Whether few exponentials are computed twice: in float32 three products and a part cost less than the kernel."""
-    return all(b - a <= 2 * room for a, b, room in rounds)
+    return sum(b - a for a, b, _ in rounds) <= 2 * sum(room for *_, room in rounds)
 
 
 def _rounds(columns: int, weight: Tensor, memory: int) -> list[tuple[int, int, int]]:
-    """[a, b) and how many of its columns can wait: at first in dW, then in most of `memory`."""
-    room = weight.shape[1] // PAD * PAD if memory else 0
-    later = memory * 11 // 16 // (len(weight) * weight.element_size()) // PAD * PAD
-    if columns <= room or weight.dtype == torch.bfloat16 or later < WORTHWHILE or not room:
-        return [(0, columns, room)] if columns else []
-    return [(0, room, room), *((a, b, later) for a, b in even(room, columns, later))]
+    """[a, b) and how many of its columns can wait: at first in dW, later in most of `memory` or not at all.
+
+    What doesn't wait keeps x beside factor·x: a round takes as many columns as fill about a third of `memory` so.
+    """
+    if not columns or not memory:
+        return [(0, columns, 0)] if columns else []
+    tokens, row = len(weight) * weight.element_size(), weight.shape[1] * weight.element_size()
+    room = weight.shape[1] // PAD * PAD
+    fits = max(PAD, memory * 3 // 8 // (2 * row) // PAD * PAD)
+    later = memory * 11 // 16 // (tokens + 3 * row) // PAD * PAD
+    wait = room and weight.dtype != torch.bfloat16 and later >= WORTHWHILE
+    first = min(columns, room if wait else max(room, fits))
+    rest = even(first, columns, later if wait else fits)
+    return [(0, first, room), *((a, b, later if wait else 0) for a, b in rest)]
 
 
 def _height(width: int, least: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import pages
-from .edges import Edges
+from .edges import Edges, parts
 
 HUGE = 1e20
 
@@ -51,14 +51,14 @@ class Marks:
 
 
 class Block:
-    """Columns [a, b) of the edges, as many as one first sweep takes, in tiles of `width` columns."""
+    """Columns [a, b) of the edges, as many as one first sweep takes; their hidden states go to x [width, H]."""
 
-    def __init__(self, edges: Edges, a: int, b: int, width: int, scratch: Scratch) -> None:
+    def __init__(self, edges: Edges, a: int, b: int, x: Tensor, scratch: Scratch) -> None:
         self.edges, self.head, self.a, self.b, self.scratch = edges, edges.head, a, b, scratch
-        self.width = width
-        weight, device = self.head.weight, edges.hidden.device
-        self.x = torch.zeros(self.width, weight.shape[1], dtype=weight.dtype, device=device)
-        self.x[: b - a] = edges.hidden[edges.rows[a:b]]
+        self.x, self.width, device = x, len(x), x.device
+        for part in parts(b - a):
+            x[: b - a][part] = edges.hidden[edges.rows[a:b][part]]
+        x[b - a :] = 0
         self.shift = torch.zeros(self.width, dtype=edges.wide, device=device)
         self.shift[: b - a] = edges.shift[a:b]
         nowhere = torch.full((b - a,), -torch.inf, dtype=edges.wide, device=device)

@@ -13,7 +13,9 @@ from torch import nn
 from ..forest import Forest
 from ..head.selective import Ranked, log_probs
 from ..models.model import head_of
-from ..models.streaming import CHUNK, stream_hidden
+from ..models.streaming import stream_hidden
+
+CHUNK = 4096  # nodes; without gradients little is held per node, and few chunks read their paths seldom
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
