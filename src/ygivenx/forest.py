@@ -164,8 +164,32 @@ def _common_prefixes(rows: list[Ints]) -> Ints:
     return np.minimum.reduceat(np.where(differs, position, np.repeat(length, length)), start)
 
 
+def _deepest_first(sequences: list[Sequence], order: list[int], shared: Ints) -> tuple[list[int], Ints]:
+    """Sorted sequences so that of branches which part at one place the one with the longest sequence comes first.
+
+    The longest path from any node then stands side by side, and so does most of what leads to other branches:
+    attention reads it without a copy.
+    """
+    length = np.array([len(sequences[i]) for i in order], np.int64)
+    places, common = list[int](), list[int]()
+    todo = [(0, len(order), 0)] if order else []
+    while todo:
+        start, stop, before = todo.pop()
+        if stop - start == 1:
+            places.append(start)
+            common.append(before)
+            continue
+        inner = shared[start + 1 : stop]
+        branch = int(inner.min())
+        cuts = (start + 1 + np.flatnonzero(inner == branch)).tolist()
+        parts = sorted(pairwise([start, *cuts, stop]), key=lambda part: -int(length[slice(*part)].max()))
+        # The last one in is taken out first.
+        todo += [(*part, branch) for part in reversed(parts[1:])] + [(*parts[0], before)]
+    return [order[p] for p in places], np.array(common, np.int64)
+
+
 def _grow(sequences: list[Sequence]) -> Forest:
-    order, shared = _sorted(sequences)
+    order, shared = _deepest_first(sequences, *_sorted(sequences))
     fresh = [s.ids[k:] for s, k in zip((sequences[i] for i in order), shared, strict=True)]
     count = sum(map(len, fresh))
     parent, depth = np.arange(-1, count - 1), np.empty(count, np.int64)
@@ -174,7 +198,7 @@ def _grow(sequences: list[Sequence]) -> Forest:
     path, n = np.zeros(0, np.int64), 0
     for i, k in zip(order, shared.tolist(), strict=True):
         stop = n + len(sequences[i]) - k
-        end[path[k:]] = n  # in sorted order nothing comes back to what this sequence leaves
+        end[path[k:]] = n  # in this order nothing comes back to what this sequence leaves
         if stop > n:
             parent[n] = path[k - 1] if k else -1
             depth[n:stop] = np.arange(k, k + stop - n)

@@ -14,23 +14,33 @@ _KEPT = "differs from the rendered row in {}, and is kept"
 
 def joined(row: Row, i: int, repairs: frozenset[str], closed: End) -> Turn | None:
     """P with the reply put after it by hand, where a repair allows it; `closed` is what ends the reply in F."""
-    shown, text = row.prompt(i), row.closed(i + 1)
-    opened, (end, token, ending) = OPENED.search(shown), closed
-    whole, prompt = row.traced(i + 1), row.traced_prompt(i)
-    written: str = whole.text if whole else text
-    if opened and (said := _thought(row, i, text.startswith(shown[: opened.start()]), repairs)):
-        what, parts = said
-    elif "whitespace" in repairs and (begin := _beyond(shown, text)) is not None:
-        what, parts = f"its prompt {_KEPT.format('white space alone')}", [written[begin:end].lstrip()]
-    elif "history" in repairs and (begin := _after_last(row, prompt, whole, i)) is not None:
-        where = "what stands before the last message"
-        what, parts = f"its prompt {_KEPT.format(where)}", [written[begin:end]]
-    else:
+    shown, (_, token, ending) = row.prompt(i), closed
+    said = _reply(row, i, repairs, closed[0])
+    if said is None:
         return None
+    what, parts = said
+    prompt = row.traced_prompt(i)
     traced = prompt and Traced(join([prompt.text, *parts, token]), prompt.sources)
     stop = len(shown) + sum(map(len, parts))
     notes = (f"messages[{i}]: {what}; the ids differ from the template's", *([ending] if ending else []))
     return Turn(i, "".join([shown, *parts, token]), len(shown), stop, stop + len(token), traced, notes)
+
+
+def _reply(row: Row, i: int, repairs: frozenset[str], end: int) -> tuple[str, list[str]] | None:
+    """What is done, and the reply that goes after P; in F it ends at `end`."""
+    shown, text = row.prompt(i), row.closed(i + 1)
+    opened = OPENED.search(shown)
+    if opened and (said := _thought(row, i, text.startswith(shown[: opened.start()]), repairs)):
+        return said
+    if "whitespace" in repairs and (begin := _beyond(shown, text)) is not None:
+        whole = row.traced(i + 1)
+        written: str = whole.text if whole else text
+        return f"its prompt {_KEPT.format('white space alone')}", [written[begin:end].lstrip()]
+    whole = row.traced(i + 1) if "history" in repairs else None
+    if whole and (begin := _after_last(row, whole, i)) is not None:
+        where = "what stands before the last message"
+        return f"its prompt {_KEPT.format(where)}", [whole.text[begin:end]]
+    return None
 
 
 def _beyond(shown: str, text: str) -> int | None:
@@ -46,13 +56,14 @@ def _beyond(shown: str, text: str) -> int | None:
     return None
 
 
-def _after_last(row: Row, prompt: Traced | None, whole: Traced | None, i: int) -> int | None:
+def _after_last(row: Row, whole: Traced, i: int) -> int | None:
     """Where in F the reply begins, if from the first character of the last message before it F goes on as P does.
 
     Such a template writes what is further back otherwise once the reply stands there: a system prompt, for one, only
     with the user's message that comes last.
     """
-    if prompt is None or whole is None or i - 1 in row.replies():  # between two replies nothing asks for one
+    prompt = row.traced_prompt(i)
+    if prompt is None or i - 1 in row.replies():  # between two replies nothing asks for one
         return None
     here, there = runs_of_message(prompt, i - 1), runs_of_message(whole, i - 1)
     if not here or not there:

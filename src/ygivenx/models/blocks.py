@@ -116,9 +116,12 @@ def _parts(values: Tensor, runs: Runs) -> tuple[Tensor, ...]:
     return values.split([run.stop - run.start for run in runs], 2)
 
 
-def _add(total: Tensor, runs: Runs, part: Tensor) -> None:
-    for run, piece in zip(runs, _parts(part, runs), strict=True):
-        total[:, :, run] += piece
+def _add(total: Tensor, runs: Runs, parts: Tensor) -> None:
+    """Adds each part [1, heads, F, D] of a batch: a sum over the batch first would take three times as long."""
+    for run, pieces in zip(runs, _parts(parts, runs), strict=True):
+        place = total[:, :, run]
+        for piece in pieces.split(1):
+            place += piece
 
 
 class _Fold(NamedTuple):
@@ -200,8 +203,8 @@ class Blocks(torch.autograd.Function):
             dq, dk, dv = _flash_backward(
                 g, q, k, v, o, total, 0.0, t.causal, attn_mask=_like(t.mask, q), scale=ctx.scale
             )
-            _add(d_key, t.keys, _sum(dk))
-            _add(d_value, t.keys, _sum(dv))
+            _add(d_key, t.keys, dk)
+            _add(d_value, t.keys, dv)
             return fold.back(dq)
 
         for t in ctx.tiles.near:  # each query once
@@ -210,10 +213,6 @@ class Blocks(torch.autograd.Function):
         for t in ctx.tiles.far:
             _add(d_query, t.rows, share(t))
         return d_query, d_key, d_value, None, None
-
-
-def _sum(parts: Tensor) -> Tensor:
-    return parts.sum(0, keepdim=True) if len(parts) > 1 else parts
 
 
 def _like(mask: Tensor | None, query: Tensor) -> Tensor | None:
