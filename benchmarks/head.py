@@ -154,7 +154,8 @@ def measure(spec: str, contestants: list[str], seconds: float, cap: float) -> di
     *numbers, dtype = spec.split(",")
     n, h, v, percent = map(int, numbers)
     cell = Cell(n, h, v, percent, dtype)
-    Cell(64, h, 1024, 100, dtype).backward(ours)  # code that is loaded on first use isn't memory of one contestant
+    # Code that is loaded on first use isn't memory of the contestant that comes first.
+    Cell(64, h, 1024, 100, dtype).backward(ours)
     steps: dict[str, Step] = limits(cell)
     first = {name: timed(step) for name, step in steps.items()}
     guess = first["limit"] * n / cell.trained

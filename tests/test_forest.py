@@ -75,6 +75,16 @@ def test_end_is_the_whole_mask(sequences):
 
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(rows_strategy)
+def test_of_branches_the_deepest_comes_first(sequences):
+    forest = yx.Forest.of(sequences)
+    deepest = [forest.depth[k:stop].max() for k, stop in enumerate(forest.end)]
+    for parent in range(-1, len(forest)):
+        children = [deepest[c] for c in np.flatnonzero(forest.parent == parent)]
+        assert children == sorted(children, reverse=True)
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(rows_strategy)
 def test_edges_lead_from_fed_rows(sequences):
     f = yx.Forest.of(sequences)
     trained, scored = f.edges(), f.edges(scored=True)

@@ -144,21 +144,20 @@ void transpose(const uint32_t *in, int64_t ld_in, uint32_t *out, int64_t ld_out)
     for (int i = 0; i < 16; i++) std::memcpy(out + i * ld_out, &a[i], 64);
 }
 
-// n rows of a left factor [n, P size] turned into one [size, P FIRST]; zeros after the n-th.
-template <int P> void turn(const bf16 *w, int64_t n, int64_t size, bf16 *out, const Room<uint32_t> &pairs) {
-    for (int64_t v0 = 0; v0 < FIRST<P>; v0 += 32)
+// n rows of a left factor [n, P size] as right factors [P FIRST / 2, width, 2], a strip of WIDTH columns after the
+// other; zeros after the n-th.
+template <int P> void strips(const bf16 *w, int64_t n, int64_t size, bf16 *out) {
+    uint32_t *pairs = reinterpret_cast<uint32_t *>(out);
+    for (int64_t v = 0; v < FIRST<P>; v += 2)
         for (int64_t p = 0; p < P; p++) {
-            for (int64_t i = 0; i < 16; i++) {
-                const bf16 *even = w + ((v0 + 2 * i) * P + p) * size, *odd = even + P * size;
-                const uint32_t has_even = v0 + 2 * i < n, has_odd = v0 + 2 * i + 1 < n;
-                for (int64_t k = 0; k < size; k++)
-                    pairs[i * size + k] = (has_even ? even[k] : 0) | (has_odd ? uint32_t{odd[k]} << 16 : 0);
+            const bf16 *even = w + (v * P + p) * size, *odd = even + P * size;
+            const uint32_t has_even = v < n ? 0xffff : 0, has_odd = v + 1 < n ? 0xffff : 0;
+            for (int64_t k0 = 0; k0 < size; k0 += WIDTH) {
+                const int64_t width = min(WIDTH, size - k0);
+                uint32_t *to = pairs + P * FIRST<P> / 2 * k0 + ((P - 1 - p) * FIRST<P> + v) / 2 * width;
+                for (int64_t k = 0; k < width; k++)
+                    to[k] = (has_even ? even[k0 + k] : 0) | (has_odd ? uint32_t{odd[k0 + k]} << 16 : 0);
             }
-            uint32_t *to = reinterpret_cast<uint32_t *>(out + p * FIRST<P> + v0);
-            const int64_t next = P * FIRST<P> / 2, whole = size / 16 * 16;
-            for (int64_t k = 0; k < whole; k += 16) transpose(&pairs[k], size, to + k * next, next);
-            for (int64_t k = whole; k < size; k++)
-                for (int64_t i = 0; i < 16; i++) to[k * next + i] = pairs[i * size + k];
         }
 }
 
@@ -176,18 +175,24 @@ void exponentiate(float *z, int64_t n, int64_t width, const float *shift, const 
     }
 }
 
-// e [n, width] as a right factor [P FIRST / 2, width, 2]; zeros after the n-th row.
-template <int P> void paired(float *e, int64_t n, int64_t width, bf16 *out) {
+// e [n, width] turned into a left factor [width, P FIRST]; zeros after the n-th row.
+template <int P> void turned(float *e, int64_t n, int64_t width, bf16 *out, const Room<uint32_t> &pairs) {
     std::fill(e + n * width, e + FIRST<P> * width, 0.0f);
-    uint32_t *pairs = reinterpret_cast<uint32_t *>(out);
-    for (int64_t v = 0; v < FIRST<P>; v += 2)
+    uint32_t *to = reinterpret_cast<uint32_t *>(out);
+    constexpr int64_t HALF = FIRST<P> / 2;
+    for (int64_t v = 0; v < HALF; v++)
         for (int64_t c = 0; c < width; c++) {
             bf16 even[P], odd[P];
-            split<P>(e[v * width + c], even);
-            split<P>(e[(v + 1) * width + c], odd);
-            for (int p = 0; p < P; p++)
-                pairs[((P - 1 - p) * FIRST<P> + v) / 2 * width + c] = even[p] | uint32_t{odd[p]} << 16;
+            split<P>(e[2 * v * width + c], even);
+            split<P>(e[(2 * v + 1) * width + c], odd);
+            for (int p = 0; p < P; p++) pairs[(p * HALF + v) * width + c] = even[p] | uint32_t{odd[p]} << 16;
         }
+    const int64_t whole = width / 16 * 16;
+    for (int64_t v = 0; v < P * HALF; v += 16) {
+        for (int64_t c = 0; c < whole; c += 16) transpose(&pairs[v * width + c], width, to + c * P * HALF + v, P * HALF);
+        for (int64_t c = whole; c < width; c++)
+            for (int64_t i = 0; i < 16; i++) to[c * P * HALF + v + i] = pairs[(v + i) * width + c];
+    }
 }
 
 // What both sweeps read: the head, and the columns with their marks.
@@ -211,36 +216,29 @@ template <typename T> struct Tiles {
     // Tokens [begin, end) and columns [from, to): sums, above [columns]; total [columns, size] or null.
     void first(int64_t begin, int64_t end, int64_t from, int64_t to, double *sums, int64_t *above, float *total) const {
         constexpr int P = PLANES<T>;
-        const Room<bf16> room(P > 1 ? P * FIRST<P> * size : 0), turned(total ? P * FIRST<P> * size : 0);
+        const Room<bf16> room(P > 1 ? P * FIRST<P> * size : 0), right(total ? P * FIRST<P> * size : 0);
         const Room<bf16> factor(P * FIRST<P> * WIDTH);
-        const Room<uint32_t> pairs(16 * size);
+        const Room<uint32_t> pairs(P * FIRST<P> / 2 * WIDTH);
         const Room<float> e(FIRST<P> * WIDTH);
         std::vector<float> sum(WIDTH), higher(columns);
         for (int64_t v0 = begin; v0 < end; v0 += FIRST<P>) {
             const int64_t n = min(FIRST<P>, end - v0);
             const bf16 *w = left(weight + v0 * size, n, size, room);
-            if (total) turn<P>(w, n, size, turned.data(), pairs);
+            if (total) strips<P>(w, n, size, right.data());
             for (int64_t c0 = from; c0 < to; c0 += WIDTH) {
                 const int64_t width = min(WIDTH, to - c0);
                 std::fill(sum.begin(), sum.end(), 0.0f);
                 exponentials(w, v0, n, c0, width, e.data(), sum.data(), &higher[c0]);
                 for (int64_t c = 0; c < width; c++) sums[c0 + c] += sum[c];
                 if (!total) continue;
-                paired<P>(e.data(), n, width, factor.data());
-                multiply<P>(size, width, FIRST<P>, turned.data(), factor.data(), total + c0 * size, width, true);
+                turned<P>(e.data(), n, width, factor.data(), pairs);
+                for (int64_t k0 = 0; k0 < size; k0 += WIDTH)
+                    multiply<P>(width, min(WIDTH, size - k0), FIRST<P>, factor.data(), &right[P * FIRST<P> * k0],
+                                total + c0 * size + k0, size, true);
             }
         }
         for (int64_t c = from; c < to; c++) above[c] += static_cast<int64_t>(higher[c]);
-        for (int64_t c0 = from; total && c0 < to; c0 += WIDTH) by_column(total + c0 * size, min(WIDTH, to - c0));
         at::native::cpublas::brgemm_release(true);
-    }
-
-    // A piece of total, [size, width] as the products add to it, to [width, size], in place.
-    void by_column(float *piece, int64_t width) const {
-        const Room<float> copy(size * width);
-        std::copy(piece, piece + size * width, copy.data());
-        for (int64_t c = 0; c < width; c++)
-            for (int64_t k = 0; k < size; k++) piece[c * size + k] = copy[k * width + c];
     }
 
     // dW of the tokens from v0 on, and of the bias where it is wanted. y: a right factor per DEEP columns and strip.

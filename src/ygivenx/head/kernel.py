@@ -111,9 +111,9 @@ class Columns:
         return packed
 
     def first(self, tiles: Tiles, *, product: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """S float64 [columns]; ranks int64 [columns]; Σ e[v]·W[v] float32 [columns, H] if asked for, until the next call.
+        """S float64 [columns]; ranks int64 [columns]; Σ e[v]·W[v] float32 [columns, H] if asked for.
 
-        Threads share out the columns, in groups of some width, and then the vocabulary.
+        The next call overwrites that. Threads share out the columns, in groups of some width, and then the vocabulary.
         """
         threads, n = torch.get_num_threads(), tiles.columns
         groups = max(1, min(threads, n // (4 * WIDTH)))

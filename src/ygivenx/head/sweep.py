@@ -17,8 +17,8 @@ terms. The factor k goes to the other side of the products, so exponentials meet
 
 Where the compiled kernel runs, `fused.py` computes e twice and keeps none. Here, in plain torch, the exponentials wait
 in the memory of dW itself: tile i in the place of tile i - 1, and the second sweep goes backwards. That holds as many
-columns as H. What is beyond is computed again (bfloat16, where adding to a rounded dW would lose digits, and large
-vocabularies) or waits in working memory and adds to dW (float32).
+columns as H. What is beyond is computed again (bfloat16, and large vocabularies) or waits in working memory (float32).
+Columns come in rounds whose rows fit into that memory, and each round after the first adds to dW.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def _rounds(columns: int, weight: Tensor, memory: int) -> list[tuple[int, int, i
     tokens, row = len(weight) * weight.element_size(), weight.shape[1] * weight.element_size()
     room = weight.shape[1] // PAD * PAD
     fits = max(PAD, memory * 3 // 8 // (2 * row) // PAD * PAD)
-    later = memory * 11 // 16 // (tokens + 3 * row) // PAD * PAD
+    later = memory * 3 // 4 // (tokens + 3 * row) // PAD * PAD
     wait = room and weight.dtype != torch.bfloat16 and later >= WORTHWHILE
     first = min(columns, room if wait else max(room, fits))
     rest = even(first, columns, later if wait else fits)
