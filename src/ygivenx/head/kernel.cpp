@@ -1,6 +1,6 @@
 // Both sweeps of the head (see `sweep.py`) on the small matrix kernels that torch brings along (AMX or AVX-512):
 //
-//     first    e = exp(scale (W x^T + bias) - shift), 0 at the targets;  sums of e, ranks, and total = W^T e
+//     first    e = exp(scale (W x^T + bias) - shift), 0 at the targets;  sums of e, ranks, and total = e^T W
 //     second   e again, what the targets hold added;  dW = e y with y = factor x
 //
 // No exponential leaves the cache, and all sums are float32 or wider. A float32 number counts as the sum of three
@@ -151,7 +151,7 @@ template <int P> void strips(const bf16 *w, int64_t n, int64_t size, bf16 *out) 
     for (int64_t v = 0; v < FIRST<P>; v += 2)
         for (int64_t p = 0; p < P; p++) {
             const bf16 *even = w + (v * P + p) * size, *odd = even + P * size;
-            const uint32_t has_even = v < n ? 0xffff : 0, has_odd = v + 1 < n ? 0xffff : 0;
+            const bool has_even = v < n, has_odd = v + 1 < n;
             for (int64_t k0 = 0; k0 < size; k0 += WIDTH) {
                 const int64_t width = min(WIDTH, size - k0);
                 uint32_t *to = pairs + P * FIRST<P> / 2 * k0 + ((P - 1 - p) * FIRST<P> + v) / 2 * width;
@@ -187,12 +187,9 @@ template <int P> void turned(float *e, int64_t n, int64_t width, bf16 *out, cons
             split<P>(e[(2 * v + 1) * width + c], odd);
             for (int p = 0; p < P; p++) pairs[(p * HALF + v) * width + c] = even[p] | uint32_t{odd[p]} << 16;
         }
-    const int64_t whole = width / 16 * 16;
-    for (int64_t v = 0; v < P * HALF; v += 16) {
-        for (int64_t c = 0; c < whole; c += 16) transpose(&pairs[v * width + c], width, to + c * P * HALF + v, P * HALF);
-        for (int64_t c = whole; c < width; c++)
-            for (int64_t i = 0; i < 16; i++) to[c * P * HALF + v + i] = pairs[(v + i) * width + c];
-    }
+    for (int64_t v = 0; v < P * HALF; v += 16)
+        for (int64_t c = 0; c < width; c += 16)
+            transpose(&pairs[v * width + c], width, to + c * P * HALF + v, P * HALF);
 }
 
 // What both sweeps read: the head, and the columns with their marks.
@@ -351,7 +348,7 @@ extern "C" bool ygx_usable() { return at::native::cpublas::could_pack(static_cas
 
 // weight [tokens, size]; shift [columns]; bias [tokens] or null; sums, above [parts, columns];
 // total [parts, columns, size] or null; d_weight [tokens, size]; d_bias [tokens] or null.
-// columns, size: even. groups * parts: threads, each with its share of the columns and of the tokens.
+// columns: a multiple of 16; size: even. groups * parts: threads, each with its share of the columns and of the tokens.
 #define EXPORT(NAME, T)                                                                                              \
     extern "C" void ygx_pack_##NAME(const T *hidden, const int64_t *rows, int64_t count, int64_t columns,            \
                                     int64_t size, const float *factor, bf16 *x, bf16 *y) {                           \
