@@ -17,6 +17,7 @@ console = Console(stderr=True)
 def open_model(model: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
     import torch
 
+    from ..head.edges import multiplies
     from ..models.memory import keep_freed_memory
     from ..models.model import load
 
@@ -24,7 +25,10 @@ def open_model(model: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]
         raise ConfigError(f"unknown dtype {dtype!r}", fix="float32, bfloat16 or float16")
     keep_freed_memory()
     with console.status("loading the model"):
-        return load(model, gguf_file=gguf_file, dtype=getattr(torch, dtype))
+        loaded = load(model, gguf_file=gguf_file, dtype=getattr(torch, dtype))
+    if loaded[0].device.type == "cpu" and not multiplies(loaded[0].dtype):
+        console.print(f"[yellow]this CPU has no products in {dtype}: float32 takes a fraction of the time[/]")
+    return loaded
 
 
 def open_encoder(model: str, gguf_file: str | None, **options: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ class Edges:
                  apart: bool) -> None:  # fmt: skip
         self.hidden, self.head = hidden, head
         self.wide = torch.promote_types(head.weight.dtype, torch.float32)
+        self.products = product_dtype(head.weight)
         picked, slope = self._pick(rows, targets)
         # By row, the highest logit first; with `apart` each edge is a column of its own.
         self.order = torch.argsort(picked, descending=True)
@@ -136,10 +138,19 @@ class Edges:
         return k * self.head.scale, g, (self.target[mine], column, held)
 
 
-def working_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """float16 can't hold unnormalised exponentials: it is computed in float32."""
-    dtype = torch.promote_types(hidden.dtype, weight.dtype)
-    return torch.float32 if dtype == torch.float16 else dtype
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """What tiles are multiplied in: float32 for float16, which can't hold unnormalised exponentials, and for bfloat16
+    on a CPU that has no products for it and would take up to a hundred times as long.
+    """
+    slow = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not multiplies(weight.dtype)
+    return torch.float32 if slow or weight.dtype == torch.float16 else weight.dtype
+
+
+@cache
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch has products in this dtype for this CPU; 16 bits may go element by element."""
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype], bool)())
 
 
 def parts(count: int) -> list[slice]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from . import kernel
-from .edges import Head
+from .edges import Head, multiplies
 from .sweep import MEMORY, sweep
 
 
@@ -102,14 +102,17 @@ def explain() -> dict[str, str]:
     reason = kernel.why_not()
     missing = f"torch, as the compiled kernel is missing: {reason}"
     waiting = "torch while half of the exponentials fit into the head's gradient, else the compiled kernel"
+    no_products = (
+        "" if multiplies(torch.bfloat16) else "; its products are float32, as this CPU has no others"
+    )
     return {
         "cpu float32": missing
         if reason
         else waiting
         if kernel.fast_float32()
         else "torch: this CPU has no AMX",
-        "cpu bfloat16": missing if reason else "compiled kernel",
-        "cpu float16": "torch, computed in float32",
+        "cpu bfloat16": missing + no_products if reason else "compiled kernel",
+        "cpu float16": "torch; its products are float32",
         "cuda": "torch, the same code as on the CPU",
         "soft-cap": "torch",
     }

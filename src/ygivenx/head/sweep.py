@@ -17,7 +17,8 @@ terms. The factor k goes to the other side of the products, so exponentials meet
 
 Where the compiled kernel runs, `fused.py` computes e twice and keeps none. Here, in plain torch, the exponentials wait
 in the memory of dW itself: tile i in the place of tile i - 1, and the second sweep goes backwards. That holds as many
-columns as H. What is beyond is computed again (bfloat16, and large vocabularies) or waits in working memory (float32).
+columns as H, but not in float16. What is beyond is computed again (16 bits, and large vocabularies) or waits in working
+memory (float32).
 Columns come in rounds whose rows fit into that memory, and each round after the first adds to dW.
 """
 
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from . import fused, kernel
-from .edges import PAD, Edges, Head, even, padded, working_dtype
+from .edges import PAD, Edges, Head, even, padded, product_dtype
 from .gradients import Gradients
 from .tiles import Block, Marks, Scratch, shaped
 
@@ -80,7 +81,7 @@ def _sweep(
     memory: int,
 ) -> Swept:
     given = head.weight.dtype
-    head = replace(head, weight=head.weight.to(working_dtype(hidden, head.weight)))
+    head = replace(head, weight=head.weight.to(torch.promote_types(hidden.dtype, given)))
     edges = Edges(hidden, head, rows, targets, weights, apart=ranks)
     into = Gradients(hidden, head, edges.wide, wants)
     if into.weight is not None and not len(rows):
@@ -108,22 +109,26 @@ class _Round:
 
     def __init__(self, edges: Edges, a: int, b: int, room: int, into: Gradients, scratch: Scratch) -> None:
         self.edges, self.into, self.scratch = edges, into, scratch
-        self.weight, self.adds = edges.head.weight, a > 0
-        self.thin = b - a <= THIN and self.weight.dtype != torch.bfloat16
+        self.weight, self.adds, self.products = edges.head.weight, a > 0, edges.products
+        self.thin = b - a <= THIN and self.weight.dtype == self.products != torch.bfloat16
         self.kept = min(room, self._wide(b - a))
         middle = min(a + self.kept, b)
         block = min(BLOCK, max(1, WIDEST // (edges.wide.itemsize * self.weight.shape[1]) // PAD) * PAD)
         self.spans = [*even(a, middle, block), *even(middle, b, block)]
         widths = [self._wide(d - c) for c, d in self.spans]
         self.width = sum(widths)
-        self.step = _height(max(self.kept, *widths), 512)
+        # Where they aren't of the products' dtype, tiles of the head and of its gradient are copied.
+        self.copied = 0 if self.weight.dtype == self.products else 2 * self.weight.shape[1]
+        self.step = _height(max(self.kept, self.copied, *widths), 512)
         self.starts = range(0, len(self.weight), self.step)
         self.waiting = self._waiting() if self.kept else []
         self.again: list[tuple[int, Block]] = []  # blocks that couldn't wait, and their first column
         self.factor = torch.zeros(self.width, dtype=edges.wide, device=self.weight.device)
-        self.scaled_x = torch.empty(self.width, self.weight.shape[1], dtype=self.weight.dtype,
-                                    device=self.weight.device) if into.weight is not None else None  # fmt: skip
+        self.scaled_x = self._buffer("scaled x", self.width) if into.weight is not None else None
         self.marks: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def _buffer(self, name: str, columns: int) -> Tensor:
+        return self.scratch.view(name, columns, self.weight.shape[1], self.products)
 
     def _wide(self, columns: int) -> int:
         return columns if self.thin else padded(columns)
@@ -159,13 +164,15 @@ class _Round:
         """Where x of a block goes. What waits needs it no longer once it is scaled: it becomes that in its place."""
         if kept and self.scaled_x is not None:
             return self.scaled_x[at : at + width]
-        return self.weight.new_empty(width, self.weight.shape[1])
+        if not self.into.second_sweep:
+            return self._buffer("x", width)
+        return self._buffer("x", self.width - self.kept)[at - self.kept :][:width]
 
     def _place(self, i: int, at: int, width: int, kept: bool) -> Tensor:
         if kept:
             return self.waiting[i][:, at : at + width]
         height = min(self.step, len(self.weight) - self.starts[i])
-        return self.scratch.view("tile", height, width, self.weight.dtype, thin=self.thin)
+        return self.scratch.view("tile", height, width, self.products, thin=self.thin)
 
     def _settle(self, block: Block, at: int, total: Tensor | None) -> None:
         """Once a block's statistics are known: its share of dH, and what its share of dW needs."""
@@ -181,7 +188,7 @@ class _Round:
     def _second_sweep(self) -> None:
         into = self.into
         marks = Marks(*(torch.cat(parts) for parts in zip(*self.marks, strict=True)))
-        step = _height(self.width, 256) if self.again else self.step
+        step = _height(max(self.width, self.copied), 256) if self.again else self.step
         for i, first in reversed(list(enumerate(self.starts))):
             last = min(first + self.step, len(self.weight))
             for start in range(first, last, step):
@@ -189,22 +196,29 @@ class _Round:
                 marks.add_to(tile, start)
                 if into.bias is not None:
                     into.bias[start : start + len(tile)] += tile.to(self.factor.dtype) @ self.factor
-                if into.weight is None or self.scaled_x is None:
-                    continue
-                out = into.weight[start : start + len(tile)]
-                torch.addmm(out, tile, self.scaled_x, beta=int(self.adds), out=out)
+                if into.weight is not None and self.scaled_x is not None:
+                    self._add(tile, self.scaled_x, into.weight[start : start + len(tile)])
+
+    def _add(self, tile: Tensor, scaled_x: Tensor, out: Tensor) -> None:
+        """The tile's share of dW: written in the first round, then added."""
+        if out.dtype == self.products:
+            torch.addmm(out, tile, scaled_x, beta=int(self.adds), out=out)
+            return
+        made = torch.mm(tile, scaled_x, out=self.scratch.view("made", len(out), out.shape[1], self.products))
+        out.copy_(made.add_(out) if self.adds else made)
 
     def _complete(self, i: int, skip: int, height: int) -> Tensor:
         """Exponentials of all columns for `height` tokens of tile i, from its token `skip` on."""
         kept = self.waiting[i][skip : skip + height] if self.kept else None
         if not self.again:
             assert kept is not None
-            return kept
-        tile = self.scratch.view("tile", height, self.width, self.weight.dtype)
+            return self.scratch.cast("tile", kept, self.products)
+        tile, start = self.scratch.view("tile", height, self.width, self.products), self.starts[i] + skip
         if kept is not None:
             tile[:, : self.kept] = kept
+        weight = self.scratch.cast("weight", self.weight[start : start + height], self.products)
         for at, block in self.again:
-            block.exponentials(tile[:, at : at + block.width], self.starts[i] + skip)
+            block.exponentials(weight, tile[:, at : at + block.width], start)
         return tile
 
 
@@ -216,15 +230,16 @@ def _mostly_wait(rounds: list[tuple[int, int, int]]) -> bool:
 def _rounds(columns: int, weight: Tensor, memory: int) -> list[tuple[int, int, int]]:
     """[a, b) and how many of its columns can wait: at first in dW, later in most of `memory` or not at all.
 
-    What doesn't wait keeps x beside factor·x: a round takes as many columns as fill about a third of `memory` so.
+    What doesn't wait keeps x beside factor·x; either way they fill a quarter of `memory` at most.
     """
     if not columns or not memory:
         return [(0, columns, 0)] if columns else []
-    tokens, row = len(weight) * weight.element_size(), weight.shape[1] * weight.element_size()
-    room = weight.shape[1] // PAD * PAD
-    fits = max(PAD, memory * 3 // 8 // (2 * row) // PAD * PAD)
+    tokens, row = len(weight) * weight.element_size(), weight.shape[1] * product_dtype(weight).itemsize
+    most = memory // 4 // row
+    fits = max(PAD, most // 2 // PAD * PAD)
+    room = 0 if weight.dtype == torch.float16 else min(weight.shape[1], max(PAD, most)) // PAD * PAD
     later = memory * 3 // 4 // (tokens + 3 * row) // PAD * PAD
-    wait = room and weight.dtype != torch.bfloat16 and later >= WORTHWHILE
+    wait = room and weight.element_size() > 2 and later >= WORTHWHILE
     first = min(columns, room if wait else max(room, fits))
     rest = even(first, columns, later if wait else fits)
     return [(0, first, room), *((a, b, later if wait else 0) for a, b in rest)]

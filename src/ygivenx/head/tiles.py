@@ -1,7 +1,7 @@
 """Tiles of exponentials for `sweep.py`: [tokens of the vocabulary, columns], in working memory that is used again.
 
-A bfloat16 logit is the product rounded to bfloat16 plus what that rounding left over, from a second product:
-softmax sees float32, as the sums do.
+Softmax sees float32, as the sums do. Where products run in bfloat16, a logit is the product rounded to bfloat16 plus
+what that rounding left over, from a second product; where they don't, tiles of the head are copied to float32.
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ class Scratch:
         if flat is None or len(flat) < height * width:
             flat = self.flat[name] = pages.empty((height * width,), dtype, self.device)
         return shaped(flat, height, width, thin)
+
+    def cast(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """`values` in this dtype: themselves, or a copy."""
+        if values.dtype == dtype:
+            return values
+        height, width = values.shape
+        return self.view(name, height, width, dtype).copy_(values)
 
 
 class Marks:
@@ -65,18 +72,19 @@ class Block:
         column = torch.arange(b - a, device=device)
         self.without_target = Marks(edges.target[edges.first[a:b]], column, nowhere)
 
-    def shifted_logits(self, out: Tensor, start: int, shift: Tensor) -> tuple[Tensor, Tensor | None]:
+    def shifted_logits(
+        self, weight: Tensor, out: Tensor, start: int, shift: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         """(z - shift, slope of the cap) of the tokens from `start` on; `out` is overwritten and may be it."""
-        head, wide = self.head, self.edges.wide
-        weight = head.weight[start : start + len(out)]
-        torch.mm(weight, self.x.T, out=out)
-        capped = head.softcap is not None
-        z = out
-        if out.dtype != wide:
+        head, wide, capped = self.head, self.edges.wide, self.head.softcap is not None
+        z = out if out.dtype == wide else self.scratch.view("z", len(out), self.width, wide)
+        if weight.dtype == wide:
+            torch.mm(weight, self.x.T, out=z)
+        else:
+            torch.mm(weight, self.x.T, out=out)
             lost = self.scratch.view("lost", len(out), self.width, out.dtype)
             torch.addmm(out, weight, self.x.T, beta=-1, out=lost)
-            z = self.scratch.view("z", len(out), self.width, wide).copy_(out)
-            z += lost
+            z.copy_(out).add_(lost)
         if not capped:
             z -= shift / head.scale
         if head.bias is not None:
@@ -87,10 +95,13 @@ class Block:
         return (z.sub_(shift) if capped else z), slope
 
     def exponentials(
-        self, out: Tensor, start: int, sums: Tensor | None = None, above: Tensor | None = None
-    ) -> None:
-        """e[v], 0 at the columns' targets, times the slope of the cap, into `out`; adds to S and to the rank."""
-        z, slope = self.shifted_logits(out, start, self.shift)
+        self, weight: Tensor, out: Tensor, start: int, sums: Tensor | None = None, above: Tensor | None = None
+    ) -> Tensor:
+        """e[v], 0 at the columns' targets, times the slope of the cap, into `out`; adds to S and to the rank.
+
+        weight: the head's rows from `start` on, in the dtype of the products, as are the e[v] that are returned.
+        """
+        z, slope = self.shifted_logits(weight, out, start, self.shift)
         self.without_target.add_to(z, start)
         if above is not None:
             # Written as numbers: torch sums booleans six times as slowly. A tile's count is exact in float32.
@@ -103,6 +114,7 @@ class Block:
             z *= slope
         if z is not out:
             out.copy_(z)
+        return z if z.dtype == weight.dtype else out
 
     def first_sweep(self, tiles: list[tuple[int, Tensor]], *, product: bool, ranks: bool) -> Tensor | None:
         """Fills the tiles, settles log p, and gives Σ e[v]·W[v] [width, H] if that is asked for."""
@@ -121,16 +133,19 @@ class Block:
         device, wide = self.x.device, self.edges.wide
         sums = torch.zeros(self.width, dtype=torch.float64, device=device)
         above = torch.zeros(self.width, dtype=torch.int64, device=device) if ranks else None
-        total = torch.zeros(self.x.shape, dtype=wide, device=device) if product else None
+        total = self.scratch.view("total", self.width, self.x.shape[1], wide).zero_() if product else None
         for start, tile in tiles:
-            self.exponentials(tile, start, sums, above)
-            if total is not None:
-                weight = self.head.weight[start : start + len(tile)]
-                if weight.dtype == wide:
-                    total.addmm_(tile.T, weight)
-                else:
-                    part = self.scratch.view("part", self.width, weight.shape[1], weight.dtype)
-                    total += torch.mm(tile.T, weight, out=part)
+            weight = self.scratch.cast(
+                "weight", self.head.weight[start : start + len(tile)], self.edges.products
+            )
+            e = self.exponentials(weight, tile, start, sums, above)
+            if total is None:
+                continue
+            if weight.dtype == wide:
+                total.addmm_(e.T, weight)
+            else:
+                part = self.scratch.view("part", self.width, weight.shape[1], weight.dtype)
+                total += torch.mm(e.T, weight, out=part)
         return sums, above, total
 
 
