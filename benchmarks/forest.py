@@ -32,12 +32,12 @@ import torch
 
 import ygivenx as yx
 from ygivenx.models.places import sample_model_path
-from ygivenx.models.streaming import CHUNK
 from ygivenx.sequence import Sequence
 
 RESULTS = Path(__file__).parent / "results" / "forest.jsonl"
 RNG = np.random.default_rng(0)
 VOCAB = 49_152
+CHUNK = 2048  # distinct tokens of which "streamed" keeps activations
 
 
 def tokens(n: int) -> np.ndarray:

@@ -178,6 +178,18 @@ def test_at_a_usual_size_float32_is_within_the_bars(count, route):
         assert relative(got, expected) < 1e-5
 
 
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_few_rows_add_up_a_whole_vocabulary_without_drift(count):
+    """Rows of a head have much in common, which the gradient doesn't: an error of the sum is many times that of it."""
+    torch.manual_seed(0)
+    weight = (torch.randn(49_152, 64) * 0.1 + torch.randn(64)).requires_grad_()
+    hidden, rows = torch.randn(count, 64, requires_grad=True), torch.arange(count)
+    targets = torch.randint(0, len(weight), (count,))
+    case = Case(hidden, weight, rows, targets, torch.ones(count), {"softcap": None, "scale": 1.0})
+    case.wanted = [hidden]
+    assert relative(case.grads(case.ours()[1])[0], case.grads(case.twin()[1])[0]) < 5e-6
+
+
 def confident(dtype: torch.dtype = torch.bfloat16) -> Case:
     """Rows that predict their target with p > 0.99, and some that don't."""
     torch.manual_seed(3)

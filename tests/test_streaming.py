@@ -90,13 +90,12 @@ def test_dropout_is_drawn_again_as_it_was():
 
     made = gradients(model, value())
     name, p = next((n, p) for n, p in model.named_parameters() if "layers.0.self_attn.v_proj.lora_B" in n)
-    with torch.no_grad():
-        # The model's norms compute in float32 whatever its dtype: a smaller step would drown in their rounding.
-        step = 1e-3 * torch.randn_like(p)
-        p += step
-        up = value()
-        p -= 2 * step
-        down = value()
+    # The model's norms compute in float32 whatever its dtype: a smaller step would drown in their rounding.
+    step = 1e-3 * torch.randn_like(p)
+    p.data += step
+    up = value()
+    p.data -= 2 * step
+    down = value()
     assert (up - down).item() / 2 == pytest.approx((made[name] * step).sum().item(), rel=1e-2)
 
 
@@ -125,9 +124,21 @@ def test_it_is_chosen_where_memory_would_not_do(monkeypatch):
     hidden_states(model, forest)
     assert not asked
     monkeypatch.setattr(streaming, "automatic", lambda model: 50)
-    monkeypatch.setattr(streaming, "CHUNK", 33)
     hidden_states(model, forest)
-    assert asked == [33]
+    assert asked == [50]
+
+
+def test_what_is_computed_once_is_as_long_as_a_chunk_may_be(monkeypatch):
+    """Of two chunks of 60 % each, the smaller part comes twice: first without gradients, and last with them."""
+    model, forest = llama(), yx.Forest.of(ROWS)
+    length = len(forest.fed)
+    chunk, fed = length * 3 // 5, []
+    call = streaming.Run.__call__
+    monkeypatch.setattr(
+        streaming.Run, "__call__", lambda run, c, past: (fed.append((c.start, c.stop)), call(run, c, past))[1]
+    )
+    yx.loss(model, forest, chunk=chunk).value.backward()
+    assert fed == [(0, length - chunk), (length - chunk, length), (0, length - chunk)]
 
 
 def test_the_estimate_knows_what_is_kept():

@@ -43,6 +43,11 @@ def gradients(model, value: torch.Tensor) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def distances(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> list[float]:
+    """Of each tensor's gradient, relative, L2."""
+    return [float((ours[n].double() - g).norm() / g.norm()) for n, g in exact.items()]
+
+
 def assert_same(
     ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float = 3e-5
 ) -> None:

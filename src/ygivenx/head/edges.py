@@ -153,9 +153,9 @@ def multiplies(dtype: torch.dtype) -> bool:
     return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype], bool)())
 
 
-def parts(count: int) -> list[slice]:
-    """Slices of at most AT_ONCE, as gathering [E, H] at once would be large."""
-    return [slice(a, a + AT_ONCE) for a in range(0, count, AT_ONCE)]
+def parts(count: int, most: int = AT_ONCE) -> list[slice]:
+    """Slices of at most `most`, by default as many as are gathered at once: [E, H] would be large."""
+    return [slice(a, a + most) for a in range(0, count, most)]
 
 
 def even(a: int, b: int, most: int, unit: int = PAD) -> list[tuple[int, int]]:

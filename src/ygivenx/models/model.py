@@ -129,9 +129,8 @@ def hidden_states(
     embedding = decoder.get_input_embeddings().weight
     if not length:
         return embedding[:0]
-    if chunk is None and length > streaming.automatic(model):
-        chunk = streaming.CHUNK
-    if chunk is not None and length > chunk:
+    chunk = streaming.automatic(model) if chunk is None else chunk
+    if length > chunk:
         return streaming.streamed(model, forest, chunk, route, needed)
     plan = Plan.of(forest.fed_end, forest.depth[forest.fed], embedding.device, route)
     return feed(decoder, plan, forest.token[forest.fed], needed)

@@ -2,7 +2,8 @@
 
 At any cut of the preorder the nodes that are still open form one path, so what a chunk needs of all that came
 before are the keys and values of that path: a stack. For gradients the chunks are run a second time, last
-chunk first, and what flows into the path's keys and values is kept until the chunk they came from is due.
+chunk first, and what flows into the path's keys and values is kept until the chunk they came from is due. Only the
+last chunk is computed once, so it is as long as chunks may be.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..forest import Forest, Ints
 from .families import check, config_of, decoder_of, feed
 from .plan import KeysValues, Plan
 
-CHUNK = 2048
+LEAST = 2048  # fed tokens of a chunk, however little memory there is
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Run:
     route: str
     size: int
     needed: Ints | None = None
+    twice: bool = False
 
     @cached_property
     def decoder(self) -> Any:
@@ -57,9 +59,10 @@ class Run:
     def chunks(self) -> Iterator[Chunk]:
         end = self.forest.fed_end
         path = np.zeros(0, np.int64)
-        # Of equal length: a last one of a few tokens would cost as much as it holds.
-        bounds = np.linspace(0, len(end), -(-len(end) // self.size) + 1).astype(int).tolist()
-        for start, stop in pairwise(bounds):
+        # Of equal length: one of a few tokens would cost as much as it holds. But the last one is computed once.
+        equal = max(0, len(end) - self.size) if self.twice else len(end)
+        bounds = np.linspace(0, equal, -(-equal // self.size) + 1).astype(int)
+        for start, stop in pairwise(np.unique((*bounds, len(end))).tolist()):
             yield Chunk(start, stop, path)
             path = np.concatenate((path, np.arange(start, stop)))
             path = path[end[path] > stop]
@@ -94,8 +97,8 @@ class Run:
 
 @torch.no_grad()
 def stream_hidden(
-    model: nn.Module, forest: Forest, *, chunk: int = CHUNK, route: str = "auto", needed: Ints | None = None
-) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+    model: nn.Module, forest: Forest, *, chunk: int, route: str = "auto", needed: Ints | None = None
+) -> Iterator[tuple[slice, Tensor]]:
     """(rows, hidden [rows, H]) in order, `chunk` rows at a time; no gradients.
 
     needed: see `hidden_states`. Only the keys and values of the current path are kept. Raises ConfigError for
@@ -120,17 +123,19 @@ def _after(past: tuple[Tensor, Tensor] | None, fresh: tuple[Tensor, Tensor]) -> 
 
 
 def streamed(
-    model: nn.Module, forest: Forest, chunk: int = CHUNK, route: str = "auto", needed: Ints | None = None
+    model: nn.Module, forest: Forest, chunk: int, route: str = "auto", needed: Ints | None = None
 ) -> Tensor:
     """`hidden_states`, differentiable, computed `chunk` rows at a time."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not parameters:
         parts = stream_hidden(model, forest, chunk=chunk, route=route, needed=needed)
         return torch.cat([hidden for _, hidden in parts])
-    return _Streamed.apply(_run(model, forest, route, chunk, needed), *parameters)
+    return _Streamed.apply(_run(model, forest, route, chunk, needed, twice=True), *parameters)
 
 
-def _run(model: nn.Module, forest: Forest, route: str, chunk: int, needed: Ints | None) -> Run:
+def _run(
+    model: nn.Module, forest: Forest, route: str, chunk: int, needed: Ints | None, *, twice: bool = False
+) -> Run:
     if chunk < 1:
         raise ConfigError(f"chunk is {chunk}", fix="give at least 1 token; 512 to 4096 is usual")
     check(model)
@@ -139,7 +144,7 @@ def _run(model: nn.Module, forest: Forest, route: str, chunk: int, needed: Ints 
             "reentrant gradient checkpointing loses the gradients of keys and values between chunks",
             fix='gradient_checkpointing_kwargs={"use_reentrant": False}, which is the better one anyway',
         )
-    return Run(model, forest, route, chunk, needed)
+    return Run(model, forest, route, chunk, needed, twice)
 
 
 def _reentrant(module: nn.Module) -> bool:
@@ -280,7 +285,7 @@ class _Surroundings:
 
 
 def automatic(model: Any) -> int:
-    """Fed tokens that fit into half of the memory of the model's device: longer forests are streamed.
+    """Fed tokens that fit into half of the memory of the model's device: longer forests are streamed in such chunks.
 
     It counts what autograd keeps of a layer (about 18 hidden and 4 intermediate values per token); with gradient
     checkpointing one layer of that, and the input of each. Without gradients next to nothing is kept.
@@ -301,4 +306,4 @@ def automatic(model: Any) -> int:
         values = wide + layers * config.hidden_size
     else:
         values = wide * layers
-    return max(CHUNK, memory // (2 * 4 * values))
+    return max(LEAST, memory // (2 * 4 * values))
