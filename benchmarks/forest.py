@@ -94,9 +94,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--once", nargs="*", default=["padded", "dense"])
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.what == "table":
-        print(table())
+        print(table(args.out))
         return
     yx.keep_freed_memory()
     kinds = {"case": case, "memory": memory, "precise": precise, "growth": growth, "build": build}
@@ -105,9 +106,10 @@ def main() -> None:
         "what": args.what,
         "command": "python " + " ".join(sys.argv),
         "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         **record,
     }
-    with RESULTS.open("a") as out:
+    with args.out.open("a") as out:
         print(json.dumps(told), file=out)
     print(json.dumps(told))
 
@@ -309,8 +311,8 @@ def build(args: argparse.Namespace) -> dict[str, Any]:
 # -- tables ----------------------------------------------------------------------------------------------
 
 
-def table() -> str:
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+def table(results: Path) -> str:
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
     latest = {
         (r["what"], r.get("case"), r.get("contestant"), r.get("way"), r.get("distinct")): r for r in lines
     }

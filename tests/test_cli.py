@@ -7,9 +7,13 @@ import subprocess
 import sys
 
 import pytest
+from tiny import llama
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ygivenx.cli import app
+from ygivenx.commands import intake
 
 ROWS = [
     {"messages": [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}]},
@@ -28,6 +32,16 @@ def rows(tmp_path):
 def ygx(*args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ygivenx", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+def test_a_dtype_that_this_cpu_does_not_multiply_is_said(tmp_path, monkeypatch, capsys, has_products):
+    llama().save_pretrained(tmp_path)
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    monkeypatch.setattr("ygivenx.head.edges.multiplies", lambda dtype: has_products)
+    intake.open_model(str(tmp_path), None, "bfloat16")
+    assert ("no products in bfloat16" in capsys.readouterr().err) is not has_products
 
 
 def test_every_command_has_help_with_an_example():

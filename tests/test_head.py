@@ -501,6 +501,13 @@ def test_the_switch_turns_the_kernel_off(monkeypatch):
     assert kernel.SWITCH in explain()["cpu bfloat16"]
 
 
+@pytest.mark.parametrize("has_products", [True, False])
+def test_what_multiplies_bfloat16_is_said(monkeypatch, has_products):
+    monkeypatch.setenv(kernel.SWITCH, "0")
+    monkeypatch.setattr("ygivenx.head.selective.multiplies", lambda dtype: has_products)
+    assert ("products are float32" in explain()["cpu bfloat16"]) is not has_products
+
+
 @pytest.mark.parametrize(
     ("kind", "features", "expected"),
     [("0x0005", "0110010100", True), ("0x0005", "0110000100", False), ("0x0002", "1111111111", False)],
