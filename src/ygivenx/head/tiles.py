@@ -16,7 +16,7 @@ from .edges import Edges, parts
 
 HUGE = 1e20
 # Products of few columns may add up term by term: over a vocabulary of 49,152 that cost more than a digit (MKL, AVX2).
-FEW, PIECE = 128, 2048  # columns; terms that are added up at once
+FEW, PIECE = 16, 2048  # columns; terms that are added up at once
 
 
 class Scratch:
