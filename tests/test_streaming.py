@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +19,24 @@ from ygivenx.models.model import hidden_states
 from ygivenx.models.streaming import stream_hidden
 
 ROWS = tree(0, count=14)
+
+
+def named() -> yx.Forest:
+    """A forest in which each node has its own number as its token, so that a forward pass tells what it is fed."""
+    forest = yx.Forest.of(ROWS)
+    return replace(forest, token=np.arange(len(forest.token)))
+
+
+def watched(monkeypatch, forest: yx.Forest) -> list[list[int]]:
+    """The fed nodes of each forward pass through a decoder."""
+    fed, feed = [], streaming.feed
+
+    def told(decoder, plan, token, needed):
+        fed.append(np.searchsorted(forest.fed, token).tolist())
+        return feed(decoder, plan, token, needed)
+
+    monkeypatch.setattr(streaming, "feed", told)
+    return fed
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
@@ -74,7 +94,8 @@ def test_only_the_path_is_kept(monkeypatch):
     assert max(paths) < len(end) / 2
 
 
-def test_dropout_is_drawn_again_as_it_was():
+@pytest.mark.parametrize("through", ["loss", "hidden states"])
+def test_dropout_is_drawn_again_as_it_was(through):
     """The second pass must see the first one's draw: with p = 0.5 any other is far away."""
     from peft import LoraConfig, get_peft_model
 
@@ -86,6 +107,8 @@ def test_dropout_is_drawn_again_as_it_was():
 
     def value() -> torch.Tensor:
         torch.manual_seed(7)
+        if through == "loss":
+            return yx.loss(model, forest, chunk=20).value
         return (hidden_states(model, forest, chunk=20) * direction).sum()
 
     made = gradients(model, value())
@@ -97,6 +120,33 @@ def test_dropout_is_drawn_again_as_it_was():
     p.data -= 2 * step
     down = value()
     assert (up - down).item() / 2 == pytest.approx((made[name] * step).sum().item(), rel=1e-2)
+
+
+def test_trying_the_trunk_draws_no_random_numbers():
+    """Whoever seeds a run gets the same numbers as from its hidden states."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5)
+    model, forest = get_peft_model(llama(), config).train(), yx.Forest.of(ROWS)
+    needed = np.unique(forest.edges().rows)
+    torch.manual_seed(7)
+    yx.loss(model, forest, chunk=20)
+    after = torch.get_rng_state()
+    torch.manual_seed(7)
+    hidden_states(model, forest, chunk=20, needed=needed)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+def test_float16_gradients_are_scaled_before_they_are_made():
+    """A scaler's factor comes with backward: made before, gradients so small would have been rounded to zero."""
+    model, scale = llama(), 2.0**12
+
+    def made(dtype: torch.dtype | None, chunk: int | None) -> dict[str, torch.Tensor]:
+        with torch.autocast("cpu", dtype or torch.float16, enabled=dtype is not None):
+            value = yx.loss(model, ROWS, chunk=chunk, denominator=scale * 100).value
+        return gradients(model, value * scale)
+
+    assert_same(made(torch.float16, 20), made(None, None), 0.05)
 
 
 def test_autocast_is_the_same_in_the_second_pass():
@@ -117,28 +167,38 @@ def test_backward_twice_gives_it_twice():
 
 
 def test_it_is_chosen_where_memory_would_not_do(monkeypatch):
-    model, forest = llama(), yx.Forest.of(ROWS)
-    asked = []
-    run = streaming.streamed
-    monkeypatch.setattr(streaming, "streamed", lambda *a: (asked.append(a[2]), run(*a))[1])
+    model, forest = llama(vocab_size=512), named()
+    fed = watched(monkeypatch, forest)
     hidden_states(model, forest)
-    assert not asked
+    yx.loss(model, forest)
+    assert not fed
     monkeypatch.setattr(streaming, "automatic", lambda model: 50)
-    hidden_states(model, forest)
-    assert asked == [50]
+    for run in (hidden_states, yx.loss):
+        fed.clear()
+        run(model, forest)
+        assert 0 < max(map(len, fed)) <= 50
 
 
 def test_what_is_computed_once_is_as_long_as_a_chunk_may_be(monkeypatch):
     """Of two chunks of 60 % each, the smaller part comes twice: first without gradients, and last with them."""
-    model, forest = llama(), yx.Forest.of(ROWS)
+    model, forest = llama(vocab_size=512), named()
     length = len(forest.fed)
-    chunk, fed = length * 3 // 5, []
-    call = streaming.Run.__call__
-    monkeypatch.setattr(
-        streaming.Run, "__call__", lambda run, c, past: (fed.append((c.start, c.stop)), call(run, c, past))[1]
-    )
-    yx.loss(model, forest, chunk=chunk).value.backward()
-    assert fed == [(0, length - chunk), (length - chunk, length), (0, length - chunk)]
+    chunk, fed = length * 3 // 5, watched(monkeypatch, forest)
+    hidden_states(model, forest, chunk=chunk).sum().backward()
+    early, late = list(range(length - chunk)), list(range(length - chunk, length))
+    assert fed == [early, late, early]
+
+
+def test_a_loss_computes_twice_only_what_later_chunks_see(monkeypatch):
+    model, forest = llama(vocab_size=512), named()
+    fed = watched(monkeypatch, forest)
+    yx.loss(model, forest, chunk=20).value.backward()
+    with_gradients = [nodes for nodes in fed if nodes == list(range(nodes[0], nodes[-1] + 1))]
+    starts = {nodes[0] for nodes in with_gradients}
+    seen = [any(node < start < end for start in starts) for node, end in enumerate(forest.fed_end)]
+    times = Counter(node for nodes in fed for node in nodes)
+    assert 0 < sum(seen) < len(seen) * 0.6
+    assert [times[node] for node in range(len(seen))] == [1 + s for s in seen]
 
 
 def test_the_estimate_knows_what_is_kept():

@@ -12,7 +12,7 @@ import torch
 from .errors import LossError
 from .forest import Edges, Forest
 from .head.selective import selective_cross_entropy
-from .models.model import head_of, hidden_states
+from .models.model import head_of, loss_over
 from .sequence import Example, Sequence
 
 if TYPE_CHECKING:
@@ -61,20 +61,21 @@ def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **
             why="the loss is a weighted mean, and the weights add up to 0",
             fix="leave such rows out, or pass denominator= with the weight of the whole step",
         )
-    hidden = hidden_states(model, forest, needed=np.unique(edges.rows), **options)
-    head = head_of(model)
     # Divided before, not after: gradients come out of the head finished, with no further pass over the largest.
     shares = (edges.weights / np.float64(weight_sum)).astype(np.float32)
-    log_p, value = selective_cross_entropy(
-        hidden,
-        head.weight,
-        _tensor(edges.rows, hidden),
-        _tensor(edges.targets, hidden),
-        _tensor(shares, hidden),
-        bias=head.bias,
-        softcap=head.softcap,
-        scale=head.scale,
-    )
+
+    def score(rows: slice, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        head = head_of(model)  # here: what a parametrization makes of its weight belongs to one graph
+        these = slice(*np.searchsorted(edges.rows, [rows.start, rows.stop]))
+        told = (
+            torch.from_numpy(v[these]).to(hidden.device)
+            for v in (edges.rows - rows.start, edges.targets, shares)
+        )
+        return selective_cross_entropy(
+            hidden, head.weight, *told, bias=head.bias, softcap=head.softcap, scale=head.scale
+        )
+
+    log_p, value = loss_over(model, forest, score, needed=np.unique(edges.rows), **options)
     return Loss(value, weight_sum, log_p, edges, forest)
 
 
@@ -85,7 +86,3 @@ def as_forest(batch: Batch) -> Forest:
     if isinstance(batch, Sequence | Example):
         batch = [batch]
     return Forest.of(batch)
-
-
-def _tensor(values: np.ndarray, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(np.array(values)).to(like.device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..forest import Forest, Ints
-from . import streaming
+from . import recompute, streaming
 from .families import PROVEN, check, config_of, decoder_of, feed
 from .places import located, quiet_loading
 from .plan import Plan
@@ -124,13 +124,38 @@ def hidden_states(
     Dropout is drawn once per node, so sequences share it where they share tokens. Auxiliary losses of routers
     aren't part of it. Raises ModelError for a model that can't attend along a forest.
     """
+    run = _longer(model, forest, route, chunk, needed)
+    return _whole(model, forest, route, needed) if run is None else recompute.hidden_states(run)
+
+
+def loss_over(
+    model: nn.Module, forest: Forest, score: recompute.Score, *,
+    route: str = "auto", chunk: int | None = None, needed: Ints | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """score(rows, hidden states [rows, H]), which is (log p [E], the loss of those rows), over the whole forest.
+
+    Where the forest is longer than `chunk`, it is called once per chunk, and less is computed twice than for
+    `hidden_states`. Arguments and errors are those of `hidden_states`.
+    """
+    run = _longer(model, forest, route, chunk, needed)
+    if run is None:
+        return score(slice(0, len(forest.fed)), _whole(model, forest, route, needed))
+    return recompute.loss(run, score)
+
+
+def _longer(
+    model: nn.Module, forest: Forest, route: str, chunk: int | None, needed: Ints | None
+) -> streaming.Run | None:
+    """The run in chunks of a forest that is longer than one of them."""
     check(model)
-    decoder, length = decoder_of(model), len(forest.fed)
-    embedding = decoder.get_input_embeddings().weight
-    if not length:
-        return embedding[:0]
     chunk = streaming.automatic(model) if chunk is None else chunk
-    if length > chunk:
-        return streaming.streamed(model, forest, chunk, route, needed)
+    return streaming.Run.of(model, forest, chunk, route, needed) if len(forest.fed) > chunk else None
+
+
+def _whole(model: nn.Module, forest: Forest, route: str, needed: Ints | None) -> Tensor:
+    decoder = decoder_of(model)
+    embedding = decoder.get_input_embeddings().weight
+    if not len(forest.fed):
+        return embedding[:0]
     plan = Plan.of(forest.fed_end, forest.depth[forest.fed], embedding.device, route)
     return feed(decoder, plan, forest.token[forest.fed], needed)

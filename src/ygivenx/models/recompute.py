@@ -1,0 +1,286 @@
+"""Gradients of a forest that is longer than memory: chunk by chunk, the last one first, exact.
+
+Chunks are computed with gradients one at a time, and what flows into the keys and values of a chunk's path is kept
+until the chunk they came from is due. For that the nodes that later chunks see, the trunk, are computed before,
+without gradients; no other node is computed twice, unless its hidden states are asked for before the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..forest import Ints
+from .plan import KeysValues
+from .streaming import Chunk, Run
+
+# (log p of the edges whose rows these are, their part of the loss), of rows of hidden states
+Score = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+
+
+def hidden_states(run: Run) -> Tensor:
+    """All hidden states [F, H], differentiable: computed first without gradients, then again for them."""
+    parameters = _trained(run.model)
+    if not parameters:
+        return torch.cat([hidden for _, hidden in run.stream()])
+    return _Hidden.apply(replace(run, longest_last=True), *parameters)
+
+
+def loss(run: Run, score: Score) -> tuple[Tensor, Tensor]:
+    """(log p of all edges, the sum of the parts of the loss), the sum differentiable once and, anew, again.
+
+    The gradients are made at once, where the hidden states are at hand, and handed over in backward.
+    """
+    parameters = _trained(run.model)
+    if not parameters:
+        log_p, parts = zip(*(score(rows, hidden) for rows, hidden in run.stream()), strict=True)
+        return torch.cat(log_p), torch.stack(parts).sum()
+    run = replace(run, longest_last=True)
+    shelf = None if _scaled(run) else _trunk(run)
+    if shelf is None:
+        return score(slice(0, len(run.end)), _Hidden.apply(run, *parameters))
+    return _Loss.apply(run, score, shelf, *parameters)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
+
+
+def _scaled(run: Run) -> bool:
+    """float16 needs gradients that are scaled before they are made, and by how much is known in backward only."""
+    kind = run.device.type
+    autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return autocast or any(p.dtype == torch.float16 for p in run.model.parameters())
+
+
+class _Shelf:
+    """Keys and values of the sorted nodes `nodes` by layer, or the gradients that flow into them."""
+
+    def __init__(self, nodes: Ints, device: torch.device) -> None:
+        self.nodes, self.device = nodes, device
+        self.kept: KeysValues = {}
+
+    def own(self, chunk: Chunk) -> Ints:
+        """Those of the nodes that are the chunk's."""
+        return self.nodes[slice(*np.searchsorted(self.nodes, [chunk.start, chunk.stop]))]
+
+    def __getitem__(self, nodes: Ints) -> KeysValues:
+        places = self._places(nodes)
+        return {layer: (k[:, :, places], v[:, :, places]) for layer, (k, v) in self.kept.items()}
+
+    def add(self, nodes: Ints, values: Mapping[nn.Module, tuple[Tensor | None, Tensor | None]]) -> None:
+        places = self._places(nodes)
+        for layer, parts in values.items():
+            key, value = parts
+            if key is None or value is None:  # a sliding window that has left the whole path behind
+                continue
+            if layer not in self.kept:
+                self.kept[layer] = self._empty(key), self._empty(value)
+            for whole, part in zip(self.kept[layer], (key, value), strict=True):
+                whole[:, :, places] += part
+
+    def _places(self, nodes: Ints) -> Tensor:
+        return torch.from_numpy(np.searchsorted(self.nodes, nodes)).to(self.device)
+
+    def _empty(self, like: Tensor) -> Tensor:
+        n, heads, _, width = like.shape
+        return like.new_zeros(n, len(self.nodes), heads, width).transpose(1, 2)
+
+
+def _picked(values: KeysValues, nodes: Ints, chunk: Chunk) -> KeysValues:
+    """Of a chunk's keys and values those of `nodes`."""
+    if len(nodes) == chunk.stop - chunk.start:
+        return values
+    places = torch.from_numpy(nodes - chunk.start)
+    return {
+        layer: (k[:, :, places.to(k.device)], v[:, :, places.to(k.device)])
+        for layer, (k, v) in values.items()
+    }
+
+
+@torch.no_grad()
+def _trunk(run: Run) -> _Shelf | None:
+    """The trunk's keys and values; None if random numbers were drawn for them, which can't be drawn so again."""
+    shelf, before = _Shelf(run.trunk, run.device), _Surroundings(run.device)
+    if not len(run.trunk):
+        return shelf
+    trunk = run.only(run.trunk)
+    for chunk in trunk.chunks:
+        _, fresh = trunk(chunk, shelf[run.trunk[chunk.path]])
+        if before.drawn():
+            before.restore()
+            return None
+        shelf.add(run.trunk[chunk.start : chunk.stop], fresh)
+    return shelf
+
+
+@dataclass
+class _Pass:
+    """A chunk computed with gradients: `leaves` are the keys and values of its path."""
+
+    hidden: Tensor
+    fresh: KeysValues
+    leaves: KeysValues
+
+    @classmethod
+    def of(cls, run: Run, chunk: Chunk, shelf: _Shelf) -> _Pass:
+        path = shelf[chunk.path] if len(chunk.path) else {}
+        leaves = {layer: (_leaf(k), _leaf(v)) for layer, (k, v) in path.items()}
+        with torch.enable_grad():
+            hidden, fresh = run(chunk, leaves)
+            return cls(hidden, _picked(fresh, shelf.own(chunk), chunk), leaves)
+
+
+class _Backward:
+    """Backward through one chunk after another, the last one first."""
+
+    def __init__(self, shelf: _Shelf, parameters: list[Tensor]) -> None:
+        self.parameters = parameters
+        self.totals: list[Tensor | None] = [None] * len(parameters)
+        self.into = _Shelf(shelf.nodes, shelf.device)
+
+    def through(self, chunk: Chunk, done: _Pass, output: Tensor, grad: Tensor) -> None:
+        """From `output`, which the chunk's hidden states went into, and from what later chunks made of its keys."""
+        outputs = [(output, grad)]
+        for layer, into in self.into[self.into.own(chunk)].items():
+            outputs += zip(done.fresh[layer], into, strict=True)
+        leaves = [t for pair in done.leaves.values() for t in pair]
+        made = _gradients(outputs, [*self.parameters, *leaves])
+        n = len(self.parameters)
+        _accumulate(self.totals, made[:n])
+        pairs = zip(made[n::2], made[n + 1 :: 2], strict=True)
+        self.into.add(chunk.path, dict(zip(done.leaves, pairs, strict=True)))
+
+
+class _Loss(torch.autograd.Function):
+    """The loss and all gradients in one descent from the last chunk to the first."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: Run, score: Score, shelf: _Shelf, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.run, ctx.score, ctx.surroundings = run, score, _Surroundings(run.device)
+        log_p, value, ctx.made = _descend(run, score, shelf, list(parameters))
+        ctx.save_for_backward(*parameters)
+        ctx.mark_non_differentiable(log_p)
+        return log_p, value
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        made, ctx.made = ctx.made, None
+        if made is None:  # a second backward: the first one gave its gradients away
+            with ctx.surroundings.again():
+                shelf = _trunk(ctx.run)
+                assert shelf is not None
+                made = _descend(ctx.run, ctx.score, shelf, list(ctx.saved_tensors))[2]
+        if grad.device.type != "cpu" or grad.item() != 1:
+            for g in made:
+                if g is not None:
+                    g.mul_(grad)
+        return None, None, None, *made
+
+
+def _descend(
+    run: Run, score: Score, shelf: _Shelf, parameters: list[Tensor]
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """(log p of all edges, their loss, the gradients of the parameters)."""
+    backward = _Backward(shelf, parameters)
+    log_p, parts = list[Tensor](), list[Tensor]()
+    for chunk in reversed(run.chunks):
+        done = _Pass.of(run, chunk, shelf)
+        with torch.enable_grad():
+            told, part = score(slice(chunk.start, chunk.stop), done.hidden)
+        backward.through(chunk, done, part, torch.ones_like(part))
+        log_p.append(told)
+        parts.append(part.detach())
+        del done, part  # before the next chunk is computed
+    return torch.cat(log_p[::-1]), torch.stack(parts).sum(), backward.totals
+
+
+class _Hidden(torch.autograd.Function):
+    """Chunks forward without gradients; backward again in reverse.
+
+    Only the last chunk is computed once: nothing comes between its forward and its backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *parameters: Tensor) -> Tensor:
+        shelf, rows = _Shelf(run.trunk, run.device), list[Tensor]()
+        ctx.surroundings = []
+        *before, last = run.chunks
+        for chunk in before:
+            ctx.surroundings.append(_Surroundings(run.device))
+            hidden, fresh = run(chunk, shelf[chunk.path])
+            shelf.add(shelf.own(chunk), _picked(fresh, shelf.own(chunk), chunk))
+            rows.append(hidden)
+        ctx.surroundings.append(_Surroundings(run.device))
+        ctx.last = _Pass.of(run, last, shelf)
+        ctx.run, ctx.shelf = run, shelf
+        ctx.save_for_backward(*parameters)
+        return torch.cat([*rows, ctx.last.hidden.detach()])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        backward = _Backward(ctx.shelf, list(ctx.saved_tensors))
+        done, ctx.last = ctx.last, None
+        for chunk, surroundings in reversed(list(zip(ctx.run.chunks, ctx.surroundings, strict=True))):
+            if done is None:
+                with surroundings.again():
+                    done = _Pass.of(ctx.run, chunk, ctx.shelf)
+            backward.through(chunk, done, done.hidden, grad[chunk.start : chunk.stop])
+            done = None
+        return None, *backward.totals
+
+
+def _leaf(values: Tensor) -> Tensor:
+    return values.detach().requires_grad_()
+
+
+def _gradients(outputs: list[tuple[Tensor, Tensor]], inputs: list[Tensor]) -> tuple[Tensor | None, ...]:
+    # With adapters, the first keys may depend on nothing that is trained.
+    reached = [(o, g) for o, g in outputs if o.requires_grad]
+    if not reached:
+        return (None,) * len(inputs)
+    return torch.autograd.grad([o for o, _ in reached], inputs, [g for _, g in reached], allow_unused=True)
+
+
+def _accumulate(totals: list[Tensor | None], parts: tuple[Tensor | None, ...]) -> None:
+    for i, part in enumerate(parts):
+        total = totals[i]
+        if part is not None:
+            totals[i] = part if total is None else total.add_(part)
+
+
+class _Surroundings:
+    """The random state and the autocast that something was computed in, to compute it again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.states = [torch.get_rng_state()]
+        if device.type == "cuda":
+            self.states.append(torch.cuda.get_rng_state(device))
+        self.autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def drawn(self) -> bool:
+        """Whether random numbers were drawn since."""
+        now = _Surroundings(self.device)
+        return any(not torch.equal(a, b) for a, b in zip(self.states, now.states, strict=True))
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.states[0])
+        for state in self.states[1:]:
+            torch.cuda.set_rng_state(state, self.device)
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        enabled, dtype = self.autocast
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.autocast(self.device.type, dtype, enabled):
+            self.restore()
+            yield
