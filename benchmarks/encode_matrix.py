@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from templates.checker import faults
 from templates.conversations import ALL
-from templates.shelf import shelf, tokenizer_for
+from templates.shelf import shelf, stops_for, tokenizer_for
 
 from ygivenx import Encoder, RowError
 from ygivenx.rows.formats import normalise
@@ -46,7 +46,7 @@ def main() -> None:
 def taken(templates: dict[str, str], repair: str) -> Found:
     found = Found()
     for name, template in templates.items():
-        encoder = Encoder(tokenizer_for(name, template), repair=repair)
+        encoder = Encoder(tokenizer_for(name, template), repair=repair, stops=stops_for(name))
         for title, row in ALL.items():
             found.take(name, title, *outcome(encoder, row))
     return found

@@ -82,6 +82,7 @@ CASES: dict[str, Callable[[], list[Sequence]]] = {
     "twenty_turns": lambda: turns(20, user=36, reasoning=80, answer=62),
     "agent": lambda: loop(12, start=860, call=75, result=180),
     "agent_stripped": lambda: turns(12, user=0, reasoning=20, answer=45, start=860, after=200),
+    "agent_qwen3": lambda: turns(12, user=0, reasoning=4, answer=36, start=2270, after=100),
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 from templates.conversations import ALL, call, calls, reply, result, system, user
 from templates.shelf import shelf, tokenizer_for
 
-from ygivenx import Encoder, Example, RowError
+from ygivenx import Encoder, Example, Forest, RowError
 from ygivenx.errors import ConfigError
 from ygivenx.rows.formats import Conversation
 
@@ -157,17 +157,92 @@ def test_empty_think_only_when_asked():
     assert trained(example) == "\n</think>\n\nIt is 4.<|im_end|>"
 
 
-def test_append_end_only_when_asked():
-    assert refusal(encoder(NO_END), user(), reply()).reason == "no_end_of_turn"
-    example = encoder(NO_END, repair="append_end")({"messages": [user(), reply()]})
-    assert trained(example) == "It is 4." + encoder(NO_END).tokenizer.eos_token
-    assert "appended" in " ".join(example.only.notes)
+def test_the_only_token_that_stops_is_appended_where_nothing_ends_a_turn():
+    eos = encoder(NO_END).tokenizer.eos_token
+    example = encoder(NO_END)({"messages": [user(), reply()]})
+    assert trained(example) == "It is 4." + eos
+    assert [n for n in example.only.notes if "appended" in n] == list(example.only.notes)
+    assert refusal(encoder(NO_END, repair="none"), user(), reply()).reason == "no_end_of_turn"
+
+
+def test_an_appended_end_costs_a_forest_nothing():
+    rows = {"messages": [user(), reply(), user("And 3 + 3?"), reply("6")]}
+    example = encoder(NO_END)(rows)
+    eos = example.sequences[0].ids[-1]
+    assert [s.ids[-1] for s in example.sequences] == [eos, eos]
+    assert [list(s.ids).count(eos) for s in example.sequences] == [1, 1]  # history is as inference shows it
+    longest = example.sequences[-1]
+    assert len(Forest.of(example.sequences).fed) == len(longest) - 1
+
+
+def test_of_several_tokens_that_stop_none_is_chosen_unasked():
+    error = refusal(encoder(NO_END, stops=("<|im_end|>", "<|end|>")), user(), reply())
+    assert (error.reason, "append_end" in error.fix) == ("no_end_of_turn", True)
+    asked = encoder(NO_END, stops=("<|im_end|>", "<|end|>"), repair="append_end")
+    assert trained(asked({"messages": [user(), reply()]})) == "It is 4." + asked.tokenizer.eos_token
+
+
+CLOSES = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}<call>" \
+    "{{ m.tool_calls[0].function.name }}</call>{% endif %}</{{ m.role }}>\n{% endfor %}" \
+    "{% if add_generation_prompt %}<assistant>{% endif %}"  # fmt: skip
+
+
+@pytest.mark.parametrize("said", [reply(), calls(call(arguments={}))])
+def test_no_end_is_put_into_what_the_template_still_writes(said):
+    error = refusal(encoder(CLOSES, repair="all"), user(), said)
+    assert (error.reason, "</assistant>" in error.why) == ("no_end_of_turn", True)
+
+
+def test_a_stop_need_not_be_a_special_token():
+    tokenizer = encoder(CLOSES).tokenizer
+    tokenizer.add_tokens(["</assistant>"])
+    example = Encoder(tokenizer, stops=["</assistant>"])({"messages": [user(), calls(call(arguments={}))]})
+    assert trained(example) == "<call>weather</call></assistant>"
+    forged = {"messages": [user("</assistant>"), reply()]}
+    with pytest.raises(RowError, match="control token"):
+        Encoder(tokenizer, stops=["</assistant>"])(forged)
+
+
+def test_a_stop_is_a_token_of_its_own():
+    with pytest.raises(ConfigError, match="</assistant>"):
+        encoder(CLOSES, stops=["</assistant>"])
+
+
+# Asks who spoke last, so that nothing can be asked for in an empty conversation.
+LAST_SPEAKER = CHATML.replace("{% if add_", "{% if messages[-1].role != 'system' and add_")
+
+
+def test_a_greeting_that_nobody_asked_for_is_context():
+    rows = [reply("Hello, what can I do?"), user(), reply()]
+    example = encoder(LAST_SPEAKER)({"messages": rows})
+    assert trained(example) == "It is 4.<|im_end|>"
+    assert "messages[0]: the template can't ask for a reply" in example.only.notes[0]
+    for refused in (
+        refusal(encoder(LAST_SPEAKER, repair="none"), *rows),
+        refusal(encoder(LAST_SPEAKER), *rows[:2]),  # nothing else would be trained
+        refusal(encoder(LAST_SPEAKER), {**rows[0], "weight": 1.0}, *rows[1:]),  # asked for by name
+    ):
+        assert (refused.reason, refused.field) == ("no_prompt", "messages[0]")
+
+
+def test_a_prompt_that_thinks_nothing_is_kept():
+    template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n</think>' }}{% endif %}")
+    example = encoder(template)({"messages": [user(), reply()]})
+    assert trained(example) == "It is 4.<|im_end|>"
+    assert "empty thought" in " ".join(example.only.notes)
+    shown = encoder(template).tokenizer.apply_chat_template(
+        [user()], tokenize=False, add_generation_prompt=True
+    )
+    assert "".join(example.only.tokens).startswith(shown)
+    assert refusal(encoder(template, repair="none"), user(), reply()).reason == "not_continued"
+    own = reply("<think>\nSum.\n</think>\n\nIt is 4.")
+    assert refusal(encoder(template), user(), own).reason == "not_continued"
 
 
 def test_a_refusal_names_what_repairs_leave():
     messages = [user(), reply(reasoning_content="Sum.")]
-    assert refusal(encoder(NO_END), *messages).reason == "no_end_of_turn"
-    error = refusal(encoder(NO_END, repair="all"), *messages)
+    assert refusal(encoder(NO_END, repair="none"), *messages).reason == "no_end_of_turn"
+    error = refusal(encoder(NO_END), *messages)
     assert (error.reason, error.field) == ("dropped_field", "messages[1].reasoning_content")
 
 
@@ -393,3 +468,21 @@ def test_a_role_of_the_rows_own_is_never_learnt_as_the_templates_words():
     for _ in range(2):
         assert refusal(enc, {"role": "end", "content": "x"}, user(), reply()).reason == "control_text"
         enc({"messages": [user(), reply()]})
+
+
+# --- the border of x and y -------------------------------------------------------------------------------
+
+
+def test_a_token_across_the_border_is_refused_masked_or_split_by_name():
+    rows = {"messages": [user(), reply("  hello"), user("And 3 + 3?"), reply("6")]}
+    assert refusal(encoder(), *rows["messages"]).reason == "straddling_token"
+    assert trained(encoder(border="mask")(rows)) == " hello<|im_end|>6<|im_end|>"
+    last, first = encoder(border="split")(rows).sequences
+    assert ("".join(last.trained), "".join(first.trained)) == ("6<|im_end|>", "  hello<|im_end|>")
+    tokenizer = encoder().tokenizer
+    shown = tokenizer.apply_chat_template([user()], add_generation_prompt=True, return_dict=False)
+    assert first.ids[: len(shown)].tolist() == shown  # as inference shows it
+    assert last.ids.tolist() == tokenizer.apply_chat_template(rows["messages"], return_dict=False)
+    assert [s.kind for s in first.segments if s.output] == ["answer", "end_of_turn"]
+    assert not any(s.output for s in last.segments if s.message == 1)
+    assert "encoded apart" in first.notes[-1]

@@ -94,7 +94,7 @@ EXPECTED = {
     ("deepseek_r1_distill", "one turn"): "not_continued",
     ("deepseek_r1_distill", "reasoning"): "single",
     ("qwen2_5", "spaces around"): "straddling_token",
-    ("qwen2_5", "begins with the assistant"): "no_prompt",
+    ("qwen2_5", "begins with the assistant"): "single",
     ("gemma", "with a system prompt"): "template_error",
 }
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from templates.shelf import shelf, tokenizer_for
+from test_chats import LAST_SPEAKER, NO_END
 from test_properties import CONTROL, many, messages, words
 from tokenizers import AddedToken
 
@@ -34,9 +35,9 @@ tricky = st.lists(
 some = st.one_of(tricky, st.sampled_from(["Hello there", "4", "Yes, it is."]))
 
 
-def twins(name: str, **options) -> tuple[Encoder, Encoder]:
+def twins(name: str, template: str = "", **options) -> tuple[Encoder, Encoder]:
     """An encoder, and one that proves each row by itself."""
-    tokenizer = tokenizer_for(name, SHELF[name])
+    tokenizer = tokenizer_for(name, template or SHELF[name])
     fast, slow = Encoder(tokenizer, **options), Encoder(tokenizer, **options)
     slow._chats._known = lambda row, inputs: None
     return fast, slow
@@ -101,6 +102,23 @@ def test_plain_chats_are_proven_by_shape(name):
     fast, _ = twins(name)
     fast.batch([row("Hi", f"{n}.", "And?", f"No, {n}") for n in range(6)])
     assert proofs(fast) == 1
+
+
+@pytest.mark.parametrize(
+    "template", [NO_END, LAST_SPEAKER, NO_END.replace("content }}", "content | trim }}")]
+)
+@pytest.mark.parametrize("repair", ["default", "none"])
+def test_repairs_that_no_text_has_a_part_in_are_proven_by_shape(template, repair):
+    fast, slow = twins("x", template, repair=repair)
+    chats = [
+        row("Hi", a, "And?", b) for a in ("4", "yes ", "\nno", "assistant:") for b in ("Yes.", "6\n", " ")
+    ]
+    greeted = [
+        {"messages": [{"role": "assistant", "content": f"I am {n}."}, *chats[n]["messages"]]}
+        for n in range(9)
+    ]
+    assert plain(fast.batch(chats + greeted)) == plain(slow.batch(chats + greeted))
+    assert proofs(fast) > 0 or repair == "none"
 
 
 @needs_shelf

@@ -1,7 +1,7 @@
 """A slow check of a mask that shares nothing with the encoder: transformers' own rendering, ids and text.
 
 For each reply that is trained: the ids before it are those of the prompt that inference shows; the reply and
-the ids before it begin the rendering that ends with it; its last token is special; what the template writes
+the ids before it begin the rendering that ends with it; its last token is no part of a text; what the template writes
 after that token doesn't change when the reply does.
 """
 
@@ -14,7 +14,8 @@ from typing import Any
 
 from ygivenx import Example, Sequence
 
-MENDED = re.compile(r"the ids differ from the template's|was appended, as nothing ends the turn")
+MENDED = re.compile(r"the ids differ from the template's")
+UNASKED = re.compile(r"messages\[(\d+)\]: the template can't ask for a reply")
 
 
 def faults(tokenizer: Any, row: Mapping[str, Any], example: Example) -> list[str]:
@@ -33,11 +34,14 @@ def faults(tokenizer: Any, row: Mapping[str, Any], example: Example) -> list[str
                 found.append(f"reply {i} is trained twice")
             trained.add(i)
             found += [f"reply {i}: {f}" for f in _reply(render, sequence, i, start, stop)]
-        if not render.mended and not render.extended:
+        if not render.mended and not render.extended and not render.appended:
             ends = {len(row["messages"]), *(i + 1 for i, _, _ in _outputs(sequence))}
             if sequence.ids.tolist() not in [render.ids(stop) for stop in ends]:
                 found.append("the ids aren't apply_chat_template's")
     wanted = {i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and m.get("weight", 1) > 0}
+    unasked = {int(n) for s in example.sequences for n in UNASKED.findall("\n".join(s.notes))}
+    found += [f"reply {i} could be asked for" for i in unasked if not _nothing_shown(render, i)]
+    wanted -= unasked
     return found + ([f"trained {sorted(trained)}, wanted {sorted(wanted)}"] if trained != wanted else [])
 
 
@@ -46,13 +50,15 @@ def _reply(render: _Renderer, sequence: Sequence, i: int, start: int, stop: int)
     ids = sequence.ids.tolist()
     if ids[:start] != render.ids(i, add_generation_prompt=True):
         found.append("what stands before it isn't what inference shows")
-    if ids[stop - 1] not in render.special:
-        found.append("its last token isn't special")
+    if ids[stop - 1] not in render.control:
+        found.append("its last token is part of a text")
     said = render.tokenizer.decode(ids[start : stop - 1]).strip()
     if render.kept and said not in render.text(render.messages[: i + 1]):
         found.append("the template doesn't write it so")
     if render.mended:
         return found
+    if render.appended:
+        return found + _appended(render, ids, i, stop)
     closed = render.ids(i + 1)
     if render.extended and len(closed) == stop - 1:
         closed = [*closed, ids[stop - 1]]
@@ -68,6 +74,24 @@ def _reply(render: _Renderer, sequence: Sequence, i: int, start: int, stop: int)
     return found
 
 
+def _appended(render: _Renderer, ids: list[int], i: int, stop: int) -> list[str]:
+    """An end that the template doesn't write: the only one there is, after all that it writes of the reply."""
+    text, tokenizer = render.text(render.messages[: i + 1]), render.tokenizer
+    whole = next((n for n in range(len(text), -1, -1) if render.encoded(text[:n]) == ids[: stop - 1]), None)
+    found = [] if ids[stop - 1] == tokenizer.eos_token_id else ["its end isn't the eos"]
+    if whole is None or text[whole:].strip() or (render.tail(i) or "").strip():
+        found.append("the template goes on after it")
+    return found
+
+
+def _nothing_shown(render: _Renderer, i: int) -> bool:
+    try:
+        render.ids(i, add_generation_prompt=True)
+    except Exception:  # whatever the template raises
+        return True
+    return False
+
+
 class _Renderer:
     """transformers' rendering of a row, with the switches that the sequence's notes name."""
 
@@ -77,6 +101,7 @@ class _Renderer:
         self.mended = bool(MENDED.search(notes))
         self.kept = "and is kept" in notes
         self.extended = "the header of the next turn" in notes
+        self.appended = "was appended, as nothing ends the turn" in notes
         switches = {k: v == "True" for k, v in re.findall(r"rendered with (\w+)=(\w+)", notes)}
         self.more = {k: row.get(k) for k in ("tools", "documents")} | switches
         self.messages = [{k: v for k, v in m.items() if k != "weight"} for m in row["messages"]]
@@ -84,10 +109,12 @@ class _Renderer:
             self.messages = [_with_text(m) for m in self.messages]
         if "lists of parts" in notes:
             self.messages = [_with_parts(m) for m in self.messages]
-        self.special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.control = set(tokenizer.added_tokens_decoder)
 
     def ids(self, stop: int, **options: Any) -> list[int]:
-        text = self.text(self.messages[:stop], **options)
+        return self.encoded(self.text(self.messages[:stop], **options))
+
+    def encoded(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def text(self, messages: list[dict[str, Any]], **options: Any) -> str:

@@ -24,6 +24,8 @@ _EOS = (
     "<end_of_utterance>", "<|return|>", "<|eot|>", "</s>", "<|end|>", "<|endoftext|>",
 )  # fmt: skip
 _OF_FAMILY = {"phi": "<|endoftext|>", "glm": "<|endoftext|>", "gemma": "<eos>", "llama3": "<|end_of_text|>"}
+# Tokens of theirs by which generation stops, though they aren't special: from their generation configs.
+_STOPS_OF_FAMILY = {"poolside-Laguna": ("</assistant>",)}
 _CORPUS = [
     "the assistant said that it is 4, and the user asked: what is it?\n\nThe weather in Lisbon is clear.\n",
     '{"name": "weather", "arguments": {"city": "Lisbon"}}\n</think>\n\n<tool_call>\n  words and    spaces',
@@ -39,6 +41,11 @@ def shelf() -> dict[str, str]:
     return {p.stem: p.read_text() for p in sorted(folder.glob("*.jinja"))}
 
 
+def stops_for(name: str) -> tuple[str, ...]:
+    """The stops, beside the eos, of the family that a template's name tells."""
+    return next((stops for family, stops in _STOPS_OF_FAMILY.items() if family in name), ())
+
+
 def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
     family = next((eos for prefix, eos in _OF_FAMILY.items() if name.startswith(prefix)), None)
     special = sorted(set(_SPECIAL.findall(template)))
@@ -46,6 +53,7 @@ def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
     bos = "<s>" if eos == "</s>" else "<bos>"
     made = _copy()
     made.add_special_tokens([AddedToken(t, special=True) for t in (bos, eos, *special)])
+    made.add_tokens([AddedToken(t, special=False, normalized=False) for t in stops_for(name)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos, pad_token=eos)
     tokenizer.chat_template = template
     return tokenizer

@@ -85,9 +85,19 @@ class Chats:
         """The texts by what was proven of rows of the same shape."""
 
         def prove(holed: Row) -> list[Outline]:
-            return [outline_of(d, row.messages) for d in self._proven(holed, wanted, frozenset(), row)]
+            try:
+                drafts = self._proven(holed, wanted, frozenset(), row)
+            except RowError:
+                if not certain:
+                    raise
+                drafts = self._proven(holed, wanted, certain, row)
+            return [outline_of(d, row.messages) for d in drafts]
 
         template, wanted = self._template(inputs), self._wanted(row)
+        # Repairs that no text of the row has a part in, unless another would come before them: see _attempts.
+        certain = self.options.repairs & {"opening", "only_end"}
+        if self.options.context != "inference" or any(alternatives(template, inputs, self.options.repairs)):
+            certain = frozenset()
         outlines = self._shapes[template.source].outlines(row, inputs, prove)
         return None if outlines is None else [(o, ()) for o in outlines]
 
@@ -138,13 +148,29 @@ class Chats:
         if self.options.context == "rendered":
             drafts = self.contract.rendered(rendered, wanted)
         else:
+            wanted, told = self._asked_for(rendered, wanted, repairs, row)
             drafts = self.contract.drafts(rendered, wanted, repairs)
+            drafts[:1] = [replace(d, notes=d.notes + told) for d in drafts[:1]]
         done = [self._complete(d, rendered, row) for d in drafts]
         lost = lost_of_context(done[-1], set(wanted), done[-1].upto)
         done[-1] = replace(
             done[-1], notes=(*done[-1].notes, *(f"{p} is left out by the template" for p in lost))
         )
         return done
+
+    def _asked_for(
+        self, rendered: Row, wanted: list[int], repairs: frozenset[str], row: Conversation
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """The wanted replies without those that open the conversation unasked, and a note for each of these.
+
+        Nothing is left out if it is all that would be trained, or if the row itself gives it a weight.
+        """
+        unasked = self.contract.unasked(rendered, wanted) if "opening" in repairs else []
+        unasked = [i for i in unasked if "weight" not in row.messages[i]]
+        if len(unasked) == len(wanted):
+            return wanted, ()
+        said = "the template can't ask for a reply before the first question: it is context"
+        return [i for i in wanted if i not in unasked], tuple(f"messages[{i}]: {said}" for i in unasked)
 
     def _complete(self, draft: Draft, rendered: Row, row: Conversation) -> Draft:
         """The draft with notes of what its template leaves out; raises RowError if that is part of a reply."""
@@ -201,7 +227,7 @@ class Chats:
         self, row: Conversation, texts: list[Cut], parts: list[Encoded], notes: tuple[str, ...]
     ) -> list[Sequence]:
         sequences: list[Sequence] = []
-        for (outline, cuts), encoded in zip(texts, parts, strict=True):
+        for (outline, cuts), encoded in self._apart(texts, parts):
             segments = segments_of(outline, encoded, self._borders(outline, encoded))
             weights = self._weights(row, segments, len(encoded.ids))
             if sequences:  # what an earlier sequence has already weighed
@@ -210,6 +236,23 @@ class Chats:
             pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
             sequences.append(self._fitted(made(encoded.ids, weights, segments, pieces, told)))
         return sequences
+
+    def _apart(self, texts: list[Cut], parts: list[Encoded]) -> Iterator[tuple[Cut, Encoded]]:
+        """With border="split", a turn whose first token would hold the end of x has a sequence of its own, in which x
+        and y are encoded apart; for what follows it is history, as inference would encode it."""
+        for (outline, cuts), encoded in zip(texts, parts, strict=True):
+            torn = [t for t in outline.turns if self.tokens.border(encoded, t[1]) is None]
+            if self.options.border != "split" or not torn:
+                yield (outline, cuts), encoded
+                continue
+            self.tokens.need_plain_joints("border='split'")
+            if whole := tuple(t for t in outline.turns if t not in torn):
+                yield (outline.only(whole, len(outline.text)), cuts), encoded
+            for turn in torn:
+                message, start, _, stop = turn
+                own = outline.only((turn,), stop, f"messages[{message}]: {_SPLIT}")
+                at = tuple(sorted({start, *(c for c in cuts if c < stop)}))
+                yield (own, cuts), self.tokens.encode_cut([(own.text, at)])[0]
 
     def _borders(self, outline: Outline, encoded: Encoded) -> dict[int, int]:
         borders: dict[int, int] = {}
@@ -265,6 +308,7 @@ class Chats:
 
 
 _AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
+_SPLIT = "x and y are encoded apart, as inference would: the ids differ from the template's"
 _KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
 
 

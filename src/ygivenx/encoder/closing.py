@@ -3,7 +3,8 @@
 Let e be after the last character that comes from message i in F, G the next rendering (the next prompt, else one with
 what could come next), L how much of F and G is the same. Of the special tokens in F[e:L] the first that is known to
 stop generation ends the turn, else the last; else, in F[e:], the first that is known, else the first; else, where F
-ends there and G goes on with a special token, that one: the next header ends the turn.
+ends there and G goes on with a special token, that one: the next header ends the turn. Where nothing does, a repair
+may put the token there by which generation would stop.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import RowError
-from .renderings import Row, runs_of_message
+from .renderings import Row, quoted, runs_of_message
 from .tokens import Tokens
 from .tracing import marked
 
@@ -33,6 +34,25 @@ def end_of_turn(tokens: Tokens, row: Row, i: int, after: int) -> End | None:
     if found is None or found.at < len(text):
         return found
     return found._replace(note=f"messages[{i}]: the header of the next turn, {found.token!r}, ends it")
+
+
+def appended_end(tokens: Tokens, row: Row, i: int, after: int, repairs: frozenset[str]) -> End:
+    """The eos, put after message i, of which the template writes no more than white space; raises RowError."""
+    eos, rest, field = tokens.tokenizer.eos_token, row.closed(i + 1)[after:], f"messages[{i}]"
+    what, why = "nothing ends this turn", "a model trained on it never stops"
+    if rest.strip():
+        fix = "if one of it ends a turn, name its token: stops=[...]; or give another template"
+        why = f"after it the template writes {quoted(rest)}, of which nothing is known to stop generation: {why}"
+        raise RowError(what, reason="no_end_of_turn", field=field, why=why, fix=fix)
+    if not eos:
+        raise RowError(what, reason="no_end_of_turn", field=field, why=why, fix="set tokenizer.eos_token")
+    several = len(tokens.stops) > 1
+    if ("append_end" if several else "only_end") not in repairs and "append_end" not in repairs:
+        if several:
+            why = f"any of {', '.join(sorted(tokens.stops))} might, and none is written: {why}"
+        fix = f"repair='{'append_end' if several else 'only_end'}' appends {eos!r}, or give another template"
+        raise RowError(what, reason="no_end_of_turn", field=field, why=why, fix=fix)
+    return End(after, eos, f"{field}: {eos!r} was appended, as nothing ends the turn")
 
 
 def _next(row: Row, i: int) -> str:

@@ -8,18 +8,17 @@ turn gets its own (`split`). What satisfies neither is refused with the place wh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ..errors import RowError
-from .closing import End, end_of_turn
+from .closing import appended_end, end_of_turn
 from .joining import joined
-from .renderings import Draft, Row, Turn, common_prefix, runs_of_message
+from .renderings import SHOWN, Draft, Row, Turn, common_prefix, quoted, runs_of_message
 from .tokens import Tokens
 
 _REWRITTEN = (
     "the template writes earlier turns differently once they are history: each reply has its own sequence"
 )
-_SHOWN = 40  # characters of a text that an error quotes
 
 
 class Contract:
@@ -36,9 +35,9 @@ class Contract:
             text = turns[-1].proven
         if all(row.begins(text, t.proven) for t in turns):
             return [Draft(text, tuple(turns), len(row), row.traced(len(row)))]
+        notes = (_REWRITTEN,) if len(turns) > 1 else ()
         return [
-            Draft(t.text, (t,), t.message + 1, t.traced or row.traced(t.message + 1), (_REWRITTEN,))
-            for t in turns
+            Draft(t.text, (t,), t.message + 1, t.traced or row.traced(t.message + 1), notes) for t in turns
         ]
 
     def rendered(self, row: Row, wanted: Iterable[int]) -> list[Draft]:
@@ -71,7 +70,8 @@ class Contract:
         after = max(self.last_character(row, i), len(shown) if continues else 0)
         if not continues and not repairs:
             raise _not_continued(i, shown, text)
-        closed = self._end(row, i, after, "append_end" in repairs)
+        found = end_of_turn(self.tokens, row, i, after)
+        closed = found or appended_end(self.tokens, row, i, after, repairs)
         if not continues:
             mended = joined(row, i, repairs, closed)
             if mended is None:
@@ -81,26 +81,10 @@ class Contract:
         whole = text[:end] + token if note else text
         return Turn(i, whole, len(shown), end, end + len(token), notes=(note,) if note else ())
 
-    def _end(self, row: Row, i: int, after: int, append: bool) -> End:
-        found = end_of_turn(self.tokens, row, i, after)
-        if found is not None:
-            return found
-        eos = self.tokens.tokenizer.eos_token
-        if not append:
-            raise RowError(
-                "nothing ends this turn",
-                reason="no_end_of_turn",
-                field=f"messages[{i}]",
-                why=f"after it the template writes {_quoted(row.closed(i + 1)[after:])}: a model trained on it "
-                "never stops",
-                fix=f"repair='append_end' appends {eos!r}, or give another template",
-            )
-        if not eos:
-            what = "append_end needs an eos token, and the tokenizer has none"
-            raise RowError(
-                what, reason="no_end_of_turn", field=f"messages[{i}]", fix="set tokenizer.eos_token"
-            )
-        return End(after, eos, f"messages[{i}]: {eos!r} was appended, as nothing ends the turn")
+    def unasked(self, row: Row, wanted: Iterable[int]) -> list[int]:
+        """Of the wanted replies, those before the first question for which the template can write no prompt."""
+        first = next((i for i, m in enumerate(row.inputs.messages) if m.get("role") == "user"), len(row))
+        return [i for i in wanted if i < first and _fails(row.prompt, i)]
 
     def _prompt(self, row: Row, i: int) -> str:
         try:
@@ -120,17 +104,21 @@ class Contract:
         return ends[-1] if ends else 0
 
 
+def _fails(render: Callable[[int], str], i: int) -> bool:
+    try:
+        render(i)
+    except RowError:
+        return True
+    return False
+
+
 def _not_continued(i: int, shown: str, text: str) -> RowError:
     at = common_prefix(shown, text)
     return RowError(
         "what the row holds doesn't continue what inference shows before this reply",
         reason="not_continued",
         field=f"messages[{i}]",
-        why=f"after {_quoted(shown[max(0, at - _SHOWN) : at])} inference shows {_quoted(shown[at:])} where "
-        f"the rendered row has {_quoted(text[at:])}",
+        why=f"after {quoted(shown[max(0, at - SHOWN) : at])} inference shows {quoted(shown[at:])} where "
+        f"the rendered row has {quoted(text[at:])}",
         fix="make the reply begin as the prompt does, or choose a repair: see repair=",
     )
-
-
-def _quoted(text: str) -> str:
-    return repr(text) if len(text) <= _SHOWN else repr(text[:_SHOWN]) + "…"

@@ -39,8 +39,8 @@ class Encoder:
 
     train: policies (policy.py) by name or as functions, multiplied.
     control: a special token written in a row's text: `refuse` the row, ordinary `text`, or `parse` it.
-    border: a token that holds the end of x and the beginning of y: `refuse` the row, `mask` the token (x), `y`
-    (it counts as y) or `split` (x and y encoded apart); the last two for plain pairs.
+    border: a token that holds the end of x and the beginning of y: `refuse` the row, `mask` the token (x), `split`
+    (x and y encoded apart) or, for plain pairs alone, `y` (it counts as y).
     context: train each reply after what `inference` shows, or in the one text as `rendered` (with a note).
     repair: names of repair.py, "default", "all" or "none". dropped: `refuse` a row whose trained reply the
     template leaves out in part, or `warn` in the notes.
@@ -102,8 +102,9 @@ class Encoder:
             tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
         config = Path(path) / "generation_config.json"
         if "stops" not in options and config.is_file():
-            ids = json.loads(config.read_text()).get("eos_token_id") or []
-            options["stops"] = tokenizer.convert_ids_to_tokens(ids if isinstance(ids, list) else [ids])
+            ids, known = json.loads(config.read_text()).get("eos_token_id"), tokenizer.added_tokens_decoder
+            ids = ids if isinstance(ids, list) else [ids]
+            options["stops"] = [str(known[i]) for i in ids if i in known]
         return cls(tokenizer, **options)
 
     def __call__(self, row: Any) -> Example:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .closing import End
 from .origins import join
 from .renderings import Row, Turn, runs_of_message
-from .repair import OPENED, own_reasoning
+from .repair import CLOSED, OPENED, own_reasoning
 from .tracing import Traced
 
 _CLOSE = "\n</think>\n\n"
@@ -32,6 +32,10 @@ def _reply(row: Row, i: int, repairs: frozenset[str], end: int) -> tuple[str, li
     opened = OPENED.search(shown)
     if opened and (said := _thought(row, i, text.startswith(shown[: opened.start()]), repairs)):
         return said
+    if "closed_think" in repairs and (begin := _after_closed(shown, text)) is not None:
+        whole = row.traced(i + 1)
+        what = f"its prompt {_KEPT.format('an empty thought that it closes itself')}"
+        return what, [(whole.text if whole else text)[begin:end]]
     if "whitespace" in repairs and (begin := _beyond(shown, text)) is not None:
         whole = row.traced(i + 1)
         written: str = whole.text if whole else text
@@ -41,6 +45,14 @@ def _reply(row: Row, i: int, repairs: frozenset[str], end: int) -> tuple[str, li
         where = "what stands before the last message"
         return f"its prompt {_KEPT.format(where)}", [whole.text[begin:end]]
     return None
+
+
+def _after_closed(shown: str, text: str) -> int | None:
+    """Where the reply begins in F, if P says the same before it, then thinks nothing, and the reply doesn't think."""
+    empty = CLOSED.search(shown)
+    if not empty or not text.startswith(shown[: empty.start()]):
+        return None
+    return None if text.startswith("<think>", empty.start()) else empty.start()
 
 
 def _beyond(shown: str, text: str) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -49,11 +49,23 @@ class Outline:
         for span in self.control:
             yield from span
 
+    def only(self, kept: tuple[Borders, ...], stop: int, *notes: str) -> Outline:
+        """The same up to character `stop`, with the outputs of these turns alone; those of others are context."""
+        mine = {turn[0] for turn in kept}
+        runs = [r if r[3] in mine or not r[2] else _as_context(r) for r in self.runs if r[0] < stop]
+        notes = (*self.notes, *notes)
+        return replace(self, text=self.text[:stop], turns=kept, runs=tuple(runs), notes=notes)
+
     def moved(self, text: str, to: Mapping[int, int]) -> Outline:
         """The same of another text, in which each of its places stands elsewhere."""
         turns = tuple([(i, to[a], to[b], to[c]) for i, a, b, c in self.turns])
         runs = tuple([(to[at], kind, output, i) for at, kind, output, i in self.runs])
         return Outline(text, turns, runs, self.notes, [(to[a], to[b]) for a, b in self.control])
+
+
+def _as_context(run: Run) -> Run:
+    at, kind, _, message = run
+    return (at, "template", False, None) if kind == "end_of_turn" else (at, kind, False, message)
 
 
 def outline_of(draft: Draft, messages: Messages) -> Outline:

@@ -10,6 +10,8 @@ from .origins import TEMPLATE, Text
 from .template import Template
 from .tracing import Marked, Traced, marked
 
+SHOWN = 40  # characters of a text that an error quotes
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -111,6 +113,11 @@ def runs_of_message(traced: Traced, message: int) -> list[tuple[int, int]]:
             runs.append((at, stop))
         at = stop
     return runs
+
+
+def quoted(text: str) -> str:
+    """A text as an error shows it."""
+    return repr(text) if len(text) <= SHOWN else repr(text[:SHOWN]) + "…"
 
 
 def common_prefix(a: str, b: str) -> int:

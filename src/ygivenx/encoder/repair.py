@@ -8,10 +8,14 @@
 | whitespace       | the prompt and the rendered row differ in white space alone                  | yes |
 | history          | the template writes what is further back differently once the reply is there | yes |
 | open_think       | the prompt opens <think>, and the reply brings its own reasoning             | yes |
+| closed_think     | the prompt has an empty, closed thought, which the rendered row lacks        | yes |
+| opening          | no reply can be asked for before the first question: it is context           | yes |
+| only_end         | nothing ends the turn: the one token that is known to stop is appended       | yes |
+| append_end       | the same where several tokens are known to stop: the tokenizer's eos         | no  |
 | empty_think      | the prompt opens <think>, and the reply has none: it is closed at once       | no  |
-| append_end       | nothing ends the turn: the tokenizer's eos is appended                       | no  |
 
-By default come those that lose nothing of the row and add nothing to it. Each leaves a note.
+By default come those that leave no choice: they lose nothing that the model could be asked for, and what they add is
+what it would have to write. Each leaves a note.
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ from ..errors import ConfigError, nearest
 from .inputs import Inputs
 from .template import Template
 
-DEFAULT = ("template_kwargs", "arguments_as_text", "content_as_parts", "whitespace", "history", "open_think")
-REPAIRS = (*DEFAULT, "empty_think", "append_end")
-IN_TURNS = frozenset(
-    {"whitespace", "history", "open_think", "empty_think", "append_end"}
-)  # done while a turn is proven
+IN_ROWS = ("template_kwargs", "arguments_as_text", "content_as_parts")  # other inputs that say the same
+DEFAULT = (*IN_ROWS, "whitespace", "history", "open_think", "closed_think", "opening", "only_end")
+REPAIRS = (*DEFAULT, "append_end", "empty_think")
+IN_TURNS = frozenset(REPAIRS) - frozenset(IN_ROWS)  # done while a turn is proven
 
 OPENED = re.compile(r"<think>\s*\Z")
+CLOSED = re.compile(r"<think>\s*</think>\s*\Z")
 _SWITCH = re.compile("think|reason")
 
 

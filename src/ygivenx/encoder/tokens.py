@@ -17,7 +17,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import RowError
+from ..errors import ConfigError, RowError, nearest
 from .pieces import cutting_tokens
 
 Ints = npt.NDArray[np.int64]
@@ -72,13 +72,18 @@ class Pieces(Sequence[str]):
 
 
 class Tokens:
-    """A tokenizer as the encoder needs it. `stops` are texts of tokens that end a turn, beside its eos."""
+    """A tokenizer as the encoder needs it. `stops` are texts of tokens that end a turn, beside its eos.
+
+    special: the tokens that structure a text, id by text: the tokenizer's special ones and the stops, which some
+    models have among their ordinary added tokens. Raises ConfigError for a stop that is no token of its own.
+    """
 
     def __init__(self, tokenizer: Any, stops: Iterable[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        special |= _added(tokenizer, stops)
         self.special: dict[str, int] = {t: i for t, i in special.items() if t}
         self.stops = frozenset({tokenizer.eos_token, *stops} & self.special.keys())
 
@@ -182,6 +187,17 @@ class Tokens:
         """Whether the tokenizer itself begins a text with its BOS."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and list(self.tokenizer("a")["input_ids"])[:1] == [bos]
+
+
+def _added(tokenizer: Any, stops: Iterable[str]) -> dict[str, int]:
+    known = {str(t): i for i, t in tokenizer.added_tokens_decoder.items()}
+    for stop in stops:
+        if stop not in known:
+            raise ConfigError(
+                f"stops: {stop!r} is no token of its own in this tokenizer{nearest(stop, known)}",
+                fix="name a special or added token, as tokenizer.added_tokens_decoder lists them",
+            )
+    return {stop: known[stop] for stop in stops}
 
 
 def joined(parts: Sequence[Encoded], text: str | None = None) -> Encoded:

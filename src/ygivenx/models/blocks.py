@@ -125,38 +125,49 @@ def _add(total: Tensor, runs: Runs, parts: Tensor) -> None:
 
 
 class _Fold(NamedTuple):
-    """Query heads that share a key head, written as a batch, so that every thread has as much to do as the others.
+    """Query heads that share a key head, written as further rows: [batch, key heads, heads / key heads · R / batch, ...].
 
-    The kernel's backward pass hands (batch, key head) pairs to threads: with three of them, one of two threads does
-    two thirds of the work. [1, heads, R, ...] becomes [batch, key heads, heads / key heads * R / batch, ...].
+    The kernel does best with many rows. Rows that don't all see the same keys stay as they are (`apart`); their heads
+    may still become a batch.
     """
 
     batch: int
     kv_heads: int
     groups: int
+    apart: bool
 
     @classmethod
     def of(cls, tile: Tile, query: Tensor, key: Tensor) -> _Fold:
-        kv_heads, groups = key.shape[1], query.shape[1] // key.shape[1]
-        rows = sum(run.stop - run.start for run in tile.rows)
-        # Rows that don't all see the same keys stay as they are.
-        whole = tile.causal or tile.mask is not None
-        fits = {1, groups} if whole else {b for b in range(1, groups + 1) if groups * rows % b == 0}
+        apart = tile.causal or tile.mask is not None
+        return cls(1, key.shape[1], query.shape[1] // key.shape[1], apart)
+
+    def even(self, rows: int) -> _Fold:
+        """The same with the batch that gives every thread as much to do as the others.
+
+        The kernel's backward pass hands (batch, key head) pairs to threads: with three of them, one of two threads
+        does two thirds of the work.
+        """
+        fits = {1, self.groups}
+        if not self.apart:
+            fits = {b for b in range(1, self.groups + 1) if self.groups * rows % b == 0}
         threads = torch.get_num_threads()
-        return cls(min(fits, key=lambda b: (-(-b * kv_heads // threads) / b, b)), kv_heads, groups)
+        return self._replace(batch=min(fits, key=lambda b: (-(-b * self.kv_heads // threads) / b, b)))
+
+    @property
+    def _nothing(self) -> bool:
+        return self.groups == 1 or (self.apart and self.batch == 1)
 
     def __call__(self, a: Tensor) -> Tensor:
-        if self.batch == 1:
+        if self._nothing:
             return a
         grouped = a[0].unflatten(0, (self.kv_heads, self.groups))
         length = self.groups * a.shape[2] // self.batch
         return grouped.reshape(self.kv_heads, self.batch, length, *a.shape[3:]).transpose(0, 1)
 
     def back(self, a: Tensor) -> Tensor:
-        if self.batch == 1:
+        if self._nothing:
             return a
-        grouped = a.transpose(0, 1).reshape(self.kv_heads, self.groups, -1, a.shape[-1])
-        return grouped.flatten(0, 1)[None]
+        return a.transpose(0, 1).reshape(1, self.kv_heads * self.groups, -1, *a.shape[3:])
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -174,9 +185,10 @@ class Blocks(torch.autograd.Function):
         lse = query.new_empty(n, length, heads, dtype=wide).transpose(1, 2)
 
         def attended(t: Tile) -> Iterator[tuple[slice, Tensor, Tensor]]:
-            q = _take(query, t.rows)
-            part, part_lse = _flash(q, _take(key, t.keys), _take(value, t.keys), 0.0, t.causal,
-                                    attn_mask=_like(t.mask, q), scale=scale)  # fmt: skip
+            fold = _Fold.of(t, query, key)
+            q = fold(_take(query, t.rows))
+            part, part_lse = map(fold.back, _flash(q, _take(key, t.keys), _take(value, t.keys), 0.0, t.causal,
+                                                   attn_mask=_like(t.mask, q), scale=scale))  # fmt: skip
             yield from zip(t.rows, _parts(part, t.rows), _parts(part_lse, t.rows), strict=True)
 
         for run, part, part_lse in chain.from_iterable(map(attended, tiles.near)):
@@ -197,7 +209,7 @@ class Blocks(torch.autograd.Function):
 
         def share(t: Tile) -> Tensor:
             """Of the gradient of the tile's queries; that of its keys and values is added."""
-            fold = _Fold.of(t, query, key)
+            fold = _Fold.of(t, query, key).even(sum(run.stop - run.start for run in t.rows))
             g, q, o, total = (fold(_take(a, t.rows)) for a in (grad, query, out, lse))
             k, v = (_take(a, t.keys).expand(fold.batch, -1, -1, -1) for a in (key, value))
             dq, dk, dv = _flash_backward(
