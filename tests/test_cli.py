@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from ygivenx.cli import app
 from ygivenx.commands import intake
+from ygivenx.errors import ConfigError
 
 ROWS = [
     {"messages": [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}]},
@@ -167,3 +168,30 @@ def test_doctor():
     assert found["packages"]["torch"]
     assert found["attention"]
     assert found["head"]
+
+
+def test_options_of_the_encoder_by_name():
+    told = ["repair=append_end,history", "max_length=40", 'stops=["</s>"]', "bos=false"]
+    assert intake.encoder_options(told, train="last") == {
+        "train": "last", "repair": "append_end,history", "max_length": 40, "stops": ["</s>"], "bos": False,
+    }  # fmt: skip
+    for wrong, said in (
+        ("repairs=all", "did you mean 'repair'"),
+        ("repair", "no value"),
+        ("train=all", "known|of"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            intake.encoder_options([wrong])
+
+
+@pytest.mark.model
+def test_a_refusal_s_repair_can_be_asked_for(smol_tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"x": "def f():\n", "y": "    return 4"}) + "\n")
+    refused = ygx("show", path, "--model", "sample", "--plain", "--x", "x", "--y", "y")
+    assert (refused.returncode, "border='split'" in refused.stderr) == (2, True), refused.stderr
+    done = ygx(
+        "show", path, "--model", "sample", "--plain", "--x", "x", "--y", "y", "-e", "border=split", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sequences"][0]["tokens"][-1] == "<|im_end|>"

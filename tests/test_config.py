@@ -40,3 +40,12 @@ def test_a_file_that_is_no_mapping(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError):
         TrainConfig.of(path, NEEDED)
+
+
+def test_options_of_the_encoder_are_checked_too():
+    config = TrainConfig.of(None, NEEDED | {"encoder": {"repair": "all"}})
+    assert config.encoder == {"repair": "all"}
+    with pytest.raises(ConfigError, match="did you mean 'repair'"):
+        TrainConfig.of(None, NEEDED | {"encoder": {"repairs": "all"}})
+    with pytest.raises(ConfigError, match="encoder must be"):
+        TrainConfig.of(None, NEEDED | {"encoder": "repair"})

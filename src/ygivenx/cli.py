@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .commands.intake import Accepted, encoded, open_encoder, open_model, open_rows, the_row
+from .commands.intake import Accepted, encoded, encoder_options, open_encoder, open_model, open_rows, the_row
 from .commands.intake import console as err
 from .errors import YgivenxError
 from .models.places import located
@@ -44,6 +44,12 @@ Control = Annotated[
     str, typer.Option("--control", help="control tokens in a row's text: refuse, text or parse")
 ]
 Policy = Annotated[str, typer.Option("--train", help="what is trained: assistant, last, all, or a role")]
+Encoding = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--encoder", "-e", help="name=value of a further option of Encoder, such as repair=append_end"
+    ),
+]
 Suppress = Annotated[list[str] | None, typer.Option("--suppress", help="rule=reason; may be repeated")]
 FailOn = Annotated[
     str, typer.Option("--fail-on", help="exit with 1 from this severity: error, warning or info")
@@ -86,6 +92,7 @@ def show(
     plain: Plain = False,
     train: Policy = "assistant",
     control: Control = "refuse",
+    encoder: Encoding = None,
     as_json: AsJson = False,
 ) -> None:
     """Print one row as the model reads it, its trained tokens coloured.
@@ -93,7 +100,8 @@ def show(
     Example: `ygx show data.jsonl --model sample --row 3`
     """
     reader = open_rows(data, fmt, x, y, plain, row + 1)
-    example = the_row(reader, open_encoder(model, gguf_file, train=train, control=control), row)
+    options = encoder_options(encoder, train=train, control=control)
+    example = the_row(reader, open_encoder(model, gguf_file, **options), row)
     if as_json:
         return emit({"format": reader.format, "sequences": [_sequence_json(s) for s in example.sequences]})
     err.print(f"format: {reader.format}", highlight=False, markup=False)
@@ -124,6 +132,7 @@ def encode(
     limit: Limit = None,
     train: Policy = "assistant",
     control: Control = "refuse",
+    encoder: Encoding = None,
     ray: RayWorkers = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -134,14 +143,13 @@ def encode(
     from .encoder.handover import write_parquet
 
     reader = open_rows(data, fmt, x, y, plain, limit)
+    options = encoder_options(encoder, train=train, control=control)
     if ray:
         from .scores.clusters import encoded_on_ray
 
-        items = encoded_on_ray(
-            *located(model, gguf_file), iter(reader), workers=ray, train=train, control=control
-        )
+        items = encoded_on_ray(*located(model, gguf_file), iter(reader), workers=ray, **options)
     else:
-        items = encoded(reader, open_encoder(model, gguf_file, train=train, control=control))
+        items = encoded(reader, open_encoder(model, gguf_file, **options))
     accepted = Accepted(reader, items)
     with err.status("encoding"):
         sequences = write_parquet(accepted, output)
@@ -162,6 +170,7 @@ def ledger(
     plain: Plain = False,
     train: Policy = "assistant",
     control: Control = "refuse",
+    encoder: Encoding = None,
     dtype: Dtype = "float32",
     html: HtmlFile = None,
     as_json: AsJson = False,
@@ -170,12 +179,12 @@ def ledger(
 
     Example: `ygx ledger data.jsonl --model sample --row 3`
     """
-    from .encoder.encode import Encoder
     from .scores.accounts import ledger as account_for
 
+    options = encoder_options(encoder, train=train, control=control)
     reader = open_rows(data, fmt, x, y, plain, row + 1)
-    loaded, tokenizer = open_model(model, gguf_file, dtype)
-    book = account_for(loaded, the_row(reader, Encoder(tokenizer, train=train, control=control), row))
+    loaded, _ = open_model(model, gguf_file, dtype)
+    book = account_for(loaded, the_row(reader, open_encoder(model, gguf_file, **options), row))
     if html is not None:
         _ledger_page(book, row).write(html)
     if as_json:
@@ -252,6 +261,7 @@ def audit(
     limit: Limit = None,
     train: Policy = "assistant",
     control: Control = "refuse",
+    encoder: Encoding = None,
     suppress: Suppress = None,
     fail_on: FailOn = "warning",
     html: HtmlFile = None,
@@ -265,8 +275,8 @@ def audit(
     from .proof.auditing import audit as examine_rows
 
     reader = open_rows(data, fmt, x, y, plain, limit)
-    encoder = open_encoder(model, gguf_file, train=train, control=control)
-    report = examine_rows(rows=list(reader), encoder=encoder, suppress=reasons(suppress))
+    made = open_encoder(model, gguf_file, **encoder_options(encoder, train=train, control=control))
+    report = examine_rows(rows=list(reader), encoder=made, suppress=reasons(suppress))
     finish(report, fail_on, html, sarif, as_json)
 
 
@@ -334,6 +344,7 @@ def train(
     control: Annotated[str | None, typer.Option(help="control tokens in text: refuse, text or parse")] = None,
     max_length: Annotated[int | None, typer.Option(min=2)] = None,
     overflow: Annotated[str | None, typer.Option(help="refuse, drop_turns or truncate")] = None,
+    encoder: Encoding = None,
     max_tokens: Annotated[int | None, typer.Option(min=2, help="distinct tokens in one micro-batch")] = None,
     denominator: Annotated[str | None, typer.Option(help="tokens or sequence")] = None,
     epochs: Annotated[float | None, typer.Option()] = None,
@@ -358,11 +369,12 @@ def train(
 
     Example: `ygx train --data train.jsonl --x question --y answer --model sample --output-dir runs/a`
     """
-    flags = {k: v for k, v in locals().items() if k not in ("config", "as_json", "fmt", "policy")}
+    told = {"format": fmt, "train": policy, "encoder": encoder_options(encoder) or None}
+    flags = {k: v for k, v in locals().items() if k not in ("config", "as_json", "fmt", "policy", "told")}
     from .commands.config import TrainConfig
     from .commands.finetune import finetune
 
-    result = finetune(TrainConfig.of(config, flags | {"format": fmt, "train": policy}), err)
+    result = finetune(TrainConfig.of(config, flags | told), err)
     if as_json:
         emit(result)
 

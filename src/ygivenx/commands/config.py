@@ -32,6 +32,7 @@ class TrainConfig:
     control: str = "refuse"
     max_length: int | None = None
     overflow: str = "refuse"
+    encoder: dict[str, Any] | None = None
     max_tokens: int = 1024
     denominator: str = "tokens"
     epochs: float = 1.0
@@ -69,7 +70,21 @@ class TrainConfig:
                 f"missing: {', '.join(missing)}",
                 fix=" ".join(f"--{m.replace('_', '-')} ..." for m in missing),
             )
-        return cls(**{k: _typed(k, v, str(known[k].type), path) for k, v in merged.items()})
+        config = cls(**{k: _typed(k, v, str(known[k].type), path) for k, v in merged.items()})
+        _check_encoder(config.encoder or {}, path)
+        return config
+
+
+def _check_encoder(told: dict[str, Any], path: Path | None) -> None:
+    from ..encoder.encode import OPTIONS
+
+    for name in told:
+        if name not in OPTIONS:
+            raise ConfigError(
+                f"unknown option of the encoder {name!r}{nearest(str(name), OPTIONS)}",
+                where=str(path or "flags"),
+                fix=f"known: {', '.join(OPTIONS)}",
+            )
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -87,7 +102,8 @@ def _typed(key: str, value: Any, declared: str, path: Path | None) -> Any:
     if value is None and "None" in declared:
         return None
     kind = declared.split(" |")[0]
-    wanted: type = {"str": str, "int": int, "float": float, "bool": bool}[kind]
+    kinds: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "dict[str, Any]": dict}
+    wanted = kinds[kind]
     try:
         if wanted is float and not isinstance(value, bool):
             return float(value)

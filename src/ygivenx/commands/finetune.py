@@ -10,23 +10,18 @@ from rich.console import Console
 
 from ..errors import ConfigError, MissingExtra
 from .config import TrainConfig
-from .intake import open_model, open_rows, take
+from .intake import open_encoder, open_model, open_rows, take
 
 SHOWN_ROWS = 20  # on the page
 
 
 def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     """Run it, saying aloud what is read and trained; returns the counts and the last metrics."""
-    from ..encoder.encode import Encoder
-
     started = time.perf_counter()
     model, tokenizer = open_model(config.model, config.gguf_file, config.dtype)
-    encoder = Encoder(
-        tokenizer,
-        train=config.train,
-        control=config.control,
-        max_length=config.max_length,
-        overflow=config.overflow,
+    further = {"max_length": config.max_length, "overflow": config.overflow, **(config.encoder or {})}
+    encoder = open_encoder(
+        config.model, config.gguf_file, train=config.train, control=config.control, **further
     )
 
     def examples_of(path: str, limit: int | None) -> tuple[list[Any], dict[str, Any]]:

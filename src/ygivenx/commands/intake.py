@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -9,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 
 console = Console(stderr=True)
 
@@ -36,6 +37,23 @@ def open_encoder(model: str, gguf_file: str | None, **options: Any) -> Any:
 
     with console.status("loading the tokenizer"):
         return Encoder.from_pretrained(model, gguf_file=gguf_file, **options)
+
+
+def encoder_options(named: Iterable[str] | None, **further: Any) -> dict[str, Any]:
+    """Options of Encoder from `name=value`; a value is JSON where it can be, else text. Raises ConfigError."""
+    from ..encoder.encode import OPTIONS
+
+    options = dict(further)
+    for told in named or ():
+        name, given, value = told.partition("=")
+        if name not in OPTIONS or not given:
+            what = f"--encoder {told}: {'no value' if name in OPTIONS else 'unknown option'}"
+            raise ConfigError(what + nearest(name, OPTIONS), fix=f"name=value, of {', '.join(OPTIONS)}")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
 
 
 def open_rows(

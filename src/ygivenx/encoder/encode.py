@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ class Encoder:
         overflow: str = "refuse",
         bos: bool | str = "auto",
         eos: bool | str = "auto",
-        stops: Iterable[str] = (),
+        stops: str | Iterable[str] = (),
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         choice = {
@@ -83,7 +84,7 @@ class Encoder:
                     f"{name}={value!r}{nearest(str(value), CHOICES[name])}", fix=f"known: {known}"
                 )
         self.tokenizer = tokenizer
-        self.tokens = Tokens(tokenizer, stops := tuple(stops))
+        self.tokens = Tokens(tokenizer, stops := (stops,) if isinstance(stops, str) else tuple(stops))
         further = {"repair": repair, "max_length": max_length, "bos": bos, "eos": eos, "stops": stops}
         self._made_of = (train, {**choice, **further, "template_kwargs": template_kwargs})
         options = Options(
@@ -160,6 +161,14 @@ class Encoder:
             return self._pairs.job(value) if isinstance(value, Pair) else self._chats.job(value)
         except RowError as e:
             return _located(e, number, row)
+
+
+# What the commands take by name, beside `train` and `control`.
+OPTIONS = tuple(
+    name
+    for name, p in signature(Encoder.__init__).parameters.items()
+    if p.kind is p.KEYWORD_ONLY and name != "control"
+)
 
 
 def _remade(tokenizer: Any, train: Any, options: dict[str, Any]) -> Encoder:

@@ -125,10 +125,10 @@ def _add(total: Tensor, runs: Runs, parts: Tensor) -> None:
 
 
 class _Fold(NamedTuple):
-    """Query heads that share a key head, written as further rows: [batch, key heads, heads / key heads · R / batch, ...].
+    """Query heads that share a key head, written as further rows of it.
 
-    The kernel does best with many rows. Rows that don't all see the same keys stay as they are (`apart`); their heads
-    may still become a batch.
+    [1, heads, R, ...] becomes [batch, key heads, heads / key heads * R / batch, ...]. The kernel does best with many
+    rows. Those that don't all see the same keys stay as they are (`apart`); their heads may still become a batch.
     """
 
     batch: int
