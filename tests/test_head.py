@@ -421,7 +421,10 @@ def assert_small_memory(tokens: int, size: int, vocabulary: int, dtype: torch.dt
     reset.write_text("5")
     before = resident("VmRSS")
     selective_cross_entropy(hidden, weight, rows, targets, torch.ones(tokens))[1].backward()
-    beyond = resident("VmHWM") - before - hidden.nbytes - weight.nbytes
+    gradients = hidden.nbytes + weight.nbytes
+    if dtype == torch.float16:  # in float32 until they are scaled
+        gradients *= 3
+    beyond = resident("VmHWM") - before - gradients
     assert beyond < 64 << 20, f"{beyond >> 20} MB"
 
 

@@ -10,12 +10,15 @@ from .edges import Edges, Head, parts
 
 
 class Gradients:
-    """dH, dW and the bias's gradient; None for those that nobody wants."""
+    """dH, dW and the bias's gradient; None for those that nobody wants.
+
+    Of float16 they are float32: a gradient scaler's factor, which keeps small ones from vanishing, is known in backward.
+    """
 
     def __init__(self, hidden: Tensor, head: Head, wide: torch.dtype, wants: tuple[bool, bool, bool]) -> None:
         device = hidden.device
-        self.hidden = torch.zeros_like(hidden) if wants[0] else None
-        self.weight = pages.empty(head.weight.shape, head.weight.dtype, device) if wants[1] else None
+        self.hidden = torch.zeros_like(hidden, dtype=_safe(hidden.dtype)) if wants[0] else None
+        self.weight = pages.empty(head.weight.shape, _safe(head.weight.dtype), device) if wants[1] else None
         self.bias = torch.zeros(len(head.weight), dtype=wide, device=device) if wants[2] else None
 
     @property
@@ -37,3 +40,7 @@ class Gradients:
             terms = head.weight[target[part]] * (g[part] * head.scale).to(total.dtype)[:, None]
             total.index_add_(0, column[part], terms)
         self.hidden[edges.rows[a:b]] = total.to(self.hidden.dtype)
+
+
+def _safe(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype

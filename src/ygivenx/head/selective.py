@@ -132,7 +132,7 @@ class _Loss(torch.autograd.Function):
         if any(wants):
             ctx.save_for_backward(hidden, weight, bias, rows, targets, weights)
             ctx.options, ctx.wants, ctx.memory = options, wants, memory
-            ctx.made = (swept.hidden, swept.weight, swept.bias)
+            ctx.made, ctx.dtypes = (swept.hidden, swept.weight, swept.bias), _dtypes(hidden, weight, bias)
         ctx.mark_non_differentiable(swept.log_p)
         return swept.log_p, swept.loss
 
@@ -149,7 +149,7 @@ class _Loss(torch.autograd.Function):
             for g in made:
                 if g is not None:
                     g.mul_(grad)
-        return (*made, *[None] * 6)
+        return (*_narrowed(made, ctx.dtypes), *[None] * 6)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -168,7 +168,8 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, bias, rows, targets = ctx.saved_tensors
         head, wants = Head(weight, bias, **ctx.options), ctx.needs_input_grad[:3]
         swept = sweep(hidden, head, rows, targets, -grad, wants, memory=ctx.memory)
-        return (swept.hidden, swept.weight, swept.bias, *[None] * 4)
+        made = (swept.hidden, swept.weight, swept.bias)
+        return (*_narrowed(made, _dtypes(hidden, weight, bias)), *[None] * 4)
 
 
 def _refuse_second_derivatives() -> None:
@@ -178,6 +179,15 @@ def _refuse_second_derivatives() -> None:
             why="its gradients would silently count as constants under create_graph=True",
             fix="compute logits and cross-entropy with torch where they are needed",
         )
+
+
+def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
+    return [None if t is None else t.dtype for t in tensors]
+
+
+def _narrowed(made: tuple[Tensor | None, ...], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
+    """Gradients in the precision of what they are for, once they have been scaled."""
+    return [None if g is None else g.to(dtype) for g, dtype in zip(made, dtypes, strict=True)]
 
 
 def _autocast(tensor: Tensor) -> Tensor:

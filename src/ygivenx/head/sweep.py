@@ -44,7 +44,7 @@ WORTHWHILE = 160  # columns from which adding to dW is cheaper than computing th
 
 @dataclass(frozen=True)
 class Swept:
-    """log_p [E]; rank int64 [E] if asked for; loss scalar; gradients where they were wanted."""
+    """log_p [E]; rank int64 [E] if asked for; loss scalar; gradients where they were wanted, of any precision."""
 
     log_p: Tensor
     rank: Tensor | None
@@ -80,8 +80,7 @@ def _sweep(
     ranks: bool,
     memory: int,
 ) -> Swept:
-    given = head.weight.dtype
-    head = replace(head, weight=head.weight.to(torch.promote_types(hidden.dtype, given)))
+    head = replace(head, weight=head.weight.to(torch.promote_types(hidden.dtype, head.weight.dtype)))
     edges = Edges(hidden, head, rows, targets, weights, apart=ranks)
     into = Gradients(hidden, head, edges.wide, wants)
     if into.weight is not None and not len(rows):
@@ -99,8 +98,8 @@ def _sweep(
         edges.as_given(edges.above[edges.column]) if ranks else None,
         None if weights is None else edges.loss().to(edges.wide),
         into.hidden,
-        None if into.weight is None else into.weight.to(given),
-        None if into.bias is None or head.bias is None else into.bias.to(head.bias.dtype),
+        into.weight,
+        into.bias,
     )
 
 

@@ -34,6 +34,11 @@ class Tile:
     mask: Tensor | None = None
     causal: bool = False
 
+    @property
+    def count(self) -> int:
+        """How many queries."""
+        return sum(run.stop - run.start for run in self.rows)
+
 
 class Tiles(NamedTuple):
     """near: each query once, with what stands in its own block. far: with the path that leads to whole blocks."""
@@ -209,7 +214,7 @@ class Blocks(torch.autograd.Function):
 
         def share(t: Tile) -> Tensor:
             """Of the gradient of the tile's queries; that of its keys and values is added."""
-            fold = _Fold.of(t, query, key).even(sum(run.stop - run.start for run in t.rows))
+            fold = _Fold.of(t, query, key).even(t.count)
             g, q, o, total = (fold(_take(a, t.rows)) for a in (grad, query, out, lse))
             k, v = (_take(a, t.keys).expand(fold.batch, -1, -1, -1) for a in (key, value))
             dq, dk, dv = _flash_backward(
