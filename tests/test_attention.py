@@ -55,13 +55,15 @@ def test_blocks_equal_the_twin(block, window, monkeypatch):
 
 @pytest.mark.parametrize(("heads", "kv"), [(4, 1), (6, 2), (9, 3), (4, 4)])
 @pytest.mark.parametrize("threads", [1, 2, 7, 64])
-def test_however_heads_are_dealt_to_threads_gradients_are_the_same(heads, kv, threads, monkeypatch):
+@pytest.mark.parametrize("many", [0, 1000])
+def test_however_heads_are_dealt_to_threads_gradients_are_the_same(heads, kv, threads, many, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "MANY", many)
     monkeypatch.setattr(blocks.torch, "get_num_threads", lambda: threads)
     forest = yx.Forest.of(tree(1))
     tensors = inputs(len(forest.fed), heads=heads, kv=kv)
     tiles = blocks.make_tiles(plan_of(forest, "blocks"), None)
-    batches = {blocks._Fold.of(t, *tensors[:2]).even(t.count).batch for part in tiles for t in part}
+    batches = {blocks._Fold.of(t, *tensors[:2]).even(t).batch for part in tiles for t in part}
     assert batches == {1} if threads == 1 or heads == kv else max(batches) > 1 or kv == threads
     g = torch.randn_like(tensors[0])
     made = {}

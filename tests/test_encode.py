@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, PythonBackend
 
 from ygivenx import Encoder, RowError
+from ygivenx.errors import ConfigError
 from ygivenx.rows.formats import Conversation, Pair
 
 CHAT = [
@@ -206,3 +207,19 @@ def test_a_tokenizer_with_prefix_space_joins_nothing():
         with pytest.raises(RowError) as e:
             Encoder(tokenizer, **options)({"x": x, "y": " b"})
         assert e.value.reason == "prefix_space"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"repair": None},
+        {"bos": "yes"},
+        {"eos": 3},
+        {"stops": 5},
+        {"max_length": "long"},
+        {"template_kwargs": "x"},
+    ],
+)
+def test_an_option_of_another_kind_is_refused(smol_tokenizer, wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Encoder(smol_tokenizer, **wrong)

@@ -88,18 +88,18 @@ class Chats:
             try:
                 drafts = self._proven(holed, wanted, frozenset(), row)
             except RowError:
-                if not certain:
-                    raise
-                drafts = self._proven(holed, wanted, certain, row)
+                drafts = self._proven(holed, wanted, self._certain(template, inputs), row)
             return [outline_of(d, row.messages) for d in drafts]
 
         template, wanted = self._template(inputs), self._wanted(row)
-        # Repairs that no text of the row has a part in, unless another would come before them: see _attempts.
-        certain = self.options.repairs & {"opening", "only_end"}
-        if self.options.context != "inference" or any(alternatives(template, inputs, self.options.repairs)):
-            certain = frozenset()
         outlines = self._shapes[template.source].outlines(row, inputs, prove)
         return None if outlines is None else [(o, ()) for o in outlines]
+
+    def _certain(self, template: Template, inputs: Inputs) -> frozenset[str]:
+        """Repairs that no text of the row has a part in, unless another would come before them: see `_attempts`."""
+        others = any(alternatives(template, inputs, self.options.repairs))
+        none = others or self.options.context != "inference"
+        return frozenset() if none else self.options.repairs & {"opening", "only_end"}
 
     def _made(self, row: Conversation, inputs: Inputs) -> list[Cut]:
         """The texts by a proof of this row's own."""
@@ -241,8 +241,9 @@ class Chats:
         """With border="split", a turn whose first token would hold the end of x has a sequence of its own, in which x
         and y are encoded apart; for what follows it is history, as inference would encode it."""
         for (outline, cuts), encoded in zip(texts, parts, strict=True):
-            torn = [t for t in outline.turns if self.tokens.border(encoded, t[1]) is None]
-            if self.options.border != "split" or not torn:
+            split = self.options.border == "split"
+            torn = [t for t in outline.turns if split and self.tokens.border(encoded, t[1]) is None]
+            if not torn:
                 yield (outline, cuts), encoded
                 continue
             self.tokens.need_plain_joints("border='split'")

@@ -46,11 +46,10 @@ def appended_end(tokens: Tokens, row: Row, i: int, after: int, repairs: frozense
         raise RowError(what, reason="no_end_of_turn", field=field, why=why, fix=fix)
     if not eos:
         raise RowError(what, reason="no_end_of_turn", field=field, why=why, fix="set tokenizer.eos_token")
-    several = len(tokens.stops) > 1
-    if ("append_end" if several else "only_end") not in repairs and "append_end" not in repairs:
-        if several:
-            why = f"any of {', '.join(sorted(tokens.stops))} might, and none is written: {why}"
-        fix = f"repair='{'append_end' if several else 'only_end'}' appends {eos!r}, or give another template"
+    needed = "append_end" if len(tokens.stops) > 1 else "only_end"
+    if not repairs & {needed, "append_end"}:
+        why = f"any of {', '.join(sorted(tokens.stops))} could, and none is written: {why}"
+        fix = f"repair={needed!r} appends {eos!r}, or give another template"
         raise RowError(what, reason="no_end_of_turn", field=field, why=why, fix=fix)
     return End(after, eos, f"{field}: {eos!r} was appended, as nothing ends the turn")
 

@@ -83,6 +83,7 @@ class Encoder:
                 raise ConfigError(
                     f"{name}={value!r}{nearest(str(value), CHOICES[name])}", fix=f"known: {known}"
                 )
+        _check_kinds(repair, bos, eos, stops, max_length, template_kwargs)
         self.tokenizer = tokenizer
         self.tokens = Tokens(tokenizer, stops := (stops,) if isinstance(stops, str) else tuple(stops))
         further = {"repair": repair, "max_length": max_length, "bos": bos, "eos": eos, "stops": stops}
@@ -169,6 +170,25 @@ OPTIONS = tuple(
     for name, p in signature(Encoder.__init__).parameters.items()
     if p.kind is p.KEYWORD_ONLY and name != "control"
 )
+
+
+def _check_kinds(repair: Any, bos: Any, eos: Any, stops: Any, max_length: Any, template_kwargs: Any) -> None:
+    """Raise ConfigError for a value of another kind than its option has: they come from command lines, too."""
+    for name, value, fits, wanted in (
+        ("repair", repair, isinstance(repair, Iterable), "names, separated by commas"),
+        ("bos", bos, bos in (True, False, "auto"), "True, False or 'auto'"),
+        ("eos", eos, eos in (True, False, "auto"), "True, False or 'auto'"),
+        ("stops", stops, isinstance(stops, Iterable), "texts of tokens"),
+        ("max_length", max_length, max_length is None or isinstance(max_length, int), "a number of tokens"),
+        (
+            "template_kwargs",
+            template_kwargs,
+            isinstance(template_kwargs, Mapping | None),
+            "values by name",
+        ),
+    ):
+        if not fits:
+            raise ConfigError(f"{name}={value!r}", fix=f"give {wanted}")
 
 
 def _remade(tokenizer: Any, train: Any, options: dict[str, Any]) -> Encoder:

@@ -12,7 +12,7 @@ from .edges import Edges, Head, parts
 class Gradients:
     """dH, dW and the bias's gradient; None for those that nobody wants.
 
-    Of float16 they are float32: a gradient scaler's factor, which keeps small ones from vanishing, is known in backward.
+    Of float16 they are float32: the factor of a scaler, which keeps small ones from vanishing, is known in backward.
     """
 
     def __init__(self, hidden: Tensor, head: Head, wide: torch.dtype, wants: tuple[bool, bool, bool]) -> None:

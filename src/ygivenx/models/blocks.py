@@ -18,6 +18,7 @@ from ..forest import Ints
 from .plan import Plan
 
 BLOCK = 128  # queries of a block that holds more than one segment
+MANY = 192  # queries from which torch's flash kernel takes blocks of 64 of them or more, not of 32
 
 Runs = tuple[slice, ...]  # nodes, as runs of neighbours
 
@@ -33,6 +34,11 @@ class Tile:
     keys: Runs
     mask: Tensor | None = None
     causal: bool = False
+
+    @property
+    def alike(self) -> bool:
+        """Whether all queries see the same keys."""
+        return not self.causal and self.mask is None
 
     @property
     def count(self) -> int:
@@ -132,35 +138,36 @@ def _add(total: Tensor, runs: Runs, parts: Tensor) -> None:
 class _Fold(NamedTuple):
     """Query heads that share a key head, written as further rows of it.
 
-    [1, heads, R, ...] becomes [batch, key heads, heads / key heads * R / batch, ...]. The kernel does best with many
-    rows. Those that don't all see the same keys stay as they are (`apart`); their heads may still become a batch.
+    [1, heads, R, ...] becomes [batch, key heads, heads / key heads * R / batch, ...]. With few rows the kernel takes
+    small blocks, which cost more. Rows that don't all see the same keys stay as they are; their heads may still become
+    a batch.
     """
 
     batch: int
     kv_heads: int
     groups: int
-    apart: bool
+    few: bool  # rows, all of which see the same keys
 
     @classmethod
     def of(cls, tile: Tile, query: Tensor, key: Tensor) -> _Fold:
-        apart = tile.causal or tile.mask is not None
-        return cls(1, key.shape[1], query.shape[1] // key.shape[1], apart)
+        few = tile.alike and tile.count < MANY
+        return cls(1, key.shape[1], query.shape[1] // key.shape[1], few)
 
-    def even(self, rows: int) -> _Fold:
+    def even(self, tile: Tile) -> _Fold:
         """The same with the batch that gives every thread as much to do as the others.
 
         The kernel's backward pass hands (batch, key head) pairs to threads: with three of them, one of two threads
         does two thirds of the work.
         """
         fits = {1, self.groups}
-        if not self.apart:
-            fits = {b for b in range(1, self.groups + 1) if self.groups * rows % b == 0}
+        if tile.alike:
+            fits = {b for b in range(1, self.groups + 1) if self.groups * tile.count % b == 0}
         threads = torch.get_num_threads()
         return self._replace(batch=min(fits, key=lambda b: (-(-b * self.kv_heads // threads) / b, b)))
 
     @property
     def _nothing(self) -> bool:
-        return self.groups == 1 or (self.apart and self.batch == 1)
+        return self.groups == 1 or (self.batch == 1 and not self.few)
 
     def __call__(self, a: Tensor) -> Tensor:
         if self._nothing:
@@ -214,7 +221,7 @@ class Blocks(torch.autograd.Function):
 
         def share(t: Tile) -> Tensor:
             """Of the gradient of the tile's queries; that of its keys and values is added."""
-            fold = _Fold.of(t, query, key).even(t.count)
+            fold = _Fold.of(t, query, key).even(t)
             g, q, o, total = (fold(_take(a, t.rows)) for a in (grad, query, out, lse))
             k, v = (_take(a, t.keys).expand(fold.batch, -1, -1, -1) for a in (key, value))
             dq, dk, dv = _flash_backward(
