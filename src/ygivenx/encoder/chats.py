@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from re import Match
 from typing import Any
 
 import numpy as np
@@ -14,12 +12,12 @@ import numpy.typing as npt
 from ..errors import RowError
 from ..rows.formats import Conversation
 from ..sequence import Segment, Sequence
-from .assemble import Job, Options, control_text, made, straddle, too_long, truncated
+from .assemble import Job, Options, made, straddle, too_long, truncated
 from .contract import Contract
+from .control import control_cuts, refuse_control
 from .fields import lost_of_context, lost_of_reply
-from .inputs import ROLES, Inputs, inputs_of
+from .inputs import Inputs, inputs_of
 from .layout import Outline, outline_of, segments_of
-from .origins import Source, within
 from .policy import Part, weight_of
 from .renderings import Draft, Row
 from .repair import IN_TURNS, alternatives
@@ -104,8 +102,9 @@ class Chats:
     def _made(self, row: Conversation, inputs: Inputs) -> list[Cut]:
         """The texts by a proof of this row's own."""
         if self.options.control == "refuse":
-            self._refuse_control(inputs)
-        return [(outline_of(d, row.messages), self._cuts(d)) for d in self._drafts(inputs, row)]
+            refuse_control(self.tokens, inputs)
+        drafts, control = self._drafts(inputs, row), self.options.control
+        return [(outline_of(d, row.messages), control_cuts(self.tokens, d, control)) for d in drafts]
 
     def _wanted(self, row: Conversation) -> list[int]:
         """The replies of which some part would be trained; the others are context."""
@@ -182,44 +181,6 @@ class Chats:
                     raise _dropped(path)
                 draft = replace(draft, notes=(*draft.notes, f"{path} is left out by the template"))
         return draft
-
-    # --- control text ------------------------------------------------------------------------------------
-
-    def _refuse_control(self, inputs: Inputs) -> None:
-        given = {
-            "messages": inputs.messages,
-            "tools": inputs.tools,
-            "documents": inputs.documents,
-            **inputs.kwargs,
-        }
-        if not self.tokens.has_control(json.dumps(given, ensure_ascii=False, default=str)):
-            return
-        for path, text in _leaves(given):
-            if found := self.tokens.has_control(text):
-                raise control_text(found[0], path)
-
-    def _cuts(self, draft: Draft) -> tuple[int, ...]:
-        """Where the text is cut so that no control token is made of a row's characters."""
-        if self.options.control == "parse":
-            return ()
-        traced = next((t.traced for t in draft.turns if t.traced), draft.traced)
-        if traced is None:
-            what = "the origin of this text's characters can't be followed through the template"
-            why = "so control tokens of the row's can't be told from the template's"
-            raise RowError(what, reason="no_origins", why=why, fix="control='parse' trusts the row")
-        runs, sources = traced.text.runs, traced.sources
-
-        def foreign(found: Match[str]) -> Source | None:
-            inside = (sources[s] for s in within(runs, *found.span()) if s)
-            return next((s for s in inside if s.field != "role" or s.text not in ROLES), None)
-
-        cuts = self.tokens.cuts(draft.text, lambda found: foreign(found) is not None)
-        if cuts and self.options.control == "refuse":
-            found = self.tokens.control(draft.text, cuts[0] - 1)[0]
-            source = foreign(found)
-            path = source.path if source else ""
-            raise control_text(found[0], path, "the template and the row write it together")
-        return cuts
 
     # --- sequences ---------------------------------------------------------------------------------------
 
@@ -311,20 +272,6 @@ class Chats:
 _AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
 _SPLIT = "x and y are encoded apart, as inference would: the ids differ from the template's"
 _KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
-
-
-def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
-    """Each string of a row with its path; the names of its fields, which are text too, among them."""
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            here = f"{path}.{key}" if path else str(key)
-            yield here, str(key)
-            yield from _leaves(item, here)
-    elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _leaves(item, f"{path}[{i}]")
 
 
 def _common(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
