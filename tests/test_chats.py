@@ -302,6 +302,11 @@ def test_nothing_asks_for_a_second_reply_in_a_row():
     assert error.reason == "not_continued"
 
 
+def test_the_clock_stands_still_while_a_row_is_proven():
+    example = encoder("{{ strftime_now('%H:%M:%S.%f') }}" + CHATML)({"messages": [user(), reply()]})
+    assert (trained(example), example.only.notes) == ("It is 4.<|im_end|>", ())
+
+
 # --- what the template leaves out ------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from ygivenx import Encoder
 FETCHED = Path(__file__).resolve().parents[1] / ".tokenizers"
 NAMES = ("qwen3", "llama3", "llama3_1", "gemma3", "deepseek_v3")
 # Tokens that end a turn and aren't the tokenizer's eos; a model's generation config names them.
-STOPS = {"llama3": ["<|eot_id|>"], "llama3_1": ["<|eot_id|>", "<|eom_id|>"], "gemma3": ["<end_of_turn>"]}
+STOPS = {"llama3": ["<|eot_id|>"], "llama3_1": ["<|eot_id|>"], "gemma3": ["<end_of_turn>"]}
 
 
 def tokenizer_of(name: str):

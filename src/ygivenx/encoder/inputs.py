@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from typing import Any
 
 from ..rows.messages import WEIGHT_KEYS
@@ -17,12 +18,16 @@ ROLES = frozenset(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a template sees of a row: messages without nulls and weights, and its further arguments."""
+    """What a template sees of a row: messages without nulls and weights, and its further arguments.
+
+    now: the time, which some templates write; it stands still, as a row's renderings are compared.
+    """
 
     messages: tuple[dict[str, Any], ...]
     tools: list[dict[str, Any]] | None = None
     documents: list[dict[str, Any]] | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
+    now: datetime = field(default_factory=datetime.now)
 
     def upto(self, stop: int, *more: dict[str, Any]) -> Inputs:
         """The same with messages[:stop] and `more`."""

@@ -111,20 +111,21 @@ class Environment(ImmutableSandboxedEnvironment):
         loops = jinja2.ext.loopcontrols
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loops])
         self.meter = _Meter()
+        self.now = datetime.now()
         self.row: Any = None
         self.written: dict[Any, tuple[Any, str]] = {}
         self.filters["tojson"] = self._tojson
         self.filters |= {"_metered": self._metered, "_sized": _sized}
         self.globals |= {
             "raise_exception": _raise_exception,
-            "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+            "strftime_now": lambda pattern: self.now.strftime(pattern),
             "dict": _Dict(),
             "namespace": _Namespace,
         }
 
     def begin(self, inputs: Inputs) -> None:
         """A new budget for one rendering; what was written of another row is forgotten."""
-        self.meter = _Meter()
+        self.meter, self.now = _Meter(), inputs.now
         if inputs.tools is not self.row or inputs.tools is None:
             self.row = inputs.tools
             self.written.clear()

@@ -68,7 +68,7 @@ def marked(inputs: Inputs) -> Marked:
     tools = None if inputs.tools is None else mark_whole(inputs.tools, "tools")
     documents = None if inputs.documents is None else mark_whole(inputs.documents, "documents")
     kwargs = {k: mark_whole(v, k) for k, v in inputs.kwargs.items()}
-    return Marked(Inputs(messages, tools, documents, kwargs), tuple(sources))
+    return Marked(Inputs(messages, tools, documents, kwargs, inputs.now), tuple(sources))
 
 
 # Filters that hand on what they are given.
