@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError, nearest
+from .intake import check_options
 
 
 @dataclass(frozen=True)
@@ -71,20 +72,8 @@ class TrainConfig:
                 fix=" ".join(f"--{m.replace('_', '-')} ..." for m in missing),
             )
         config = cls(**{k: _typed(k, v, str(known[k].type), path) for k, v in merged.items()})
-        _check_encoder(config.encoder or {}, path)
+        check_options(config.encoder or {}, str(path or "flags"))
         return config
-
-
-def _check_encoder(told: dict[str, Any], path: Path | None) -> None:
-    from ..encoder.encode import OPTIONS
-
-    for name in told:
-        if name not in OPTIONS:
-            raise ConfigError(
-                f"unknown option of the encoder {name!r}{nearest(str(name), OPTIONS)}",
-                where=str(path or "flags"),
-                fix=f"known: {', '.join(OPTIONS)}",
-            )
 
 
 def _read(path: Path) -> dict[str, Any]:

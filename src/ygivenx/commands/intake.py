@@ -41,19 +41,27 @@ def open_encoder(model: str, gguf_file: str | None, **options: Any) -> Any:
 
 def encoder_options(named: Iterable[str] | None, **further: Any) -> dict[str, Any]:
     """Options of Encoder from `name=value`; a value is JSON where it can be, else text. Raises ConfigError."""
+    told: dict[str, Any] = {}
+    for option in named or ():
+        name, given, value = option.partition("=")
+        if not given:
+            raise ConfigError(f"--encoder {option}: no value", fix="name=value, such as repair=append_end")
+        try:
+            told[name] = json.loads(value)
+        except json.JSONDecodeError:
+            told[name] = value
+    check_options(told, "--encoder")
+    return {**further, **told}
+
+
+def check_options(told: Iterable[str], where: str) -> None:
+    """Raise ConfigError for a name that is no option of Encoder, or one that commands have a flag for."""
     from ..encoder.encode import OPTIONS
 
-    options = dict(further)
-    for told in named or ():
-        name, given, value = told.partition("=")
-        if name not in OPTIONS or not given:
-            what = f"--encoder {told}: {'no value' if name in OPTIONS else 'unknown option'}"
-            raise ConfigError(what + nearest(name, OPTIONS), fix=f"name=value, of {', '.join(OPTIONS)}")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options
+    for name in told:
+        if name not in OPTIONS:
+            what = f"unknown option of the encoder {name!r}{nearest(str(name), OPTIONS)}"
+            raise ConfigError(what, where=where, fix=f"known: {', '.join(OPTIONS)}")
 
 
 def open_rows(
