@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from ygivenx import Example, Sequence
+from ygivenx.errors import RowError
 from ygivenx.sequence import Segment
+from ygivenx.show import visible
 
 
 def test_it_is_frozen_and_the_callers_arrays_are_not():
@@ -46,6 +48,18 @@ def test_an_example_of_several_sequences_has_no_single_ids():
 
 
 def test_print_marks_what_is_trained_and_tames_controls():
-    s = Sequence(np.arange(3), np.array([0, 0.5, 0], np.float32), (), ("a", "b\x1b[31m", "c"), ("a note",))
+    s = Sequence(
+        np.arange(3), np.array([0, 0.5, 0], np.float32), (), ("a", "b\x1b[31m", "c"), ("a note\x1b",)
+    )
     assert str(s).splitlines()[0] == "a⟦b␛[31m×0.5⟧c"
-    assert "note: a note" in str(s)
+    assert "note: a note␛" in str(s)
+
+
+@pytest.mark.parametrize(
+    "char", [chr(c) for c in (0x00, 0x0D, 0x1B, 0x7F, 0x9B, 0x202E, 0x2066, 0x2069, 0xD800)]
+)
+def test_what_a_terminal_would_obey_is_not_shown_to_it(char):
+    assert char not in visible(f"a{char}b")
+    error = RowError(f"w{char}", reason="r", field=f"messages[0].{char}", why=f"y{char}", fix=f"f{char}")
+    assert char not in str(error)
+    assert visible("a\tb\nc é ⟦") == "a\tb\nc é ⟦"

@@ -12,10 +12,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .commands.intake import Accepted, encoded, encoder_options, open_encoder, open_model, open_rows, the_row
+from .commands.intake import (
+    Accepted,
+    encoded,
+    encoder_options,
+    open_encoder,
+    open_model,
+    open_rows,
+    say,
+    the_row,
+)
 from .commands.intake import console as err
 from .errors import YgivenxError
 from .models.places import located
+from .show import visible
 
 OK, FINDINGS, USAGE = 0, 1, 2
 
@@ -104,7 +114,7 @@ def show(
     example = the_row(reader, open_encoder(model, gguf_file, **options), row)
     if as_json:
         return emit({"format": reader.format, "sequences": [_sequence_json(s) for s in example.sequences]})
-    err.print(f"format: {reader.format}", highlight=False, markup=False)
+    say(f"format: {reader.format}")
     print(example)
 
 
@@ -190,7 +200,7 @@ def ledger(
     if as_json:
         emit(book.to_dict())
     else:
-        print(book)
+        print(visible(str(book)))
     if not book.balanced:
         raise typer.Exit(FINDINGS)
 

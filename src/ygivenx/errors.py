@@ -16,6 +16,8 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+from .show import visible
+
 
 class YgivenxError(Exception):
     """Base of all errors raised on purpose.
@@ -38,7 +40,7 @@ class YgivenxError(Exception):
             lines.append(f"  why: {self.why}")
         if self.fix:
             lines.append(f"  fix: {self.fix}")
-        return "\n".join(lines)
+        return visible("\n".join(lines))  # it quotes rows and templates, and is read in terminals
 
 
 def _remade(kind: type[YgivenxError], args: tuple[Any, ...], state: dict[str, Any]) -> YgivenxError:

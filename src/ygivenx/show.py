@@ -10,12 +10,16 @@ from itertools import groupby
 import numpy as np
 
 # C0 and C1 controls would reach the reader's terminal as commands: show their pictures instead.
-_PICTURES = {c: 0x2400 + c for c in range(0x20)} | {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-_VISIBLE = {c: p for c, p in _PICTURES.items() if c not in (0x0A, 0x09)}
+_PICTURES = {c: 0x2400 + c for c in range(0x20)} | {0x7F: 0x2421}
+# These have no pictures: C1; what reorders the characters around it, so that a text reads otherwise than it is; and
+# half a surrogate pair, which can't be printed.
+_NAMELESS = dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+_SURROGATES = dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+_VISIBLE = {c: p for c, p in (_PICTURES | _NAMELESS | _SURROGATES).items() if c not in (0x0A, 0x09)}
 
 
 def visible(text: str) -> str:
-    """`text` with control characters (but newline and tab) as pictures."""
+    """`text` as a terminal may have it: controls (but newline and tab) and overrides of direction as pictures."""
     return text.translate(_VISIBLE)
 
 
@@ -43,5 +47,5 @@ def coloured(
         "".join(parts),
         f"[{len(weights)} tokens, {trained} trained, weight {weights.sum():g}]",
     ]
-    lines += [f"note: {note}" for note in notes]
+    lines += [f"note: {visible(note)}" for note in notes]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ..errors import ConfigError, MissingExtra
 from .config import TrainConfig
-from .intake import open_encoder, open_model, open_rows, take
+from .intake import open_encoder, open_model, open_rows, say, take
 
 SHOWN_ROWS = 20  # on the page
 
@@ -34,14 +34,14 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
         )
     held_out = examples_of(config.eval_data, config.eval_limit)[0] if config.eval_data else None
     trainer = build(config, adapted(model, config), tokenizer, examples, held_out, console)
-    console.print(str(trainer.train_dataset), highlight=False)
+    say(str(trainer.train_dataset), console)
     before = trainer.evaluate() if held_out else {}
     outcome = trainer.train(resume_from_checkpoint=config.resume)
     after = evaluation(trainer) if held_out else {}
     final = Path(config.output_dir) / "final"
     trainer.save_model(str(final))
     page = write_page(config, trainer, held_out or examples, account, before)
-    console.print(f"saved: {final}, and what was trained: {page}", highlight=False, markup=False)
+    say(f"saved: {final}, and what was trained: {page}", console)
     # The ranks' threads end here: a process that leaves them to the interpreter's exit may abort there.
     trainer.accelerator.end_training()
     return {

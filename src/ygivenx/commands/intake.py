@@ -11,8 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError, nearest
+from ..show import visible
 
 console = Console(stderr=True)
+
+
+def say(text: str, to: Console | None = None) -> None:
+    """Print what may quote a row: as it stands, but for what a terminal would obey."""
+    (to or console).print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
 
 def open_model(model: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
@@ -132,16 +138,14 @@ def take(reader: Any, encoder: Any) -> tuple[list[Any], dict[str, Any]]:
 
 
 def say_account(account: dict[str, Any], first: str) -> None:
-    console.print(f"format: {account['format']}", highlight=False, markup=False)
-    console.print(
-        f"{account['accepted']:,} accepted + {account['quarantined']:,} quarantined "
-        f"= {account['read']:,} read",
-        highlight=False,
+    say(f"format: {account['format']}")
+    say(
+        f"{account['accepted']:,} accepted + {account['quarantined']:,} quarantined = {account['read']:,} read"
     )
     for reason, count in account["reasons"].items():
-        console.print(f"  {count:>7,}  {reason}", highlight=False, markup=False)
+        say(f"  {count:>7,}  {reason}")
     if first:
-        console.print(f"first of them: {first}", highlight=False, markup=False)
+        say(f"first of them: {first}")
 
 
 def the_row(reader: Any, encoder: Any, number: int) -> Any:
