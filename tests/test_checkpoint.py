@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 
 from ygivenx.errors import CheckpointError
@@ -55,8 +58,73 @@ def test_newest_means_most_steps_not_latest_name(tmp_path):
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for n in (1, 2, 3, 4):
         (tmp_path / f"checkpoint-{n}").mkdir()
-    checkpoint.rotate(tmp_path, 1, protect=str(tmp_path / "checkpoint-2"))
+    checkpoint.rotate(tmp_path, 1, 4, protect=str(tmp_path / "checkpoint-2"))
     assert [p.name for p in checkpoint.listed(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_rotation_does_not_count_what_lies_ahead(tmp_path):
+    """Resumed from 10 where 20 and 30 are too: the new 15 isn't one of the oldest."""
+    for n in (5, 10, 15, 20, 30):
+        (tmp_path / f"checkpoint-{n}").mkdir()
+    checkpoint.rotate(tmp_path, 2, 15)
+    assert [p.name for p in checkpoint.listed(tmp_path)] == [f"checkpoint-{n}" for n in (10, 15, 20, 30)]
+
+
+def staged(run_dir, n, content):
+    directory = run_dir / ".staging" / f"checkpoint-{n}"
+    directory.mkdir(parents=True)
+    (directory / "model.safetensors").write_bytes(content)
+    checkpoint.seal(directory)
+    return directory
+
+
+def test_one_of_the_same_name_is_replaced(sealed):
+    checkpoint.publish(staged(sealed.parent, 3, b"newer"), sealed)
+    checkpoint.verify(sealed)
+    assert (sealed / "model.safetensors").read_bytes() == b"newer"
+    assert [p.name for p in sealed.parent.iterdir() if p.name != ".staging"] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_crash_while_one_is_replaced_loses_nothing(sealed, monkeypatch, renames):
+    """Killed after the first or the second rename; the next start finds a complete checkpoint."""
+    new = staged(sealed.parent, 3, b"newer")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        rename, left = os.rename, [renames]
+
+        def counted(*args):
+            left[0] -= 1
+            return rename(*args) if left[0] >= 0 else killed()
+
+        patch.setattr(os, "rename", counted)
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.publish(new, sealed)
+    assert checkpoint.start(sealed.parent, "auto") == sealed
+    checkpoint.verify(sealed)
+    assert (sealed / "model.safetensors").read_bytes() == (b"weights" if renames == 1 else b"newer")
+    assert not list(sealed.parent.glob("*.replaced"))
+
+
+def test_a_start_beside_another_run_s_checkpoints_is_refused(sealed, tmp_path):
+    assert checkpoint.start(sealed.parent, "auto") == sealed
+    assert checkpoint.start(sealed.parent, str(sealed)) == sealed
+    assert checkpoint.start(sealed.parent, None, {"checkpoint-3"}) is None
+    assert checkpoint.start(tmp_path / "absent", None) is None
+    with pytest.raises(CheckpointError, match=r"another run are there: checkpoint-3"):
+        checkpoint.start(sealed.parent, None)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        checkpoint.start(sealed.parent, str(sealed) + "0")
+    (tmp_path / "b" / "checkpoint-1").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"another run are there: checkpoint-1"):
+        checkpoint.start(tmp_path / "b", str(sealed))
+    (sealed / "model.safetensors").unlink()  # not complete, and not ours to delete or to count
+    with pytest.raises(CheckpointError, match="another run"):
+        checkpoint.start(sealed.parent, "auto")
 
 
 def test_no_directory_no_checkpoint(tmp_path):

@@ -56,7 +56,7 @@ def gradient(trainer) -> torch.Tensor:
 def test_accumulation_does_not_change_the_gradient(tmp_path, steps):
     """The same rows in 1, 2 and 4 micro-batches of unequal weight: one denominator, one gradient."""
     data = sequences(4, seed=5)
-    whole = gradient(make(tmp_path, data, max_steps=1, max_tokens=10_000, max_grad_norm=0.0))
+    whole = gradient(make(tmp_path / "whole", data, max_steps=1, max_tokens=10_000, max_grad_norm=0.0))
     size = max(len(s) for s in data) if steps == 4 else sum(len(s) for s in data) // 2 + 12
     trainer = make(
         tmp_path, data, max_steps=1, max_tokens=size, gradient_accumulation_steps=steps, max_grad_norm=0.0
@@ -165,6 +165,64 @@ def test_a_checkpoint_of_other_data_is_refused(tmp_path):
     make(tmp_path, sequences(4, seed=1), **settings).train()
     with pytest.raises(CheckpointError, match="packs changed"):
         make(tmp_path, sequences(4, seed=2), **settings).train(resume_from_checkpoint="auto")
+
+
+def test_a_fresh_run_does_not_mix_its_checkpoints_with_another_s(tmp_path):
+    data = sequences(4)
+    first = make(tmp_path, data, max_steps=2, save_steps=1, save_total_limit=1)
+    first.train()
+    first.train()  # its own may be replaced
+    with pytest.raises(CheckpointError, match="another run are there: checkpoint-2"):
+        make(tmp_path, data, max_steps=1, save_steps=1).train()
+    assert [p.name for p in checkpoint.listed(tmp_path)] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"learning_rate": 1e-3}, r"learning_rate 5e-05 → 0.001 changed"),
+        ({"lr_scheduler_type": "cosine"}, "lr_scheduler_type linear → cosine"),
+        ({"warmup_steps": 1}, "warmup_steps 0 → 1"),
+        ({"weight_decay": 0.5}, r"weight_decay 0\.0 → 0\.5"),
+        ({"max_grad_norm": 0.5}, r"max_grad_norm 1\.0 → 0\.5"),
+        ({"max_steps": 4}, "length 2 steps → 4 steps"),  # the rate of a linear schedule depends on it
+        ({"model": llama(dtype=torch.bfloat16)}, "dtypes .*float32.* → .*bfloat16"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, changed, said):
+    settings = {"max_steps": 2, "save_steps": 2}
+    make(tmp_path, sequences(4), **settings).train()
+    with pytest.raises(CheckpointError, match=said):
+        make(tmp_path, sequences(4), **settings | changed).train(resume_from_checkpoint="auto")
+
+
+def test_a_run_of_a_constant_rate_may_be_longer(tmp_path):
+    settings = {"save_steps": 1, "lr_scheduler_type": "constant"}
+    data = sequences(4)
+    make(tmp_path / "a", data, max_steps=1, **settings).train()
+    longer = make(tmp_path / "a", data, max_steps=3, **settings)
+    longer.train(resume_from_checkpoint="auto")
+    make(tmp_path / "b", data, max_steps=3, **settings).train()
+    assert weights_of(tmp_path / "a" / "checkpoint-3") == weights_of(tmp_path / "b" / "checkpoint-3")
+
+
+@pytest.mark.parametrize("length", [{"max_steps": 3}, {"num_train_epochs": 1.5}])
+def test_a_finished_run_is_not_trained_further(tmp_path, caplog, length):
+    settings = {**length, "save_steps": 1, "max_tokens": 48, "logging_steps": 1}
+    done = make(tmp_path, sequences(12, seed=4), **settings)
+    done.train()
+    assert done.state.global_step == done.steps
+    before = weights_of(checkpoint.newest(tmp_path))
+    again = make(tmp_path, sequences(12, seed=4), model=llama(seed=9), **settings)
+    outcome = again.train(resume_from_checkpoint="auto")
+    assert outcome.global_step == again.state.global_step == done.state.global_step
+    assert np.isnan(outcome.training_loss)
+    assert "nothing is left to train" in caplog.text
+    logged = [[e for e in t.state.log_history if "loss" in e] for t in (again, done)]
+    assert len(logged[0]) == len(logged[1])
+    for p, q in zip(again.model.parameters(), done.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert weights_of(checkpoint.newest(tmp_path)) == before
 
 
 def test_resume_without_a_checkpoint(tmp_path):

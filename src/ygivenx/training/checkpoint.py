@@ -2,7 +2,8 @@
 
 A checkpoint is written into a staging directory, flushed to disk, sealed by a manifest of sizes and SHA-256
 hashes that is written last, and appears under its name in one rename. Resuming takes the newest one whose
-manifest holds; whatever a crash left behind has another name or no manifest.
+manifest holds; whatever a crash left behind has another name or no manifest. One directory holds the checkpoints of
+one run: a fresh start beside those of another is refused.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import CheckpointError
 
 MANIFEST = "manifest.json"
 STAGING = ".staging"
+_ASIDE = ".replaced"  # behind the name of a checkpoint that makes room for another of its name
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -42,17 +46,62 @@ def clear(staging: Path) -> None:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Give a sealed directory its name in one rename; one of the same name is replaced."""
+    """Give a sealed directory its name in one rename; one that has it is put aside before, and deleted after."""
+    aside = final.with_name(final.name + _ASIDE)
     if final.exists():
-        shutil.rmtree(final)
+        os.rename(final, aside)
     os.rename(staged, final)
     _sync(final.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
+def mend(run_dir: Path) -> None:
+    """Undo what a crash inside `publish` left: a checkpoint that was put aside and not replaced has its name again."""
+    for aside in run_dir.glob(f"checkpoint-*{_ASIDE}"):
+        final = aside.with_name(aside.name.removesuffix(_ASIDE))
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):  # another rank was faster
+                os.rename(aside, final)
+
+
+def start(run_dir: Path, asked: str | bool | None, own: Container[str] = ()) -> Path | None:
+    """The complete checkpoint that a run in `run_dir` begins from; None for a fresh start.
+
+    asked: a checkpoint's directory, True (the newest complete one), "auto" (the same, or a fresh start), or None.
+    own: names of checkpoints in `run_dir` that may stand beside a fresh start. Raises CheckpointError if what was
+    asked for isn't there, and where checkpoints of another run are: the newest of both would be kept and resumed from.
+    """
+    mend(run_dir)
+    if asked in (True, "auto"):
+        found = newest(run_dir)
+        if found is None and asked is True:
+            raise CheckpointError(
+                "no complete checkpoint", where=str(run_dir), fix='use "auto" to start afresh'
+            )
+    else:
+        found = Path(str(asked)) if asked else None
+        if found is not None:
+            verify(found)
+    others = [p.name for p in listed(run_dir) if p.name not in own]
+    if others and (found is None or found.resolve().parent != run_dir.resolve()):
+        raise CheckpointError(
+            f"checkpoints of another run are there: {', '.join(others)}",
+            where=str(run_dir),
+            why="old and new ones would be counted, deleted and resumed from together",
+            fix="resume='auto' goes on with that run; a new one needs another output directory",
+        )
+    return found
 
 
 def verify(directory: Path) -> None:
     """Raise CheckpointError unless the manifest is there and every file has its size and hash."""
     manifest = directory / MANIFEST
     fix = "resume from an earlier checkpoint (resume='auto' finds the newest complete one)"
+    if not directory.is_dir():
+        raise CheckpointError("there is no such checkpoint", where=str(directory), fix=fix)
     if not manifest.is_file():
         raise CheckpointError(
             "no manifest", where=str(directory), why="it was not written to its end", fix=fix
@@ -86,17 +135,23 @@ def listed(run_dir: Path) -> list[Path]:
     """Directories named checkpoint-N, by rising N, complete or not."""
     if not run_dir.is_dir():
         return []
-    found = [(int(m[1]), p) for p in run_dir.iterdir() if p.is_dir() and (m := _NAME.fullmatch(p.name))]
-    return [p for _, p in sorted(found)]
+    return sorted((p for p in run_dir.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)), key=_step)
 
 
-def rotate(run_dir: Path, keep: int | None, protect: str | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints; `protect` (the best one so far) always stays."""
+def rotate(run_dir: Path, keep: int | None, step: int, protect: str | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step`; `protect` (the best one so far) always stays.
+
+    Later ones stand there where a run was resumed from before them; they are replaced as it reaches them.
+    """
     if keep is None:
         return
-    for path in listed(run_dir)[: -max(keep, 1)]:
+    for path in [p for p in listed(run_dir) if _step(p) <= step][: -max(keep, 1)]:
         if protect is None or path.resolve() != Path(protect).resolve():
             shutil.rmtree(path)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 def _sync(path: Path) -> None:

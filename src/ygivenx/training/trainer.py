@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,17 +15,19 @@ import torch
 import transformers
 from torch import nn
 from torch.utils.data import Sampler
+from transformers.trainer_utils import TrainOutput
 
-from ..errors import CheckpointError, ConfigError, LossError
+from ..errors import ConfigError, LossError
 from ..forest import Forest
 from ..models import memory
 from ..objective import Loss, loss
-from . import checkpoint
+from . import checkpoint, runs
 from .evaluation import evaluate, rates
 from .packs import EpochOrder, Packs
 
 T = TypeVar("T")
-IDENTITY = "ygivenx.json"
+STATE = "trainer_state.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,8 +71,11 @@ class Trainer(transformers.Trainer):
     The loss of an optimiser step is Σ w·(−log p) / W, W being the sum of weights over its micro-batches and
     all ranks (`denominator="tokens"`), or the mean of per-sequence means (`"sequence"`).
 
+    notes: what else the checkpoints' `ygivenx.json` is to hold, for whoever resumes from them.
+
     Raises ConfigError for what it can't do, LossError for a non-finite loss (on all ranks, before the
-    update, with the rows' names), CheckpointError for a checkpoint that is incomplete or of other data.
+    update, with the rows' names), CheckpointError for a checkpoint that is incomplete or of another run, and for a
+    fresh start in a directory that holds checkpoints of another run.
     """
 
     loss_is_scaled_for_ga = True
@@ -83,6 +89,7 @@ class Trainer(transformers.Trainer):
         *,
         max_tokens: int = 4096,
         denominator: str = "tokens",
+        notes: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if denominator not in ("tokens", "sequence"):
@@ -111,6 +118,8 @@ class Trainer(transformers.Trainer):
         self.meter = Meter()
         self.control: transformers.TrainerControl
         self._staging: Path | None = None
+        self._notes, self._published = dict(notes or {}), set[str]()
+        self._run: dict[str, Any] = {}
 
     def _packs(self, items: Iterable[Any], args: transformers.TrainingArguments) -> Packs:
         packs = Packs(items, max_tokens=self.max_tokens, seed=args.seed, denominator=self.denominator)
@@ -200,46 +209,45 @@ class Trainer(transformers.Trainer):
 
     # -- checkpoints ---------------------------------------------------------------------------------------
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run, as transformers counts them."""
+        if self.args.max_steps > 0:
+            return int(self.args.max_steps)
+        packs = len(self.train_dataset) // self.args.world_size
+        return math.ceil(self.args.num_train_epochs * -(-packs // self.args.gradient_accumulation_steps))
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As transformers', and `resume_from_checkpoint="auto"`: the newest complete one, or a fresh start."""
-        path = self._resume_path(resume_from_checkpoint)
-        if path is not None:
-            checkpoint.verify(path)
-            self._same_run(path)
+        """As transformers', and `resume_from_checkpoint="auto"`: the newest complete one, or a fresh start.
+
+        A run that is finished already only gets the weights and the log of its last checkpoint back; the training
+        loss of its output is NaN.
+        """
+        path = checkpoint.start(Path(self.args.output_dir), resume_from_checkpoint, self._published)
+        self._run = self._identity()  # before the model is wrapped or sharded
         self.meter = Meter()
         memory.keep_freed_memory()
-        return super().train(resume_from_checkpoint=None if path is None else str(path), **kwargs)
+        if path is None:
+            return super().train(**kwargs)
+        runs.same(runs.recalled(path), self._run, path)
+        done = transformers.TrainerState.load_from_json(str(path / STATE))
+        if done.global_step >= self.steps:  # transformers looks at its limit after a step
+            return self._finished(path, done)
+        return super().train(resume_from_checkpoint=str(path), **kwargs)
 
-    def _resume_path(self, asked: str | bool | None) -> Path | None:
-        if asked is None or asked is False:
-            return None
-        if asked not in (True, "auto"):
-            return Path(str(asked))
-        found = checkpoint.newest(Path(self.args.output_dir))
-        if found is None and asked is True:
-            raise CheckpointError(
-                "no complete checkpoint", where=str(self.args.output_dir), fix='use "auto" to start afresh'
-            )
-        return found
+    def _finished(self, path: Path, state: transformers.TrainerState) -> TrainOutput:
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or str(path))
+        self.state = state
+        logger.warning("%s: step %d of %d, nothing is left to train", path, state.global_step, self.steps)
+        return TrainOutput(state.global_step, math.nan, {})
 
     def _identity(self) -> dict[str, Any]:
         return {
             "packs": self.train_dataset.fingerprint,
-            "seed": self.args.seed,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "world_size": self.args.world_size,
+            **runs.settings(self.args),
+            **runs.trained(self.model),
         }
-
-    def _same_run(self, path: Path) -> None:
-        told = json.loads((path / IDENTITY).read_text())
-        changed = [k for k, v in self._identity().items() if told.get(k) != v]
-        if changed:
-            raise CheckpointError(
-                f"it belongs to another run: {', '.join(changed)} changed",
-                where=str(path),
-                why="the order of the packs would differ from the uninterrupted run",
-                fix="use the same data and settings, or another output directory",
-            )
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
@@ -265,11 +273,13 @@ class Trainer(transformers.Trainer):
         # The best checkpoint was named by its staging path: give it the one that it will have.
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(final.parent / f"checkpoint-{self.state.best_global_step}")
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-        (staged / IDENTITY).write_text(json.dumps(self._identity()))
+            self.state.save_to_json(str(staged / STATE))
+        runs.remember(staged, {**self._notes, **self._run})
         checkpoint.seal(staged)
         checkpoint.publish(staged, final)
-        checkpoint.rotate(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self._published.add(final.name)
+        step, best = self.state.global_step, self.state.best_model_checkpoint
+        checkpoint.rotate(final.parent, self.args.save_total_limit, step, best)
 
 
 def through(wrapper: nn.Module, inner: nn.Module, compute: Callable[[], T]) -> T:
