@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
+from datetime import date, datetime
+
 import numpy as np
 import pytest
 from templates.conversations import ALL, call, calls, reply, result, system, user
@@ -305,6 +308,26 @@ def test_nothing_asks_for_a_second_reply_in_a_row():
 def test_the_clock_stands_still_while_a_row_is_proven():
     example = encoder("{{ strftime_now('%H:%M:%S.%f') }}" + CHATML)({"messages": [user(), reply()]})
     assert (trained(example), example.only.notes) == ("It is 4.<|im_end|>", ())
+
+
+def test_one_time_for_all_rows_of_an_encoder_and_of_its_copies():
+    made = encoder("{{ strftime_now('%H:%M:%S.%f') }}" + CHATML)
+    rows = [
+        {"messages": [user(f"{i}?"), reply()]} for i in range(4)
+    ]  # the later ones by a proof of their shape
+    shown = f"{made.now:%H:%M:%S.%f}<|im_start|>"
+    for one in (made, pickle.loads(pickle.dumps(made))):
+        assert all("".join(one(r).tokens).startswith(shown) for r in rows)
+    assert made.dated
+    assert not encoder().dated
+
+
+@pytest.mark.parametrize("now", ["2024-02-03", "2024-02-03T04:05", date(2024, 2, 3), datetime(2024, 2, 3)])
+def test_the_time_can_be_told(now):
+    example = encoder("{{ strftime_now('%d %b %Y') }}" + CHATML, now=now)({"messages": [user(), reply()]})
+    assert "".join(example.tokens).startswith("03 Feb 2024")
+    with pytest.raises(ConfigError, match="now='tomorrow'"):
+        encoder(now="tomorrow")
 
 
 # --- what the template leaves out ------------------------------------------------------------------------

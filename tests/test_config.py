@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from transformers import get_scheduler
 
-from ygivenx.commands.config import TrainConfig
+from ygivenx.commands.config import _SCHEDULES, TrainConfig
 from ygivenx.errors import ConfigError
 
 NEEDED = {"data": "d.jsonl", "model": "sample", "output_dir": "out"}
@@ -27,11 +29,34 @@ def test_flags_override_the_file(tmp_path):
         ({"plain": "yes"}, "plain must be bool"),
         ({"learning_rate": "fast"}, "learning_rate must be float"),
         ({"data": None}, "missing: data"),
+        ({"lr_scheduler": "cosin"}, "lr_scheduler is 'cosin'(.|\n)*cosine"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"lora": 0}, "lora is 0(.|\n)*a number ≥ 1"),
+        ({"logging_steps": 0}, "logging_steps is 0"),
+        ({"save_steps": 0}, "save_steps is 0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"max_tokens": 1}, "max_tokens is 1"),
+        ({"epochs": 0}, "epochs is 0.0(.|\n)*> 0"),
+        ({"epochs": "nan"}, "epochs is nan"),
+        ({"learning_rate": "inf"}, "learning_rate is inf"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1"),
+        ({"denominator": "rows"}, "denominator is 'rows'"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"eval_steps": 3}, "eval_steps without eval_data"),
+        ({"eval_limit": 3}, "eval_limit without eval_data"),
+        ({"eval_split": "test"}, "eval_split without eval_data"),
     ],
 )
 def test_what_is_refused(told, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig.of(None, NEEDED | told if told != {"data": None} else {"model": "m", "output_dir": "o"})
+
+
+@pytest.mark.parametrize("name", _SCHEDULES)
+def test_every_schedule_runs_without_settings_of_its_own(name):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "1: 2\n"])

@@ -258,20 +258,20 @@ def test_a_record_over_several_lines_and_one_without_an_end(tmp_path):
 def test_arrow_text_that_is_not_utf8_costs_its_row_only(tmp_path):
     bad = pa.array([b"1+1=", b"\xff"]).view(pa.string())
     pq.write_table(pa.table({"x": bad, "y": ["2", "2"]}), tmp_path / "a.parquet")
-    assert rejected(tmp_path / "a.parquet") == [("unreadable_value", "row 2")]
+    assert rejected(tmp_path / "a.parquet") == [("unreadable_value", "row 1")]
 
 
 @pytest.mark.parametrize(
     ("array", "faults"),
     [
-        (b"[%s, 4]", [("not_an_object", "row 2")]),
-        (b'[NaN, %s, {"x": 1, "x": 2}]', [("not_a_number", "row 1"), ("duplicate_key", "row 3")]),
-        (b'[%s, {"x": "\xff"}]', [("invalid_utf8", "row 2")]),
-        (b'[%s, {"x": "1", "y', [("cut_off", "row 2")]),
-        (b'[%s, {"x": "1", "y": tr', [("cut_off", "row 2")]),
-        (b'[%s, {"x": ["1"]', [("cut_off", "row 2")]),
-        (b"[%s,", [("cut_off", "row 2")]),
-        (b"[%s", [("cut_off", "row 2")]),
+        (b"[%s, 4]", [("not_an_object", "row 1")]),
+        (b'[NaN, %s, {"x": 1, "x": 2}]', [("not_a_number", "row 0"), ("duplicate_key", "row 2")]),
+        (b'[%s, {"x": "\xff"}]', [("invalid_utf8", "row 1")]),
+        (b'[%s, {"x": "1", "y', [("cut_off", "row 1")]),
+        (b'[%s, {"x": "1", "y": tr', [("cut_off", "row 1")]),
+        (b'[%s, {"x": ["1"]', [("cut_off", "row 1")]),
+        (b"[%s,", [("cut_off", "row 1")]),
+        (b"[%s", [("cut_off", "row 1")]),
     ],
 )
 def test_bad_elements_of_an_array(tmp_path, array, faults):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import pytest
 from templates.conversations import ALL, call, calls, reply, user
 from templates.shelf import shelf, tokenizer_for
@@ -42,7 +44,7 @@ def test_the_same_text_and_the_same_refusals_as_transformers(name):
     declined = 0
     for row in ALL.values():
         messages = [{k: v for k, v in m.items() if k != "weight"} for m in normalise(row).messages]
-        inputs = inputs_of(messages, row.get("tools"), row.get("documents"), {})
+        inputs = inputs_of(messages, row.get("tools"), row.get("documents"), {}, datetime.now())
         for prompt in (False, True):
             try:
                 expected = tokenizer.apply_chat_template(
@@ -167,7 +169,9 @@ def test_not_jinja():
 
 
 def test_nulls_and_weights_are_not_shown_and_reasoning_has_every_name():
-    (message,) = inputs_of([reply(None, weight=0.5, reasoning="r", name=None)], None, None, {}).messages
+    (message,) = inputs_of(
+        [reply(None, weight=0.5, reasoning="r", name=None)], None, None, {}, datetime.now()
+    ).messages
     assert message == {"role": "assistant", "reasoning": "r", "thinking": "r", "reasoning_content": "r"}
 
 

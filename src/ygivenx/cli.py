@@ -48,6 +48,7 @@ ColY = Annotated[str | None, typer.Option("--y", help="the column of the output"
 Plain = Annotated[
     bool, typer.Option("--plain", help="x and y are text as the model reads it: no chat template")
 ]
+Split = Annotated[str | None, typer.Option("--split", help="which of a dataset's splits")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="read at most so many rows")]
 RowNumber = Annotated[int, typer.Option("--row", min=0, help="which row, from 0")]
 Control = Annotated[
@@ -100,6 +101,7 @@ def show(
     x: ColX = None,
     y: ColY = None,
     plain: Plain = False,
+    split: Split = None,
     train: Policy = "assistant",
     control: Control = "refuse",
     encoder: Encoding = None,
@@ -109,7 +111,7 @@ def show(
 
     Example: `ygx show data.jsonl --model sample --row 3`
     """
-    reader = open_rows(data, fmt, x, y, plain, row + 1)
+    reader = open_rows(data, fmt, x, y, plain, row + 1, split)
     options = encoder_options(encoder, train=train, control=control)
     example = the_row(reader, open_encoder(model, gguf_file, **options), row)
     if as_json:
@@ -139,6 +141,7 @@ def encode(
     x: ColX = None,
     y: ColY = None,
     plain: Plain = False,
+    split: Split = None,
     limit: Limit = None,
     train: Policy = "assistant",
     control: Control = "refuse",
@@ -152,7 +155,7 @@ def encode(
     """
     from .encoder.handover import write_parquet
 
-    reader = open_rows(data, fmt, x, y, plain, limit)
+    reader = open_rows(data, fmt, x, y, plain, limit, split)
     options = encoder_options(encoder, train=train, control=control)
     if ray:
         from .scores.clusters import encoded_on_ray
@@ -178,6 +181,7 @@ def ledger(
     x: ColX = None,
     y: ColY = None,
     plain: Plain = False,
+    split: Split = None,
     train: Policy = "assistant",
     control: Control = "refuse",
     encoder: Encoding = None,
@@ -192,7 +196,7 @@ def ledger(
     from .scores.accounts import ledger as account_for
 
     options = encoder_options(encoder, train=train, control=control)
-    reader = open_rows(data, fmt, x, y, plain, row + 1)
+    reader = open_rows(data, fmt, x, y, plain, row + 1, split)
     loaded, _ = open_model(model, gguf_file, dtype)
     book = account_for(loaded, the_row(reader, open_encoder(model, gguf_file, **options), row))
     if html is not None:
@@ -227,6 +231,7 @@ def score(
     x: ColX = None,
     y: ColY = None,
     plain: Plain = False,
+    split: Split = None,
     limit: Limit = None,
     control: Control = "refuse",
     dtype: Dtype = "float32",
@@ -253,7 +258,7 @@ def score(
     flags = {k: v for k, v in locals().items() if k not in ("model", "gguf_file", "output", "as_json")}
     from .commands.scorerun import score_file
 
-    reader = open_rows(data, fmt, x, y, plain, limit)
+    reader = open_rows(data, fmt, x, y, plain, limit, split)
     account = score_file(reader, located(model, gguf_file), output, flags, console=err, silent=as_json)
     if as_json:
         emit(account)
@@ -346,8 +351,10 @@ def train(
     plain: Annotated[
         bool | None, typer.Option("--plain", help="x and y are text as the model reads it")
     ] = None,
+    split: Split = None,
     limit: Limit = None,
     eval_data: Annotated[str | None, typer.Option(help="held-out rows of the same format")] = None,
+    eval_split: Annotated[str | None, typer.Option(help="which of its splits")] = None,
     eval_limit: Annotated[int | None, typer.Option(min=1)] = None,
     eval_steps: Annotated[int | None, typer.Option(min=1, help="evaluate every so many steps")] = None,
     policy: Annotated[str | None, typer.Option("--train", help="assistant, last, all, or a role")] = None,

@@ -93,11 +93,15 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Example:
-    """A row as the sequences that train it: one, or one per turn where the template rewrites history."""
+    """A row as the sequences that train it: one, or one per turn where the template rewrites history.
+
+    index: the row's number among all that were read, from 0; None where it was encoded alone.
+    """
 
     sequences: tuple[Sequence, ...]
     row: Any = None
     notes: tuple[str, ...] = field(default=())
+    index: int | None = None
 
     @property
     def only(self) -> Sequence:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,10 @@ class TrainConfig:
     x: str | None = None
     y: str | None = None
     plain: bool = False
+    split: str | None = None
     limit: int | None = None
     eval_data: str | None = None
+    eval_split: str | None = None
     eval_limit: int | None = None
     eval_steps: int | None = None
     train: str = "assistant"
@@ -72,8 +76,55 @@ class TrainConfig:
                 fix=" ".join(f"--{m.replace('_', '-')} ..." for m in missing),
             )
         config = cls(**{k: _typed(k, v, str(known[k].type), path) for k, v in merged.items()})
-        check_options(config.encoder or {}, str(path or "flags"))
+        _check(config, str(path or "flags"))
         return config
+
+
+Fits = tuple[Callable[[Any], bool], str]  # whether a value fits, and what would
+
+
+def _at_least(least: int, most: float = math.inf) -> Fits:
+    return lambda v: least <= v <= most and v != math.inf, f"a number ≥ {least}"
+
+
+def _one_of(*names: str) -> Fits:
+    return lambda v: v in names, f"one of {', '.join(names)}"
+
+
+# What runs on a schedule that needs no settings of its own.
+_SCHEDULES = (
+    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt",
+)  # fmt: skip
+_COUNTS = (
+    "limit", "eval_limit", "eval_steps", "max_steps", "gradient_accumulation_steps", "lora", "logging_steps",
+    "save_steps", "save_total_limit",
+)  # fmt: skip
+_FITS: dict[str, Fits] = {
+    **dict.fromkeys(_COUNTS, _at_least(1)),
+    **dict.fromkeys(("max_length", "max_tokens"), _at_least(2)),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "learning_rate"), _at_least(0)),
+    "epochs": (lambda v: 0 < v < math.inf, "a number > 0"),
+    "seed": _at_least(0, 2**32 - 1),  # NumPy's limit
+    "lr_scheduler": _one_of(*_SCHEDULES),
+    "denominator": _one_of("tokens", "sequence"),
+    "dtype": _one_of("float32", "bfloat16", "float16"),
+}
+
+
+def _check(config: TrainConfig, where: str) -> None:
+    """Raise ConfigError for what couldn't run: before a model is loaded and rows are encoded for nothing."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if f.name not in _FITS or value == f.default:
+            continue
+        fits, wanted = _FITS[f.name]
+        if not fits(value):
+            raise ConfigError(f"{f.name} is {value!r}", where=where, fix=f"give {wanted}")
+    if config.eval_data is None:
+        for name in ("eval_split", "eval_limit", "eval_steps"):
+            if getattr(config, name) is not None:
+                raise ConfigError(f"{name} without eval_data", where=where, fix="--eval-data names the rows")
+    check_options(config.encoder or {}, where)
 
 
 def _read(path: Path) -> dict[str, Any]:

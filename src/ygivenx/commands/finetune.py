@@ -9,34 +9,34 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError, MissingExtra
+from ..training import checkpoint, runs
 from .config import TrainConfig
 from .intake import open_encoder, open_model, open_rows, say, take
+from .progress import RichProgress, trained
 
 SHOWN_ROWS = 20  # on the page
+INTERRUPTED = 130  # what shells call a program that Ctrl-C ended
 
 
 def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Run it, saying aloud what is read and trained; returns the counts and the last metrics."""
+    """Run it, saying aloud what is read and trained; returns the counts and the last metrics.
+
+    What can be wrong with the config, the output directory and the rows is found before the model is loaded.
+    """
     started = time.perf_counter()
+    start = checkpoint.start(Path(config.output_dir), config.resume)
+    encoder = encoder_of(config, start)
+    examples, account = examples_of(config, encoder, config.data, config.split, config.limit)
+    held_out = None
+    if config.eval_data:
+        told = config.eval_data, config.eval_split, config.eval_limit
+        held_out, _ = examples_of(config, encoder, *told)
     model, tokenizer = open_model(config.model, config.gguf_file, config.dtype)
-    further = {"max_length": config.max_length, "overflow": config.overflow, **(config.encoder or {})}
-    encoder = open_encoder(
-        config.model, config.gguf_file, train=config.train, control=config.control, **further
-    )
-
-    def examples_of(path: str, limit: int | None) -> tuple[list[Any], dict[str, Any]]:
-        return take(open_rows(path, config.format, config.x, config.y, config.plain, limit), encoder)
-
-    examples, account = examples_of(config.data, config.limit)
-    if not examples:
-        raise ConfigError(
-            "no row was accepted", where=config.data, fix="the reasons are above; try `ygx show`"
-        )
-    held_out = examples_of(config.eval_data, config.eval_limit)[0] if config.eval_data else None
-    trainer = build(config, adapted(model, config), tokenizer, examples, held_out, console)
+    notes = {"now": encoder.now.isoformat()}
+    trainer = build(config, adapted(model, config), tokenizer, examples, held_out, console, notes)
     say(str(trainer.train_dataset), console)
     before = trainer.evaluate() if held_out else {}
-    outcome = trainer.train(resume_from_checkpoint=config.resume)
+    outcome = run(trainer, start, console)
     after = evaluation(trainer) if held_out else {}
     final = Path(config.output_dir) / "final"
     trainer.save_model(str(final))
@@ -57,6 +57,38 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     }
 
 
+def encoder_of(config: TrainConfig, start: Path | None) -> Any:
+    """The encoder of a config; its time is that of the run which is resumed from checkpoint `start`."""
+    told = {} if start is None else runs.recalled(start)
+    options = {"max_length": config.max_length, "overflow": config.overflow, "now": told.get("now")}
+    options |= {"train": config.train, "control": config.control, **(config.encoder or {})}
+    return open_encoder(config.model, config.gguf_file, **options)
+
+
+def examples_of(
+    config: TrainConfig, encoder: Any, data: str, split: str | None, limit: int | None
+) -> tuple[list[Any], dict[str, Any]]:
+    """The examples of some data, at least one, and the account of its rows."""
+    reader = open_rows(data, config.format, config.x, config.y, config.plain, limit, split)
+    examples, account = take(reader, encoder)
+    if not examples:
+        raise ConfigError("no row was accepted", where=data, fix="the reasons are above; try `ygx show`")
+    return examples, account
+
+
+def run(trainer: Any, start: Path | None, console: Console) -> Any:
+    """Train, from a checkpoint if there is one; an interrupted run says where it can be taken up, and exits."""
+    if start is not None:
+        say(f"resumed from {start} (step {runs.steps_done(start)} of {trainer.steps})", console)
+    try:
+        return trained(trainer, None if start is None else str(start))
+    except KeyboardInterrupt:
+        last = checkpoint.newest(Path(trainer.args.output_dir))
+        kept = f"--resume auto goes on from {last}" if last else "no checkpoint was saved (--save-steps)"
+        say(f"interrupted at step {trainer.state.global_step} of {trainer.steps}: {kept}", console)
+        raise SystemExit(INTERRUPTED) from None
+
+
 def evaluation(trainer: Any) -> dict[str, float]:
     """What evaluation gives, or gave if nothing was trained since."""
     logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -75,13 +107,14 @@ def write_page(
     from ..forest import Forest
     from ..report import TokenStrip, run_page
     from ..scores.values import node_log_probs
+    from ..training.packs import flatten
 
-    shown = [(s, f"row {i}") for i, e in enumerate(examples[:SHOWN_ROWS]) for s in e]
-    forest = Forest.of([s for s, _ in shown])
+    sequences, names = flatten(examples[:SHOWN_ROWS])
+    forest = Forest.of(sequences)
     log_p = node_log_probs(trainer.model.eval(), forest)
     strips = [
         TokenStrip.of(s, log_p[path], title=title)
-        for (s, title), path in zip(shown, forest.paths, strict=True)
+        for s, title, path in zip(sequences, names, forest.paths, strict=True)
     ]
     which = "held-out rows" if config.eval_data else "rows"
     page = run_page(
@@ -121,13 +154,13 @@ def build(
     examples: list[Any],
     held_out: list[Any] | None,
     console: Console,
+    notes: dict[str, Any] | None = None,
 ) -> Any:
-    """The Trainer of a config, with one progress bar and no other output."""
+    """The Trainer of a config, with one progress bar and no other output; `notes` go into its checkpoints."""
     import torch
     from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
     from ..training.trainer import Trainer
-    from .progress import RichProgress
 
     args = TrainingArguments(
         output_dir=config.output_dir,
@@ -158,6 +191,7 @@ def build(
         processing_class=tokenizer,
         max_tokens=config.max_tokens,
         denominator=config.denominator,
+        notes=notes,
         callbacks=[RichProgress(console)],
     )
     for noisy in (PrinterCallback, ProgressCallback):

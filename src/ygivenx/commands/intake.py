@@ -42,7 +42,11 @@ def open_encoder(model: str, gguf_file: str | None, **options: Any) -> Any:
     from ..encoder.encode import Encoder
 
     with console.status("loading the tokenizer"):
-        return Encoder.from_pretrained(model, gguf_file=gguf_file, **options)
+        encoder = Encoder.from_pretrained(model, gguf_file=gguf_file, **options)
+    if encoder.dated:
+        told = encoder.now.isoformat(timespec="seconds")
+        say(f"the chat template writes the time: it is taken to be {told} (--encoder now={told})")
+    return encoder
 
 
 def encoder_options(named: Iterable[str] | None, **further: Any) -> dict[str, Any]:
@@ -71,11 +75,17 @@ def check_options(told: Iterable[str], where: str) -> None:
 
 
 def open_rows(
-    data: str, fmt: str | None, x: str | None, y: str | None, plain: bool, limit: int | None
+    data: str,
+    fmt: str | None,
+    x: str | None,
+    y: str | None,
+    plain: bool,
+    limit: int | None,
+    split: str | None = None,
 ) -> Any:
     from ..rows.data import read
 
-    return read(data, fmt=fmt, x=x, y=y, as_text=plain, limit=limit)
+    return read(data, fmt=fmt, x=x, y=y, as_text=plain, limit=limit, split=split)
 
 
 def encoded(reader: Any, encoder: Any) -> Iterator[Any]:

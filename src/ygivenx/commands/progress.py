@@ -60,5 +60,14 @@ class RichProgress(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.progress.stop()
+        self.progress.stop()
+
+
+def trained(trainer: Any, resume: str | None) -> Any:
+    """trainer.train(); whatever ends it, its bar is gone afterwards: it would leave the cursor hidden."""
+    try:
+        return trainer.train(resume_from_checkpoint=resume)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, RichProgress):
+                callback.progress.stop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any
 
 from jinja2.filters import do_default
@@ -59,10 +58,6 @@ class AskingEnvironment(Environment):
         self.tests = {k: _asking_test(k, f) for k, f in tests.items()}
         self.filters = {k: _asking_filter(k, f) for k, f in self.filters.items()}
         self.filters["random"] = self.globals["lipsum"] = undecided
-        self.globals["strftime_now"] = self._today
-
-    def _today(self, pattern: str) -> str:
-        return self.sheet.today.setdefault(pattern, datetime.now().strftime(pattern))
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         return self._of_hole(obj, attribute) if isinstance(obj, Opaque) else super().getattr(obj, attribute)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Options:
     bos: bool | str = "auto"
     eos: bool | str = "auto"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    now: datetime = field(default_factory=datetime.now)
 
 
 @dataclass(frozen=True)

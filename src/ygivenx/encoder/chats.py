@@ -46,9 +46,8 @@ class Chats:
         self._shapes: dict[str, Shapes] = {}
 
     def job(self, row: Conversation, notes: tuple[str, ...] = ()) -> Job:
-        inputs = inputs_of(
-            row.messages, row.tools, row.documents, {**self.options.template_kwargs, **row.template_kwargs}
-        )
+        kwargs = {**self.options.template_kwargs, **row.template_kwargs}
+        inputs = inputs_of(row.messages, row.tools, row.documents, kwargs, self.options.now)
         texts = self._known(row, inputs)
         if texts is None:
             texts = self._made(row, inputs)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import datetime
 from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
@@ -50,7 +52,8 @@ class Encoder:
     bos, eos: of plain pairs: True, False, or "auto": a BOS where the tokenizer itself adds one; an eos after
     y where the tokenizer has one and y doesn't end in it.
     stops: further tokens that end a turn, beside the tokenizer's eos. template_kwargs: for every row.
-    Raises ConfigError for an unknown choice.
+    now: the time that a template may write (ISO 8601 or a datetime), one for all rows; by default that of making
+    this encoder. Raises ConfigError for an unknown choice.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Encoder:
         eos: bool | str = "auto",
         stops: str | Iterable[str] = (),
         template_kwargs: Mapping[str, Any] | None = None,
+        now: datetime | str | None = None,
     ) -> None:
         choice = {
             "control": control,
@@ -84,13 +88,13 @@ class Encoder:
                     f"{name}={value!r}{nearest(str(value), CHOICES[name])}", fix=f"known: {known}"
                 )
         _check_kinds(repair, bos, eos, stops, max_length, template_kwargs)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.now = tokenizer, _time(now)
         self.tokens = Tokens(tokenizer, stops := (stops,) if isinstance(stops, str) else tuple(stops))
         further = {"repair": repair, "max_length": max_length, "bos": bos, "eos": eos, "stops": stops}
-        self._made_of = (train, {**choice, **further, "template_kwargs": template_kwargs})
+        self._made_of = (train, {**choice, **further, "template_kwargs": template_kwargs, "now": self.now})
         options = Options(
             self.tokens, policy_of(train), **choice, repairs=chosen(repair), max_length=max_length, bos=bos, eos=eos,
-            template_kwargs=dict(template_kwargs or {}),
+            template_kwargs=dict(template_kwargs or {}), now=self.now,
         )  # fmt: skip
         self._chats, self._pairs = Chats(options), Pairs(options)
 
@@ -109,12 +113,17 @@ class Encoder:
             options["stops"] = [str(known[i]) for i in ids if i in known]
         return cls(tokenizer, **options)
 
+    @property
+    def dated(self) -> bool:
+        """Whether a chat template asks for the time, so that `now` is in the tokens."""
+        return "strftime_now" in str(self.tokenizer.chat_template)
+
     def __call__(self, row: Any) -> Example:
         """One row (a mapping, Conversation, Pair or data.Row) as an Example; raises RowError."""
         done = self._encode([row])[0]
         if isinstance(done, RowError):
             raise done
-        return done
+        return done if isinstance(row, Row) else replace(done, index=None)
 
     def __reduce__(self) -> Any:  # compiled templates don't travel to other processes
         train, options = self._made_of
@@ -149,7 +158,8 @@ class Encoder:
                 continue
             parts = [next(encoded) for _ in job.texts]
             try:
-                done.append(Example(tuple(job.finish(parts)), _raw(row)))
+                index = row.index if isinstance(row, Row) else n
+                done.append(Example(tuple(job.finish(parts)), _raw(row), index=index))
             except RowError as e:
                 done.append(_located(e, n, row))
         return done
@@ -189,6 +199,17 @@ def _check_kinds(repair: Any, bos: Any, eos: Any, stops: Any, max_length: Any, t
     ):
         if not fits:
             raise ConfigError(f"{name}={value!r}", fix=f"give {wanted}")
+
+
+def _time(told: Any) -> datetime:
+    """A datetime, or ISO 8601 as command lines and YAML have it; None is the present."""
+    if told is None or isinstance(told, datetime):
+        return told or datetime.now()
+    try:
+        return datetime.fromisoformat(str(told))
+    except ValueError as error:
+        fix = "give a date such as 2026-01-31, or 2026-01-31T12:00"
+        raise ConfigError(f"now={told!r}", why=str(error), fix=fix) from error
 
 
 def _remade(tokenizer: Any, train: Any, options: dict[str, Any]) -> Encoder:

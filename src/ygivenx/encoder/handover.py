@@ -2,7 +2,7 @@
 
 | column                    | type          | what                                                                 |
 |---------------------------|---------------|----------------------------------------------------------------------|
-| row, sequence             | int64         | number of the example, and of its sequence (one per turn where split) |
+| row, sequence             | int64         | which row that was read, which of its sequences (several if split)   |
 | input_ids                 | list<int32>   | token ids                                                            |
 | weights                   | list<float32> | weight of each token as a target                                     |
 | labels                    | list<int32>   | the id where the weight is > 0, else −100: a view, weights are lost  |
@@ -42,7 +42,8 @@ def write_parquet(examples: Iterable[Example], path: str | Path) -> int:
 
 
 def _rows(examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
-    for number, example in enumerate(examples):
+    for place, example in enumerate(examples):
+        number = place if example.index is None else example.index
         for n, sequence in enumerate(example.sequences):
             yield {"row": number, "sequence": n, **_columns(sequence)}
 

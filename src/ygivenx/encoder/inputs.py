@@ -20,7 +20,8 @@ ROLES = frozenset(
 class Inputs:
     """What a template sees of a row: messages without nulls and weights, and its further arguments.
 
-    now: the time, which some templates write; it stands still, as a row's renderings are compared.
+    now: the time, which some templates write; it stands still, as renderings are compared, and rows of one shape
+    share a proof.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -34,9 +35,11 @@ class Inputs:
         return replace(self, messages=self.messages[:stop] + more)
 
 
-def inputs_of(messages: Iterable[Mapping[str, Any]], tools: Any, documents: Any, kwargs: Any) -> Inputs:
+def inputs_of(
+    messages: Iterable[Mapping[str, Any]], tools: Any, documents: Any, kwargs: Any, now: datetime
+) -> Inputs:
     """Inputs as transformers prepares them: no nulls, reasoning under each of its names; and no weights."""
-    return Inputs(tuple(map(_prepared, messages)), tools, documents, kwargs)
+    return Inputs(tuple(map(_prepared, messages)), tools, documents, kwargs, now)
 
 
 def _prepared(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ _PEEK = 20  # rows whose columns decide the format
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An accepted row: `index` counts all rows read from 0, `where` says file and line or row (from 1)."""
+    """An accepted row: `index` counts all rows read from 0, `where` says file and line (from 1) or row (from 0)."""
 
     index: int
     where: str

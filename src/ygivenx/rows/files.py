@@ -28,7 +28,10 @@ _PACKED = (".gz", ".gzip", ".zst", ".zstd")
 
 
 class RawRow(NamedTuple):
-    """A row's place in its file (counted from 1), its value, and what is wrong with it, if anything."""
+    """A row's place in its file, its value, and what is wrong with it, if anything.
+
+    Lines count from 1, as editors have them; rows from 0, as `--row` has them.
+    """
 
     place: str
     value: Any
@@ -49,7 +52,7 @@ def open_source(name: str, split: str | None, limit: int, is_row: Callable[[list
     if path.is_dir():
         return partial(_arrow_rows, _saved_shards(path, split))
     if split is not None:
-        raise ConfigError("only datasets have splits", where=name, fix="leave split= out")
+        raise ConfigError("only datasets have splits", where=name, fix="leave split= (--split) out")
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         fix = "what the datasets library knows by a name is written hf:NAME"
@@ -104,7 +107,8 @@ def _lines(stream: BinaryIO, limit: int) -> Iterator[bytes | None]:
 
 
 def _too_long(limit: int) -> RowError:
-    return RowError(f"longer than {limit:,} bytes", reason="too_long", fix="raise max_row_bytes=")
+    fix = "mend the row, or read it by ygivenx.rows.data.read(..., max_row_bytes=...)"
+    return RowError(f"longer than {limit:,} bytes", reason="too_long", fix=fix)
 
 
 def _json_lines(path: Path, limit: int) -> Iterator[RawRow | None]:
@@ -137,7 +141,7 @@ def _json_rows(path: Path, limit: int, is_row: Callable[[list[str]], bool]) -> I
         is_array = stream.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
     if is_array:
         with _open(path) as stream:
-            for n, (value, fault) in enumerate(elements(stream, limit), 1):
+            for n, (value, fault) in enumerate(elements(stream, limit)):
                 yield RawRow(f"row {n}", value, fault)
         return
     with _open(path) as stream:
@@ -146,7 +150,7 @@ def _json_rows(path: Path, limit: int, is_row: Callable[[list[str]], bool]) -> I
     if first and more and _json_line("", first, Strict()).fault is None:
         yield from _json_lines(path, limit)
     elif first != b"":
-        for n, row in enumerate(_rows_in(_json_whole(path), is_row), 1):
+        for n, row in enumerate(_rows_in(_json_whole(path), is_row)):
             yield RawRow(f"row {n}", row)
 
 
@@ -249,7 +253,7 @@ def _record(reader: Any, text: _CsvText) -> RawRow | None:
 
 
 def _arrow_rows(paths: Iterable[Path]) -> Iterator[RawRow]:
-    numbers = count(1)
+    numbers = count()
     for batch in (b for path in paths for b in _batches(path)):
         names = batch.schema.names
         if len(set(names)) < len(names):
@@ -323,7 +327,7 @@ def _choose(splits: Iterable[str], split: str | None, where: str) -> str:
             if split is None
             else f"no split {split!r}{nearest(split, splits)}"
         )
-        raise DataError(what, where=where, fix=f"give split=, one of {', '.join(splits)}")
+        raise DataError(what, where=where, fix=f"give split= (--split), one of {', '.join(splits)}")
     return split
 
 
@@ -336,7 +340,7 @@ def _hub_rows(name: str, split: str | None) -> Iterator[RawRow]:
     try:
         splits = datasets.load_dataset(path, config or None, streaming=True)
         rows = splits[_choose(splits, split, f"hf:{name}")]
-        yield from (RawRow(f"row {n}", row) for n, row in enumerate(rows, 1))
+        yield from (RawRow(f"row {n}", row) for n, row in enumerate(rows))
     except DataError:
         raise
     except Exception as e:  # the library and those beneath it raise what they like

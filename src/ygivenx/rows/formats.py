@@ -121,11 +121,11 @@ def recognise(
 
 def _agree(fmt: str | None, x: str | None, y: str | None, as_text: bool) -> None:
     if (x is None) != (y is None):
-        raise ConfigError("x= and y= go together", fix="name both columns")
+        raise ConfigError("x= and y= go together", fix="name both columns (--x, --y)")
     if fmt is not None and x is not None:
-        raise ConfigError("fmt= beside x= and y=", fix="name the format or the two columns")
+        raise ConfigError("fmt= (--format) beside x= and y=", fix="name the format or the two columns")
     if as_text and x is None:
-        raise ConfigError("as text needs the names of two columns", fix="give x= and y=")
+        raise ConfigError("as text needs the names of two columns", fix="give x= and y= (--x, --y)")
     if fmt is not None and fmt not in FORMATS:
         raise ConfigError(
             f"unknown format {fmt!r}{nearest(fmt, FORMATS)}", fix=f"known: {', '.join(FORMATS)}"
@@ -154,7 +154,7 @@ def _unrecognised(what: str, columns: list[str]) -> DataError:
     return DataError(
         what,
         why=f"the columns found are {', '.join(map(repr, columns)) or '(none)'}",
-        fix=f"name a format with fmt=, or two text columns with x= and y=; formats: {known}",
+        fix=f"name a format with fmt= (--format), or two text columns with x= and y= (--x, --y); formats: {known}",
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from itertools import islice
 from typing import Any
 
@@ -98,6 +99,7 @@ def encoded_on_ray(
 
     What was rejected before passes through.
     """
+    options = {"now": datetime.now(), **options}  # one time for all workers
     for row in _through(Coder, (path, gguf_file, options), rows, workers):
         yield pickle.loads(row["result"])
 

@@ -63,13 +63,17 @@ class Packs(Dataset[dict[str, Any]]):
 
 
 def flatten(items: Iterable[Any]) -> tuple[list[Sequence], list[str]]:
-    """Examples and sequences as sequences, with a name for each ("row 3", "row 3, turn 1")."""
+    """Examples and sequences as sequences, with a name for each ("row 3", "row 3, turn 1").
+
+    A row's number is the example's own, among all that were read, or else its place among the items; from 0.
+    """
     flat, names = [], []
     for i, item in enumerate(items):
-        parts = list(item) if isinstance(item, Example) else [item]
+        parts, known = (list(item), item.index) if isinstance(item, Example) else ([item], None)
+        row = f"row {i if known is None else known}"
         for turn, sequence in enumerate(parts):
             flat.append(sequence)
-            names.append(f"row {i}" + (f", turn {turn}" if len(parts) > 1 else ""))
+            names.append(f"{row}, turn {turn}" if len(parts) > 1 else row)
     return flat, names
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import CheckpointError
 
-FILE = "ygivenx.json"
+FILE, STATE = "ygivenx.json", "trainer_state.json"
 # Everything that an update depends on. The optimiser's and the scheduler's saved states bring their old values back,
 # so that a changed one would be ignored if it weren't refused.
 _SETTINGS = (
@@ -53,6 +53,11 @@ def recalled(directory: Path) -> dict[str, Any]:
         why = "another trainer wrote this checkpoint" if isinstance(error, OSError) else str(error)
         raise CheckpointError("its run isn't known", where=str(directory / FILE), why=why) from error
     return dict(told)
+
+
+def steps_done(directory: Path) -> int:
+    """How many optimiser steps a checkpoint has behind it."""
+    return int(json.loads((directory / STATE).read_text())["global_step"])
 
 
 def same(told: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:

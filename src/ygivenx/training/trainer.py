@@ -26,7 +26,6 @@ from .evaluation import evaluate, rates
 from .packs import EpochOrder, Packs
 
 T = TypeVar("T")
-STATE = "trainer_state.json"
 logger = logging.getLogger(__name__)
 
 
@@ -230,7 +229,7 @@ class Trainer(transformers.Trainer):
         if path is None:
             return super().train(**kwargs)
         runs.same(runs.recalled(path), self._run, path)
-        done = transformers.TrainerState.load_from_json(str(path / STATE))
+        done = transformers.TrainerState.load_from_json(str(path / runs.STATE))
         if done.global_step >= self.steps:  # transformers looks at its limit after a step
             return self._finished(path, done)
         return super().train(resume_from_checkpoint=str(path), **kwargs)
@@ -273,7 +272,7 @@ class Trainer(transformers.Trainer):
         # The best checkpoint was named by its staging path: give it the one that it will have.
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(final.parent / f"checkpoint-{self.state.best_global_step}")
-            self.state.save_to_json(str(staged / STATE))
+            self.state.save_to_json(str(staged / runs.STATE))
         runs.remember(staged, {**self._notes, **self._run})
         checkpoint.seal(staged)
         checkpoint.publish(staged, final)

@@ -1,0 +1,153 @@
+"""`ygx train` on a small random model: resumed, interrupted, refused before anything is loaded; rows by number."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from templates.shelf import tokenizer_for
+from test_chats import CHATML
+from tiny import llama
+
+from ygivenx.commands.config import TrainConfig
+from ygivenx.commands.finetune import finetune
+from ygivenx.errors import CheckpointError, ConfigError, LossError
+from ygivenx.training import checkpoint
+
+DATED = "{{ strftime_now('%H:%M:%S.%f') }}" + CHATML
+
+
+def model_in(directory: Path, template: str = CHATML) -> str:
+    tokenizer = tokenizer_for("x", template + "<|im_start|><|im_end|>")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(directory)
+    llama(vocab_size=len(tokenizer)).save_pretrained(directory)
+    return str(directory)
+
+
+def rows_in(path: Path, count: int = 6, bad: int = 0) -> str:
+    """`bad` rows that are quarantined, then `count` that aren't."""
+    good = [{"question": f"What is {i}+{i}?", "answer": f"It is {2 * i}."} for i in range(count)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in [{"question": 4, "answer": 4}] * bad + good))
+    return str(path)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return {
+        "data": rows_in(tmp_path / "rows.jsonl"), "model": model_in(tmp_path / "model"), "max_tokens": 64,
+        "output_dir": str(tmp_path / "run"), "save_steps": 1, "logging_steps": 1, "learning_rate": 1e-3,
+    }  # fmt: skip
+
+
+def train(settings, **changed):
+    """(what finetune returns, what it says on its console)."""
+    said = io.StringIO()
+    told = finetune(TrainConfig.of(None, settings | changed), Console(file=said, width=200))
+    return told, said.getvalue()
+
+
+def weights(settings, step):
+    return (Path(settings["output_dir"]) / f"checkpoint-{step}" / "model.safetensors").read_bytes()
+
+
+def test_a_run_goes_on_where_it_was_cut_off_and_then_says_that_it_is_done(settings, tmp_path):
+    constant = settings | {"lr_scheduler": "constant", "output_dir": str(tmp_path / "other")}
+    train(constant, max_steps=1)
+    longer, said = train(constant, max_steps=2, resume="auto")
+    assert f"resumed from {tmp_path / 'other' / 'checkpoint-1'} (step 1 of 2)" in said
+    assert (longer["steps"], len(longer["losses"])) == (2, 2)
+    again, said = train(constant, max_steps=2, resume="auto")
+    assert "(step 2 of 2)" in said
+    assert again["losses"] == longer["losses"]
+    assert again["loss"] != again["loss"]  # NaN, null in JSON: nothing was trained
+
+
+def test_a_run_in_a_used_directory_is_refused_before_anything_is_loaded(settings):
+    train(settings, max_steps=1)
+    with pytest.raises(CheckpointError, match="checkpoint-1"):
+        train(settings, max_steps=1, model="no such model", data="no such data")
+
+
+def test_the_time_that_a_template_writes_is_that_of_the_run(settings, tmp_path, capsys):
+    dated = settings | {"model": model_in(tmp_path / "dated", DATED), "lr_scheduler": "constant"}
+    train(dated, max_steps=1)
+    assert "the chat template writes the time" in capsys.readouterr().err
+    told, _ = train(
+        dated, max_steps=2, resume="auto"
+    )  # microseconds later: other tokens but for the run's time
+    assert told["steps"] == 2
+    with pytest.raises(CheckpointError, match="packs changed"):
+        train(dated, max_steps=2, resume="auto", encoder={"now": "2024-01-01"})
+
+
+def test_rows_are_called_by_their_numbers_in_the_file(settings, tmp_path):
+    data = rows_in(tmp_path / "some.jsonl", count=2, bad=3)
+    told, _ = train(settings, data=data, max_steps=1)
+    assert (told["read"], told["quarantined"]) == (5, 3)
+    page = (Path(settings["output_dir"]) / "report.html").read_text()
+    assert '"title":"row 3"' in page
+    assert '"title":"row 0"' not in page
+
+
+def test_a_loss_that_is_not_finite_names_the_row_and_gives_the_cursor_back(settings, tmp_path):
+    data = rows_in(tmp_path / "some.jsonl", count=1, bad=2)
+    said = io.StringIO()
+    config = TrainConfig.of(None, settings | {"data": data, "max_steps": 40, "learning_rate": 1e30})
+    with pytest.raises(LossError, match="in row 2"):
+        finetune(config, Console(file=said, width=200, force_terminal=True))
+    assert said.getvalue().count("\x1b[?25l") == said.getvalue().count("\x1b[?25h") > 0
+
+
+def test_held_out_rows_are_needed_where_they_are_asked_for(settings, tmp_path):
+    none = rows_in(tmp_path / "none.jsonl", count=0, bad=2)
+    with pytest.raises(ConfigError, match=r"none\.jsonl: no row was accepted"):
+        train(settings, eval_data=none)
+    told, _ = train(settings, max_steps=1, eval_data=settings["data"], eval_limit=2, eval_steps=1)
+    assert told["after"]["eval_loss"] > 0
+
+
+def test_a_split_is_chosen(settings, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="the extra datasets is not installed")
+    made = {
+        name: datasets.Dataset.from_list([{"question": f"{i}?", "answer": "4"} for i in range(n)])
+        for name, n in (("train", 3), ("test", 2))
+    }
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "both")
+    both = str(tmp_path / "both")
+    told, _ = train(settings, data=both, split="train", eval_data=both, eval_split="test", max_steps=1)
+    assert told["read"] == 3
+    assert told["after"]["eval_loss"] > 0
+    with pytest.raises(ValueError, match=r"--split"):
+        train(settings, data=both, output_dir=str(tmp_path / "b"))
+
+
+def test_ctrl_c_says_where_it_goes_on(settings):
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
+    command = [
+        sys.executable,
+        "-m",
+        "ygivenx",
+        "train",
+        *options,
+        "--max-steps=100000",
+        "--save-total-limit=1",
+    ]
+    run_dir = Path(settings["output_dir"])
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
+    while process.poll() is None and not checkpoint.listed(run_dir):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    said = stderr.decode()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert f"--resume auto goes on from {checkpoint.newest(run_dir)}" in " ".join(said.split())
