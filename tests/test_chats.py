@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from datetime import date, datetime
 
@@ -328,6 +329,22 @@ def test_the_time_can_be_told(now):
     assert "".join(example.tokens).startswith("03 Feb 2024")
     with pytest.raises(ConfigError, match="now='tomorrow'"):
         encoder(now="tomorrow")
+
+
+def test_the_deepest_row_that_is_read_can_be_followed_through_a_template():
+    """Rows of any depth are quarantined as they are read, or encoded: never a crash of Python's stack."""
+    writes = CHATML.replace(
+        "m['content'] +", "m['content'] + (m.tool_calls | tojson if m.tool_calls else '') +"
+    )
+    deep: list | dict = []
+    for i in range(58):
+        deep = {"a": deep} if i % 2 else [deep]
+
+    def row(value):
+        return [user(), {**reply(), "tool_calls": [{"name": "f", "arguments": {"a": value}}], "mood": value}]
+
+    assert json.dumps(deep) in trained(encoder(writes)({"messages": row(deep)}))
+    assert refusal(encoder(writes), *row([deep])).reason == "too_deep"
 
 
 # --- what the template leaves out ------------------------------------------------------------------------

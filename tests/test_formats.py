@@ -16,6 +16,15 @@ HUMAN, GPT = {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}
 PLAIN = Conversation((USER, REPLY))
 
 
+def nested(depth: int) -> list:
+    """[[...]] with so many brackets."""
+    return [nested(depth - 1)] if depth > 1 else []
+
+
+def calling(arguments: dict) -> dict:
+    return {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": arguments}]}
+
+
 @pytest.mark.parametrize(
     ("row", "noun"),
     [
@@ -170,6 +179,16 @@ def call_fault(call, reason, field):
         message_fault({"role": "assistant", "content": None, "tool_calls": []}, "null_content", ".content"),
         message_fault({"role": "assistant", "content": 4}, "wrong_type", ".content"),
         message_fault({"role": "assistant", "content": "\ud800"}, "lone_surrogate", ".content"),
+        message_fault({**REPLY, "mood": ["\ud800"]}, "lone_surrogate", ".mood[0]"),
+        message_fault({**REPLY, "\ud800": "glad"}, "lone_surrogate", ""),
+        message_fault({**REPLY, "mood": nested(64)}, "too_deep", ""),
+        message_fault(calling({"a": nested(64)}), "too_deep", ""),
+        message_fault(calling({"a": "\ud800"}), "lone_surrogate", ".tool_calls[0].arguments.a"),
+        message_fault({**calling({}), "tool_calls": [CALL | {"id": "\ud800"}]}, "lone_surrogate", ".tool_calls[0].id"),
+        ({"messages": [REPLY], "documents": [{"a": "\ud800"}]}, "lone_surrogate", "documents[0].a"),
+        ({"messages": [REPLY], "documents": [{"a": nested(64)}]}, "too_deep", "documents[0]"),
+        ({"messages": [REPLY], "chat_template_kwargs": {"a": "\ud800"}}, "lone_surrogate", "chat_template_kwargs.a"),
+        ({"messages": [REPLY], "tools": [{"name": "f", "\ud800": 1}]}, "lone_surrogate", "tools[0].function"),
         message_fault({"role": "assistant", "content": ["4"]}, "wrong_type", ".content[0]"),
         message_fault({"role": "user", "content": [{"type": "image"}]}, "unknown_part", ".content[0]"),
         message_fault({"role": "user", "content": [{"type": ["text"]}]}, "unknown_part", ".content[0]"),

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError, DataError, RowError, nearest
-from .messages import Message, as_list, as_object, from_json, message_list, text, tool_list
+from .messages import Message, as_list, as_object, encodable, from_json, message_list, text, tool_list
 
 Record = Mapping[str, Any]
 
@@ -226,8 +226,10 @@ FORMATS = {
 
 
 def _conversation(messages: list[Message], row: Record) -> Conversation:
-    documents = from_json(_given(row, "documents") or [], "documents")
-    kwargs = from_json(_given(row, "chat_template_kwargs") or {}, "chat_template_kwargs")
+    documents, kwargs = (
+        encodable(from_json(_given(row, column) or empty, column), column)
+        for column, empty in (("documents", []), ("chat_template_kwargs", {}))
+    )
     return Conversation(
         tuple(messages),
         tool_list(_given(row, "tools")),

@@ -23,6 +23,9 @@ _FLAGS = ("train", "training")
 _MAX_WEIGHT = 3.4e38  # of float32
 _TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 
+_CHECKED = {"role", "content", "weight", *_TEXT_KEYS}  # by name; of other keys all that is in them
+MAX_DEPTH = 64
+
 _SHAREGPT_CALLS = ("function_call", "tool_call", "tool_calls")
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -51,7 +54,7 @@ def message_list(value: Any, column: str) -> list[Message]:
 def tool_list(value: Any) -> list[dict[str, Any]] | None:
     """Tools as a list of {"type": "function", "function": ...}, from a list or its JSON; None for none."""
     tools = as_list(from_json(value, "tools"), "tools") if value is not None else []
-    return encodable([_tool(t, f"tools[{i}]") for i, t in enumerate(tools)], "tools") or None
+    return json_value([_tool(t, f"tools[{i}]") for i, t in enumerate(tools)], "tools") or None
 
 
 def _tool(value: Any, at: str) -> dict[str, Any]:
@@ -89,6 +92,8 @@ def _message(value: Any, at: str) -> Message:
         raise RowError(
             "the content is null or missing", reason="null_content", field=f"{at}.content", why=why
         )
+    for key in m.keys() - _CHECKED:
+        encodable({key: m[key]}, at)
     return m
 
 
@@ -163,7 +168,7 @@ def _call(value: Any, at: str) -> dict[str, Any]:
     if function.get("arguments") is None:
         raise RowError("the call has no arguments", reason="missing_field", field=f"{at}.arguments")
     arguments = as_object(from_json(function["arguments"], f"{at}.arguments"), f"{at}.arguments")
-    function["arguments"] = encodable(arguments, f"{at}.arguments")
+    function["arguments"] = json_value(arguments, f"{at}.arguments")
     outside = call if wrapped else {k: call[k] for k in ("id",) if k in call}
     return {**outside, "type": "function", "function": function}
 
@@ -208,17 +213,36 @@ def text(value: Any, at: str) -> str:
     """A text that can be encoded."""
     if not isinstance(value, str):
         raise _wrong_type(value, "text", at)
-    return value if value.isascii() else encodable(value, at)
-
-
-def encodable(value: Any, at: str) -> Any:
-    """A text or JSON value as it is, if its text can be encoded: half a surrogate pair is no character."""
     try:
-        (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+        value.isascii() or value.encode()
     except UnicodeEncodeError as e:
         raise RowError("half a surrogate pair", reason="lone_surrogate", field=at, why=e.reason) from None
-    except RecursionError:
-        raise RowError("nested too deeply", reason="too_deep", field=at) from None
+    return value
+
+
+def encodable(value: Any, at: str, depth: int = MAX_DEPTH) -> Any:
+    """A value as it is, if its texts can be encoded (half a surrogate pair is no character) and it isn't nested deeper.
+
+    A template may write any of it, and Python's stack bounds what can be followed through one.
+    """
+    if isinstance(value, str):
+        return text(value, at)
+    if not isinstance(value, Mapping | list | tuple):
+        return value
+    if not depth:
+        why = f"more than {MAX_DEPTH} levels"
+        raise RowError("nested too deeply", reason="too_deep", field=at.split(".", 1)[0], why=why)
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        encodable(key, at)
+        encodable(item, f"{at}.{key}" if isinstance(value, Mapping) else f"{at}[{key}]", depth - 1)
+    return value
+
+
+def json_value(value: Any, at: str) -> Any:
+    """An encodable value as it is, if JSON has such values: templates write it as JSON."""
+    encodable(value, at)
+    try:
+        json.dumps(value)
     except (TypeError, ValueError) as e:
         raise RowError("not a JSON value", reason="wrong_type", field=at, why=str(e)) from None
     return value
