@@ -450,7 +450,24 @@ def test_truncation_says_its_cost():
     assert np.array_equal(cut.ids, whole.ids[:100])
     lost = int((whole.weights[100:] > 0).sum())
     assert f"{lost} trained tokens lost" in cut.notes[-1]
-    assert refusal(encoder(max_length=5, overflow="truncate"), *LONG).reason == "nothing_trained"
+    assert refusal(encoder(max_length=5, overflow="truncate"), *LONG).reason == "too_long"
+
+
+def test_truncation_keeps_the_turns_that_fit_where_each_has_a_sequence_of_its_own():
+    replies = [reply(r, reasoning_content="so") for r in ("4", "6", "Yes, now.")]
+    messages = [user("2+2"), replies[0], user("3+3 " * 40), replies[1], user("now?"), replies[2]]
+    whole = encoder(THINKER)({"messages": messages}).sequences
+    assert len(whole) == 3
+    most = len(whole[0]) + 1
+    cut = encoder(THINKER, max_length=most, overflow="truncate")({"messages": messages}).only
+    assert np.array_equal(cut.ids, whole[0].ids)
+    lost = sum(int((s.weights > 0).sum()) for s in whole[1:])
+    assert (
+        cut.notes[-1]
+        == f"2 later turns with nothing to train in {most} tokens are left out: {lost} trained tokens lost"
+    )
+    error = refusal(encoder(THINKER, max_length=3, overflow="truncate"), *messages)
+    assert (error.reason, "3" in error.what) == ("too_long", True)
 
 
 # --- templates by name, kwargs ---------------------------------------------------------------------------

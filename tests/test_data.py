@@ -253,6 +253,26 @@ def test_a_record_over_several_lines_and_one_without_an_end(tmp_path):
     row, cut = all_of(read(path))
     assert row.value == Pair("a\nb", "c")
     assert (cut.reason, cut.where) == ("cut_off", f"{path}, line 4")
+    path.write_bytes(b'x,y\na,b\n"half,c\nd,e\n f,g\nh')
+    _, cut = all_of(read(path))
+    assert "through 4 lines" in cut.message
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [(b'"He said "yes"\nreally",4\n', "broken_csv"), (b'"' + b"b" * 2000 + b'\nreally",4\n', "too_long")],
+)
+def test_no_row_is_made_of_a_broken_record_s_rest(tmp_path, broken, reason):
+    """Where the next record begins is known only if no quote was seen: a cell may go on over the line's end."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"x,y\n" + b"1,2\n" * 30 + broken + b"ok,5\n")
+    reader, seen = read(path, max_row_bytes=1000), []
+    with pytest.raises(DataError, match=r"records after that can't be found(.|\n)*at line 32"):
+        seen += (item for item in reader)
+    assert [item.reason for item in seen if isinstance(item, Rejected)] == [reason]
+    assert (reader.read, reader.accepted) == (31, 30)
+    path.write_bytes(b"x,y\n1,2\n1\r1,2\nok,5\n")
+    assert [type(item).__name__ for item in read(path)] == ["Row", "Rejected", "Row"]
 
 
 def test_arrow_text_that_is_not_utf8_costs_its_row_only(tmp_path):

@@ -76,10 +76,11 @@ def truncated(sequence: Sequence, length: int) -> Sequence:
     return made(sequence.ids[:length], weights, segments, sequence.tokens[:length], (*sequence.notes, note))
 
 
-def too_long(sequence: Sequence, most: int) -> RowError:
+def too_long(sequence: Sequence, most: int, why: str = "") -> RowError:
     return RowError(
         f"{len(sequence)} tokens, more than max_length={most}",
         reason="too_long",
+        why=why,
         fix="raise max_length, or overflow='drop_turns' (whole oldest turns) or 'truncate'",
     )
 

@@ -194,8 +194,8 @@ class Chats:
                 weights[: _common(sequences[-1].ids, encoded.ids)] = 0
             told = (*notes, *outline.notes, *([_AS_TEXT] if cuts else []))
             pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
-            sequences.append(self._fitted(made(encoded.ids, weights, segments, pieces, told)))
-        return sequences
+            sequences.append(made(encoded.ids, weights, segments, pieces, told))
+        return self._fitted(sequences)
 
     def _apart(self, texts: list[Cut], parts: list[Encoded]) -> Iterator[tuple[Cut, Encoded]]:
         """With border="split", a turn whose first token would hold the end of x has a sequence of its own, in which x
@@ -245,13 +245,23 @@ class Chats:
 
     # --- length ------------------------------------------------------------------------------------------
 
-    def _fitted(self, sequence: Sequence) -> Sequence:
+    def _fitted(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Raise RowError for one that is too long, or truncate; what that leaves nothing to train of is left out."""
         most = self.options.max_length
-        if most is None or len(sequence) <= most:
-            return sequence
-        if self.options.overflow == "truncate":
-            return truncated(sequence, most)
-        raise too_long(sequence, most)
+        long = [s for s in sequences if most is not None and len(s) > most]
+        if most is None or not long:
+            return sequences
+        if self.options.overflow != "truncate":
+            raise too_long(long[0], most)
+        kept = [s for s in sequences if s.weights[:most].any()]
+        if not kept:
+            raise too_long(long[0], most, "nothing that is trained stands before that")
+        fitted = [truncated(s, most) if len(s) > most else s for s in kept]
+        if left_out := len(sequences) - len(kept):
+            lost = sum(int((s.weights > 0).sum()) for s in sequences if not s.weights[:most].any())
+            note = f"{left_out} later turns with nothing to train in {most} tokens are left out"
+            fitted[-1] = replace(fitted[-1], notes=(*fitted[-1].notes, f"{note}: {lost} trained tokens lost"))
+        return fitted
 
     def _shorter(self, row: Conversation, refusal: RowError) -> list[Sequence]:
         """The row without its oldest turns, as few as fit; what stands before the first user stays."""

@@ -24,8 +24,9 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, RowError
 from ..sequence import Rejected
-from .files import RawRow, Source, open_source
+from .files import open_source
 from .formats import Conversation, Format, Pair, normalise, recognise
+from .raw import RawRow, Source
 
 __all__ = ["Conversation", "Pair", "Reader", "Row", "normalise", "read"]
 

@@ -1,44 +1,27 @@
-"""What files hold, before its meaning is known: raw rows of every kind of file, in order, one at a time.
-
-A source is a function without arguments that starts a fresh iteration; None in a row's stead is a blank line.
-"""
+"""Raw rows of every kind of file, in order, one at a time: which kind it is, and how text files are read."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import io
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
-from ..errors import ConfigError, DataError, MissingExtra, RowError, nearest
+from ..errors import ConfigError, DataError, RowError, nearest
+from .columnar import arrow_rows, hub_rows, saved_shards
+from .raw import RawRow, Source
 from .strictjson import Strict, elements
 
-_BATCH = 256  # rows of a columnar file that are Python objects at a time
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _PACKED = (".gz", ".gzip", ".zst", ".zstd")
-
-
-class RawRow(NamedTuple):
-    """A row's place in its file, its value, and what is wrong with it, if anything.
-
-    Lines count from 1, as editors have them; rows from 0, as `--row` has them.
-    """
-
-    place: str
-    value: Any
-    fault: RowError | None = None
-
-
-Source = Callable[[], Iterator[RawRow | None]]
 
 
 def open_source(name: str, split: str | None, limit: int, is_row: Callable[[list[str]], bool]) -> Source:
@@ -48,9 +31,9 @@ def open_source(name: str, split: str | None, limit: int, is_row: Callable[[list
     """
     path = Path(name)
     if name.startswith("hf:"):
-        return partial(_hub_rows, name[3:], split)
+        return partial(hub_rows, name[3:], split)
     if path.is_dir():
-        return partial(_arrow_rows, _saved_shards(path, split))
+        return partial(arrow_rows, saved_shards(path, split))
     if split is not None:
         raise ConfigError("only datasets have splits", where=name, fix="leave split= (--split) out")
     if not path.is_file():
@@ -62,7 +45,7 @@ def open_source(name: str, split: str | None, limit: int, is_row: Callable[[list
         ".json": partial(_json_rows, path, limit, is_row),
         ".csv": partial(_csv_rows, path, limit, ","),
         ".tsv": partial(_csv_rows, path, limit, "\t"),
-        **dict.fromkeys((".parquet", ".arrow", ".feather"), partial(_arrow_rows, [path])),
+        **dict.fromkeys((".parquet", ".arrow", ".feather"), partial(arrow_rows, [path])),
     }
     suffix = (path.with_suffix("") if path.suffix.lower() in _PACKED else path).suffix.lower()
     if suffix not in kinds:
@@ -194,6 +177,10 @@ def _csv_rows(path: Path, limit: int, delimiter: str) -> Iterator[RawRow | None]
             raise DataError(f"the column {twice[0]!r} occurs twice")
         while record := _record(reader, text):
             yield _named(record, names)
+            if record.fault and text.lost and text.more():
+                why = f"{record.fault.what} at {record.place}, and a quoted cell may go on in the next line"
+                fix = "mend the file, or write one row a line (.jsonl): then a broken row costs no other"
+                raise DataError("the records after that can't be found", why=why, fix=fix)
 
 
 def _named(record: RawRow, names: list[str]) -> RawRow | None:
@@ -211,11 +198,13 @@ def _named(record: RawRow, names: list[str]) -> RawRow | None:
 class _CsvText:
     """Lines of a stream as the csv module wants them; `number` of them were read.
 
-    Raises RowError at one that is too long, and goes on behind it.
+    `quoted`: a quote was seen since that was last set to False, or a line that is too long to be looked into, at which
+    RowError is raised; `lost`: of such a record the csv module doesn't know the end.
     """
 
     def __init__(self, stream: BinaryIO, limit: int) -> None:
         self._lines, self._limit, self.number = _lines(stream, limit), limit, 0
+        self.quoted = self.lost = False
 
     def __iter__(self) -> _CsvText:
         return self
@@ -223,22 +212,32 @@ class _CsvText:
     def __next__(self) -> str:
         line = next(self._lines)
         self.number += 1
+        self.quoted = self.quoted or line is None or b'"' in line
         if line is None:
             raise _too_long(self._limit)
         return line.decode(errors="surrogateescape")
 
+    def more(self) -> bool:
+        """Whether anything but blank lines is left; reads on to it."""
+        return any(line is None or line.strip() for line in self._lines)
+
 
 def _record(reader: Any, text: _CsvText) -> RawRow | None:
     """The next record of a CSV file as a list of cells; None at the end."""
-    place = f"line {text.number + 1}"
+    start, text.quoted = text.number, False
+    place = f"line {start + 1}"
     try:
         cells = next(reader)
     except StopIteration:
         return None
     except csv.Error as e:
-        reason = "cut_off" if "unexpected end" in str(e) else "broken_csv"
-        return RawRow(place, None, RowError("not a record", reason=reason, why=str(e)))
+        text.lost = text.quoted  # without a quote, the next line begins a record
+        if "unexpected end" not in str(e):
+            return RawRow(place, None, RowError("not a record", reason="broken_csv", why=str(e)))
+        why = f"a quoted cell is open through {text.number - start} lines, to the end"
+        return RawRow(place, None, RowError("the file ends in half a record", reason="cut_off", why=why))
     except RowError as e:
+        text.lost = True
         return RawRow(place, None, e)
     for n, cell in enumerate(cells, 1):
         try:
@@ -247,102 +246,3 @@ def _record(reader: Any, text: _CsvText) -> RawRow | None:
             shown = [c.encode(errors="surrogateescape").decode(errors="backslashreplace") for c in cells]
             return RawRow(place, shown, RowError(f"cell {n} isn't UTF-8", reason="invalid_utf8"))
     return RawRow(place, cells)
-
-
-# --- columnar files and datasets -------------------------------------------------------------------------
-
-
-def _arrow_rows(paths: Iterable[Path]) -> Iterator[RawRow]:
-    numbers = count()
-    for batch in (b for path in paths for b in _batches(path)):
-        names = batch.schema.names
-        if len(set(names)) < len(names):
-            raise DataError(f"a column occurs twice among {', '.join(names)}")
-        for start in range(0, batch.num_rows, _BATCH):
-            for value, fault in _values(batch.slice(start, _BATCH)):
-                yield RawRow(f"row {next(numbers)}", value, fault)
-
-
-def _batches(path: Path) -> Iterator[Any]:
-    """Record batches of a Parquet file, an Arrow file or an Arrow stream, by what it is."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with pa.OSFile(str(path)) as f:
-        magic = f.read(6)
-        f.seek(0)
-        if magic.startswith(b"PAR1"):
-            yield from pq.ParquetFile(f).iter_batches(batch_size=_BATCH)
-        elif magic == b"ARROW1":
-            file = pa.ipc.open_file(f)
-            yield from (file.get_batch(i) for i in range(file.num_record_batches))
-        else:
-            yield from pa.ipc.open_stream(f)
-
-
-def _values(batch: Any) -> Iterator[tuple[Any, RowError | None]]:
-    """(row as a dict, None); (None, fault) for one without a Python value, such as text that isn't UTF-8."""
-    import pyarrow as pa
-
-    try:
-        rows = batch.to_pylist()
-    except (pa.ArrowException, ValueError, OverflowError) as e:
-        if batch.num_rows > 1:
-            for i in range(batch.num_rows):
-                yield from _values(batch.slice(i, 1))
-        else:
-            yield None, RowError("a value can't be read", reason="unreadable_value", why=str(e))
-        return
-    yield from ((row, None) for row in rows)
-
-
-def _saved_shards(path: Path, split: str | None) -> list[Path]:
-    """The Arrow files of a directory that `datasets` saved, in order."""
-    try:
-        if (path / "dataset_dict.json").is_file():
-            splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
-            path = path / _choose(splits, split, str(path))
-        state = json.loads((path / "state.json").read_text("utf-8"))
-        shards = [path / f["filename"] for f in state["_data_files"]]
-    except FileNotFoundError:
-        inside = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
-        fix = "give one file, a directory that datasets saved, or hf:DIRECTORY"
-        raise DataError("not a saved dataset", where=str(path), why=f"it holds {inside}", fix=fix) from None
-    except (ValueError, LookupError, TypeError) as e:
-        raise DataError(
-            "its description is broken", where=str(path), why=f"{type(e).__name__}: {e}"
-        ) from None
-    if lost := [p for p in shards if not p.is_file()]:
-        raise DataError("a part of the dataset is missing", where=str(lost[0]))
-    return shards
-
-
-def _choose(splits: Iterable[str], split: str | None, where: str) -> str:
-    splits = list(splits)
-    if split is None and len(splits) == 1:
-        return splits[0]
-    if split is None or split not in splits:
-        what = (
-            "the dataset has several splits"
-            if split is None
-            else f"no split {split!r}{nearest(split, splits)}"
-        )
-        raise DataError(what, where=where, fix=f"give split= (--split), one of {', '.join(splits)}")
-    return split
-
-
-def _hub_rows(name: str, split: str | None) -> Iterator[RawRow]:
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtra("datasets", "datasets", needed_for=f"hf:{name}") from None
-    path, _, config = name.partition(":")
-    try:
-        splits = datasets.load_dataset(path, config or None, streaming=True)
-        rows = splits[_choose(splits, split, f"hf:{name}")]
-        yield from (RawRow(f"row {n}", row) for n, row in enumerate(rows))
-    except DataError:
-        raise
-    except Exception as e:  # the library and those beneath it raise what they like
-        why = f"{type(e).__name__}: {e}"
-        raise DataError("the datasets library can't read it", where=f"hf:{name}", why=why) from e
