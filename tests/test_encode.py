@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -178,6 +182,41 @@ class Letters(PythonBackend):
 
     def _convert_id_to_token(self, index: int) -> str:
         return self.letters[index]
+
+
+STOPS_OF = """
+import sys
+from ygivenx import Encoder
+print(Encoder.from_pretrained(sys.argv[1])._made_of[1]["stops"])
+"""
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("stops", [("</s>", "<stop>"), ()])
+def test_the_stops_of_the_generation_config(tmp_path, by_name, stops):
+    """From a directory, and from the hub's cache where there is no network."""
+    cached = tmp_path / "hub" / "models--some--model"
+    directory = cached / "snapshots" / ("0" * 40) if by_name else tmp_path / "model"
+    tokenizer = word_level(["</s>", "a", "b"])
+    tokenizer.add_special_tokens({"eos_token": "</s>", "additional_special_tokens": ["<stop>"]})
+    tokenizer.save_pretrained(directory)
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    if stops:
+        ids = tokenizer.convert_tokens_to_ids(list(stops))
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    if by_name:
+        (cached / "refs").mkdir()
+        (cached / "refs" / "main").write_text("0" * 40)
+    env = {
+        **os.environ,
+        "HF_HOME": str(tmp_path),
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = [sys.executable, "-c", STOPS_OF, "some/model" if by_name else str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.stdout.strip() == str(stops), done.stderr
+    assert not done.stderr
 
 
 def test_a_slow_tokenizer_is_proved_by_prefixes():

@@ -100,17 +100,14 @@ class Encoder:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, gguf_file: str | None = None, **options: Any) -> Encoder:
-        """The encoder of a model's directory: its tokenizer, and the stop tokens of its generation config."""
+        """The encoder of a model's directory or name: its tokenizer, and the stop tokens of its generation config."""
         from transformers import AutoTokenizer
 
         path, gguf_file = located(path, gguf_file)
         with quiet_loading(path):
             tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
-        config = Path(path) / "generation_config.json"
-        if "stops" not in options and config.is_file():
-            ids, known = json.loads(config.read_text()).get("eos_token_id"), tokenizer.added_tokens_decoder
-            ids = ids if isinstance(ids, list) else [ids]
-            options["stops"] = [str(known[i]) for i in ids if i in known]
+            if "stops" not in options:
+                options["stops"] = _stops(path, tokenizer)
         return cls(tokenizer, **options)
 
     @property
@@ -199,6 +196,20 @@ def _check_kinds(repair: Any, bos: Any, eos: Any, stops: Any, max_length: Any, t
     ):
         if not fits:
             raise ConfigError(f"{name}={value!r}", fix=f"give {wanted}")
+
+
+def _stops(path: str, tokenizer: Any) -> list[str]:
+    """The tokens that end generation by a model's generation config, from its directory, the hub or its cache."""
+    from transformers.utils import cached_file
+
+    absent = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    file = cached_file(path, "generation_config.json", **absent)
+    ids = json.loads(Path(file).read_text()).get("eos_token_id") if file else None
+    known = tokenizer.added_tokens_decoder
+    return [str(known[i]) for i in (ids if isinstance(ids, list) else [ids]) if i in known]
 
 
 def _time(told: Any) -> datetime:
