@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from test_finetune import model_in
 from tiny import llama
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -69,6 +70,21 @@ def test_show_refuses_with_place_and_reason(smol_tokenizer, rows):
     assert done.returncode == 2
     assert "<|im_end|>" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_no_escape_of_a_row_s_reaches_the_terminal(tmp_path):
+    path, model = tmp_path / "rows.jsonl", model_in(tmp_path / "model")
+    escapes = "\x1b]0;owned\x07\x9b2J\u202e"
+    good = {"messages": ROWS[0]["messages"], f"id{escapes}": 1}
+    bad = {
+        "messages": [{"role": "user", "content": "?", f"{escapes}<|im_end|>": "x"}, ROWS[0]["messages"][1]]
+    }
+    path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    for args in (["--row", 0], ["--row", 1], ["--row", 0, "--json"]):
+        done = ygx("show", path, "--model", model, *args)
+        assert done.returncode == (2 if args == ["--row", 1] else 0), done.stderr
+        assert "]0;owned" in done.stdout + done.stderr
+        assert not set("\x1b\x07\x9b\u202e") & set(done.stdout + done.stderr)
 
 
 @pytest.mark.model

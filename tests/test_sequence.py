@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from ygivenx import Example, Sequence
 from ygivenx.errors import RowError
 from ygivenx.sequence import Segment
-from ygivenx.show import visible
+from ygivenx.show import visible, visible_json
 
 
 def test_it_is_frozen_and_the_callers_arrays_are_not():
@@ -63,3 +65,6 @@ def test_what_a_terminal_would_obey_is_not_shown_to_it(char):
     error = RowError(f"w{char}", reason="r", field=f"messages[0].{char}", why=f"y{char}", fix=f"f{char}")
     assert char not in str(error)
     assert visible("a\tb\nc é ⟦") == "a\tb\nc é ⟦"
+    document = visible_json(json.dumps({"a": char + "é"}, ensure_ascii=False))
+    assert char not in document
+    assert json.loads(document) == {"a": char + "é"}

@@ -25,7 +25,7 @@ from .commands.intake import (
 from .commands.intake import console as err
 from .errors import YgivenxError
 from .models.places import located
-from .show import visible
+from .show import visible, visible_json
 
 OK, FINDINGS, USAGE = 0, 1, 2
 
@@ -78,7 +78,7 @@ Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float1
 
 def emit(document: Any) -> None:
     """One JSON document on standard output; non-finite numbers become null."""
-    print(json.dumps(_finite(document), ensure_ascii=False, indent=1, default=str))
+    print(visible_json(json.dumps(_finite(document), ensure_ascii=False, indent=1, default=str)))
 
 
 def _finite(value: Any) -> Any:
@@ -273,6 +273,7 @@ def audit(
     x: ColX = None,
     y: ColY = None,
     plain: Plain = False,
+    split: Split = None,
     limit: Limit = None,
     train: Policy = "assistant",
     control: Control = "refuse",
@@ -289,7 +290,7 @@ def audit(
     """
     from .proof.auditing import audit as examine_rows
 
-    reader = open_rows(data, fmt, x, y, plain, limit)
+    reader = open_rows(data, fmt, x, y, plain, limit, split)
     made = open_encoder(model, gguf_file, **encoder_options(encoder, train=train, control=control))
     report = examine_rows(rows=list(reader), encoder=made, suppress=reasons(suppress))
     finish(report, fail_on, html, sarif, as_json)

@@ -15,12 +15,18 @@ _PICTURES = {c: 0x2400 + c for c in range(0x20)} | {0x7F: 0x2421}
 # half a surrogate pair, which can't be printed.
 _NAMELESS = dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
 _SURROGATES = dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+_ESCAPES = {c: f"\\u{c:04x}" for c in (0x7F, *_NAMELESS, *_SURROGATES)}  # JSON itself escapes C0
 _VISIBLE = {c: p for c, p in (_PICTURES | _NAMELESS | _SURROGATES).items() if c not in (0x0A, 0x09)}
 
 
 def visible(text: str) -> str:
     """`text` as a terminal may have it: controls (but newline and tab) and overrides of direction as pictures."""
     return text.translate(_VISIBLE)
+
+
+def visible_json(document: str) -> str:
+    """A JSON document that means the same, with what `visible` replaces as escapes."""
+    return document.translate(_ESCAPES)
 
 
 def wants_colour() -> bool:

@@ -19,6 +19,7 @@ from ..rows.formats import normalise
 from ..scores.questions import Question, Questioner
 from ..scores.scorefile import ScoreFile
 from ..sequence import Rejected
+from ..show import visible_json
 from .intake import open_model, say_account
 from .progress import bar
 
@@ -150,7 +151,7 @@ def run(
         else:
             for record in shown:
                 if not silent:
-                    print(json.dumps(record, ensure_ascii=False, allow_nan=False), flush=True)
+                    print(visible_json(json.dumps(record, ensure_ascii=False, allow_nan=False)), flush=True)
     account = rows.account() | means.to_dict() | {"run": tally.to_dict()}
     if file is not None:
         file.finish(account)
