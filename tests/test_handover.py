@@ -16,9 +16,9 @@ from ygivenx.encoder.handover import write_parquet
 @pytest.fixture
 def written(tmp_path):
     enc = encoder(THINKER)
-    examples, _ = enc.batch(
-        [{"messages": [user(), reply(reasoning_content="a", weight=0.5)]}, {"messages": THOUGHTS}]
-    )
+    good = [{"messages": [user(), reply(reasoning_content="a", weight=0.5)]}, {"messages": THOUGHTS}]
+    examples, rejected = enc.batch([{"messages": []}, *good])
+    assert len(rejected) == 1
     path = tmp_path / "out.parquet"
     assert write_parquet(iter(examples), path) == 3
     return path, examples
@@ -27,7 +27,7 @@ def written(tmp_path):
 def test_what_is_written_is_what_was_encoded(written):
     path, examples = written
     table = pq.read_table(path).to_pylist()
-    sequences = [(n, s) for n, e in enumerate(examples) for s in e]
+    sequences = [(n, s) for n, e in enumerate(examples, 1) for s in e]  # row 0 was rejected
     assert [r["row"] for r in table] == [n for n, _ in sequences]
     for r, (_, s) in zip(table, sequences, strict=True):
         assert r["input_ids"] == s.ids.tolist()

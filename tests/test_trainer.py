@@ -187,6 +187,7 @@ def test_a_fresh_run_does_not_mix_its_checkpoints_with_another_s(tmp_path):
         ({"max_grad_norm": 0.5}, r"max_grad_norm 1\.0 → 0\.5"),
         ({"max_steps": 4}, "length 2 steps → 4 steps"),  # the rate of a linear schedule depends on it
         ({"model": llama(dtype=torch.bfloat16)}, "dtypes .*float32.* → .*bfloat16"),
+        ({"model": llama().requires_grad_(False)}, r"trained_parameters \d+ → 0"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path, changed, said):

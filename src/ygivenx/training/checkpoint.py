@@ -91,7 +91,7 @@ def start(run_dir: Path, asked: str | bool | None, own: Container[str] = ()) -> 
             f"checkpoints of another run are there: {', '.join(others)}",
             where=str(run_dir),
             why="old and new ones would be counted, deleted and resumed from together",
-            fix="resume='auto' goes on with that run; a new one needs another output directory",
+            fix="--resume auto (resume='auto') goes on with that run; a new one needs another output directory",
         )
     return found
 
@@ -99,7 +99,7 @@ def start(run_dir: Path, asked: str | bool | None, own: Container[str] = ()) -> 
 def verify(directory: Path) -> None:
     """Raise CheckpointError unless the manifest is there and every file has its size and hash."""
     manifest = directory / MANIFEST
-    fix = "resume from an earlier checkpoint (resume='auto' finds the newest complete one)"
+    fix = "resume from an earlier checkpoint (--resume auto, or resume='auto', finds the newest complete one)"
     if not directory.is_dir():
         raise CheckpointError("there is no such checkpoint", where=str(directory), fix=fix)
     if not manifest.is_file():

@@ -166,7 +166,7 @@ class Trainer(transformers.Trainer):
                 f"the loss is {out.value.item():g}, {here}",
                 where=f"step {self.state.global_step + 1}",
                 why="an update with it would spoil every weight; none was made",
-                fix="look at these rows with `ygx show`, or lower the learning rate",
+                fix="look at these rows with `ygx show --row N`, or lower the learning rate",
             )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -265,6 +265,7 @@ class Trainer(transformers.Trainer):
             if self.is_world_process_zero():
                 self._publish(self._staging / name, run_dir / name)
             self.accelerator.wait_for_everyone()
+            self._published.add(name)
         finally:
             self._staging = None
 
@@ -276,7 +277,6 @@ class Trainer(transformers.Trainer):
         runs.remember(staged, {**self._notes, **self._run})
         checkpoint.seal(staged)
         checkpoint.publish(staged, final)
-        self._published.add(final.name)
         step, best = self.state.global_step, self.state.best_model_checkpoint
         checkpoint.rotate(final.parent, self.args.save_total_limit, step, best)
 
