@@ -186,20 +186,47 @@ def test_what_is_computed_once_is_as_long_as_a_chunk_may_be(monkeypatch):
     length = len(forest.fed)
     chunk, fed = length * 3 // 5, watched(monkeypatch, forest)
     hidden_states(model, forest, chunk=chunk).sum().backward()
-    early, late = list(range(length - chunk)), list(range(length - chunk, length))
-    assert fed == [early, late, early]
+    early, late, again = fed
+    assert again == early
+    assert len(late) == chunk
+    assert sorted(early + late) == list(range(length))
 
 
 def test_a_loss_computes_twice_only_what_later_chunks_see(monkeypatch):
     model, forest = llama(vocab_size=512), named()
     fed = watched(monkeypatch, forest)
     yx.loss(model, forest, chunk=20).value.backward()
-    with_gradients = [nodes for nodes in fed if nodes == list(range(nodes[0], nodes[-1] + 1))]
-    starts = {nodes[0] for nodes in with_gradients}
-    seen = [any(node < start < end for start in starts) for node, end in enumerate(forest.fed_end)]
+    chunk_of = {
+        node: chunk for chunk, nodes in enumerate(fed) for node in nodes
+    }  # the last time, with gradients
+    below = [range(node + 1, end) for node, end in enumerate(forest.fed_end)]
+    seen = [any(chunk_of[d] != chunk_of[node] for d in below[node]) for node in range(len(below))]
     times = Counter(node for nodes in fed for node in nodes)
     assert 0 < sum(seen) < len(seen) * 0.6
     assert [times[node] for node in range(len(seen))] == [1 + s for s in seen]
+
+
+def test_the_order_for_gradients_is_a_preorder_in_which_everyone_sees_the_same():
+    run = streaming.Run.of(llama(), yx.Forest.of(ROWS), 20, "auto", needed=np.array([0, 5, 9]))
+    other = run.for_gradients()
+    at = np.arange(len(run.end))
+    sees = (at[:, None] >= at) & (at[:, None] < run.end)
+    sees_there = (at[:, None] >= at) & (at[:, None] < other.end)
+    assert (other.order != at).any()
+    assert (sees_there == sees[np.ix_(other.order, other.order)]).all()
+    assert (other.depth == run.depth[other.order]).all()
+    assert sorted(other.order[other.needed]) == [0, 5, 9]
+
+
+def test_in_the_order_for_gradients_a_conversation_has_less_to_compute_twice():
+    """Twelve turns whose reasoning the next prompt drops: shared is a chain, with a leaf at each turn."""
+    history, rows = list(range(10)), []
+    for turn in range(12):
+        rows.append(([*history, *range(100 * turn, 100 * turn + 30)], [0] * len(history) + [1] * 30))
+        history += range(5000 + 10 * turn, 5010 + 10 * turn)
+    run = streaming.Run.of(llama(), yx.Forest.of(rows), 300, "auto")
+    trunk, before = run.for_gradients().trunk, replace(run, longest_last=True).trunk
+    assert len(trunk) < 0.6 * len(before)
 
 
 def test_the_estimate_knows_what_is_kept():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .errors import LossError
-from .forest import Edges, Forest
+from .forest import Edges, Forest, Ints
 from .head.selective import selective_cross_entropy
 from .models.model import head_of, loss_over
 from .sequence import Example, Sequence
@@ -64,19 +64,34 @@ def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **
     # Divided before, not after: gradients come out of the head finished, with no further pass over the largest.
     shares = (edges.weights / np.float64(weight_sum)).astype(np.float32)
 
-    def score(rows: slice, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        head = head_of(model)  # here: what a parametrization makes of its weight belongs to one graph
-        these = slice(*np.searchsorted(edges.rows, [rows.start, rows.stop]))
-        told = (
-            torch.from_numpy(v[these]).to(hidden.device)
-            for v in (edges.rows - rows.start, edges.targets, shares)
-        )
-        return selective_cross_entropy(
-            hidden, head.weight, *told, bias=head.bias, softcap=head.softcap, scale=head.scale
-        )
+    told: dict[
+        int, tuple[Ints, torch.Tensor]
+    ] = {}  # of each part of the rows: which edges are its, their log p
 
-    log_p, value = loss_over(model, forest, score, needed=np.unique(edges.rows), **options)
-    return Loss(value, weight_sum, log_p, edges, forest)
+    def score(rows: Ints, hidden: torch.Tensor) -> torch.Tensor:
+        head = head_of(model)  # here: what a parametrization makes of its weight belongs to one graph
+        these, local = _edges_of(edges, rows, len(forest.fed))
+        given = (torch.from_numpy(v).to(hidden.device) for v in (local, edges.targets[these], shares[these]))
+        log_p, part = selective_cross_entropy(
+            hidden, head.weight, *given, bias=head.bias, softcap=head.softcap, scale=head.scale
+        )
+        told[int(rows[0]) if len(rows) else 0] = these, log_p
+        return part
+
+    value = loss_over(model, forest, score, needed=np.unique(edges.rows), **options)
+    which, log_p = zip(*told.values(), strict=True)
+    in_order = torch.from_numpy(np.argsort(np.concatenate(which)))
+    return Loss(value, weight_sum, torch.cat(log_p)[in_order.to(value.device)], edges, forest)
+
+
+def _edges_of(edges: Edges, rows: Ints, count: int) -> tuple[Ints, Ints]:
+    """(the edges out of `rows`, where among `rows` each comes from), int64 [n], sorted by the latter."""
+    place = np.full(count, -1)
+    place[rows] = np.arange(len(rows))
+    local = place[edges.rows]
+    these = np.flatnonzero(local >= 0)
+    these = these[np.argsort(local[these], kind="stable")]
+    return these, local[these]
 
 
 def as_forest(batch: Batch) -> Forest:

@@ -4,7 +4,8 @@ Let e be after the last character that comes from message i in F, G the next ren
 what could come next), L how much of F and G is the same. Of the special tokens in F[e:L] the first that is known to
 stop generation ends the turn, else the last; else, in F[e:], the first that is known, else the first; else, where F
 ends there and G goes on with a special token, that one: the next header ends the turn. Where nothing does, a repair
-may put the token there by which generation would stop.
+may put the token there by which generation would stop. A template may write the next prompt unasked, as Llama 3's first
+one: then a token that begins turns is none that ends one.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def end_of_turn(tokens: Tokens, row: Row, i: int, after: int) -> End | None:
     """What ends message i, whose last character stands before `after` in F."""
     text = row.closed(i + 1)
     then = _or_none(lambda: _next(row, i)) or ""
-    found = _closing(tokens, row, text, then, after) or _next_header(tokens, row, i, after)
+    found = _closing(tokens, row, i, then, after) or _next_header(tokens, row, i, after)
     if found is None or found.at < len(text):
         return found
     return found._replace(note=f"messages[{i}]: the header of the next turn, {found.token!r}, ends it")
@@ -64,10 +65,17 @@ def _next(row: Row, i: int) -> str:
     return row.template.render(row.inputs.upto(i + 1, *more), add_generation_prompt=True)
 
 
-def _closing(tokens: Tokens, row: Row, text: str, then: str, after: int) -> End | None:
+def _closing(tokens: Tokens, row: Row, i: int, then: str, after: int) -> End | None:
+    text = row.closed(i + 1)
     common = row.common_prefix(text, then)
     inside = tokens.control(text, after)
     shared = [m for m in inside if m.end() <= common]
+    known = not shared or any(m[0] in tokens.stops for m in shared)
+    if not known and text[common:].strip() and _or_none(lambda: row.prompt(i + 1)) == text:
+        beginning = _beginning(tokens, row, i)
+        shared = [m for m in shared if m[0] not in beginning]
+        if len(shared) != 1:
+            return None
     for found, fallback in ((shared, -1), (inside, 0)):
         stops = [m for m in found if m[0] in tokens.stops]
         if found:
@@ -77,6 +85,13 @@ def _closing(tokens: Tokens, row: Row, text: str, then: str, after: int) -> End 
     if header is not None and header.start() == common == len(text):
         return End(len(text), header[0])
     return None
+
+
+def _beginning(tokens: Tokens, row: Row, i: int) -> set[str]:
+    """The special tokens before anything that a message says; all of them where that isn't known."""
+    traced = row.traced(i + 1)
+    runs = [run for j in range(i + 1) for run in runs_of_message(traced, j)] if traced else []
+    return {m[0] for m in tokens.control(row.closed(i + 1), 0, min(runs)[0] if runs else None)}
 
 
 def _next_header(tokens: Tokens, row: Row, i: int, after: int) -> End | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from re import Match
 from typing import Any
@@ -12,7 +13,40 @@ from .assemble import control_text
 from .inputs import ROLES, Inputs
 from .origins import Source, within
 from .renderings import Draft
+from .template import Template
 from .tokens import Tokens
+
+# A reply may bring its thought in its text, marks and all.
+_THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
+
+
+def headers_of(tokenizer: Any) -> list[str]:
+    """The ordinary added tokens that the chat template writes around what messages say.
+
+    DeepSeek's <｜User｜> and <｜Assistant｜> aren't special to their tokenizer, but whoever writes one begins a turn.
+    """
+    added = {str(t) for t in tokenizer.added_tokens_decoder.values() if not t.special}
+    marks = [t for t in added if not t.isspace() and not t.isalnum() and not _THOUGHT.search(t)]
+    if not marks or not tokenizer.chat_template:
+        return []
+    written = _bare_rendering(tokenizer)
+    found = re.findall("|".join(map(re.escape, sorted(marks, key=len, reverse=True))), written)
+    return sorted(set(found))
+
+
+def _bare_rendering(tokenizer: Any) -> str:
+    """A conversation of one word a message, with a system message if the template takes one; "" if it takes none."""
+    turns = [{"role": role, "content": "word"} for role in ("system", "user", "assistant", "user")]
+    try:
+        template = Template(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
+    except (RowError, ValueError):  # chats will say so; pairs don't need it
+        return ""
+    for messages in (turns, turns[1:], turns[1:2]):
+        try:
+            return template.render(Inputs(tuple(messages)), add_generation_prompt=True)
+        except RowError:
+            continue
+    return ""
 
 
 def refuse_control(tokens: Tokens, inputs: Inputs) -> None:

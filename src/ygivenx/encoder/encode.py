@@ -23,6 +23,7 @@ from ..rows.formats import Conversation, Pair, normalise
 from ..sequence import Example, Rejected
 from .assemble import Job, Options
 from .chats import Chats
+from .control import headers_of
 from .pairs import Pairs
 from .policy import Policy, policy_of
 from .repair import chosen
@@ -89,7 +90,8 @@ class Encoder:
                 )
         _check_kinds(repair, bos, eos, stops, max_length, template_kwargs)
         self.tokenizer, self.now = tokenizer, _time(now)
-        self.tokens = Tokens(tokenizer, stops := (stops,) if isinstance(stops, str) else tuple(stops))
+        stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        self.tokens = Tokens(tokenizer, stops, headers_of(tokenizer))
         further = {"repair": repair, "max_length": max_length, "bos": bos, "eos": eos, "stops": stops}
         self._made_of = (train, {**choice, **further, "template_kwargs": template_kwargs, "now": self.now})
         options = Options(

@@ -74,16 +74,17 @@ class Pieces(Sequence[str]):
 class Tokens:
     """A tokenizer as the encoder needs it. `stops` are texts of tokens that end a turn, beside its eos.
 
-    special: the tokens that structure a text, id by text: the tokenizer's special ones and the stops, which some
-    models have among their ordinary added tokens. Raises ConfigError for a stop that is no token of its own.
+    special: the tokens that structure a text, id by text: the tokenizer's special ones, the stops and the headers
+    of turns, which some models have among their ordinary added tokens. Raises ConfigError for a stop that is no
+    token of its own.
     """
 
-    def __init__(self, tokenizer: Any, stops: Iterable[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stops: Iterable[str] = (), headers: Iterable[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-        special |= _added(tokenizer, stops)
+        special |= _added(tokenizer, (*stops, *headers))
         self.special: dict[str, int] = {t: i for t, i in special.items() if t}
         self.stops = frozenset({tokenizer.eos_token, *stops} & self.special.keys())
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
@@ -131,15 +132,15 @@ def hidden_states(
 def loss_over(
     model: nn.Module, forest: Forest, score: recompute.Score, *,
     route: str = "auto", chunk: int | None = None, needed: Ints | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """score(rows, hidden states [rows, H]), which is (log p [E], the loss of those rows), over the whole forest.
+) -> Tensor:  # fmt: skip
+    """The sum of score(rows, hidden states of these rows [n, H]), the loss of rows int64 [n], over all rows.
 
     Where the forest is longer than `chunk`, it is called once per chunk, and less is computed twice than for
     `hidden_states`. Arguments and errors are those of `hidden_states`.
     """
     run = _longer(model, forest, route, chunk, needed)
     if run is None:
-        return score(slice(0, len(forest.fed)), _whole(model, forest, route, needed))
+        return score(np.arange(len(forest.fed)), _whole(model, forest, route, needed))
     return recompute.loss(run, score)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from ..forest import Ints
 from .plan import KeysValues
 from .streaming import Chunk, Run
 
-# (log p of the edges whose rows these are, their part of the loss), of rows of hidden states
-Score = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+# The part of the loss that belongs to rows, int64 [n], of which these are the hidden states [n, H]
+Score = Callable[[Ints, Tensor], Tensor]
 
 
 def hidden_states(run: Run) -> Tensor:
@@ -29,23 +29,25 @@ def hidden_states(run: Run) -> Tensor:
     parameters = _trained(run.model)
     if not parameters:
         return torch.cat([hidden for _, hidden in run.stream()])
-    return _Hidden.apply(replace(run, longest_last=True), *parameters)
+    run = run.for_gradients()
+    hidden: Tensor = _Hidden.apply(run, *parameters)
+    return hidden[torch.from_numpy(np.argsort(run.order)).to(hidden.device)]
 
 
-def loss(run: Run, score: Score) -> tuple[Tensor, Tensor]:
-    """(log p of all edges, the sum of the parts of the loss), the sum differentiable once and, anew, again.
+def loss(run: Run, score: Score) -> Tensor:
+    """The sum of the parts of the loss, differentiable once and, anew, again.
 
     The gradients are made at once, where the hidden states are at hand, and handed over in backward.
     """
     parameters = _trained(run.model)
     if not parameters:
-        log_p, parts = zip(*(score(rows, hidden) for rows, hidden in run.stream()), strict=True)
-        return torch.cat(log_p), torch.stack(parts).sum()
-    run = replace(run, longest_last=True)
+        return torch.stack([score(run.order[rows], hidden) for rows, hidden in run.stream()]).sum()
+    run = run.for_gradients()
     shelf = None if _scaled(run) else _trunk(run)
     if shelf is None:
-        return score(slice(0, len(run.end)), _Hidden.apply(run, *parameters))
-    return _Loss.apply(run, score, shelf, *parameters)
+        return score(run.order, _Hidden.apply(run, *parameters))
+    value: Tensor = _Loss.apply(run, score, shelf, *parameters)
+    return value
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
@@ -162,23 +164,20 @@ class _Loss(torch.autograd.Function):
     """The loss and all gradients in one descent from the last chunk to the first."""
 
     @staticmethod
-    def forward(
-        ctx: Any, run: Run, score: Score, shelf: _Shelf, *parameters: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, run: Run, score: Score, shelf: _Shelf, *parameters: Tensor) -> Tensor:
         ctx.run, ctx.score, ctx.surroundings = run, score, _Surroundings(run.device)
-        log_p, value, ctx.made = _descend(run, score, shelf, list(parameters))
+        value, ctx.made = _descend(run, score, shelf, list(parameters))
         ctx.save_for_backward(*parameters)
-        ctx.mark_non_differentiable(log_p)
-        return log_p, value
+        return value
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         made, ctx.made = ctx.made, None
         if made is None:  # a second backward: the first one gave its gradients away
             with ctx.surroundings.again():
                 shelf = _trunk(ctx.run)
                 assert shelf is not None
-                made = _descend(ctx.run, ctx.score, shelf, list(ctx.saved_tensors))[2]
+                made = _descend(ctx.run, ctx.score, shelf, list(ctx.saved_tensors))[1]
         if grad.device.type != "cpu" or grad.item() != 1:
             for g in made:
                 if g is not None:
@@ -188,19 +187,17 @@ class _Loss(torch.autograd.Function):
 
 def _descend(
     run: Run, score: Score, shelf: _Shelf, parameters: list[Tensor]
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """(log p of all edges, their loss, the gradients of the parameters)."""
-    backward = _Backward(shelf, parameters)
-    log_p, parts = list[Tensor](), list[Tensor]()
+) -> tuple[Tensor, list[Tensor | None]]:
+    """(the loss, the gradients of the parameters)."""
+    backward, parts = _Backward(shelf, parameters), list[Tensor]()
     for chunk in reversed(run.chunks):
         done = _Pass.of(run, chunk, shelf)
         with torch.enable_grad():
-            told, part = score(slice(chunk.start, chunk.stop), done.hidden)
+            part = score(run.order[chunk.start : chunk.stop], done.hidden)
         backward.through(chunk, done, part, torch.ones_like(part))
-        log_p.append(told)
         parts.append(part.detach())
         del done, part  # before the next chunk is computed
-    return torch.cat(log_p[::-1]), torch.stack(parts).sum(), backward.totals
+    return torch.stack(parts).sum(), backward.totals
 
 
 class _Hidden(torch.autograd.Function):

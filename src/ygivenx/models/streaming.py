@@ -38,14 +38,16 @@ class Chunk:
 class Run:
     """A model and a forest of which it is fed one chunk of at most `size` nodes at a time.
 
-    token, depth, end: int64 [F], of the fed nodes. needed: see `hidden_states`. longest_last: all chunks are of equal
-    length but the last one, which is as long as chunks may be.
+    token, depth, end: int64 [F], of the fed nodes. order: int64 [F], which of the forest's fed nodes each is. needed:
+    see `hidden_states`. longest_last: all chunks are of equal length but the last one, which is as long as chunks may
+    be.
     """
 
     model: Any
     token: Ints
     depth: Ints
     end: Ints
+    order: Ints
     size: int
     route: str = "auto"
     needed: Ints | None = None
@@ -63,13 +65,24 @@ class Run:
                 fix='gradient_checkpointing_kwargs={"use_reentrant": False}, which is the better one anyway',
             )
         fed = forest.fed
-        return cls(model, forest.token[fed], forest.depth[fed], forest.fed_end, chunk, route, needed)
+        order = np.arange(len(fed))
+        return cls(model, forest.token[fed], forest.depth[fed], forest.fed_end, order, chunk, route, needed)
+
+    def for_gradients(self) -> Run:
+        """The same in the order and the chunks in which least is computed twice."""
+        order = _largest_last(self.end)
+        needed = None if self.needed is None else np.sort(np.argsort(order)[self.needed])
+        size = (self.end - np.arange(len(order)))[order]
+        return replace(
+            self, token=self.token[order], depth=self.depth[order], end=np.arange(len(order)) + size,
+            order=self.order[order], needed=needed, longest_last=True,
+        )  # fmt: skip
 
     def only(self, nodes: Ints) -> Run:
         """The fed nodes `nodes` alone, sorted, with all their ancestors, for the sake of their keys and values."""
         return replace(
             self, token=self.token[nodes], depth=self.depth[nodes], end=np.searchsorted(nodes, self.end[nodes]),
-            needed=np.zeros(0, np.int64), longest_last=False,
+            order=self.order[nodes], needed=np.zeros(0, np.int64), longest_last=False,
         )  # fmt: skip
 
     @cached_property
@@ -145,6 +158,27 @@ def stream_hidden(
     needed: see `hidden_states`. Raises ConfigError for chunk < 1, ModelError like `hidden_states`.
     """
     return Run.of(model, forest, chunk, route, needed).stream()
+
+
+def _largest_last(end: Ints) -> Ints:
+    """The preorder, int64 [F], in which of siblings the one with the largest subtree comes last.
+
+    What small ones need of the path is then done with before most cuts, so that later chunks see less.
+    """
+    ends, order = end.tolist(), list[int]()
+
+    def siblings(first: int, stop: int) -> list[int]:
+        found = []
+        while first < stop:
+            found.append(first)
+            first = ends[first]
+        return sorted(found, key=lambda k: k - ends[k])
+
+    todo = siblings(0, len(ends))
+    while todo:
+        order.append(todo.pop())
+        todo += siblings(order[-1] + 1, ends[order[-1]])
+    return np.array(order, np.int64)
 
 
 def _reentrant(module: nn.Module) -> bool:
