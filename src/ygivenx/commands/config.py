@@ -84,7 +84,8 @@ Fits = tuple[Callable[[Any], bool], str]  # whether a value fits, and what would
 
 
 def _at_least(least: int, most: float = math.inf) -> Fits:
-    return lambda v: least <= v <= most and v != math.inf, f"a number ≥ {least}"
+    wanted = f"a number ≥ {least}" if most == math.inf else f"a number from {least} to {most}"
+    return lambda v: least <= v <= most and v != math.inf, wanted
 
 
 def _one_of(*names: str) -> Fits:
