@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from .commands.intake import Accepted, encoded, encoder_options, open_encoder, o
 from .commands.intake import console as err
 from .errors import YgivenxError
 from .models.places import located
+from .report.parts import finite
 
 OK, FINDINGS, USAGE = 0, 1, 2
 
@@ -67,17 +68,7 @@ Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float1
 
 def emit(document: Any) -> None:
     """One JSON document on standard output; non-finite numbers become null."""
-    print(json.dumps(_finite(document), ensure_ascii=False, indent=1, default=str))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    print(json.dumps(finite(document), ensure_ascii=False, indent=1, default=str, allow_nan=False))
 
 
 @app.command()
@@ -280,10 +271,23 @@ def audit(
     finish(report, fail_on, html, sarif, as_json)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,  # what follows the script is the script's, --json and --data too
+    }
+)
 def probe(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="a training script; its own arguments follow it")],
+    data: Annotated[
+        str | None, typer.Option(help="the rows that it trains on, where its dataset holds token ids alone")
+    ] = None,
+    fmt: Format = None,
+    x: ColX = None,
+    y: ColY = None,
+    plain: Plain = False,
     suppress: Suppress = None,
     fail_on: FailOn = "warning",
     html: HtmlFile = None,
@@ -294,12 +298,17 @@ def probe(
 
     For transformers and TRL trainers; options of ours come before the script. Nothing of the run changes.
 
-    Example: `ygx probe --html probe.html train.py --epochs 3`
+    Example: `ygx probe --data rows.jsonl --html probe.html train.py --epochs 3`
     """
-    from .commands.onlooker import trainer_of
+    from .commands.onlooker import at_train, output_aside
     from .proof.auditing import audit as examine_trainer
 
-    report = examine_trainer(trainer=trainer_of(script, context.args), suppress=reasons(suppress))
+    rows = None if data is None else list(open_rows(data, fmt, x, y, plain, None))
+    why = reasons(suppress)
+    with output_aside() if as_json else nullcontext():
+        report = at_train(
+            script, context.args, lambda trainer: examine_trainer(rows, trainer=trainer, suppress=why)
+        )
     finish(report, fail_on, html, sarif, as_json)
 
 

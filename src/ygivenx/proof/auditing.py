@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import ConfigError, nearest
-from ..report.parts import Finding
+from ..report.parts import Finding, finite
 from ..sequence import Example, Rejected
 from .evidence import Evidence, Leak, Library, Seen, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
 from .rules import RULES, SEVERITIES, Hit, Rule
@@ -50,8 +50,8 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """One JSON document."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
+        """One JSON document; a number that isn't finite is null."""
+        return _json(self.to_dict())
 
     def to_sarif(self) -> str:
         """SARIF 2.1.0 (OASIS), which code-scanning services and editors read."""
@@ -71,7 +71,7 @@ class Report:
             "$schema": schema,
             "runs": [{"tool": {"driver": driver}, "results": results}],
         }
-        return json.dumps(document, ensure_ascii=False, indent=1)
+        return _json(document)
 
     def to_html(self, path: str | Path, title: str = "Audit") -> Path:
         """Write the page: findings, and the rows with their trained tokens. Returns the path."""
@@ -309,6 +309,10 @@ def _strips(ev: Evidence) -> list[Any]:
     if strips:
         return strips
     return [TokenStrip.of(s, title=f"sequence {i}") for i, s in enumerate(ev.sequences[:STRIPS])]
+
+
+def _json(document: Any) -> str:
+    return json.dumps(finite(document), ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def _sarif_rule(rule: Rule) -> dict[str, Any]:
