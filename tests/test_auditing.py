@@ -17,8 +17,9 @@ from ygivenx.encoder.encode import Encoder
 from ygivenx.errors import ConfigError
 from ygivenx.forest import Forest
 from ygivenx.objective import loss
-from ygivenx.proof.auditing import audit
-from ygivenx.proof.evidence import Evidence, Library, Seen, mark_padding, seen_in_batch, seen_in_forest
+from ygivenx.proof.auditing import Finding, Report, audit
+from ygivenx.proof.evidence import Evidence, Seen, mark_padding, seen_in_batch, seen_in_forest
+from ygivenx.proof.library import Library
 from ygivenx.proof.probing import probe
 from ygivenx.proof.rehearsal import rehearse, untouched
 from ygivenx.proof.rules import RULES, SEVERITIES
@@ -130,18 +131,47 @@ def test_a_batch_is_judged_by_its_labels():
     data = sequences(3)
     batch = batch_of(data, [s.ids for s in data])
     batch["labels"][batch["attention_mask"] == 0] = 0  # trained padding
-    assert {f.rule for f in audit(batch=batch).findings} == {"padding-trained"}
-    assert audit(batch=batch_of(data)).findings == ()
+    without_rows = {"rows-unrecognised": "there are none"}
+    assert {f.rule for f in audit(batch=batch, suppress=without_rows).findings} == {"padding-trained"}
+    assert audit(batch=batch_of(data), suppress=without_rows).findings == ()
     empty = batch_of(data, [np.full(len(s), -100) for s in data])
-    assert [f.rule for f in audit(batch=empty).findings] == ["nothing-trained"]
+    assert [f.rule for f in audit(batch=empty, suppress=without_rows).findings] == ["nothing-trained"]
+
+
+def test_a_batch_of_unknown_rows_is_no_clean_bill(studio):
+    """Token ids alone: nothing can be said of x and y, and that is said."""
+    rows = studio.chats(4)
+    encoder = Encoder(studio.tokenizer)
+    features = [{"input_ids": f["input_ids"], "labels": f["input_ids"]} for f in studio.encoded(rows)]
+    blind = audit(trainer=studio.hf(features))
+    assert [(f.rule, f.severity) for f in blind.findings] == [("rows-unrecognised", "warning")]
+    assert blind.summary["rows recognised"] == "0 of 2"
+    assert blind.exit_code() == 1
+    told = audit(rows, encoder, trainer=studio.hf(features))
+    assert told.summary["rows recognised"] == "2 of 2"
+    assert "loss-on-x" in {f.rule for f in told.findings}
+    with pytest.raises(ConfigError, match="no encoder"):
+        audit(rows)
+
+
+def test_control_characters_of_a_row_stay_in_the_report():
+    finding = Finding(
+        "x", "error", "m", examples=({"where": "row 0", "text": "a\x1b[2Jb"},), why="w", fix="f"
+    )
+    report = Report((finding,), (), {}, Evidence())
+    assert "\x1b" not in str(report)
+    assert "a␛[2Jb" in str(report)
+
+
+def seen_row(ids):
+    ids = np.asarray(ids)
+    return Seen(0, 0, ids, np.ones(len(ids), bool), np.zeros(len(ids), np.int64), ids, np.ones(len(ids)))
 
 
 def test_a_document_is_found_wherever_it_lies():
     data = sequences(6, low=14)
-    library = Library([Example((s,)) for s in data])
-    ids = np.concatenate([data[4].ids, data[1].ids, data[2].ids[:10]])
-    seen = Seen(0, 0, ids, np.ones(len(ids), bool), np.zeros(len(ids), np.int64), ids, np.ones(len(ids)))
-    library.align(seen)
+    seen = seen_row(np.concatenate([data[4].ids, data[1].ids, data[2].ids[:10]]))
+    Library([Example((s,)) for s in data], [seen]).align(seen)
     assert [p.sequence for p in seen.pieces] == [data[4], data[1], data[2]]
     expected = np.concatenate([data[4].weights, data[1].weights, data[2].weights[:10]])
     assert np.array_equal(seen.expected, expected)
@@ -151,11 +181,55 @@ def test_a_document_is_found_wherever_it_lies():
 def test_inserted_and_lost_tokens_leave_the_rest_aligned():
     (s,) = sequences(1, low=20)
     ids = np.concatenate([s.ids[:5], [VOCAB, VOCAB + 1], s.ids[5:9], s.ids[11:]])
-    seen = Seen(0, 0, ids, np.ones(len(ids), bool), np.zeros(len(ids), np.int64), ids, np.ones(len(ids)))
-    Library([Example((s,))]).align(seen)
+    seen = seen_row(ids)
+    Library([Example((s,))], [seen]).align(seen)
     assert seen.kinds[5:7].tolist() == ["?", "?"]
     assert np.array_equal(seen.expected[11:], s.weights[11:])
     assert (~seen.pieces[0].matched).sum() == 2
+
+
+def test_rows_that_occur_many_times_are_aligned():
+    """In rows of their own, and packed one after the other."""
+    data = sequences(3, low=20)
+    examples = [Example((s,)) for s in [*data, *[data[0]] * 6]]
+    packed = seen_row(np.concatenate([data[0].ids, data[0].ids, data[1].ids, data[0].ids]))
+    Library(examples, [packed]).align(packed)
+    assert [p.sequence for p in packed.pieces] == [data[0], data[0], data[1], data[0]]
+    assert all(p.matched.all() for p in packed.pieces)
+
+
+def test_a_shared_phrase_does_not_make_a_stranger_a_known_document():
+    known, stranger = sequences(2, low=22)
+    ids = np.array(stranger.ids)
+    ids[4:12] = known.ids[9:17]  # eight tokens in common
+    alone, after = seen_row(ids), seen_row(np.concatenate([known.ids, ids]))
+    library = Library([Example((known,))], [alone, after])
+    library.align(alone)
+    assert alone.pieces == []
+    assert set(alone.kinds) == {""}
+    library.align(after)
+    assert [p.sequence for p in after.pieces] == [known]
+    assert set(after.kinds[len(known) :]) == {""}
+
+
+def test_only_what_was_seen_is_indexed():
+    data = sequences(40, low=20)
+    seen = seen_row(data[7].ids)
+    library = Library([Example((s,)) for s in data], [seen])
+    assert {p.example for places in library._places.values() for p in places} == {7}
+
+
+def test_rows_that_the_audit_was_not_given_are_left_alone(studio):
+    """Half of the rows are known; the others are GSM8K too, with the same system prompt and phrases."""
+    rows = studio.chats(60)
+    encoder = Encoder(studio.tokenizer)
+    trainer = studio.hf(studio.encoded(rows), per_device_train_batch_size=30)
+    report = audit(rows[:30], encoder, trainer=trainer)
+    assert [f.rule for f in report.findings] == ["rows-unrecognised"], str(report)
+    assert report.exit_code() == 0
+    known = {tuple(s.ids.tolist()) for e in encoder.batch(rows[:30])[0] for s in e}
+    for seen in report.evidence.steps:
+        assert bool(seen.pieces) == (tuple(seen.ids[seen.attended].tolist()) in known)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -165,7 +239,7 @@ def test_padding_without_a_mask_is_found(side):
     ids = np.concatenate([pad, s.ids] if side == "left" else [s.ids, pad])
     batch = {"input_ids": ids[None], "labels": ids[None]}
     (seen,) = seen_in_batch(batch)
-    Library([Example((s,))]).align(seen)
+    Library([Example((s,))], [seen]).align(seen)
     mark_padding(seen, VOCAB)
     assert seen.padding.sum() == 4
     assert seen.padding[0] == (side == "left")

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..encoder.encode import Encoder
 from ..errors import ConfigError, nearest
 from ..report.parts import Finding, finite
 from ..sequence import Example, Rejected
-from .evidence import Evidence, Leak, Library, Seen, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
+from ..show import visible
+from .evidence import Evidence, Leak, Seen, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
+from .library import Library
 from .rules import RULES, SEVERITIES, Hit, Rule
 
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ class Report:
         head = [f"{name}: {value}" for name, value in self.summary.items()]
         body = [_paragraph(f) for f in self.findings] or ["no findings"]
         tail = [f"suppressed: {f.rule} ({reason})" for f, reason in self.suppressed]
-        return "\n".join([*head, *body, *tail])
+        return visible("\n".join([*head, *body, *tail]))  # rows may hold a terminal's commands
 
 
 def audit(
@@ -107,7 +110,7 @@ def audit(
     it changes); rows default to those in its dataset's own columns, the encoder to one of its tokenizer.
     suppress: rule id → why it doesn't apply here; the finding is listed apart and doesn't fail the audit.
 
-    Raises ConfigError for a rule id that doesn't exist, or a suppression without a reason.
+    Raises ConfigError for a rule id that doesn't exist, a suppression without a reason, or rows without an encoder.
     """
     suppress = dict(suppress or {})
     _check_suppressions(suppress)
@@ -129,15 +132,23 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
     ev = Evidence(probe=probed)
     if trainer is not None:
         model = trainer.model if model is None else model
-        encoder = _encoder_of(trainer) if encoder is None else encoder
+        ev.tokenizer = tokenizer_of(trainer)
         rows = _rows_of(trainer) if rows is None else rows
+        if encoder is None and rows is not None and ev.tokenizer is not None:
+            encoder = Encoder(ev.tokenizer)
+    if rows is not None and encoder is None:
+        raise ConfigError(
+            "rows, and no encoder to read them with",
+            why="which tokens are x and which are y is the encoder's to say: nothing could be judged",
+            fix="yx.audit(rows, yx.Encoder(tokenizer), ...)",
+        )
     if encoder is not None:
         ev.tokenizer = encoder.tokenizer
-        if rows is not None:
-            ev.rows = list(rows)
-            unread = [r for r in ev.rows if isinstance(r, Rejected)]
-            examples, rejected = encoder.batch(r for r in ev.rows if not isinstance(r, Rejected))
-            ev.examples, ev.rejected = list(examples), [*unread, *rejected]
+    if rows is not None:
+        ev.rows = list(rows)
+        unread = [r for r in ev.rows if isinstance(r, Rejected)]
+        examples, rejected = encoder.batch(r for r in ev.rows if not isinstance(r, Rejected))
+        ev.examples, ev.rejected = list(examples), [*unread, *rejected]
     _add_model(ev, model)
     if trainer is not None:
         batch = _rehearse(ev, trainer)
@@ -182,9 +193,12 @@ def _rehearse(ev: Evidence, trainer: Any) -> list[dict[str, Any]]:
 
 
 def _align(ev: Evidence) -> None:
-    library = Library(ev.examples)
+    rows = [*ev.steps, *ev.labels]
+    if not rows:
+        return
+    library = Library(ev.examples, rows)
     pad = getattr(ev.tokenizer, "pad_token_id", None)
-    for seen in (*ev.steps, *ev.labels):
+    for seen in rows:
         library.align(seen)
         mark_padding(seen, pad)
 
@@ -231,13 +245,10 @@ def _per_row(value: Any, batch: Mapping[str, Any]) -> bool:
     return np.ndim(value) > 0 and np.shape(value)[0] == np.shape(batch["input_ids"])[0]
 
 
-def _encoder_of(trainer: Any) -> Any:
-    tokenizer = trainer.processing_class
-    if getattr(tokenizer, "chat_template", None) is None:
-        return None
-    from ..encoder.encode import Encoder
-
-    return Encoder(tokenizer)
+def tokenizer_of(trainer: Any) -> Any:
+    """A trainer's tokenizer, inside a processor too; None without."""
+    given = trainer.processing_class
+    return getattr(given, "tokenizer", given)
 
 
 def _rows_of(trainer: Any) -> list[Any] | None:
@@ -277,6 +288,7 @@ def _summary(ev: Evidence) -> dict[str, Any]:
             "tokens": tokens,
             "trained": trained,
             "trained share": round(trained / max(tokens, 1), 4),
+            "rows recognised": f"{sum(bool(s.pieces) for s in ev.seen):,} of {len(ev.seen):,}",
         }
     if ev.probe is not None:
         told |= {"Σ weights of the step": round(ev.probe.weight_sum, 6), "weights": ev.probe.weighting}

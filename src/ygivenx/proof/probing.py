@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossError, ModelError
+from .evidence import as_array
 from .gradients import Found, HeadForm, from_hidden, from_logits
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ def _fit(values: Tensor | None, shape: tuple[int, ...], missing: int) -> np.ndar
     """int64 [B, T]; what is shorter (virtual prompt tokens come first) is filled up from the left."""
     out = np.full(shape, missing, np.int64)
     if values is not None:
-        given = values.detach().cpu().numpy().reshape(-1, values.shape[-1])[:, -shape[1] :]
+        given = as_array(values).reshape(-1, values.shape[-1])[:, -shape[1] :]
         out[:, shape[1] - given.shape[1] :] = given
     return out
 
@@ -344,7 +345,7 @@ def documents_of(position_ids: Any, attended: np.ndarray) -> np.ndarray:
     """int64 [B, T]: the packed document of each token: a new one begins where positions restart at 0."""
     if position_ids is None or np.ndim(position_ids) != 2:
         return np.zeros(attended.shape, np.int64)
-    positions = np.broadcast_to(np.asarray(position_ids), attended.shape)
+    positions = np.broadcast_to(as_array(position_ids), attended.shape)
     starts = (positions == 0) & attended
     return np.maximum(np.cumsum(starts, 1) - 1, 0)
 
