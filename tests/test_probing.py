@@ -11,7 +11,9 @@ from torch.nn.functional import cross_entropy
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ygivenx.errors import LossError, ModelError
-from ygivenx.proof.probing import RELATIVE_ERROR, leakage, probe, unwrap
+from ygivenx.proof.leaks import leakage
+from ygivenx.proof.probing import RELATIVE_ERROR, probe
+from ygivenx.proof.wrapping import unwrap
 
 VOCAB = 300
 

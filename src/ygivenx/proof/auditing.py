@@ -15,7 +15,7 @@ from ..errors import ConfigError, nearest
 from ..report.parts import Finding, finite
 from ..sequence import Example, Rejected
 from ..show import visible
-from .evidence import Evidence, Leak, Seen, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
+from .evidence import Evidence, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
 from .library import Library
 from .rules import RULES, SEVERITIES, Hit, Rule
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from .probing import Probe
 
-LEAK_DOCUMENTS = 6  # documents of a row that are tested for leaks: each costs a backward pass
 STRIPS = 200  # rows shown token by token on the page
 
 
@@ -158,19 +157,22 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
     if ev.probe is not None and not ev.steps:
         ev.steps = [s for i, b in enumerate(ev.probe.micro_batches) for s in seen_in_step(i, b)]
     _align(ev)
-    if ev.steps:
+    if ev.steps and getattr(trainer, "denominator", None) != "sequence":  # which ours was asked to divide by
         from .rehearsal import denominators
 
-        ev.denominators = denominators(ev.steps)
+        # A batch or a probe may be audited on one rank alone; a trainer's step needs all of them anyway.
+        ev.denominators = denominators(ev.steps, gather=trainer is not None)
     if trainer is not None:
-        ev.leaks = _leaks(ev, trainer.model, batch)
+        from .leaks import leaks_in
+
+        ev.leaks = leaks_in(ev.steps, trainer.model, batch)
     return ev
 
 
 def _add_model(ev: Evidence, model: Any) -> None:
     if model is None:
         return
-    from .probing import unwrap
+    from .wrapping import unwrap
 
     core = unwrap(model)
     ev.context_length = getattr(core.config.get_text_config(), "max_position_embeddings", None)
@@ -201,48 +203,6 @@ def _align(ev: Evidence) -> None:
     for seen in rows:
         library.align(seen)
         mark_padding(seen, pad)
-
-
-def _leaks(ev: Evidence, model: Any, batches: list[dict[str, Any]]) -> list[Leak]:
-    """Documents that depend on others, tokens that depend on padding: in the first row that has several."""
-    from .probing import leakage
-
-    leaks = []
-    for seen in ev.steps:
-        groups = _groups(seen)
-        if groups is None or seen.micro_batch >= len(batches):
-            continue
-        batch = batches[seen.micro_batch]
-        if "input_ids" not in batch or np.shape(batch["input_ids"])[-1] != len(seen.ids):
-            continue
-        row = {k: v[seen.row : seen.row + 1] if _per_row(v, batch) else v for k, v in batch.items()}
-        matrix = leakage(model, row, groups[None])
-        padded = bool(seen.padding.any())
-        for g, k in np.argwhere(matrix > 1e-6).tolist():
-            if g != k and not (padded and g == groups.max()):
-                what = "padding" if padded and k == groups.max() else "document"
-                leaks.append(Leak(what, f"{seen.where}, documents {g} and {k}", float(matrix[g, k])))
-        break
-    return leaks
-
-
-def _groups(seen: Seen) -> np.ndarray | None:
-    """int [T]: the document of each token, padding as the last group; None for a row of one."""
-    groups = np.full(len(seen.ids), -1)
-    spans = [(p.start, p.stop) for p in seen.pieces]
-    if len(spans) > 1:
-        for g, (start, stop) in enumerate(spans[:LEAK_DOCUMENTS]):
-            groups[start:stop] = g
-    else:
-        groups = np.where(seen.documents < LEAK_DOCUMENTS, seen.documents, -1)
-    groups[seen.padding] = -1
-    if seen.padding.any():
-        groups[seen.padding] = groups.max() + 1
-    return groups if groups.max() > 0 else None
-
-
-def _per_row(value: Any, batch: Mapping[str, Any]) -> bool:
-    return np.ndim(value) > 0 and np.shape(value)[0] == np.shape(batch["input_ids"])[0]
 
 
 def tokenizer_of(trainer: Any) -> Any:

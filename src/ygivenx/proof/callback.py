@@ -14,7 +14,8 @@ from ..errors import ConfigError
 from ..forest import Forest
 from ..scores.values import node_log_probs
 from ..sequence import Example, Sequence
-from .probing import Probe, probe, unwrap
+from .probing import Probe, probe
+from .wrapping import unwrap
 
 # A run behaves as if x were trained once x has improved by this share of what y has, and by more than noise.
 # Measured (docs/seed-question.md): loss on y moves x by a few percent of that, or makes it worse.

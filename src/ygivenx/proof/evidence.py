@@ -22,7 +22,8 @@ class Seen:
     """One row of one batch: what was fed, and which of its tokens are trained.
 
     ids, documents int64 [T]; attended bool [T] by the attention mask; target int64 [T] the token trained at
-    each position (−1: none); weight float64 [T]. padding bool [T]: not attended, or pad tokens at an end that no
+    each position (−1: none); weight float64 [T]. foreign bool [T]: what predicts the token has a gradient that
+    isn't a cross-entropy of any target. padding bool [T]: not attended, or pad tokens at an end that no
     document explains. Alignment with the encoder's sequences fills in kinds [T] (a segment kind, "?"
     inside a document that differs there, "" outside any), output bool [T], expected float64 [T] (weight by the
     encoder, NaN where unknown) and the `pieces` found.
@@ -35,6 +36,7 @@ class Seen:
     documents: np.ndarray
     target: np.ndarray
     weight: np.ndarray
+    foreign: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     kinds: np.ndarray = field(init=False)
     output: np.ndarray = field(init=False)
     expected: np.ndarray = field(init=False)
@@ -43,6 +45,8 @@ class Seen:
 
     def __post_init__(self) -> None:
         size = len(self.ids)
+        if not len(self.foreign):
+            self.foreign = np.zeros(size, bool)
         self.kinds = np.full(size, "", object)
         self.output = np.zeros(size, bool)
         self.expected = np.full(size, np.nan)
@@ -120,12 +124,17 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Denominator:
-    """The weight that each trained token of one micro-batch of one rank gets (the median)."""
+    """The weight that each trained token of one micro-batch of one rank gets (the median).
+
+    total: Σ weights of the micro-batch. uniform: whether its tokens weigh alike.
+    """
 
     rank: int
     micro_batch: int
     tokens: int
     weight: float
+    total: float
+    uniform: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +153,6 @@ def as_array(values: Any) -> np.ndarray:
 
 def seen_in_batch(batch: Mapping[str, Any], number: int = 0) -> list[Seen]:
     """A collated batch by its labels. labels[i] counts as a target at position i, as in transformers."""
-    from .probing import documents_of
-
     ids = np.atleast_2d(as_array(batch["input_ids"]))
     labels = np.atleast_2d(as_array(batch["labels"]))
     mask = batch.get("attention_mask")
@@ -165,11 +172,16 @@ def seen_in_step(number: int, batch: MicroBatch) -> list[Seen]:
     # One column more: the last position of a row may be trained to predict something.
     target = np.full((rows, width + 1), -1, np.int64)
     weight = np.zeros((rows, width + 1))
+    foreign = np.zeros((rows, width + 1), bool)
     for f in batch.found:
         row, column = divmod(f.row, width)
+        if f.target < 0:
+            foreign[row, column + 1] = True
+            continue
         target[row, column + 1] = f.target
         weight[row, column + 1] += f.weight
-    columns = zip(batch.ids, batch.attended, batch.documents, target[:, :-1], weight[:, :-1], strict=True)
+    told = (target[:, :-1], weight[:, :-1], foreign[:, :-1])
+    columns = zip(batch.ids, batch.attended, batch.documents, *told, strict=True)
     return [Seen(number, i, *column) for i, column in enumerate(columns)]
 
 
@@ -207,3 +219,12 @@ def mark_padding(seen: Seen, pad: int | None) -> None:
                 seen.padding[order][:run] = True
     out = seen.padding
     seen.kinds[out], seen.output[out], seen.expected[out] = "", False, np.nan
+
+
+def documents_of(position_ids: Any, attended: np.ndarray) -> np.ndarray:
+    """int64 [B, T]: the packed document of each token: a new one begins where positions restart at 0."""
+    if position_ids is None or np.ndim(position_ids) != 2:
+        return np.zeros(attended.shape, np.int64)
+    positions = np.broadcast_to(as_array(position_ids), attended.shape)
+    starts = (positions == 0) & attended
+    return np.maximum(np.cumsum(starts, 1) - 1, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -42,13 +43,18 @@ class Library:
     def align(self, seen: Seen) -> None:
         """Fill in kinds, output, expected and pieces of a seen row."""
         ids = seen.ids.tolist()
-        for sequence, start, stop in self._stretches(seen.ids):
+        stretches = self._stretches(seen.ids)
+        starts = [max(0, s.at - s.place.offset) for s in stretches]
+        for stretch, start, stop in zip(
+            stretches, starts, [*starts[1:], len(ids)][: len(starts)], strict=True
+        ):
+            sequence = self._sequence(stretch.place)
             matched = np.zeros(len(sequence), bool)
             kinds, output = _columns(sequence)
             blocks = _blocks(ids[start:stop], sequence.ids.tolist())
-            # What follows the last token of a document isn't part of it.
-            ended = [a + size for a, b, size in blocks if b + size == len(sequence)]
-            seen.kinds[start : start + ended[0] if ended else stop] = UNKNOWN
+            # What follows the last token of a document, and is nothing of its example, isn't part of it.
+            ends = [start + a + size for a, b, size in blocks if b + size == len(sequence)]
+            seen.kinds[start : min(stop, max(ends[0], stretch.known)) if ends else stop] = UNKNOWN
             for a, b, size in blocks:
                 here, there = slice(start + a, start + a + size), slice(b, b + size)
                 seen.kinds[here], seen.output[here] = kinds[there], output[there]
@@ -57,33 +63,22 @@ class Library:
             if matched.any():
                 seen.pieces.append(Piece(sequence, start, stop, matched))
 
-    def _stretches(self, ids: np.ndarray) -> list[tuple[Sequence, int, int]]:
-        """(sequence, start, stop) of the documents in a row, in order."""
-        found: list[tuple[_Place, int]] = []
-        reached = 0  # how far into the last document the row has come
+    def _stretches(self, ids: np.ndarray) -> list[_Stretch]:
+        """The documents in a row, in order."""
+        found: list[_Stretch] = []
         strangers: set[tuple[int, int, int]] = set()
         for i, key in enumerate(_shingles(ids).tolist()):
             places = self._places.get(key, [])
-            own = [p for p in places if found and p.example == found[-1][0].example]
-            onward = [p.offset for p in own if p.sequence != found[-1][0].sequence or p.offset >= reached]
-            if own and onward:
-                reached = min(onward) if own[0].sequence == found[-1][0].sequence else reached
+            if not places or (found and found[-1].goes_on(i, places)):
                 continue
             # Sequences of one example share their beginnings: the one that agrees longest is meant.
             for place in sorted(places, key=lambda p: self._agreement(ids, i, p), reverse=True):
                 at = (place.example, place.sequence, i - place.offset)
                 if at not in strangers and self._is_fair(ids, i, place):
-                    found.append((place, i))
-                    reached = place.offset
+                    found.append(_Stretch(place, i, place.offset, i + SHINGLE))
                     break
                 strangers.add(at)
-        starts = [max(0, i - place.offset) for place, i in found]
-        stops = [*starts[1:], len(ids)][: len(starts)]
-        return [
-            (self._sequence(place), start, stop)
-            for (place, _), start, stop in zip(found, starts, stops, strict=True)
-            if start < stop
-        ]
+        return found
 
     def _sequence(self, place: _Place) -> Sequence:
         return self._examples[place.example].sequences[place.sequence]
@@ -119,6 +114,28 @@ class _Place(NamedTuple):
     example: int
     sequence: int
     offset: int
+
+
+@dataclass
+class _Stretch:
+    """A document in a row, found at token `at`. reached: the offset that the row has come to in it. known: the end
+    of what its example explains."""
+
+    place: _Place
+    at: int
+    reached: int
+    known: int
+
+    def goes_on(self, i: int, places: list[_Place]) -> bool:
+        """Whether the row goes on in this example at token i; one that begins again is another copy."""
+        own = [p for p in places if p.example == self.place.example]
+        same = [p.offset for p in own if p.sequence == self.place.sequence]
+        onward = [offset for offset in same if offset >= self.reached]
+        if not own or (same and not onward):
+            return False
+        self.reached = min(onward, default=self.reached)
+        self.known = i + SHINGLE
+        return True
 
 
 def _distinct(examples: Iterable[Example]) -> list[Example]:
