@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from museum.studio import Studio
 from tiny import VOCAB, llama, sequences
+from transformers import Trainer
 
 from ygivenx.encoder.encode import Encoder
 from ygivenx.errors import ConfigError
@@ -263,18 +265,32 @@ def test_a_rule_without_evidence_is_silent():
 # -- the rehearsal ------------------------------------------------------------------------------------------
 
 
+def held(owner):
+    """Each attribute of an object by identity, and what its lists and mappings (hooks, parameters) hold."""
+    told = {}
+    for name, value in vars(owner).items():
+        content = list(value.items()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        told[name] = id(value), [(k, id(v)) for k, v in content] if isinstance(value, dict) else list(map(id, content))
+    return told
+
+
 def state_of(trainer):
+    scaler = trainer.accelerator.scaler
     return {
         "weights": [p.detach().clone() for p in trainer.model.parameters()],
+        "dtypes": [p.dtype for p in trainer.model.parameters()],
         "grads": [None if p.grad is None else p.grad.clone() for p in trainer.model.parameters()],
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state()[1].copy(),
         "python": random.getstate(),
-        "training": trainer.model.training,
         "log": copy.deepcopy(trainer.state.log_history),
         "metrics": copy.deepcopy(getattr(trainer, "_metrics", None)),
         "callbacks": list(trainer.callback_handler.callbacks),
-        "loaders": len(trainer.accelerator._dataloaders),
+        "modules": [held(m) for m in trainer.model.modules()],
+        "accelerator": held(trainer.accelerator),
+        "scaler": None if scaler is None else (scaler._scale, scaler.state_dict()),
+        "config": trainer.model.config.to_dict(),
+        "generation_config": trainer.model.generation_config.to_dict(),
         "keys": set(trainer.__dict__),
     }
 
@@ -285,23 +301,141 @@ def assert_same(a, b):
             for x, y in zip(value, b[key], strict=True):
                 assert (x is None and y is None) or torch.equal(x, y)
         elif key in ("torch", "numpy"):
-            assert np.array_equal(np.asarray(value), np.asarray(b[key]))
+            assert np.array_equal(np.asarray(value), np.asarray(b[key])), key
         else:
             assert value == b[key], key
 
 
-@pytest.mark.parametrize("kind", ["sft", "hf"])
-def test_a_rehearsal_leaves_no_trace(studio, kind):
+def trainer_of(kind, studio):
+    """Set-ups each of which leaves something behind where nobody puts it back."""
     rows = studio.chats(6)
     if kind == "sft":
-        trainer = studio.sft(rows, gradient_accumulation_steps=2)
-    else:
-        trainer = studio.hf(studio.encoded(rows), gradient_accumulation_steps=2)
+        return studio.sft(rows, gradient_accumulation_steps=2)
+    if kind == "dropout":  # padded rows, so that leaks are looked for
+        peft = pytest.importorskip("peft")
+        adapter = peft.LoraConfig(target_modules=["q_proj"], r=2, lora_dropout=0.5, task_type="CAUSAL_LM")
+        return studio.sft(rows, peft_config=adapter, gradient_accumulation_steps=2)
+    features, options = studio.encoded(rows), {"gradient_accumulation_steps": 2}
+    if kind == "mixed":
+        options |= {"bf16": True, "bf16_full_eval": True, "gradient_checkpointing": True}
+        options["eval_dataset"] = Dataset.from_list(features[:2])
+    trainer = studio.hf(features, **options)
+    if kind == "scaler":
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["sft", "hf", "mixed", "dropout", "scaler"])
+def test_an_audit_leaves_no_trace(studio, kind):
+    trainer = trainer_of(kind, studio)
     before = state_of(trainer)
-    run = rehearse(trainer)
-    assert len(run.batches) == 2
-    assert run.probe.weight_sum == pytest.approx(1, rel=1e-3)
+    report = audit(studio.chats(6), Encoder(studio.tokenizer), trainer=trainer)
+    assert len(report.evidence.probe.micro_batches) == 2
+    assert report.evidence.probe.weight_sum == pytest.approx(1, rel=2e-2 if kind == "mixed" else 1e-3)
     assert_same(before, state_of(trainer))
+
+
+class Recorded(Trainer):
+    """Says what its steps see of the model."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        layer = model.model.layers[0]
+        self.args.seen = {"checkpointing": layer.gradient_checkpointing, "training": self.is_in_train}
+        loss = super().compute_loss(model, inputs, **kwargs)
+        with torch.no_grad():
+            hidden = model(input_ids=inputs["input_ids"], output_hidden_states=True).hidden_states[1]
+            self.args.seen["dtype"] = model.lm_head(hidden).dtype
+            self.args.seen["wrapped"] = hasattr(model, "_original_forward")
+        return loss
+
+
+def test_the_rehearsed_step_is_the_one_of_train(studio):
+    """Checkpointing, autocast and the flag that keeps an evaluation from casting: the same in either."""
+    features = studio.encoded(studio.chats(4))
+    seen = []
+    for act in (rehearse, lambda trainer: trainer.train()):
+        options = {"bf16": True, "gradient_checkpointing": True, "max_steps": 1, "save_strategy": "no"}
+        trainer = studio.hf(features, kind=Recorded, **options)
+        act(trainer)
+        seen.append(trainer.args.seen)
+    assert seen[0] == seen[1]
+    assert seen[0]["checkpointing"]
+    assert seen[0]["wrapped"]
+
+
+class Guarded(Trainer):
+    """No forward pass for a batch without labels, and two for others: its halves."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if (inputs["labels"] == -100).all():
+            return torch.zeros((), requires_grad=True)
+        halves = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(len(inputs["labels"]))]
+        return sum(model(**h, num_items_in_batch=num_items_in_batch).loss for h in halves)
+
+
+def test_micro_batches_keep_their_numbers_whatever_passes_they_make(studio):
+    rows = studio.chats(6)
+    features = studio.encoded(rows)
+    for f in features[2:4]:
+        f["labels"] = [-100] * len(f["labels"])
+    options = {"gradient_accumulation_steps": 3, "train_sampling_strategy": "sequential"}
+    trainer = studio.hf(features, kind=Guarded, **options)
+    report = audit(rows, Encoder(studio.tokenizer), trainer=trainer)
+    assert [len(b.ids) for b in report.evidence.probe.micro_batches] == [2, 0, 2]
+    assert [s.where for s in report.evidence.steps] == [
+        f"micro-batch {i}, row {j}" for i in (0, 2) for j in (0, 1)
+    ]
+    assert report.findings == (), str(report)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that NumPy can't read, as those on a GPU are."""
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("can't convert device type tensor to numpy")
+
+    numpy = __array__
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_batches_on_a_device_are_read():
+    data = sequences(3)
+    batch = batch_of(data)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(3, 1)
+    with pytest.raises(TypeError):
+        np.asarray(batch["labels"].as_subclass(OnDevice))
+    here, there = (seen_in_batch(b) for b in (batch, {k: v.as_subclass(OnDevice) for k, v in batch.items()}))
+    for a, b in zip(here, there, strict=True):
+        assert np.array_equal(a.ids, b.ids)
+        assert np.array_equal(a.weight, b.weight)
+        assert np.array_equal(a.attended, b.attended)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}])
+def test_an_audit_on_a_gpu(studio, options):
+    rows = studio.chats(6)
+    trainer = studio.hf(studio.encoded(rows), use_cpu=False, gradient_accumulation_steps=2, **options)
+    report = audit(rows, Encoder(studio.tokenizer), trainer=trainer)
+    assert report.findings == (), str(report)
+    assert report.evidence.probe.weight_sum == pytest.approx(1, rel=2e-2)
+
+
+def test_one_rank_may_audit_a_probe_alone():
+    """In a process group, but without a trainer: no collective that the other ranks would have to enter."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    data, model = sequences(3), llama().train()
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with probe(model) as step:
+            model(**batch_of(data)).loss.backward()
+        report = audit(probe=step)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [d.rank for d in report.evidence.denominators] == [0]
 
 
 def test_a_run_after_an_audit_is_the_run_without_one(studio):

@@ -264,10 +264,12 @@ def audit(
     Example: `ygx audit data.jsonl --model sample --fail-on error --html audit.html`
     """
     from .proof.auditing import audit as examine_rows
+    from .proof.limits import read_limits
 
     reader = open_rows(data, fmt, x, y, plain, limit)
     made = open_encoder(model, gguf_file, **encoder_options(encoder, train=train, control=control))
-    report = examine_rows(rows=list(reader), encoder=made, suppress=reasons(suppress))
+    limits = read_limits(model, gguf_file)
+    report = examine_rows(rows=list(reader), encoder=made, model=limits, suppress=reasons(suppress))
     finish(report, fail_on, html, sarif, as_json)
 
 

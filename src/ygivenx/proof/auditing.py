@@ -17,6 +17,7 @@ from ..sequence import Example, Rejected
 from ..show import visible
 from .evidence import Evidence, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
 from .library import Library
+from .limits import Limits
 from .rules import RULES, SEVERITIES, Hit, Rule
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def audit(
     *,
     batch: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
     probe: Probe | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | Limits | None = None,
     trainer: Any = None,
     suppress: Mapping[str, str] | None = None,
 ) -> Report:
@@ -105,7 +106,7 @@ def audit(
 
     rows + encoder: the data as the contract reads it; a reader's Rejected counts as quarantined. batch: one
     collated batch, or a step's list of them, by their labels. probe: a step that was probed. model: its limits
-    and stop tokens. trainer: a transformers trainer, of which one step is rehearsed (see `rehearse`; nothing of
+    and stop tokens, or the Limits of one that isn't loaded. trainer: a transformers trainer, of which one step is rehearsed (see `rehearse`; nothing of
     it changes); rows default to those in its dataset's own columns, the encoder to one of its tokenizer.
     suppress: rule id → why it doesn't apply here; the finding is listed apart and doesn't fail the audit.
 
@@ -148,7 +149,7 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
         unread = [r for r in ev.rows if isinstance(r, Rejected)]
         examples, rejected = encoder.batch(r for r in ev.rows if not isinstance(r, Rejected))
         ev.examples, ev.rejected = list(examples), [*unread, *rejected]
-    _add_model(ev, model)
+    _add_limits(ev, model, trainer)
     if trainer is not None:
         batch = _rehearse(ev, trainer)
     if batch is not None:
@@ -169,15 +170,18 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
     return ev
 
 
-def _add_model(ev: Evidence, model: Any) -> None:
+def _add_limits(ev: Evidence, model: Any, trainer: Any) -> None:
     if model is None:
         return
-    from .wrapping import unwrap
+    if not isinstance(model, Limits):
+        from .wrapping import unwrap
 
-    core = unwrap(model)
-    ev.context_length = getattr(core.config.get_text_config(), "max_position_embeddings", None)
-    stops = core.generation_config.eos_token_id if core.generation_config is not None else None
-    ev.stop_ids = frozenset(np.atleast_1d(stops).tolist()) if stops is not None else frozenset()
+        core = unwrap(model)
+        model = Limits.of(core.config, core.generation_config)
+    ev.context_length, ev.stop_ids = model
+    eos = getattr(ev.tokenizer, "eos_token_id", None)
+    if trainer is not None and eos is not None:  # train() adds it to the generation config
+        ev.stop_ids |= {eos}
 
 
 def _rehearse(ev: Evidence, trainer: Any) -> list[dict[str, Any]]:
