@@ -270,7 +270,10 @@ def held(owner):
     told = {}
     for name, value in vars(owner).items():
         content = list(value.items()) if isinstance(value, dict) else value if isinstance(value, list) else []
-        told[name] = id(value), [(k, id(v)) for k, v in content] if isinstance(value, dict) else list(map(id, content))
+        told[name] = (
+            id(value),
+            [(k, id(v)) for k, v in content] if isinstance(value, dict) else list(map(id, content)),
+        )
     return told
 
 

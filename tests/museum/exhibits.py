@@ -685,6 +685,21 @@ def two_passes_a_batch(studio: Studio) -> Report:
     return studio.audit(studio.hf(studio.encoded(rows), kind=Twice, model=model), rows)
 
 
+class Anchored(Trainer):
+    """Cross-entropy, and a z-loss (Chowdhery et al. 2022, section 5) on every position."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs, num_items_in_batch=num_items_in_batch)
+        return out.loss + 1e-4 * out.logits.logsumexp(-1).pow(2).mean()
+
+
+@sound
+def a_z_loss_on_all_positions(studio: Studio) -> Report:
+    """A z-loss beside the cross-entropy: a gradient on x too, and no token of x is its target."""
+    rows = studio.chats()
+    return studio.audit(studio.hf(studio.encoded(rows), kind=Anchored), rows)
+
+
 @sound
 def tool_calls_trained(studio: Studio) -> Report:
     """Tool calls trained, their results not."""

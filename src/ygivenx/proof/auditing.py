@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..encoder.encode import Encoder
 from ..errors import ConfigError, nearest
 from ..report.parts import Finding, finite
@@ -106,8 +104,9 @@ def audit(
 
     rows + encoder: the data as the contract reads it; a reader's Rejected counts as quarantined. batch: one
     collated batch, or a step's list of them, by their labels. probe: a step that was probed. model: its limits
-    and stop tokens, or the Limits of one that isn't loaded. trainer: a transformers trainer, of which one step is rehearsed (see `rehearse`; nothing of
-    it changes); rows default to those in its dataset's own columns, the encoder to one of its tokenizer.
+    and stop tokens, or the Limits of one that isn't loaded. trainer: a transformers trainer, of which one step is
+    rehearsed (see `rehearse`; nothing of it changes; in a process group all ranks have to call this); rows default
+    to those in its dataset's own columns, the encoder to one of its tokenizer.
     suppress: rule id → why it doesn't apply here; the finding is listed apart and doesn't fail the audit.
 
     Raises ConfigError for a rule id that doesn't exist, a suppression without a reason, or rows without an encoder.

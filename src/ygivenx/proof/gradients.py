@@ -212,7 +212,10 @@ def _solve_hidden(
     rows = _Directions(log_p, slope * torch.ones_like(z), form.weight.detach())
     g = grad.double()
     candidates = torch.cat([rows.shortlist(g, norms), rows.top[:, None], hint.clamp(min=0)[:, None]], 1)
-    weights, residuals = rows.fit(g, candidates)
+    weights, residuals, misfits = rows.fit(g, candidates)
+    # Where p − 1 has lost its digits, what lies along the target's row says nothing.
+    dtypes = (grad.dtype, form.weight.dtype, form.rounded)
+    misfits[rows.rest < 64 * max(torch.finfo(d).eps for d in dtypes if d is not None)] = 0
     residuals[:, -1] = torch.where(hint < 0, torch.inf, residuals[:, -1])
     best = residuals.argmin(1)
     # Equal rows of the head's matrix explain a gradient equally well: the next token is the likelier reading.
@@ -222,13 +225,13 @@ def _solve_hidden(
     found = []
     for i, b in enumerate(best.tolist()):
         picks = [(int(candidates[i, b]), float(weights[i, b]))]
-        residual = float(residuals[i, b])
-        if residual > limit:
+        residual, misfit = float(residuals[i, b]), float(misfits[i, b])
+        if residual > limit or misfit > FOREIGN_TERM:
             several, left = rows.pursue(i, g[i], limit)
             if left <= limit:
                 picks, residual = several, left
-            elif residual > FOREIGN_TERM:
-                found.append([Found(i, -1, 0.0, math.nan, 0.0, residual)])
+            elif max(residual, misfit) > FOREIGN_TERM:
+                found.append([Found(i, -1, 0.0, math.nan, 0.0, max(residual, misfit))])
                 continue
         found.append([Found(i, t, w, float(log_p[i, t]), 0.0, residual) for t, w in picks])
     return found
@@ -268,8 +271,8 @@ class _Directions:
         gain = along**2 / length.clamp(min=1e-6 * float(norms.mean()))
         return gain.topk(min(size, gain.shape[1]), 1).indices
 
-    def fit(self, g: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(weight, ‖g − w·d‖/‖g‖) of each candidate [n, C]."""
+    def fit(self, g: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(weight, ‖g − w·d‖/‖g‖ off the target's own row where that is left out, the same in all) [n, C]."""
         d = self.of(tokens)
         # Where 1 − p cancels, the loss's own rounding of p − 1 lies along the target's row: leave that
         # direction out, and the weight comes from the other tokens.
@@ -278,8 +281,9 @@ class _Directions:
         along = along / along.norm(dim=2, keepdim=True).clamp(min=1e-300)
         free, rest = (v - (v * along).sum(2, keepdim=True) * along for v in (d, g[:, None]))
         w = (free * rest).sum(2) / free.pow(2).sum(2).clamp(min=1e-300)
-        residual = (rest - w[..., None] * free).norm(dim=2) / g.norm(dim=1, keepdim=True)
-        return w, residual
+        size = g.norm(dim=1, keepdim=True)
+        residual = (rest - w[..., None] * free).norm(dim=2) / size
+        return w, residual, (g[:, None] - w[..., None] * d).norm(dim=2) / size
 
     def pursue(self, i: int, g: Tensor, limit: float) -> tuple[list[tuple[int, float]], float]:
         """Several targets of row i, by orthogonal matching pursuit (Pati et al. 1993)."""

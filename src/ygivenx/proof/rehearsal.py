@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ..errors import ConfigError
 from .evidence import Denominator, Evaluation, Seen
@@ -154,8 +154,9 @@ def _restore(owner: Any, kept: Attributes) -> None:
 
 
 def quieten(trainer: Any) -> None:
-    """No callback, so no progress bar and no logger, hears of the rehearsal."""
-    trainer.callback_handler = CallbackHandler([], trainer.model, trainer.processing_class, None, None)
+    """No callback, so no progress bar and no logger, hears of the rehearsal; the one left warns if it is missing."""
+    flow = [DefaultFlowCallback()]
+    trainer.callback_handler = CallbackHandler(flow, trainer.model, trainer.processing_class, None, None)
 
 
 def _evaluation(trainer: Any) -> Evaluation | None:
