@@ -21,24 +21,25 @@ class Library:
     """The encoder's sequences, indexed by what occurs in the rows that are to be explained, and by nothing else."""
 
     def __init__(self, examples: Iterable[Example], seen: Iterable[Seen]) -> None:
-        wanted = np.unique(np.concatenate([_shingles(s.ids) for s in seen] or [_shingles(np.zeros(0, int))]))
-        self._examples = _distinct(examples)
+        wanted = np.unique(np.concatenate([_shingles(s.ids) for s in seen]))
+        self._examples = _distinct(examples) if len(wanted) else []
         self._places: dict[int, list[_Place]] = {}
+        common: set[int] = set()
+        # What each of several examples has tells them apart no better than what many have.
+        enough = min(len(self._examples), COMMON + 1) if len(self._examples) > 1 else 2
         for e, example in enumerate(self._examples):
             for s, sequence in enumerate(example.sequences):
                 hashes = _shingles(sequence.ids)
-                for offset in np.flatnonzero(np.isin(hashes, wanted)).tolist():
-                    places = self._places.setdefault(int(hashes[offset]), [])
-                    if len({p.example for p in places} | {e}) <= COMMON + 1:
-                        places.append(_Place(e, s, offset))
-        everywhere = len(self._examples) if len(self._examples) > 1 else 2
-        common = {
-            key
-            for key, at in self._places.items()
-            if len({p.example for p in at}) >= min(everywhere, COMMON + 1)
-        }
+                for offset in np.flatnonzero(_among(hashes, wanted)).tolist():
+                    key = int(hashes[offset])
+                    if key in common:
+                        continue
+                    places = self._places.setdefault(key, [])
+                    places.append(_Place(e, s, offset))
+                    if len({p.example for p in places}) >= enough:
+                        common.add(key)
+                        del self._places[key]
         self._common = np.fromiter(common, np.uint64, len(common))
-        self._places = {key: at for key, at in self._places.items() if key not in common}
 
     def align(self, seen: Seen) -> None:
         """Fill in kinds, output, expected and pieces of a seen row."""
@@ -154,6 +155,11 @@ def _shingles(ids: np.ndarray) -> np.ndarray:
         return np.zeros(0, np.uint64)
     powers = np.full(width, 0x9E3779B97F4A7C15, np.uint64).cumprod()  # wraps around, as meant
     return np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), width) @ powers
+
+
+def _among(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """bool: which values are in `wanted`, which is sorted, not empty and sorted once for many calls."""
+    return wanted[np.searchsorted(wanted, values).clip(max=len(wanted) - 1)] == values
 
 
 def _covered(shingles: np.ndarray, size: int) -> np.ndarray:
