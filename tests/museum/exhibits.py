@@ -648,23 +648,20 @@ def our_trainer_by_sequence(studio: Studio) -> Report:
     return studio.audit(trainer, rows)
 
 
-class Focal(Trainer):
-    """Tokens weigh (1 − p)², divided by the tokens of the step."""
+class Rewarded(Trainer):
+    """Each sample has a weight of its own, and the step is divided by its tokens."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        labels = inputs.pop("labels")[:, 1:]
-        log_p = model(**inputs).logits[:, :-1].log_softmax(-1)
-        log_p = log_p.gather(2, labels.clamp(min=0)[..., None])[..., 0]
-        weight = (1 - log_p.exp()).detach() ** 2 * (labels != -100)
-        return -(weight * log_p).sum() / num_items_in_batch
+        reward = 1 + int(inputs["input_ids"].sum()) % 3
+        return reward * model(**inputs, num_items_in_batch=num_items_in_batch).loss
 
 
 @sound
 def weights_of_ones_own(studio: Studio) -> Report:
-    """A focal loss over several micro-batches: weights differ between them, and nothing is divided."""
+    """Weights per sample over several micro-batches: they differ, and nothing is divided by a micro-batch."""
     rows = studio.chats()
     options = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}
-    return studio.audit(studio.hf(studio.encoded(rows), kind=Focal, **options), rows)
+    return studio.audit(studio.hf(studio.encoded(rows), kind=Rewarded, **options), rows)
 
 
 class Twice(Trainer):

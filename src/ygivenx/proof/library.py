@@ -128,11 +128,12 @@ class _Stretch:
     known: int
 
     def goes_on(self, i: int, places: list[_Place]) -> bool:
-        """Whether the row goes on in this example at token i; one that begins again is another copy."""
+        """Whether the row goes on in this example at token i, and isn't another copy that begins after it."""
         own = [p for p in places if p.example == self.place.example]
         same = [p.offset for p in own if p.sequence == self.place.sequence]
         onward = [offset for offset in same if offset >= self.reached]
-        if not own or (same and not onward):
+        again = same and not onward and i - max(same) >= self.known - SHINGLE
+        if not own or again:
             return False
         self.reached = min(onward, default=self.reached)
         self.known = i + SHINGLE
