@@ -10,15 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from museum.studio import Studio
 from tiny import VOCAB, llama, sequences
+from transformers import Trainer
 
 from ygivenx.encoder.encode import Encoder
 from ygivenx.errors import ConfigError
 from ygivenx.forest import Forest
 from ygivenx.objective import loss
-from ygivenx.proof.auditing import audit
-from ygivenx.proof.evidence import Evidence, Library, Seen, mark_padding, seen_in_batch, seen_in_forest
+from ygivenx.proof.auditing import Finding, Report, audit
+from ygivenx.proof.evidence import Evidence, Seen, mark_padding, seen_in_batch, seen_in_forest
+from ygivenx.proof.library import Library
 from ygivenx.proof.probing import probe
 from ygivenx.proof.rehearsal import rehearse, untouched
 from ygivenx.proof.rules import RULES, SEVERITIES
@@ -130,18 +133,47 @@ def test_a_batch_is_judged_by_its_labels():
     data = sequences(3)
     batch = batch_of(data, [s.ids for s in data])
     batch["labels"][batch["attention_mask"] == 0] = 0  # trained padding
-    assert {f.rule for f in audit(batch=batch).findings} == {"padding-trained"}
-    assert audit(batch=batch_of(data)).findings == ()
+    without_rows = {"rows-unrecognised": "there are none"}
+    assert {f.rule for f in audit(batch=batch, suppress=without_rows).findings} == {"padding-trained"}
+    assert audit(batch=batch_of(data), suppress=without_rows).findings == ()
     empty = batch_of(data, [np.full(len(s), -100) for s in data])
-    assert [f.rule for f in audit(batch=empty).findings] == ["nothing-trained"]
+    assert [f.rule for f in audit(batch=empty, suppress=without_rows).findings] == ["nothing-trained"]
+
+
+def test_a_batch_of_unknown_rows_is_no_clean_bill(studio):
+    """Token ids alone: nothing can be said of x and y, and that is said."""
+    rows = studio.chats(4)
+    encoder = Encoder(studio.tokenizer)
+    features = [{"input_ids": f["input_ids"], "labels": f["input_ids"]} for f in studio.encoded(rows)]
+    blind = audit(trainer=studio.hf(features))
+    assert [(f.rule, f.severity) for f in blind.findings] == [("rows-unrecognised", "warning")]
+    assert blind.summary["rows recognised"] == "0 of 2"
+    assert blind.exit_code() == 1
+    told = audit(rows, encoder, trainer=studio.hf(features))
+    assert told.summary["rows recognised"] == "2 of 2"
+    assert "loss-on-x" in {f.rule for f in told.findings}
+    with pytest.raises(ConfigError, match="no encoder"):
+        audit(rows)
+
+
+def test_control_characters_of_a_row_stay_in_the_report():
+    finding = Finding(
+        "x", "error", "m", examples=({"where": "row 0", "text": "a\x1b[2Jb"},), why="w", fix="f"
+    )
+    report = Report((finding,), (), {}, Evidence())
+    assert "\x1b" not in str(report)
+    assert "a␛[2Jb" in str(report)
+
+
+def seen_row(ids):
+    ids = np.asarray(ids)
+    return Seen(0, 0, ids, np.ones(len(ids), bool), np.zeros(len(ids), np.int64), ids, np.ones(len(ids)))
 
 
 def test_a_document_is_found_wherever_it_lies():
     data = sequences(6, low=14)
-    library = Library([Example((s,)) for s in data])
-    ids = np.concatenate([data[4].ids, data[1].ids, data[2].ids[:10]])
-    seen = Seen(0, 0, ids, np.ones(len(ids), bool), np.zeros(len(ids), np.int64), ids, np.ones(len(ids)))
-    library.align(seen)
+    seen = seen_row(np.concatenate([data[4].ids, data[1].ids, data[2].ids[:10]]))
+    Library([Example((s,)) for s in data], [seen]).align(seen)
     assert [p.sequence for p in seen.pieces] == [data[4], data[1], data[2]]
     expected = np.concatenate([data[4].weights, data[1].weights, data[2].weights[:10]])
     assert np.array_equal(seen.expected, expected)
@@ -151,11 +183,55 @@ def test_a_document_is_found_wherever_it_lies():
 def test_inserted_and_lost_tokens_leave_the_rest_aligned():
     (s,) = sequences(1, low=20)
     ids = np.concatenate([s.ids[:5], [VOCAB, VOCAB + 1], s.ids[5:9], s.ids[11:]])
-    seen = Seen(0, 0, ids, np.ones(len(ids), bool), np.zeros(len(ids), np.int64), ids, np.ones(len(ids)))
-    Library([Example((s,))]).align(seen)
+    seen = seen_row(ids)
+    Library([Example((s,))], [seen]).align(seen)
     assert seen.kinds[5:7].tolist() == ["?", "?"]
     assert np.array_equal(seen.expected[11:], s.weights[11:])
     assert (~seen.pieces[0].matched).sum() == 2
+
+
+def test_rows_that_occur_many_times_are_aligned():
+    """In rows of their own, and packed one after the other."""
+    data = sequences(3, low=20)
+    examples = [Example((s,)) for s in [*data, *[data[0]] * 6]]
+    packed = seen_row(np.concatenate([data[0].ids, data[0].ids, data[1].ids, data[0].ids]))
+    Library(examples, [packed]).align(packed)
+    assert [p.sequence for p in packed.pieces] == [data[0], data[0], data[1], data[0]]
+    assert all(p.matched.all() for p in packed.pieces)
+
+
+def test_a_shared_phrase_does_not_make_a_stranger_a_known_document():
+    known, stranger = sequences(2, low=22)
+    ids = np.array(stranger.ids)
+    ids[4:12] = known.ids[9:17]  # eight tokens in common
+    alone, after = seen_row(ids), seen_row(np.concatenate([known.ids, ids]))
+    library = Library([Example((known,))], [alone, after])
+    library.align(alone)
+    assert alone.pieces == []
+    assert set(alone.kinds) == {""}
+    library.align(after)
+    assert [p.sequence for p in after.pieces] == [known]
+    assert set(after.kinds[len(known) :]) == {""}
+
+
+def test_only_what_was_seen_is_indexed():
+    data = sequences(40, low=20)
+    seen = seen_row(data[7].ids)
+    library = Library([Example((s,)) for s in data], [seen])
+    assert {p.example for places in library._places.values() for p in places} == {7}
+
+
+def test_rows_that_the_audit_was_not_given_are_left_alone(studio):
+    """Half of the rows are known; the others are GSM8K too, with the same system prompt and phrases."""
+    rows = studio.chats(60)
+    encoder = Encoder(studio.tokenizer)
+    trainer = studio.hf(studio.encoded(rows), per_device_train_batch_size=30)
+    report = audit(rows[:30], encoder, trainer=trainer)
+    assert [f.rule for f in report.findings] == ["rows-unrecognised"], str(report)
+    assert report.exit_code() == 0
+    known = {tuple(s.ids.tolist()) for e in encoder.batch(rows[:30])[0] for s in e}
+    for seen in report.evidence.steps:
+        assert bool(seen.pieces) == (tuple(seen.ids[seen.attended].tolist()) in known)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -165,7 +241,7 @@ def test_padding_without_a_mask_is_found(side):
     ids = np.concatenate([pad, s.ids] if side == "left" else [s.ids, pad])
     batch = {"input_ids": ids[None], "labels": ids[None]}
     (seen,) = seen_in_batch(batch)
-    Library([Example((s,))]).align(seen)
+    Library([Example((s,))], [seen]).align(seen)
     mark_padding(seen, VOCAB)
     assert seen.padding.sum() == 4
     assert seen.padding[0] == (side == "left")
@@ -189,18 +265,35 @@ def test_a_rule_without_evidence_is_silent():
 # -- the rehearsal ------------------------------------------------------------------------------------------
 
 
+def held(owner):
+    """Each attribute of an object by identity, and what its lists and mappings (hooks, parameters) hold."""
+    told = {}
+    for name, value in vars(owner).items():
+        content = list(value.items()) if isinstance(value, dict) else value if isinstance(value, list) else []
+        told[name] = (
+            id(value),
+            [(k, id(v)) for k, v in content] if isinstance(value, dict) else list(map(id, content)),
+        )
+    return told
+
+
 def state_of(trainer):
+    scaler = trainer.accelerator.scaler
     return {
         "weights": [p.detach().clone() for p in trainer.model.parameters()],
+        "dtypes": [p.dtype for p in trainer.model.parameters()],
         "grads": [None if p.grad is None else p.grad.clone() for p in trainer.model.parameters()],
         "torch": torch.get_rng_state(),
         "numpy": np.random.get_state()[1].copy(),
         "python": random.getstate(),
-        "training": trainer.model.training,
         "log": copy.deepcopy(trainer.state.log_history),
         "metrics": copy.deepcopy(getattr(trainer, "_metrics", None)),
         "callbacks": list(trainer.callback_handler.callbacks),
-        "loaders": len(trainer.accelerator._dataloaders),
+        "modules": [held(m) for m in trainer.model.modules()],
+        "accelerator": held(trainer.accelerator),
+        "scaler": None if scaler is None else (scaler._scale, scaler.state_dict()),
+        "config": trainer.model.config.to_dict(),
+        "generation_config": trainer.model.generation_config.to_dict(),
         "keys": set(trainer.__dict__),
     }
 
@@ -211,23 +304,141 @@ def assert_same(a, b):
             for x, y in zip(value, b[key], strict=True):
                 assert (x is None and y is None) or torch.equal(x, y)
         elif key in ("torch", "numpy"):
-            assert np.array_equal(np.asarray(value), np.asarray(b[key]))
+            assert np.array_equal(np.asarray(value), np.asarray(b[key])), key
         else:
             assert value == b[key], key
 
 
-@pytest.mark.parametrize("kind", ["sft", "hf"])
-def test_a_rehearsal_leaves_no_trace(studio, kind):
+def trainer_of(kind, studio):
+    """Set-ups each of which leaves something behind where nobody puts it back."""
     rows = studio.chats(6)
     if kind == "sft":
-        trainer = studio.sft(rows, gradient_accumulation_steps=2)
-    else:
-        trainer = studio.hf(studio.encoded(rows), gradient_accumulation_steps=2)
+        return studio.sft(rows, gradient_accumulation_steps=2)
+    if kind == "dropout":  # padded rows, so that leaks are looked for
+        peft = pytest.importorskip("peft")
+        adapter = peft.LoraConfig(target_modules=["q_proj"], r=2, lora_dropout=0.5, task_type="CAUSAL_LM")
+        return studio.sft(rows, peft_config=adapter, gradient_accumulation_steps=2)
+    features, options = studio.encoded(rows), {"gradient_accumulation_steps": 2}
+    if kind == "mixed":
+        options |= {"bf16": True, "bf16_full_eval": True, "gradient_checkpointing": True}
+        options["eval_dataset"] = Dataset.from_list(features[:2])
+    trainer = studio.hf(features, **options)
+    if kind == "scaler":
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["sft", "hf", "mixed", "dropout", "scaler"])
+def test_an_audit_leaves_no_trace(studio, kind):
+    trainer = trainer_of(kind, studio)
     before = state_of(trainer)
-    run = rehearse(trainer)
-    assert len(run.batches) == 2
-    assert run.probe.weight_sum == pytest.approx(1, rel=1e-3)
+    report = audit(studio.chats(6), Encoder(studio.tokenizer), trainer=trainer)
+    assert len(report.evidence.probe.micro_batches) == 2
+    assert report.evidence.probe.weight_sum == pytest.approx(1, rel=2e-2 if kind == "mixed" else 1e-3)
     assert_same(before, state_of(trainer))
+
+
+class Recorded(Trainer):
+    """Says what its steps see of the model."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        layer = model.model.layers[0]
+        self.args.seen = {"checkpointing": layer.gradient_checkpointing, "training": self.is_in_train}
+        loss = super().compute_loss(model, inputs, **kwargs)
+        with torch.no_grad():
+            hidden = model(input_ids=inputs["input_ids"], output_hidden_states=True).hidden_states[1]
+            self.args.seen["dtype"] = model.lm_head(hidden).dtype
+            self.args.seen["wrapped"] = hasattr(model, "_original_forward")
+        return loss
+
+
+def test_the_rehearsed_step_is_the_one_of_train(studio):
+    """Checkpointing, autocast and the flag that keeps an evaluation from casting: the same in either."""
+    features = studio.encoded(studio.chats(4))
+    seen = []
+    for act in (rehearse, lambda trainer: trainer.train()):
+        options = {"bf16": True, "gradient_checkpointing": True, "max_steps": 1, "save_strategy": "no"}
+        trainer = studio.hf(features, kind=Recorded, **options)
+        act(trainer)
+        seen.append(trainer.args.seen)
+    assert seen[0] == seen[1]
+    assert seen[0]["checkpointing"]
+    assert seen[0]["wrapped"]
+
+
+class Guarded(Trainer):
+    """No forward pass for a batch without labels, and two for others: its halves."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if (inputs["labels"] == -100).all():
+            return torch.zeros((), requires_grad=True)
+        halves = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(len(inputs["labels"]))]
+        return sum(model(**h, num_items_in_batch=num_items_in_batch).loss for h in halves)
+
+
+def test_micro_batches_keep_their_numbers_whatever_passes_they_make(studio):
+    rows = studio.chats(6)
+    features = studio.encoded(rows)
+    for f in features[2:4]:
+        f["labels"] = [-100] * len(f["labels"])
+    options = {"gradient_accumulation_steps": 3, "train_sampling_strategy": "sequential"}
+    trainer = studio.hf(features, kind=Guarded, **options)
+    report = audit(rows, Encoder(studio.tokenizer), trainer=trainer)
+    assert [len(b.ids) for b in report.evidence.probe.micro_batches] == [2, 0, 2]
+    assert [s.where for s in report.evidence.steps] == [
+        f"micro-batch {i}, row {j}" for i in (0, 2) for j in (0, 1)
+    ]
+    assert report.findings == (), str(report)
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that NumPy can't read, as those on a GPU are."""
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("can't convert device type tensor to numpy")
+
+    numpy = __array__
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_batches_on_a_device_are_read():
+    data = sequences(3)
+    batch = batch_of(data)
+    batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(3, 1)
+    with pytest.raises(TypeError):
+        np.asarray(batch["labels"].as_subclass(OnDevice))
+    here, there = (seen_in_batch(b) for b in (batch, {k: v.as_subclass(OnDevice) for k, v in batch.items()}))
+    for a, b in zip(here, there, strict=True):
+        assert np.array_equal(a.ids, b.ids)
+        assert np.array_equal(a.weight, b.weight)
+        assert np.array_equal(a.attended, b.attended)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}])
+def test_an_audit_on_a_gpu(studio, options):
+    rows = studio.chats(6)
+    trainer = studio.hf(studio.encoded(rows), use_cpu=False, gradient_accumulation_steps=2, **options)
+    report = audit(rows, Encoder(studio.tokenizer), trainer=trainer)
+    assert report.findings == (), str(report)
+    assert report.evidence.probe.weight_sum == pytest.approx(1, rel=2e-2)
+
+
+def test_one_rank_may_audit_a_probe_alone():
+    """In a process group, but without a trainer: no collective that the other ranks would have to enter."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    data, model = sequences(3), llama().train()
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with probe(model) as step:
+            model(**batch_of(data)).loss.backward()
+        report = audit(probe=step)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert [d.rank for d in report.evidence.denominators] == [0]
 
 
 def test_a_run_after_an_audit_is_the_run_without_one(studio):

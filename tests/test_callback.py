@@ -17,7 +17,7 @@ from ygivenx.scores.values import node_log_probs
 from ygivenx.sequence import Segment, Sequence
 
 
-def run(tmp_path, data, labels, watch, steps=12):
+def run(tmp_path, data, labels, watch, steps=12, kind=Trainer):
     """Plain transformers training of a tiny model on single rows."""
     rows = [
         {"input_ids": torch.tensor(s.ids), "labels": torch.tensor(lab)}
@@ -28,7 +28,7 @@ def run(tmp_path, data, labels, watch, steps=12):
         report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_strategy="no",
         lr_scheduler_type="constant",
     )  # fmt: skip
-    trainer = Trainer(model=llama(), args=args, train_dataset=rows, callbacks=[watch])
+    trainer = kind(model=llama(), args=args, train_dataset=rows, callbacks=[watch])
     trainer.train()
     return trainer
 
@@ -73,6 +73,23 @@ def test_the_numbers_are_the_scores(tmp_path):
     log_p = node_log_probs(model, watch.forest)
     y = np.concatenate([log_p[p][s.weights > 0] for p, s in zip(watch.forest.paths, data, strict=True)])
     assert watch.history[0].conditional == pytest.approx(-y.mean(), rel=1e-6)
+
+
+class Elsewhere(Trainer):
+    """A step whose loss never passes the model's head."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return model.model.norm.weight.sum()
+
+
+def test_a_probe_that_fails_does_not_end_the_run(tmp_path):
+    data = sequences(3)
+    watch = Watch(data, every=1)
+    with pytest.warns(UserWarning, match="could not be probed: no gradient reached"):
+        trainer = run(tmp_path, data, [s.labels for s in data], watch, steps=2, kind=Elsewhere)
+    assert trainer.state.global_step == 2
+    assert [m.step for m in watch.history] == [0, 1, 2]
+    assert math.isnan(watch.history[-1].trained_share)
 
 
 def test_examples_without_x_are_refused():

@@ -9,8 +9,8 @@ import sys
 import pytest
 from test_finetune import model_in
 from tiny import llama
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ygivenx.cli import app
@@ -125,6 +125,74 @@ def test_audit_counts_what_the_reader_rejected(smol_tokenizer, rows):
     assert report["summary"] == report["summary"] | {"rows": 3, "accepted": 1, "quarantined": 2}
     assert {f["rule"] for f in report["findings"]} >= {"control-text", "rows-quarantined"}
     assert ygx("audit", rows, "--model", "sample", "--limit", 1).returncode == 0
+
+
+def made_model(folder, rows, eos="<eos>"):
+    """A directory with a tokenizer, a chat template, and configs without weights."""
+    words = {
+        w: i for i, w in enumerate(["<unk>", "<end>", "<eos>", *sorted({w for r in rows for w in r.split()})])
+    }
+    model = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token=eos, pad_token="<eos>", extra_special_tokens=["<end>"]
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ' ' + m.content + ' <end> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=len(words), max_position_embeddings=4, eos_token_id=2).save_pretrained(folder)
+
+
+def test_audit_knows_the_limits_of_a_model_without_its_weights(tmp_path):
+    made_model(tmp_path / "model", ["user assistant what is it ? that"])
+    data = tmp_path / "rows.jsonl"
+    turns = [("user", "what is it ?"), ("assistant", "that")]
+    data.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}))
+    report = CliRunner().invoke(
+        app, ["audit", str(data), "-m", str(tmp_path / "model"), "-e", "stops=<end>", "--json"]
+    )
+    found = {f["rule"] for f in json.loads(report.stdout)["findings"]}
+    assert {"longer-than-the-model", "end-does-not-stop"} <= found
+    (tmp_path / "model" / "config.json").unlink()
+    report = CliRunner().invoke(
+        app, ["audit", str(data), "-m", str(tmp_path / "model"), "-e", "stops=<end>", "--json"]
+    )
+    assert report.exit_code == 0, report.output
+
+
+SCRIPT = """
+import sys
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+text = "user what is it ? <end> assistant that <end>"
+ids = tokenizer(text)["input_ids"]  # token ids alone: the messages are gone
+made = LlamaConfig(
+    vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+)
+args = TrainingArguments(sys.argv[2], use_cpu=True, report_to=[])
+rows = [{"input_ids": ids, "labels": ids}] * 8
+Trainer(LlamaForCausalLM(made), args, train_dataset=rows, processing_class=tokenizer).train()
+"""
+
+
+def test_probe_is_told_the_rows(tmp_path):
+    made_model(tmp_path / "model", ["user assistant what is it ? that"], eos="<end>")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    data = tmp_path / "rows.jsonl"
+    turns = [("user", "what is it ?"), ("assistant", "that")]
+    data.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}) + "\n")
+    script = [str(tmp_path / "script.py"), str(tmp_path / "model"), str(tmp_path / "out")]
+    blind = CliRunner().invoke(app, ["probe", "--json", *script], catch_exceptions=False)
+    assert {f["rule"] for f in json.loads(blind.stdout)["findings"]} == {"rows-unrecognised"}
+    assert blind.exit_code == 1
+    told = CliRunner().invoke(app, ["probe", "--json", "--data", str(data), *script])
+    report = json.loads(told.stdout)
+    assert report["summary"]["rows recognised"] == "8 of 8", report["findings"]
+    assert "prompt-header-trained" in {f["rule"] for f in report["findings"]}
 
 
 @pytest.mark.model

@@ -11,7 +11,10 @@ from torch.nn.functional import cross_entropy
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ygivenx.errors import LossError, ModelError
-from ygivenx.proof.probing import RELATIVE_ERROR, leakage, probe, unwrap
+from ygivenx.proof.gradients import FOREIGN_TERM
+from ygivenx.proof.leaks import leakage
+from ygivenx.proof.probing import RELATIVE_ERROR, probe
+from ygivenx.proof.wrapping import unwrap
 
 VOCAB = 300
 
@@ -259,6 +262,120 @@ def test_a_term_beside_the_cross_entropy_is_reported():
     assert max(r.residual for r in extra.trained()) > 0.1
 
 
+@pytest.mark.parametrize("route", ["logits", "hidden"])
+@pytest.mark.parametrize("term", ["z_loss", "distillation"])
+def test_rows_of_another_term_alone_have_no_target(route, term):
+    """The term is on every row, the cross-entropy on some: the others aren't trained on any token."""
+    model = tiny()
+    ids, weights = batch()
+    teacher = torch.randn(*ids.shape, VOCAB, generator=torch.Generator().manual_seed(3)).softmax(-1)
+    with probe(model) as probed:
+        hidden = model.model(input_ids=ids).last_hidden_state
+        logits = model.lm_head(hidden) if route == "logits" else hidden @ model.lm_head.weight.T
+        if term == "z_loss":
+            loss = weighted(logits, ids, weights) + 1e-4 * logits.logsumexp(-1).pow(2).sum()
+        else:
+            loss = -(teacher * logits.log_softmax(-1)).sum()
+        loss.backward()
+    if term == "z_loss":
+        places = {(r.sequence, r.position): r.target for r in probed.trained()}
+        assert places == {(b, i): int(ids[b, i]) for b, i in np.argwhere(weights.numpy())}
+    else:
+        assert probed.trained() == []
+        assert probed.weighting == "none"
+    untrained = [f for f in probed.micro_batches[0].found if f.target < 0]
+    assert len(untrained) == ids.numel() - len(probed.trained())
+    assert min(f.residual for f in untrained) > FOREIGN_TERM
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_passes_of_one_micro_batch_are_merged(same):
+    """The same rows twice (their weights add up), or halves of a batch (rows below each other)."""
+    model = tiny()
+    (ids, weights), (more, others) = batch(), batch(rows=2, length=11, seed=5)
+    with probe(model) as probed:
+        with probed.micro_batch():
+            pass
+        with probed.micro_batch():
+            for i, w in [(ids, weights), (ids, weights) if same else (more, others)]:
+                weighted(model(input_ids=i).logits, i, w).backward()
+    assert [b.ids.shape for b in probed.micro_batches] == [(0, 0), (3 if same else 5, 18)]
+    if same:
+        assert_recovered(probed, ids, 2 * weights, micro_batch=1)
+    else:
+        wide = torch.zeros(5, 18), torch.zeros(5, 18, dtype=torch.long)
+        for whole, parts in zip(wide, [(weights, others), (ids, more)], strict=True):
+            whole[:3], whole[3:, :11] = parts
+        assert_recovered(probed, wide[1], wide[0], micro_batch=1)
+
+
+@pytest.mark.parametrize("route", ["logits", "hidden"])
+def test_autocast_rounds_and_the_weights_are_read_all_the_same(route):
+    model = tiny()
+    ids, weights = batch()
+    with probe(model) as probed:
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = model.model(input_ids=ids).last_hidden_state
+            logits = model.lm_head(hidden) if route == "logits" else hidden @ model.lm_head.weight.T
+        weighted(logits.float(), ids, weights).backward()
+    assert_recovered(probed, ids, weights, bound=RELATIVE_ERROR[torch.bfloat16])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile, on import
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_was_compiled_before():
+    """Its graph knows nothing of hooks: inside the probe it runs as written, afterwards compiled again."""
+    model = tiny()
+    ids, weights = batch()
+    compiled = torch.compile(model, backend="eager")
+    weighted(compiled(input_ids=ids).logits, ids, weights).backward()
+    with probe(compiled) as probed:
+        weighted(compiled(input_ids=ids).logits, ids, weights).backward()
+    assert_recovered(probed, ids, weights)
+
+
+@pytest.mark.parametrize("how", ["DTensor", "ZeRO-3", "FSDP"])
+def test_a_sharded_head_is_refused_by_name(tmp_path, how):
+    model = tiny(tie=False)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        if how == "DTensor":
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        elif how == "ZeRO-3":  # as DeepSpeed leaves a parameter between two passes
+            model.lm_head.weight = torch.nn.Parameter(torch.empty(0))
+            model.lm_head.weight.ds_id = 0
+        else:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flatten())
+        hooks = [list(m._forward_hooks) for m in model.modules()]
+        with pytest.raises(ModelError, match=how), probe(model):
+            pass
+        assert hooks == [list(m._forward_hooks) for m in model.modules()]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_breaks_in_a_hook_is_raised_at_the_end():
+    """Not inside backward, where it would end somebody's run."""
+    model = tiny()
+    ids, weights = batch()
+    reached_the_end = False
+
+    def step():
+        nonlocal reached_the_end
+        with probe(model) as probed:
+            loss = weighted(model(input_ids=ids).logits, ids, weights)
+            probed._passes[0].by_logits = np.zeros(1 + ids.numel(), bool)
+            loss.backward()
+            reached_the_end = True
+
+    with pytest.raises(RuntimeError, match="must match the size"):
+        step()
+    assert reached_the_end
+
+
 @pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing`:FutureWarning"
 )  # transformers, on PEFT's behalf
@@ -318,6 +435,15 @@ def test_our_own_loss_of_a_forest():
     got = sorted((r.target, r.weight) for r in probed.trained())
     assert [t for t, _ in got] == [t for t, _ in expected]
     assert [w for _, w in got] == pytest.approx([w for _, w in expected], rel=1e-4)
+
+
+def test_leakage_draws_no_random_number():
+    model = tiny(attention_dropout=0.3)
+    ids, _ = batch(rows=1, length=12)
+    state = torch.get_rng_state()
+    leakage(model, {"input_ids": ids}, np.array([[0] * 5 + [1] * 7]))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(m.training for m in model.modules())
 
 
 @pytest.mark.parametrize("mask", ["isolated", "leaking"])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from .commands.intake import (
 from .commands.intake import console as err
 from .errors import YgivenxError
 from .models.places import located
+from .report.parts import finite
 from .show import visible, visible_json
 
 OK, FINDINGS, USAGE = 0, 1, 2
@@ -78,17 +79,8 @@ Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float1
 
 def emit(document: Any) -> None:
     """One JSON document on standard output; non-finite numbers become null."""
-    print(visible_json(json.dumps(_finite(document), ensure_ascii=False, indent=1, default=str)))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    text = json.dumps(finite(document), ensure_ascii=False, indent=1, default=str, allow_nan=False)
+    print(visible_json(text))
 
 
 @app.command()
@@ -289,17 +281,33 @@ def audit(
     Example: `ygx audit data.jsonl --model sample --fail-on error --html audit.html`
     """
     from .proof.auditing import audit as examine_rows
+    from .proof.limits import read_limits
 
     reader = open_rows(data, fmt, x, y, plain, limit, split)
     made = open_encoder(model, gguf_file, **encoder_options(encoder, train=train, control=control))
-    report = examine_rows(rows=list(reader), encoder=made, suppress=reasons(suppress))
+    limits = read_limits(model, gguf_file)
+    report = examine_rows(rows=list(reader), encoder=made, model=limits, suppress=reasons(suppress))
     finish(report, fail_on, html, sarif, as_json)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,  # what follows the script is the script's, --json and --data too
+    }
+)
 def probe(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="a training script; its own arguments follow it")],
+    data: Annotated[
+        str | None, typer.Option(help="the rows that it trains on, where its dataset holds token ids alone")
+    ] = None,
+    fmt: Format = None,
+    x: ColX = None,
+    y: ColY = None,
+    plain: Plain = False,
+    split: Split = None,
     suppress: Suppress = None,
     fail_on: FailOn = "warning",
     html: HtmlFile = None,
@@ -310,12 +318,17 @@ def probe(
 
     For transformers and TRL trainers; options of ours come before the script. Nothing of the run changes.
 
-    Example: `ygx probe --html probe.html train.py --epochs 3`
+    Example: `ygx probe --data rows.jsonl --html probe.html train.py --epochs 3`
     """
-    from .commands.onlooker import trainer_of
+    from .commands.onlooker import at_train, output_aside
     from .proof.auditing import audit as examine_trainer
 
-    report = examine_trainer(trainer=trainer_of(script, context.args), suppress=reasons(suppress))
+    rows = None if data is None else list(open_rows(data, fmt, x, y, plain, None, split))
+    why = reasons(suppress)
+    with output_aside() if as_json else nullcontext():
+        report = at_train(
+            script, context.args, lambda trainer: examine_trainer(rows, trainer=trainer, suppress=why)
+        )
     finish(report, fail_on, html, sarif, as_json)
 
 
@@ -331,7 +344,7 @@ def finish(report: Any, fail_on: str, html: Path | None, sarif: Path | None, as_
         report.to_html(html)
     if sarif is not None:
         sarif.write_text(report.to_sarif(), encoding="utf-8")
-    print(report.to_json() if as_json else report)
+    print(visible_json(report.to_json()) if as_json else report)
     raise typer.Exit(report.exit_code(fail_on))
 
 

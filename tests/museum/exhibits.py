@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ygivenx.encoder.encode import Encoder
-from ygivenx.proof.auditing import Report
+from ygivenx.proof.auditing import Report, audit
 from ygivenx.proof.probing import probe
 
 from .studio import FORGETFUL, MARKED, MARKED_WITHOUT_END, PREFILLED, TOOLS, Studio, quiet
@@ -460,10 +460,13 @@ def template_drops_tool_calls(studio: Studio) -> Report:
 
 @broken("end-does-not-stop", "The model writes its end of turn, and generation goes on.")
 def generation_does_not_stop_there(studio: Studio) -> Report:
-    """generation_config knows another eos than the token that ends a turn."""
-    model = studio.model(eos_token_id=0)
-    rows = studio.chats(4)
-    return studio.audit(studio.hf(studio.encoded(rows), model=model), rows)
+    """Turns end in another token than the eos that tokenizer and generation_config know."""
+    rows, tokenizer = studio.chats(4), studio.tok()
+    features = studio.encoded(rows)
+    tokenizer.eos_token = "<|endoftext|>"
+    encoder = Encoder(tokenizer, stops="<|im_end|>")
+    model = studio.model(eos_token_id=tokenizer.eos_token_id)
+    return audit(rows, encoder, trainer=studio.hf(features, model=model, tokenizer=tokenizer))
 
 
 @broken("longer-than-the-model", "Positions that the model was never made for.")
@@ -604,6 +607,94 @@ def transformers_with_activation_checkpointing(studio: Studio) -> Report:
     rows, model = studio.chats(), studio.model()
     model.gradient_checkpointing_enable()
     return studio.audit(studio.hf(studio.encoded(rows), model=model), rows)
+
+
+@sound
+def an_eos_that_train_adds(studio: Studio) -> Report:
+    """generation_config knows another eos than the tokenizer: train() adds the tokenizer's."""
+    rows, model = studio.chats(4), studio.model(eos_token_id=0)
+    return studio.audit(studio.hf(studio.encoded(rows), model=model), rows)
+
+
+@sound
+def transformers_checkpointing_by_argument(studio: Studio) -> Report:
+    """gradient_checkpointing=True in the arguments, which train() turns on."""
+    rows = studio.chats()
+    return studio.audit(studio.hf(studio.encoded(rows), gradient_checkpointing=True), rows)
+
+
+@sound
+def transformers_in_mixed_precision(studio: Studio) -> Report:
+    """bf16=True: float32 weights, bfloat16 products."""
+    rows = studio.chats()
+    return studio.audit(studio.hf(studio.encoded(rows), bf16=True), rows)
+
+
+@sound
+def our_trainer_by_sequence(studio: Studio) -> Report:
+    """yx.Trainer(denominator="sequence"): tokens of short answers weigh more, and are meant to."""
+    from ygivenx import Trainer as OurTrainer
+
+    rows = studio.chats(6)
+    examples, _ = Encoder(studio.tokenizer).batch(rows)
+    trainer = OurTrainer(
+        model=studio.model(),
+        args=studio.arguments(gradient_accumulation_steps=3, remove_unused_columns=False),
+        train_dataset=examples,
+        max_tokens=280,
+        denominator="sequence",
+        processing_class=studio.tok(),
+    )
+    return studio.audit(trainer, rows)
+
+
+class Rewarded(Trainer):
+    """Each sample has a weight of its own, and the step is divided by its tokens."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        reward = 1 + int(inputs["input_ids"].sum()) % 3
+        return reward * model(**inputs, num_items_in_batch=num_items_in_batch).loss
+
+
+@sound
+def weights_of_ones_own(studio: Studio) -> Report:
+    """Weights per sample over several micro-batches: they differ, and nothing is divided by a micro-batch."""
+    rows = studio.chats()
+    options = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}
+    return studio.audit(studio.hf(studio.encoded(rows), kind=Rewarded, **options), rows)
+
+
+class Twice(Trainer):
+    """R-Drop (Liang et al. 2021): two passes with different dropout, and a divergence between them."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        first, second = model(**inputs), model(**inputs)
+        p, q = (out.logits.log_softmax(-1) for out in (first, second))
+        apart = (p.exp() * (p - q)).sum(-1).mean()
+        return (first.loss + second.loss) / 2 + 0.01 * apart
+
+
+@sound
+def two_passes_a_batch(studio: Studio) -> Report:
+    """Two forward passes in one compute_loss, as R-Drop makes them."""
+    rows = studio.chats()
+    model = studio.model(attention_dropout=0.1)
+    return studio.audit(studio.hf(studio.encoded(rows), kind=Twice, model=model), rows)
+
+
+class Anchored(Trainer):
+    """Cross-entropy, and a z-loss (Chowdhery et al. 2022, section 5) on every position."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        out = model(**inputs, num_items_in_batch=num_items_in_batch)
+        return out.loss + 1e-4 * out.logits.logsumexp(-1).pow(2).mean()
+
+
+@sound
+def a_z_loss_on_all_positions(studio: Studio) -> Report:
+    """A z-loss beside the cross-entropy: a gradient on x too, and no token of x is its target."""
+    rows = studio.chats()
+    return studio.audit(studio.hf(studio.encoded(rows), kind=Anchored), rows)
 
 
 @sound

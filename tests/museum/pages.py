@@ -41,12 +41,20 @@ yx.audit(trainer=trainer, suppress={"loss-on-x": "continued pre-training on purp
 ```
 
 `trainer` may be any transformers trainer, TRL's included. One optimiser step of it is rehearsed through its own data
-loader, collator and `training_step`; there is no update, and weights, gradients, random states and the trainer's
-attributes are afterwards what they were. What is trained is read from the gradient at the output head, so a mask
-that a loss ignores can't hide. The [museum](museum/README.md) shows each rule at work.
+loader, collator and `training_step`, with checkpointing, autocast and gradient scaling as train() sets them; there is
+no update, and the model, gradients, random states, accelerator and the trainer's attributes are afterwards what they
+were. What is trained is read from the gradient at the output head, so a mask that a loss ignores can't hide; a term
+beside the cross-entropy (z-loss, distillation) is named and counts as no target. The [museum](museum/README.md) shows
+each rule at work.
 
 A rule that lacks what it needs says nothing: without `rows` (or a dataset that still has its messages) the audit
-can't know which tokens are x.
+can't know which tokens are x. The report says how many rows of the batch it recognised among those given, and warns
+where it recognised none; `ygx probe --data rows.jsonl train.py` hands the rows over. A row of the batch is one of
+them if the two agree in at least half of the tokens that aren't common to many rows.
+
+In a process group `audit(trainer=...)` gathers from all ranks, so all of them have to call it; rows, a batch or a
+probe may be audited on one rank alone. A head that FSDP, ZeRO-3 or tensor parallelism has sharded is refused: audit
+the same set-up in one process.
 """
 
 

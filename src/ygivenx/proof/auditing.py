@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from ..encoder.encode import Encoder
 from ..errors import ConfigError, nearest
-from ..report.parts import Finding
+from ..report.parts import Finding, finite
 from ..sequence import Example, Rejected
-from .evidence import Evidence, Leak, Library, Seen, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
+from ..show import visible
+from .evidence import Evidence, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
+from .library import Library
+from .limits import Limits
 from .rules import RULES, SEVERITIES, Hit, Rule
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 
     from .probing import Probe
 
-LEAK_DOCUMENTS = 6  # documents of a row that are tested for leaks: each costs a backward pass
 STRIPS = 200  # rows shown token by token on the page
 
 
@@ -50,8 +51,8 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """One JSON document."""
-        return json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
+        """One JSON document; a number that isn't finite is null."""
+        return _json(self.to_dict())
 
     def to_sarif(self) -> str:
         """SARIF 2.1.0 (OASIS), which code-scanning services and editors read."""
@@ -71,7 +72,7 @@ class Report:
             "$schema": schema,
             "runs": [{"tool": {"driver": driver}, "results": results}],
         }
-        return json.dumps(document, ensure_ascii=False, indent=1)
+        return _json(document)
 
     def to_html(self, path: str | Path, title: str = "Audit") -> Path:
         """Write the page: findings, and the rows with their trained tokens. Returns the path."""
@@ -86,7 +87,7 @@ class Report:
         head = [f"{name}: {value}" for name, value in self.summary.items()]
         body = [_paragraph(f) for f in self.findings] or ["no findings"]
         tail = [f"suppressed: {f.rule} ({reason})" for f, reason in self.suppressed]
-        return "\n".join([*head, *body, *tail])
+        return visible("\n".join([*head, *body, *tail]))  # rows may hold a terminal's commands
 
 
 def audit(
@@ -95,7 +96,7 @@ def audit(
     *,
     batch: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
     probe: Probe | None = None,
-    model: nn.Module | None = None,
+    model: nn.Module | Limits | None = None,
     trainer: Any = None,
     suppress: Mapping[str, str] | None = None,
 ) -> Report:
@@ -103,11 +104,12 @@ def audit(
 
     rows + encoder: the data as the contract reads it; a reader's Rejected counts as quarantined. batch: one
     collated batch, or a step's list of them, by their labels. probe: a step that was probed. model: its limits
-    and stop tokens. trainer: a transformers trainer, of which one step is rehearsed (see `rehearse`; nothing of
-    it changes); rows default to those in its dataset's own columns, the encoder to one of its tokenizer.
+    and stop tokens, or the Limits of one that isn't loaded. trainer: a transformers trainer, of which one step is
+    rehearsed (see `rehearse`; nothing of it changes; in a process group all ranks have to call this); rows default
+    to those in its dataset's own columns, the encoder to one of its tokenizer.
     suppress: rule id → why it doesn't apply here; the finding is listed apart and doesn't fail the audit.
 
-    Raises ConfigError for a rule id that doesn't exist, or a suppression without a reason.
+    Raises ConfigError for a rule id that doesn't exist, a suppression without a reason, or rows without an encoder.
     """
     suppress = dict(suppress or {})
     _check_suppressions(suppress)
@@ -129,16 +131,24 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
     ev = Evidence(probe=probed)
     if trainer is not None:
         model = trainer.model if model is None else model
-        encoder = _encoder_of(trainer) if encoder is None else encoder
+        ev.tokenizer = tokenizer_of(trainer)
         rows = _rows_of(trainer) if rows is None else rows
+        if encoder is None and rows is not None and ev.tokenizer is not None:
+            encoder = Encoder(ev.tokenizer)
+    if rows is not None and encoder is None:
+        raise ConfigError(
+            "rows, and no encoder to read them with",
+            why="which tokens are x and which are y is the encoder's to say: nothing could be judged",
+            fix="yx.audit(rows, yx.Encoder(tokenizer), ...)",
+        )
     if encoder is not None:
         ev.tokenizer = encoder.tokenizer
-        if rows is not None:
-            ev.rows = list(rows)
-            unread = [r for r in ev.rows if isinstance(r, Rejected)]
-            examples, rejected = encoder.batch(r for r in ev.rows if not isinstance(r, Rejected))
-            ev.examples, ev.rejected = list(examples), [*unread, *rejected]
-    _add_model(ev, model)
+    if rows is not None:
+        ev.rows = list(rows)
+        unread = [r for r in ev.rows if isinstance(r, Rejected)]
+        examples, rejected = encoder.batch(r for r in ev.rows if not isinstance(r, Rejected))
+        ev.examples, ev.rejected = list(examples), [*unread, *rejected]
+    _add_limits(ev, model, trainer)
     if trainer is not None:
         batch = _rehearse(ev, trainer)
     if batch is not None:
@@ -147,24 +157,30 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
     if ev.probe is not None and not ev.steps:
         ev.steps = [s for i, b in enumerate(ev.probe.micro_batches) for s in seen_in_step(i, b)]
     _align(ev)
-    if ev.steps:
+    if ev.steps and getattr(trainer, "denominator", None) != "sequence":  # which ours was asked to divide by
         from .rehearsal import denominators
 
-        ev.denominators = denominators(ev.steps)
+        # A batch or a probe may be audited on one rank alone; a trainer's step needs all of them anyway.
+        ev.denominators = denominators(ev.steps, gather=trainer is not None)
     if trainer is not None:
-        ev.leaks = _leaks(ev, trainer.model, batch)
+        from .leaks import leaks_in
+
+        ev.leaks = leaks_in(ev.steps, trainer.model, batch)
     return ev
 
 
-def _add_model(ev: Evidence, model: Any) -> None:
+def _add_limits(ev: Evidence, model: Any, trainer: Any) -> None:
     if model is None:
         return
-    from .probing import unwrap
+    if not isinstance(model, Limits):
+        from .wrapping import unwrap
 
-    core = unwrap(model)
-    ev.context_length = getattr(core.config.get_text_config(), "max_position_embeddings", None)
-    stops = core.generation_config.eos_token_id if core.generation_config is not None else None
-    ev.stop_ids = frozenset(np.atleast_1d(stops).tolist()) if stops is not None else frozenset()
+        core = unwrap(model)
+        model = Limits.of(core.config, core.generation_config)
+    ev.context_length, ev.stop_ids = model
+    eos = getattr(ev.tokenizer, "eos_token_id", None)
+    if trainer is not None and eos is not None:  # train() adds it to the generation config
+        ev.stop_ids |= {eos}
 
 
 def _rehearse(ev: Evidence, trainer: Any) -> list[dict[str, Any]]:
@@ -182,62 +198,20 @@ def _rehearse(ev: Evidence, trainer: Any) -> list[dict[str, Any]]:
 
 
 def _align(ev: Evidence) -> None:
-    library = Library(ev.examples)
+    rows = [*ev.steps, *ev.labels]
+    if not rows:
+        return
+    library = Library(ev.examples, rows)
     pad = getattr(ev.tokenizer, "pad_token_id", None)
-    for seen in (*ev.steps, *ev.labels):
+    for seen in rows:
         library.align(seen)
         mark_padding(seen, pad)
 
 
-def _leaks(ev: Evidence, model: Any, batches: list[dict[str, Any]]) -> list[Leak]:
-    """Documents that depend on others, tokens that depend on padding: in the first row that has several."""
-    from .probing import leakage
-
-    leaks = []
-    for seen in ev.steps:
-        groups = _groups(seen)
-        if groups is None or seen.micro_batch >= len(batches):
-            continue
-        batch = batches[seen.micro_batch]
-        if "input_ids" not in batch or np.shape(batch["input_ids"])[-1] != len(seen.ids):
-            continue
-        row = {k: v[seen.row : seen.row + 1] if _per_row(v, batch) else v for k, v in batch.items()}
-        matrix = leakage(model, row, groups[None])
-        padded = bool(seen.padding.any())
-        for g, k in np.argwhere(matrix > 1e-6).tolist():
-            if g != k and not (padded and g == groups.max()):
-                what = "padding" if padded and k == groups.max() else "document"
-                leaks.append(Leak(what, f"{seen.where}, documents {g} and {k}", float(matrix[g, k])))
-        break
-    return leaks
-
-
-def _groups(seen: Seen) -> np.ndarray | None:
-    """int [T]: the document of each token, padding as the last group; None for a row of one."""
-    groups = np.full(len(seen.ids), -1)
-    spans = [(p.start, p.stop) for p in seen.pieces]
-    if len(spans) > 1:
-        for g, (start, stop) in enumerate(spans[:LEAK_DOCUMENTS]):
-            groups[start:stop] = g
-    else:
-        groups = np.where(seen.documents < LEAK_DOCUMENTS, seen.documents, -1)
-    groups[seen.padding] = -1
-    if seen.padding.any():
-        groups[seen.padding] = groups.max() + 1
-    return groups if groups.max() > 0 else None
-
-
-def _per_row(value: Any, batch: Mapping[str, Any]) -> bool:
-    return np.ndim(value) > 0 and np.shape(value)[0] == np.shape(batch["input_ids"])[0]
-
-
-def _encoder_of(trainer: Any) -> Any:
-    tokenizer = trainer.processing_class
-    if getattr(tokenizer, "chat_template", None) is None:
-        return None
-    from ..encoder.encode import Encoder
-
-    return Encoder(tokenizer)
+def tokenizer_of(trainer: Any) -> Any:
+    """A trainer's tokenizer, inside a processor too; None without."""
+    given = trainer.processing_class
+    return getattr(given, "tokenizer", given)
 
 
 def _rows_of(trainer: Any) -> list[Any] | None:
@@ -277,6 +251,7 @@ def _summary(ev: Evidence) -> dict[str, Any]:
             "tokens": tokens,
             "trained": trained,
             "trained share": round(trained / max(tokens, 1), 4),
+            "rows recognised": f"{sum(bool(s.pieces) for s in ev.seen):,} of {len(ev.seen):,}",
         }
     if ev.probe is not None:
         told |= {"Σ weights of the step": round(ev.probe.weight_sum, 6), "weights": ev.probe.weighting}
@@ -309,6 +284,10 @@ def _strips(ev: Evidence) -> list[Any]:
     if strips:
         return strips
     return [TokenStrip.of(s, title=f"sequence {i}") for i, s in enumerate(ev.sequences[:STRIPS])]
+
+
+def _json(document: Any) -> str:
+    return json.dumps(finite(document), ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def _sarif_rule(rule: Rule) -> dict[str, Any]:

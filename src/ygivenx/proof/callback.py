@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ from ..errors import ConfigError
 from ..forest import Forest
 from ..scores.values import node_log_probs
 from ..sequence import Example, Sequence
-from .probing import Probe, probe, unwrap
+from .probing import Probe, probe
+from .wrapping import unwrap
 
 # A run behaves as if x were trained once x has improved by this share of what y has, and by more than noise.
 # Measured (docs/seed-question.md): loss on y moves x by a few percent of that, or makes it worse.
@@ -44,7 +46,8 @@ class Watch(TrainerCallback):
     """Measure the conditional and the marginal of some examples every `every` steps of any trainer.
 
     examples: Examples or Sequences with segments (a few dozen suffice; each measurement is a forward pass over
-    them). The first step is probed for its trained share, unless `probe_first_step` is False.
+    them). The first step is probed for its trained share, unless `probe_first_step` is False;
+    where that fails, a warning says so.
     `history` collects Measurements; the same numbers enter the trainer's log history as `ygx_…`.
     Warns (XTrainedWarning, once) when x improves like y.
 
@@ -70,14 +73,16 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._probe_due:
             self._probe_due = False
-            self._probe = probe(kwargs["model"]).__enter__()
+            with _not_the_runs_problem():
+                self._probe = probe(kwargs["model"]).__enter__()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._probe is not None:
-            self._probe.__exit__(None, None, None)
-            tokens = [t for t in self._probe.tokens() if t.attended]
-            self._trained_share = sum(t.trained for t in tokens) / max(len(tokens), 1)
-            self._probe = None
+        probed, self._probe = self._probe, None
+        if probed is not None:
+            with _not_the_runs_problem():
+                probed.__exit__(None, None, None)
+                tokens = [t for t in probed.tokens() if t.attended]
+                self._trained_share = sum(t.trained for t in tokens) / max(len(tokens), 1)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0:
@@ -116,6 +121,15 @@ class Watch(TrainerCallback):
             XTrainedWarning,
             stacklevel=2,
         )
+
+
+@contextmanager
+def _not_the_runs_problem() -> Iterator[None]:
+    """A probe that fails is a warning: the run that it looks at goes on."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"the first step could not be probed: {error}", UserWarning, stacklevel=2)
 
 
 def _masks(sequences: list[Sequence]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,7 +14,6 @@ if TYPE_CHECKING:
     from ..forest import Forest
     from .probing import MicroBatch, Probe
 
-SHINGLE = 6  # tokens in a row that identify a document
 UNKNOWN = "?"  # kind of a token that no known document explains
 
 
@@ -25,7 +22,8 @@ class Seen:
     """One row of one batch: what was fed, and which of its tokens are trained.
 
     ids, documents int64 [T]; attended bool [T] by the attention mask; target int64 [T] the token trained at
-    each position (−1: none); weight float64 [T]. padding bool [T]: not attended, or pad tokens at an end that no
+    each position (−1: none); weight float64 [T]. foreign bool [T]: what predicts the token has a gradient that
+    isn't a cross-entropy of any target. padding bool [T]: not attended, or pad tokens at an end that no
     document explains. Alignment with the encoder's sequences fills in kinds [T] (a segment kind, "?"
     inside a document that differs there, "" outside any), output bool [T], expected float64 [T] (weight by the
     encoder, NaN where unknown) and the `pieces` found.
@@ -38,6 +36,7 @@ class Seen:
     documents: np.ndarray
     target: np.ndarray
     weight: np.ndarray
+    foreign: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     kinds: np.ndarray = field(init=False)
     output: np.ndarray = field(init=False)
     expected: np.ndarray = field(init=False)
@@ -46,6 +45,8 @@ class Seen:
 
     def __post_init__(self) -> None:
         size = len(self.ids)
+        if not len(self.foreign):
+            self.foreign = np.zeros(size, bool)
         self.kinds = np.full(size, "", object)
         self.output = np.zeros(size, bool)
         self.expected = np.full(size, np.nan)
@@ -123,12 +124,17 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Denominator:
-    """The weight that each trained token of one micro-batch of one rank gets (the median)."""
+    """The weight that each trained token of one micro-batch of one rank gets (the median).
+
+    total: Σ weights of the micro-batch. uniform: whether its tokens weigh alike.
+    """
 
     rank: int
     micro_batch: int
     tokens: int
     weight: float
+    total: float
+    uniform: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +146,18 @@ class Leak:
     size: float
 
 
+def as_array(values: Any) -> np.ndarray:
+    """A NumPy array of a tensor on any device, or of anything that NumPy takes."""
+    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+
+
 def seen_in_batch(batch: Mapping[str, Any], number: int = 0) -> list[Seen]:
     """A collated batch by its labels. labels[i] counts as a target at position i, as in transformers."""
-    from .probing import documents_of
-
-    ids = np.atleast_2d(np.asarray(batch["input_ids"]))
-    labels = np.atleast_2d(np.asarray(batch["labels"]))
+    ids = np.atleast_2d(as_array(batch["input_ids"]))
+    labels = np.atleast_2d(as_array(batch["labels"]))
     mask = batch.get("attention_mask")
     plain = mask is not None and np.ndim(mask) == 2
-    attended = np.asarray(mask).astype(bool) if plain else np.ones(ids.shape, bool)
+    attended = as_array(mask).astype(bool) if plain else np.ones(ids.shape, bool)
     documents = documents_of(batch.get("position_ids"), attended)
     trained = labels != -100
     trained[:, 0] = False  # the first label has no context: every shifted loss drops it
@@ -163,11 +172,16 @@ def seen_in_step(number: int, batch: MicroBatch) -> list[Seen]:
     # One column more: the last position of a row may be trained to predict something.
     target = np.full((rows, width + 1), -1, np.int64)
     weight = np.zeros((rows, width + 1))
+    foreign = np.zeros((rows, width + 1), bool)
     for f in batch.found:
         row, column = divmod(f.row, width)
+        if f.target < 0:
+            foreign[row, column + 1] = True
+            continue
         target[row, column + 1] = f.target
         weight[row, column + 1] += f.weight
-    columns = zip(batch.ids, batch.attended, batch.documents, target[:, :-1], weight[:, :-1], strict=True)
+    told = (target[:, :-1], weight[:, :-1], foreign[:, :-1])
+    columns = zip(batch.ids, batch.attended, batch.documents, *told, strict=True)
     return [Seen(number, i, *column) for i, column in enumerate(columns)]
 
 
@@ -193,64 +207,6 @@ def seen_in_forest(number: int, batch: MicroBatch, forest: Forest, sequences: li
     return seen
 
 
-class Library:
-    """The encoder's sequences by their shingles, so that a document is found inside any batch row."""
-
-    def __init__(self, examples: list[Example]) -> None:
-        self._ids = [[s.ids.tolist() for s in e.sequences] for e in examples]
-        self._examples = examples
-        places: dict[tuple[int, ...], list[_Place]] = defaultdict(list)
-        for e, lists in enumerate(self._ids):
-            for s, ids in enumerate(lists):
-                for offset in range(max(1, len(ids) - SHINGLE + 1)):
-                    places[tuple(ids[offset : offset + SHINGLE])].append(_Place(e, s, offset))
-        # What occurs in many documents (a system prompt) tells none apart.
-        self._places = {key: at for key, at in places.items() if len({p.example for p in at}) <= 3}
-
-    def align(self, seen: Seen) -> None:
-        """Fill in kinds, output, expected and pieces of a seen row."""
-        ids = seen.ids.tolist()
-        for sequence, start, stop in self._stretches(ids):
-            matched = np.zeros(len(sequence), bool)
-            kinds, output = _columns(sequence)
-            seen.kinds[start:stop] = UNKNOWN
-            for a, b, size in _blocks(ids[start:stop], sequence.ids.tolist()):
-                here, there = slice(start + a, start + a + size), slice(b, b + size)
-                seen.kinds[here], seen.output[here] = kinds[there], output[there]
-                seen.expected[here] = sequence.weights[there]
-                matched[there] = True
-            if matched.any():
-                seen.pieces.append(Piece(sequence, start, stop, matched))
-
-    def _stretches(self, ids: list[int]) -> list[tuple[Sequence, int, int]]:
-        """(sequence, start, stop) of the documents in a row, in order."""
-        found: list[tuple[_Place, int]] = []
-        for i in range(max(1, len(ids) - SHINGLE + 1)):
-            places = self._places.get(tuple(ids[i : i + SHINGLE]), [])
-            if not places or (found and found[-1][0].example in {p.example for p in places}):
-                continue
-            # Sequences of one example share their beginnings: the one that agrees longest is meant.
-            found.append((max(places, key=lambda p: self._agreement(ids, i, p)), i))
-        starts = [max(0, i - place.offset) for place, i in found]
-        stops = [*starts[1:], len(ids)][: len(starts)]
-        return [
-            (self._examples[place.example].sequences[place.sequence], start, stop)
-            for (place, _), start, stop in zip(found, starts, stops, strict=True)
-            if start < stop
-        ]
-
-    def _agreement(self, ids: list[int], at: int, place: _Place) -> tuple[int, int]:
-        there = self._ids[place.example][place.sequence]
-        pairs = zip(ids[at:], there[place.offset :], strict=False)
-        return sum(a == b for a, b in pairs), -len(there)
-
-
-class _Place(NamedTuple):
-    example: int
-    sequence: int
-    offset: int
-
-
 def mark_padding(seen: Seen, pad: int | None) -> None:
     """Find padding that no mask declares, and take it out of the documents."""
     if pad is not None and seen.attended.all():
@@ -265,18 +221,10 @@ def mark_padding(seen: Seen, pad: int | None) -> None:
     seen.kinds[out], seen.output[out], seen.expected[out] = "", False, np.nan
 
 
-def _blocks(a: list[int], b: list[int]) -> list[tuple[int, int, int]]:
-    """Matching stretches of two token lists: all of it in the usual case, else by difflib."""
-    if a[: len(b)] == b:
-        return [(0, 0, len(b))]
-    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
-    return [(m.a, m.b, m.size) for m in matcher.get_matching_blocks() if m.size > 1]
-
-
-def _columns(sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    kinds = np.full(len(sequence), "", object)
-    output = sequence.weights > 0
-    for segment in sequence.segments:
-        kinds[segment.start : segment.stop] = segment.kind
-        output[segment.start : segment.stop] = segment.output
-    return kinds, output
+def documents_of(position_ids: Any, attended: np.ndarray) -> np.ndarray:
+    """int64 [B, T]: the packed document of each token: a new one begins where positions restart at 0."""
+    if position_ids is None or np.ndim(position_ids) != 2:
+        return np.zeros(attended.shape, np.int64)
+    positions = np.broadcast_to(as_array(position_ids), attended.shape)
+    starts = (positions == 0) & attended
+    return np.maximum(np.cumsum(starts, 1) - 1, 0)

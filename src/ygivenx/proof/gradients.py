@@ -30,11 +30,14 @@ BEND = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfl
 RATHER_SURE = 0.5  # 1 − p of the most probable token below which p − 1 has lost digits
 # The share of a row's gradient at the head's input that its targets may leave unexplained.
 UNEXPLAINED = {torch.float64: 1e-5, torch.float32: 1e-2, torch.float16: 5e-2, torch.bfloat16: 1.5e-1}
+# A row that a weighted cross-entropy leaves unexplained by more than this carries another term.
+FOREIGN_TERM = 0.3
 
 
 class Found(NamedTuple):
     """One target: `row` of the input, token id, weight, log p of the target before the update (nats).
 
+    A row whose gradient is another term and no cross-entropy has one entry: target −1, weight 0, log p NaN.
     smoothing: the label smoothing ε of its row. residual: the share of the row's gradient that a weighted
     cross-entropy doesn't explain (0 to about 1).
     """
@@ -49,12 +52,16 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class HeadForm:
-    """logits = softcap·tanh(scale·(h·weightᵀ + bias)/softcap): what turns a head's output into logits."""
+    """logits = softcap·tanh(scale·(h·weightᵀ + bias)/softcap): what turns a head's output into logits.
+
+    rounded: the dtype that autocast rounds them to, None without.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
+    rounded: torch.dtype | None = None
 
     def finish(self, raw: Tensor) -> tuple[Tensor, Tensor | float]:
         """(logits, ∂logits/∂raw) of the head module's raw output."""
@@ -86,7 +93,8 @@ def _solve_logits(
     mass, smoothing, excess = _explain(g, p, BEND[dtype])
     unit = torch.maximum(mass.abs(), g.abs().amax(1))[:, None]
     targets = excess.abs() > (OUTLIER[dtype] + rounding) * unit * (p + 1 / vocab)
-    # A loss on everything (distillation) has no sparse targets: keep the entry that is pushed up most.
+    # A loss on everything (distillation) has no sparse targets: keep the entry that is pushed up most, if it
+    # explains the row.
     targets[targets.sum(1) > MAX_TARGETS] = False
     empty = ~targets.any(1)
     targets[empty, g[empty].argmin(1)] = True
@@ -96,7 +104,10 @@ def _solve_logits(
     residual = torch.maximum(unexplained, unbalanced)
     weights = -excess / (1 - smoothing)[:, None]
     at, target = targets.nonzero(as_tuple=True)
-    columns = (rows[at], target, weights[at, target], log_p[at, target], smoothing[at], residual[at])
+    told = torch.stack([target.double(), weights[at, target], log_p[at, target]])
+    none = torch.tensor([-1, 0, math.nan], dtype=told.dtype, device=told.device)[:, None]
+    target, weight, value = torch.where((empty & (residual > FOREIGN_TERM))[at], none, told)
+    columns = (rows[at], target.long(), weight, value, smoothing[at], residual[at])
     return [Found(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
 
 
@@ -184,9 +195,10 @@ def _misfit(reading: list[list[Found]]) -> float:
 
 
 def _logits(x: Tensor, form: HeadForm) -> dict[torch.dtype, Tensor]:
-    """What the head's module would give, in its own precision and, where that is a half, in float32."""
+    """What the head's module would give, in its own precision, autocast's and, where that is a half, in float32."""
     weight = form.weight.detach()
-    dtypes = dict.fromkeys((weight.dtype, torch.promote_types(weight.dtype, torch.float32)))
+    own = (weight.dtype, torch.promote_types(weight.dtype, torch.float32))
+    dtypes = dict.fromkeys(d for d in (form.rounded, *own) if d is not None)
     return {
         d: x.to(d) @ weight.to(d).T + (0 if form.bias is None else form.bias.detach().to(d)) for d in dtypes
     }
@@ -200,19 +212,27 @@ def _solve_hidden(
     rows = _Directions(log_p, slope * torch.ones_like(z), form.weight.detach())
     g = grad.double()
     candidates = torch.cat([rows.shortlist(g, norms), rows.top[:, None], hint.clamp(min=0)[:, None]], 1)
-    weights, residuals = rows.fit(g, candidates)
+    weights, residuals, misfits = rows.fit(g, candidates)
+    # Where p − 1 has lost its digits, what lies along the target's row says nothing.
+    dtypes = (grad.dtype, form.weight.dtype, form.rounded)
+    misfits[rows.rest < 64 * max(torch.finfo(d).eps for d in dtypes if d is not None)] = 0
     residuals[:, -1] = torch.where(hint < 0, torch.inf, residuals[:, -1])
     best = residuals.argmin(1)
     # Equal rows of the head's matrix explain a gradient equally well: the next token is the likelier reading.
     tied = residuals[:, -1] <= 1.5 * residuals.gather(1, best[:, None])[:, 0]
     best[tied] = candidates.shape[1] - 1
-    limit = UNEXPLAINED[grad.dtype]
+    limit = max(UNEXPLAINED[d] for d in (grad.dtype, form.rounded) if d is not None)
     found = []
     for i, b in enumerate(best.tolist()):
         picks = [(int(candidates[i, b]), float(weights[i, b]))]
-        residual = float(residuals[i, b])
-        if residual > limit:
-            picks, residual = rows.pursue(i, g[i], limit)
+        residual, misfit = float(residuals[i, b]), float(misfits[i, b])
+        if residual > limit or misfit > FOREIGN_TERM:
+            several, left = rows.pursue(i, g[i], limit)
+            if left <= limit:
+                picks, residual = several, left
+            elif max(residual, misfit) > FOREIGN_TERM:
+                found.append([Found(i, -1, 0.0, math.nan, 0.0, max(residual, misfit))])
+                continue
         found.append([Found(i, t, w, float(log_p[i, t]), 0.0, residual) for t, w in picks])
     return found
 
@@ -251,8 +271,8 @@ class _Directions:
         gain = along**2 / length.clamp(min=1e-6 * float(norms.mean()))
         return gain.topk(min(size, gain.shape[1]), 1).indices
 
-    def fit(self, g: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(weight, ‖g − w·d‖/‖g‖) of each candidate [n, C]."""
+    def fit(self, g: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(weight, ‖g − w·d‖/‖g‖ off the target's own row where that is left out, the same in all) [n, C]."""
         d = self.of(tokens)
         # Where 1 − p cancels, the loss's own rounding of p − 1 lies along the target's row: leave that
         # direction out, and the weight comes from the other tokens.
@@ -261,8 +281,9 @@ class _Directions:
         along = along / along.norm(dim=2, keepdim=True).clamp(min=1e-300)
         free, rest = (v - (v * along).sum(2, keepdim=True) * along for v in (d, g[:, None]))
         w = (free * rest).sum(2) / free.pow(2).sum(2).clamp(min=1e-300)
-        residual = (rest - w[..., None] * free).norm(dim=2) / g.norm(dim=1, keepdim=True)
-        return w, residual
+        size = g.norm(dim=1, keepdim=True)
+        residual = (rest - w[..., None] * free).norm(dim=2) / size
+        return w, residual, (g[:, None] - w[..., None] * d).norm(dim=2) / size
 
     def pursue(self, i: int, g: Tensor, limit: float) -> tuple[list[tuple[int, float]], float]:
         """Several targets of row i, by orthogonal matching pursuit (Pati et al. 1993)."""

@@ -8,8 +8,9 @@ collators and loss functions can claim what they like.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import LossError, ModelError
+from ..errors import LossError
+from .evidence import as_array, documents_of
 from .gradients import Found, HeadForm, from_hidden, from_logits
+from .wrapping import backbone_of, head_form, uncompiled, unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
 # |recovered − true| per true weight, by the dtype of the logits. Tested. Where a loss rounds 1 − p itself
 # (bf16, p near 1) the gradient is off by that much, and the probe reports what the gradient says.
 RELATIVE_ERROR = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 2e-2}
-# A row that a weighted cross-entropy leaves unexplained by more than this carries another term.
-FOREIGN_TERM = 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class TokenRow:
     input_id: the token that predicts, next_id: the one at `position` (−1 past the end).
     target and weight come from the gradient; an untrained row has target = next_id and weight 0; it is
     in units of the loss that backward was called on: Σ weights = 1 for a mean over the step.
-    log_p: nats, NaN where untrained. document: number of the packed document within its row.
+    log_p: nats, NaN where untrained. residual: the share of its gradient that isn't a cross-entropy. document:
+    number of the packed document within its row.
     attended: whether the predicted token is no padding.
     """
 
@@ -62,7 +64,7 @@ class TokenRow:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward pass with gradient was fed, [B, T]; ids are −1 where only embeddings were given."""
+    """What a micro-batch with gradient was fed, [B, T]; ids are −1 where only embeddings were given."""
 
     ids: np.ndarray
     attended: np.ndarray
@@ -92,36 +94,57 @@ class Probe:
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrap(model)
         self.micro_batches: list[MicroBatch] = []
+        self.loss_scale = 1.0  # what a gradient scaler multiplies the loss by; weights are told without
         self._passes: list[_Pass] = []
-        self._hooks: list[Any] = []
+        self._declared: int | None = None  # micro-batches that the loop has told of so far
+        self._open = ExitStack()
         self._embedded: Tensor | None = None
 
     def __enter__(self) -> Probe:
         head, backbone = self.model.get_output_embeddings(), backbone_of(self.model)
-        form = _head_form(self.model, head)
-        self._hooks = [
-            self.model.get_input_embeddings().register_forward_hook(self._on_embedding),
-            backbone.register_forward_hook(
-                lambda _m, a, k, out: self._on_backbone(form, a, k, out), with_kwargs=True
-            ),
-            head.register_forward_hook(lambda m, a, out: self._on_head(m, a[0], out)),
-        ]
+        form = head_form(self.model, head)
+        with ExitStack() as entered:
+            entered.enter_context(uncompiled())
+            for hook in (
+                self.model.get_input_embeddings().register_forward_hook(self._on_embedding),
+                backbone.register_forward_hook(
+                    lambda _m, a, k, out: self._on_backbone(form, a, k, out), with_kwargs=True
+                ),
+                head.register_forward_hook(lambda m, a, out: self._on_head(m, a[0], out)),
+            ):
+                entered.callback(hook.remove)
+            self._open = entered.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self.micro_batches = [p.finish() for p in self._passes if p.reached]
+        self._open.close()
+        if self._declared is None:
+            self.micro_batches = [p.finish(self.loss_scale) for p in self._passes if p.reached]
+        else:
+            groups = [[p for p in self._passes if p.group == g] for g in range(self._declared)]
+            self.micro_batches = [merged([p.finish(self.loss_scale) for p in g]) for g in groups]
         self._passes = [p.release() for p in self._passes]
+        broken = next((p.error for p in self._passes if p.error is not None), None)
+        if broken is not None and kind is None:
+            raise broken
+
+    @contextmanager
+    def micro_batch(self) -> Iterator[None]:
+        """Around one micro-batch: its forward passes count as one, however many there are, none too.
+
+        Without it each forward pass that backward reaches is a micro-batch.
+        """
+        self._declared = (self._declared or 0) + 1
+        yield
 
     def tokens(self) -> list[TokenRow]:
         """A row for each prediction of each forward pass that backward reached, trained or not, in order.
 
         Raises LossError if there was none: no forward pass with gradient, or no backward.
         """
-        if not self.micro_batches:
+        if not any(p.reached for p in self._passes):
             seen = f"{len(self._passes)} forward pass(es) with gradient"
             raise LossError(
                 "no gradient reached the model inside the probe",
@@ -156,7 +179,9 @@ class Probe:
     @property
     def smoothing(self) -> float:
         """The label smoothing of the loss (the median over its trained rows)."""
-        return float(np.median([f.smoothing for b in self.micro_batches for f in b.found] or [0.0]))
+        return float(
+            np.median([f.smoothing for b in self.micro_batches for f in b.found if f.weight] or [0.0])
+        )
 
     def _on_embedding(self, _module: nn.Module, args: tuple[Tensor, ...], _out: Tensor) -> None:
         self._embedded = args[0].detach()
@@ -171,7 +196,13 @@ class Probe:
         if args:
             inputs.setdefault("input_ids", args[0])
         ids = inputs.get("input_ids")
-        self._passes.append(_Pass.of(hidden, self._embedded if ids is None else ids, inputs, form))
+        device = hidden.device.type
+        rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        made = _Pass.of(
+            hidden, self._embedded if ids is None else ids, inputs, replace(form, rounded=rounded)
+        )
+        made.group = -1 if self._declared is None else self._declared - 1
+        self._passes.append(made)
 
     def _on_head(self, head: nn.Module, x: Tensor, output: Tensor) -> None:
         if not (self._passes and torch.is_grad_enabled() and output.requires_grad):
@@ -191,7 +222,9 @@ class _Pass:
     attended: np.ndarray
     documents: np.ndarray
     form: HeadForm
+    group: int = -1
     reached: bool = False
+    error: Exception | None = None
     found: list[Found] = field(default_factory=list)
     by_logits: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
@@ -203,7 +236,7 @@ class _Pass:
         attended = _fit(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, shape, 1).astype(bool)
         documents = documents_of(inputs.get("position_ids"), attended)
         made = cls(hidden.detach(), known, attended, documents, form, by_logits=np.zeros(known.size, bool))
-        hidden.register_hook(_quiet(made.on_hidden))
+        hidden.register_hook(made.quietly(made.on_hidden))
         return made
 
     def locate(self, x: Tensor) -> np.ndarray | None:
@@ -231,7 +264,7 @@ class _Pass:
             self.by_logits[rows] = True
             self.reached = True
 
-        output.register_hook(_quiet(on_logits))
+        output.register_hook(self.quietly(on_logits))
 
     def on_hidden(self, grad: Tensor) -> None:
         self.reached = True
@@ -242,111 +275,63 @@ class _Pass:
         hints = torch.from_numpy(_next(self.ids).ravel()).to(grad.device)
         self.found += from_hidden(hidden.reshape(-1, hidden.shape[-1]), grad, self.form, hints)
 
+    def quietly(self, read: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        """A tensor hook that reads the gradient and changes nothing; an error waits for the end of the probe."""
+
+        def hook(grad: Tensor) -> None:
+            try:
+                with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+                    read(grad.detach())
+            except Exception as error:
+                self.error = error
+
+        return hook
+
     def release(self) -> _Pass:
         self.hidden = None
         return self
 
-    def finish(self) -> MicroBatch:
-        found = tuple(sorted(self.found, key=lambda f: (f.row, f.target)))
+    def finish(self, loss_scale: float) -> MicroBatch:
+        scaled = (f._replace(weight=f.weight / loss_scale) for f in self.found)
+        found = tuple(sorted(scaled, key=lambda f: (f.row, f.target)))
         return MicroBatch(self.ids, self.attended, self.documents, found)
 
 
-def unwrap(model: nn.Module) -> Any:
-    """The transformers model inside DDP, FSDP, torch.compile and PEFT wrappers; raises ModelError if none."""
-    seen: Any = model
-    while True:
-        inner = getattr(seen, "_orig_mod", None) or getattr(seen, "module", None)
-        if inner is None and hasattr(seen, "get_base_model"):
-            inner = seen.get_base_model()
-        if inner is None:
-            break
-        seen = inner
-    if not hasattr(seen, "get_output_embeddings") or seen.get_output_embeddings() is None:
-        raise ModelError(
-            f"{type(model).__name__} has no output embeddings",
-            why="the probe reads the gradient at the output head",
-            fix="pass the causal language model itself, such as trainer.model",
+def merged(parts: list[MicroBatch]) -> MicroBatch:
+    """Several forward passes as one batch: over the same ids their weights add up, other rows come below."""
+    rows = max_width = 0
+    blocks: list[tuple[MicroBatch, int]] = []  # and the row that it begins at
+    for part in parts:
+        if not any(np.array_equal(part.ids, b.ids) for b, _ in blocks):
+            blocks.append((part, rows))
+            rows, max_width = rows + len(part.ids), max(max_width, part.ids.shape[1])
+    shape = (rows, max_width)
+    whole = MicroBatch(np.full(shape, -1), np.zeros(shape, bool), np.zeros(shape, np.int64), ())
+    for block, at in blocks:
+        here = slice(at, at + len(block.ids)), slice(block.ids.shape[1])
+        whole.ids[here], whole.attended[here], whole.documents[here] = (
+            block.ids,
+            block.attended,
+            block.documents,
         )
-    return seen
-
-
-def backbone_of(model: Any) -> nn.Module:
-    """The part of a transformers model that ends in the final norm: its decoder."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return model.base_model if decoder is None or decoder is model else decoder
-
-
-def leakage(model: nn.Module, inputs: dict[str, Any], groups: np.ndarray) -> np.ndarray:
-    """How much each group of tokens depends on the others, float64 [G, G]: ∂ hidden / ∂ embedding.
-
-    inputs: what the model would be fed (labels are ignored). groups int [B, T]: the document of each token,
-    numbered from 0 over the whole batch, −1 for tokens of none. Entry [g, k] is the norm of the gradient of a
-    random projection of g's last hidden states at k's embeddings, relative to [g, g]: exactly 0 where
-    attention keeps them apart. Gradients, weights and random state of the model are left alone.
-    """
-    core = unwrap(model)
-    kept: list[Tensor] = []
-
-    def keep(_m: nn.Module, _a: tuple, out: Tensor) -> Tensor:
-        kept.append(out.detach().requires_grad_(True))
-        return kept[-1]
-
-    arguments = {k: v for k, v in inputs.items() if k not in ("labels", "shift_labels", "num_items_in_batch")}
-    hook = core.get_input_embeddings().register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            hidden = backbone_of(core)(**{**arguments, "use_cache": False})[0]
-    finally:
-        hook.remove()
-    return _dependence(hidden, kept[-1], groups)
-
-
-def _dependence(hidden: Tensor, embedded: Tensor, groups: np.ndarray) -> np.ndarray:
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(hidden.shape, generator=generator).to(hidden)
-    count = int(groups.max()) + 1
-    matrix = np.zeros((count, count))
-    members = [torch.from_numpy(groups == g).to(hidden.device) for g in range(count)]
-    for g, own in enumerate(members):
-        total = (hidden * direction)[own].sum()
-        (grad,) = torch.autograd.grad(total, embedded, retain_graph=True)
-        matrix[g] = [float(grad[other].double().norm()) for other in members]
-    return matrix / np.maximum(np.diag(matrix)[:, None], 1e-300)
-
-
-def _head_form(model: Any, head: Any) -> HeadForm:
-    from ..models.model import head_of
-
-    known = head_of(model)
-    return HeadForm(head.weight, getattr(head, "bias", None), known.softcap, known.scale)
-
-
-def _quiet(read: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
-    """A tensor hook that reads the gradient and changes nothing."""
-
-    def hook(grad: Tensor) -> None:
-        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            read(grad.detach())
-
-    return hook
+    found: dict[tuple[int, int], Found] = {}
+    for part in parts:
+        at = next(at for b, at in blocks if np.array_equal(part.ids, b.ids))
+        for f in part.found:
+            row, position = divmod(f.row, part.ids.shape[1])
+            f = f._replace(row=(at + row) * max_width + position)
+            known = found.get((f.row, f.target))
+            found[f.row, f.target] = f if known is None else known._replace(weight=known.weight + f.weight)
+    return replace(whole, found=tuple(sorted(found.values(), key=lambda f: (f.row, f.target))))
 
 
 def _fit(values: Tensor | None, shape: tuple[int, ...], missing: int) -> np.ndarray:
     """int64 [B, T]; what is shorter (virtual prompt tokens come first) is filled up from the left."""
     out = np.full(shape, missing, np.int64)
     if values is not None:
-        given = values.detach().cpu().numpy().reshape(-1, values.shape[-1])[:, -shape[1] :]
+        given = as_array(values).reshape(-1, values.shape[-1])[:, -shape[1] :]
         out[:, shape[1] - given.shape[1] :] = given
     return out
-
-
-def documents_of(position_ids: Any, attended: np.ndarray) -> np.ndarray:
-    """int64 [B, T]: the packed document of each token: a new one begins where positions restart at 0."""
-    if position_ids is None or np.ndim(position_ids) != 2:
-        return np.zeros(attended.shape, np.int64)
-    positions = np.broadcast_to(np.asarray(position_ids), attended.shape)
-    starts = (positions == 0) & attended
-    return np.maximum(np.cumsum(starts, 1) - 1, 0)
 
 
 def _next(ids: np.ndarray) -> np.ndarray:
@@ -368,7 +353,8 @@ def _rows(number: int, batch: MicroBatch) -> list[TokenRow]:
             continue
         rows += [
             TokenRow(
-                number, s, u + 1, int(batch.ids[s, u]), int(following[s, u]), f.target, f.weight, f.log_p,
+                number, s, u + 1, int(batch.ids[s, u]), int(following[s, u]),
+                f.target if f.target >= 0 else int(following[s, u]), f.weight, f.log_p,
                 f.smoothing, f.residual, int(batch.documents[s, after]), bool(batch.attended[s, after]),
             )
             for f in by_row.get(flat, [untrained])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ..errors import ConfigError
 from .evidence import Denominator, Evaluation, Seen
@@ -33,13 +33,14 @@ def rehearse(trainer: Any) -> Rehearsal:
     """Run one step of a transformers trainer (all its micro-batches, no update) inside a probe.
 
     Goes through the trainer's own data loader, collator, `training_step` and evaluation loop, so that
-    overridden methods count. Afterwards weights, gradients, optimiser, random states and the trainer's
-    attributes are what they were. Raises ConfigError for a trainer without training data.
+    overridden methods count. Afterwards the model, gradients, optimiser, random states, accelerator and the
+    trainer's attributes are what they were. Raises ConfigError for a trainer without training data.
     """
     if getattr(trainer, "train_dataset", None) is None:
         raise ConfigError("the trainer has no train_dataset", fix="audit the rows or a batch instead")
     with untouched(trainer):
         quieten(trainer)
+        _begin_as_train_does(trainer)
         steps = trainer.args.gradient_accumulation_steps
         loader = trainer.get_train_dataloader()
         batches, items = trainer.get_batch_samples(iter(loader), steps, trainer.args.device)
@@ -47,19 +48,40 @@ def rehearse(trainer: Any) -> Rehearsal:
         trainer.current_gradient_accumulation_steps = len(batches)
         trainer.model.zero_grad(set_to_none=True)
         with probe(trainer.model) as probed:
+            if trainer.accelerator.scaler is not None:  # float16
+                probed.loss_scale = trainer.accelerator.scaler.get_scale()
             for batch in batches:
-                trainer.training_step(trainer.model, batch, items)
+                with probed.micro_batch():
+                    trainer.training_step(trainer.model, batch, items)
         # Without labels the trainer divides by rules of its own, as ours does.
         evaluation = _evaluation(trainer) if all("labels" in b for b in kept) else None
     return Rehearsal(probed, kept, evaluation)
 
 
-def denominators(steps: list[Seen]) -> list[Denominator]:
-    """The weight per trained token of each micro-batch, on all ranks if there are several.
+def _begin_as_train_does(trainer: Any) -> None:
+    """What train() does before its first step that the gradient depends on: placement, checkpointing, autocast."""
+    trainer.is_in_train = True  # an evaluation inside train() doesn't cast the model
+    args, model, accelerator = trainer.args, trainer.model, trainer.accelerator
+    if (args.fp16_full_eval or args.bf16_full_eval) and not trainer.is_model_parallel:
+        trainer._move_model_to_device(model, args.device)
+    kind = (
+        "activation" if hasattr(args, "activation_checkpointing") else "gradient"
+    )  # before transformers 5.23
+    if getattr(args, f"{kind}_checkpointing"):
+        options = dict(getattr(args, f"{kind}_checkpointing_kwargs") or {})
+        own = {k: options.pop(k) for k in ("every_n_layers", "offload") if k in options}
+        enable = getattr(model, f"{kind}_checkpointing_enable")
+        enable(**{f"{kind}_checkpointing_kwargs": options or None}, **own)
+    if accelerator.native_amp and not hasattr(model, "_original_forward"):
+        accelerator.prepare_model(model, evaluation_mode=True)
+
+
+def denominators(steps: list[Seen], *, gather: bool) -> list[Denominator]:
+    """The weight per trained token of each micro-batch; `gather`: of all ranks, which all of them have to call.
 
     Where the rows give weights of their own, per unit of theirs.
     """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    distributed = gather and torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
     own = []
     for number in sorted({s.micro_batch for s in steps}):
@@ -68,7 +90,10 @@ def denominators(steps: list[Seen]) -> list[Denominator]:
             units = np.concatenate(
                 [(s.weight / np.where(s.expected > 0, s.expected, 1))[s.trained] for s in members]
             )
-            own.append(Denominator(rank, number, len(units), float(np.median(units))))
+            median = float(np.median(units))
+            uniform = bool(np.mean(np.abs(units / median - 1) < 0.05) > 0.95) if median else False
+            total = float(sum(s.weight[s.trained].sum() for s in members))
+            own.append(Denominator(rank, number, len(units), median, total, uniform))
     if not distributed:
         return own
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
@@ -80,36 +105,58 @@ def denominators(steps: list[Seen]) -> list[Denominator]:
 def untouched(trainer: Any) -> Iterator[None]:
     """Put back, whatever happens inside, all that a step without an update can change."""
     model, accelerator = trainer.model, trainer.accelerator
-    attributes = dict(trainer.__dict__)
     # Counters that a step adds to in place: TRL's metrics, our own meter.
-    counters = {k: copy.deepcopy(attributes[k]) for k in ("_metrics", "meter") if k in attributes}
-    loaders = list(accelerator._dataloaders)
-    gradients = [(p, p.grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
+    counters = {k: copy.deepcopy(vars(trainer)[k]) for k in ("_metrics", "meter") if k in vars(trainer)}
+    parameters = [(p, p.data, p.grad) for p in model.parameters()]
+    owners = [trainer, accelerator, *model.modules()]
+    owners += [accelerator.scaler] if accelerator.scaler is not None else []
+    attributes = [(owner, _shallow(owner)) for owner in owners]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
     sync = dict(accelerator.gradient_state._shared_state)
     references = list(accelerator.gradient_state.dataloader_references)
     try:
         yield
     finally:
-        for p, gradient in gradients:
+        for owner, kept in attributes:
+            _restore(owner, kept)
+        vars(trainer).update(counters)
+        for p, data, gradient in parameters:
+            if (p.dtype, p.device) != (data.dtype, data.device):
+                p.data = data
             p.grad = gradient
-        for module, training in modes:
-            module.training = training
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         torch.cuda.set_rng_state_all(states[3])
-        accelerator._dataloaders[:] = loaders
         accelerator.gradient_state._shared_state.update(sync)
         accelerator.gradient_state.dataloader_references = references
-        trainer.__dict__.clear()
-        trainer.__dict__.update(attributes | counters)
+
+
+Attributes = dict[str, tuple[Any, Any]]
+
+
+def _shallow(owner: Any) -> Attributes:
+    """The attributes of an object, and what its lists, sets and mappings (a module's hooks) hold."""
+    return {
+        k: (v, copy.copy(v) if isinstance(v, dict | list | set) else None) for k, v in vars(owner).items()
+    }
+
+
+def _restore(owner: Any, kept: Attributes) -> None:
+    vars(owner).clear()
+    for name, (value, content) in kept.items():
+        vars(owner)[name] = value
+        if isinstance(content, list):
+            value[:] = content
+        elif content is not None:
+            value.clear()
+            value.update(content)
 
 
 def quieten(trainer: Any) -> None:
-    """No callback, so no progress bar and no logger, hears of the rehearsal."""
-    trainer.callback_handler = CallbackHandler([], trainer.model, trainer.processing_class, None, None)
+    """No callback, so no progress bar and no logger, hears of the rehearsal; the one left warns if it is missing."""
+    flow = [DefaultFlowCallback()]
+    trainer.callback_handler = CallbackHandler(flow, trainer.model, trainer.processing_class, None, None)
 
 
 def _evaluation(trainer: Any) -> Evaluation | None:

@@ -6,6 +6,7 @@ probability); infinities are kept and shown as such.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,3 +147,14 @@ def _same_length(what: str, **columns: Sequence[Any]) -> None:
     lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"{what}: one length expected, got {lengths}")
+
+
+def finite(value: Any) -> Any:
+    """`value` with None for non-finite numbers, inside mappings and lists too: JSON has none of them."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

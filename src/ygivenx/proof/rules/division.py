@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..evidence import Evidence
+from ..evidence import Denominator, Evidence
 from .base import Hit, rule
 from .shared import EXAMPLES, spread_of
 
@@ -23,7 +23,9 @@ def denominator_per_micro_batch(ev: Evidence) -> Iterator[Hit]:
     for rank in sorted({d.rank for d in ev.denominators}):
         own = [d for d in ev.denominators if d.rank == rank]
         spread = spread_of(ev, [d.weight for d in own])
-        if spread > 1.01:
+        # Weights of the user's own (per sequence, focal, per sample) differ between micro-batches, too: only where
+        # all tokens of a micro-batch weigh alike, and each adds up to the same, was it divided by its count.
+        if spread > 1.01 and _divided(own):
             yield Hit(
                 f"a trained token weighs up to {spread:.3g} times as much in one micro-batch as in another",
                 len(own),
@@ -38,6 +40,11 @@ def denominator_per_micro_batch(ev: Evidence) -> Iterator[Hit]:
             return
 
 
+def _divided(own: list[Denominator]) -> bool:
+    totals = [d.total for d in own]
+    return all(d.uniform for d in own) and max(totals) <= 1.02 * min(totals)
+
+
 @rule(
     "denominator-per-rank",
     "error",
@@ -48,10 +55,10 @@ def denominator_per_micro_batch(ev: Evidence) -> Iterator[Hit]:
 def denominator_per_rank(ev: Evidence) -> Iterator[Hit]:
     by_rank = defaultdict(list)
     for d in ev.denominators:
-        by_rank[d.rank].append(d.weight)
-    means = {rank: float(np.median(weights)) for rank, weights in by_rank.items()}
+        by_rank[d.rank].append(d)
+    means = {rank: float(np.median([d.weight for d in own])) for rank, own in by_rank.items()}
     spread = spread_of(ev, list(means.values()))
-    if spread > 1.01:
+    if spread > 1.01 and all(d.uniform for d in ev.denominators):
         examples = tuple(
             {"where": f"rank {r}", "text": f"{w:.4g} a token"} for r, w in list(means.items())[:EXAMPLES]
         )
@@ -109,7 +116,7 @@ def weights_by_probability(ev: Evidence) -> Iterator[Hit]:
     fix="Nothing, if it is meant.",
 )
 def beyond_cross_entropy(ev: Evidence) -> Iterator[Hit]:
-    from ..probing import FOREIGN_TERM
+    from ..gradients import FOREIGN_TERM
 
     residuals = [f.residual for b in ev.probe.micro_batches for f in b.found] if ev.probe is not None else []
     odd = [r for r in residuals if r > FOREIGN_TERM]

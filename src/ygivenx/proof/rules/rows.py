@@ -104,6 +104,22 @@ def too_long(ev: Evidence) -> Iterator[Hit]:
 
 
 @rule(
+    "rows-unrecognised",
+    "warning",
+    why="Rows of the batch are none of those that the audit was given: for them it can't know what is x and what "
+    "is y, and has nothing to say of loss on x, of untrained y or ends, or of another context.",
+    fix="Give the rows: yx.audit(rows, encoder, ...), or ygx probe --data FILE SCRIPT.",
+)
+def rows_unrecognised(ev: Evidence) -> Iterator[Hit]:
+    unknown = [s for s in ev.seen if not s.pieces]
+    if unknown:
+        examples = tuple({"where": s.where, "text": ev.text(s.ids[:16])} for s in unknown[:EXAMPLES])
+        severity = "warning" if len(unknown) == len(ev.seen) else "info"
+        share = len(unknown) / len(ev.seen)
+        yield Hit("rows of the batch are none that were given", len(unknown), share, examples, severity)
+
+
+@rule(
     "encoder-notes",
     "info",
     why="The encoder mended or decided something on the way, and says so on each sequence.",

@@ -101,7 +101,7 @@ def y_untrained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
         ev,
         "tokens of y are not trained",
-        lambda s: wanted_y(s) & ~s.trained & ~of_kind(s, "end_of_turn"),
+        lambda s: wanted_y(s) & ~s.trained & ~s.foreign & ~of_kind(s, "end_of_turn"),
         of=lambda s: wanted_y(s) & ~of_kind(s, "end_of_turn"),
     )
 
@@ -116,7 +116,7 @@ def end_untrained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
         ev,
         "end-of-turn tokens are not trained",
-        lambda s: wanted_y(s) & ~s.trained & of_kind(s, "end_of_turn"),
+        lambda s: wanted_y(s) & ~s.trained & ~s.foreign & of_kind(s, "end_of_turn"),
         of=lambda s: wanted_y(s) & of_kind(s, "end_of_turn"),
     )
 
@@ -159,7 +159,7 @@ def padding_trained(ev: Evidence) -> Iterator[Hit]:
 )
 def nothing_trained(ev: Evidence) -> Iterator[Hit]:
     units = [(s, part) for s in ev.seen for part in parts_of(s)]
-    empty = [(s, part) for s, part in units if not s.trained[part].any()]
+    empty = [(s, part) for s, part in units if not (s.trained | s.foreign)[part].any()]
     if empty:
         whole = len(empty) == len(units)
         yield Hit(
@@ -218,7 +218,7 @@ def labels_ignored(ev: Evidence) -> Iterator[Hit]:
     labels = {(s.micro_batch, s.row): s for s in ev.labels}
     pairs = [(s, labels.get((s.micro_batch, s.row))) for s in ev.steps]
     kept = [(s, told) for s, told in pairs if told is not None and len(told.ids) == len(s.ids)]
-    differ = {id(s): s.trained != told.trained for s, told in kept}
+    differ = {id(s): (s.trained != told.trained) & ~s.foreign for s, told in kept}
     found = collect(ev, lambda s: differ[id(s)], seen=[s for s, _ in kept])
     if found.count:
         yield found.hit("predictions are trained against their labels' mask")

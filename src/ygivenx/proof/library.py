@@ -1,0 +1,189 @@
+"""The encoder's sequences, found again inside the rows of a batch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ..sequence import Example, Sequence
+from .evidence import UNKNOWN, Piece, Seen
+
+SHINGLE = 6  # tokens in a row by which a document is looked up
+COMMON = 3  # a shingle of more examples than this (a system prompt) tells none apart
+FAIR = 0.5  # the share of a document, or of the stretch that a row has of it, that has to agree
+
+
+class Library:
+    """The encoder's sequences, indexed by what occurs in the rows that are to be explained, and by nothing else."""
+
+    def __init__(self, examples: Iterable[Example], seen: Iterable[Seen]) -> None:
+        wanted = np.unique(np.concatenate([_shingles(s.ids) for s in seen]))
+        self._examples = _distinct(examples) if len(wanted) else []
+        self._places: dict[int, list[_Place]] = {}
+        common: set[int] = set()
+        # What each of several examples has tells them apart no better than what many have.
+        enough = min(len(self._examples), COMMON + 1) if len(self._examples) > 1 else 2
+        for e, example in enumerate(self._examples):
+            for s, sequence in enumerate(example.sequences):
+                hashes = _shingles(sequence.ids)
+                for offset in np.flatnonzero(_among(hashes, wanted)).tolist():
+                    key = int(hashes[offset])
+                    if key in common:
+                        continue
+                    places = self._places.setdefault(key, [])
+                    places.append(_Place(e, s, offset))
+                    if len({p.example for p in places}) >= enough:
+                        common.add(key)
+                        del self._places[key]
+        self._common = np.fromiter(common, np.uint64, len(common))
+
+    def align(self, seen: Seen) -> None:
+        """Fill in kinds, output, expected and pieces of a seen row."""
+        ids = seen.ids.tolist()
+        stretches = self._stretches(seen.ids)
+        starts = [max(0, s.at - s.place.offset) for s in stretches]
+        for stretch, start, stop in zip(
+            stretches, starts, [*starts[1:], len(ids)][: len(starts)], strict=True
+        ):
+            sequence = self._sequence(stretch.place)
+            matched = np.zeros(len(sequence), bool)
+            kinds, output = _columns(sequence)
+            blocks = _blocks(ids[start:stop], sequence.ids.tolist())
+            # What follows the last token of a document, and is nothing of its example, isn't part of it.
+            ends = [start + a + size for a, b, size in blocks if b + size == len(sequence)]
+            seen.kinds[start : min(stop, max(ends[0], stretch.known)) if ends else stop] = UNKNOWN
+            for a, b, size in blocks:
+                here, there = slice(start + a, start + a + size), slice(b, b + size)
+                seen.kinds[here], seen.output[here] = kinds[there], output[there]
+                seen.expected[here] = sequence.weights[there]
+                matched[there] = True
+            if matched.any():
+                seen.pieces.append(Piece(sequence, start, stop, matched))
+
+    def _stretches(self, ids: np.ndarray) -> list[_Stretch]:
+        """The documents in a row, in order."""
+        found: list[_Stretch] = []
+        strangers: set[tuple[int, int, int]] = set()
+        for i, key in enumerate(_shingles(ids).tolist()):
+            places = self._places.get(key, [])
+            if not places or (found and found[-1].goes_on(i, places)):
+                continue
+            # Sequences of one example share their beginnings: the one that agrees longest is meant.
+            for place in sorted(places, key=lambda p: self._agreement(ids, i, p), reverse=True):
+                at = (place.example, place.sequence, i - place.offset)
+                if at not in strangers and self._is_fair(ids, i, place):
+                    found.append(_Stretch(place, i, place.offset, i + SHINGLE))
+                    break
+                strangers.add(at)
+        return found
+
+    def _sequence(self, place: _Place) -> Sequence:
+        return self._examples[place.example].sequences[place.sequence]
+
+    def _agreement(self, ids: np.ndarray, at: int, place: _Place) -> tuple[int, int]:
+        there = self._sequence(place).ids
+        length = min(len(ids) - at, len(there) - place.offset)
+        equal = ids[at : at + length] == there[place.offset : place.offset + length]
+        return int(equal.sum()), -len(there)
+
+    def _is_fair(self, ids: np.ndarray, at: int, place: _Place) -> bool:
+        """Whether row and document, laid over each other at a shared shingle, agree in a fair share of either.
+
+        One shared phrase doesn't make a stranger this document. What many documents share counts for nothing.
+        """
+        there = self._sequence(place).ids
+        begin = at - place.offset
+        here = ids[max(0, begin) : begin + len(there)]
+        shared, rest = self._told_apart(here, there)
+        _, rest_there = self._told_apart(there, here)
+        return shared >= FAIR * min(rest, rest_there)
+
+    def _told_apart(self, ids: np.ndarray, others: np.ndarray) -> tuple[int, int]:
+        """(tokens in shingles that `others` has too, tokens in all), without those that are only common."""
+        own = _shingles(ids)
+        common = np.isin(own, self._common)
+        shared = _covered(np.isin(own, _shingles(others)) & ~common, len(ids))
+        only_common = _covered(common, len(ids)) & ~shared
+        return int(shared.sum()), len(ids) - int(only_common.sum())
+
+
+class _Place(NamedTuple):
+    example: int
+    sequence: int
+    offset: int
+
+
+@dataclass
+class _Stretch:
+    """A document in a row, found at token `at`. reached: the offset that the row has come to in it. known: the end
+    of what its example explains."""
+
+    place: _Place
+    at: int
+    reached: int
+    known: int
+
+    def goes_on(self, i: int, places: list[_Place]) -> bool:
+        """Whether the row goes on in this example at token i, and isn't another copy that begins after it."""
+        own = [p for p in places if p.example == self.place.example]
+        same = [p.offset for p in own if p.sequence == self.place.sequence]
+        onward = [offset for offset in same if offset >= self.reached]
+        again = same and not onward and i - max(same) >= self.known - SHINGLE
+        if not own or again:
+            return False
+        self.reached = min(onward, default=self.reached)
+        self.known = i + SHINGLE
+        return True
+
+
+def _distinct(examples: Iterable[Example]) -> list[Example]:
+    """Each example once: repeated rows would make all that they say common."""
+    by_content: dict[int, Example] = {}
+    for example in examples:
+        content = b"".join(s.ids.tobytes() + s.weights.tobytes() for s in example.sequences)
+        by_content.setdefault(hash(content), example)
+    return list(by_content.values())
+
+
+def _shingles(ids: np.ndarray) -> np.ndarray:
+    """uint64 [max(1, T − SHINGLE + 1)]: a hash of each SHINGLE tokens in a row, or of all where there are fewer."""
+    width = min(SHINGLE, len(ids))
+    if not width:
+        return np.zeros(0, np.uint64)
+    powers = np.full(width, 0x9E3779B97F4A7C15, np.uint64).cumprod()  # wraps around, as meant
+    return np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), width) @ powers
+
+
+def _among(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """bool: which values are in `wanted`, which is sorted, not empty and sorted once for many calls."""
+    return wanted[np.searchsorted(wanted, values).clip(max=len(wanted) - 1)] == values
+
+
+def _covered(shingles: np.ndarray, size: int) -> np.ndarray:
+    """bool [size]: the tokens that lie in one of the marked shingles."""
+    covered = np.zeros(size, bool)
+    for k in range(min(SHINGLE, size)):
+        covered[k : k + len(shingles)] |= shingles
+    return covered
+
+
+def _blocks(a: list[int], b: list[int]) -> list[tuple[int, int, int]]:
+    """Matching stretches of two token lists: one from the start in the usual case, else by difflib."""
+    shorter = min(len(a), len(b))
+    if a[:shorter] == b[:shorter]:
+        return [(0, 0, shorter)]
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    return [(m.a, m.b, m.size) for m in matcher.get_matching_blocks() if m.size > 1]
+
+
+def _columns(sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
+    kinds = np.full(len(sequence), "", object)
+    output = sequence.weights > 0
+    for segment in sequence.segments:
+        kinds[segment.start : segment.stop] = segment.kind
+        output[segment.start : segment.stop] = segment.output
+    return kinds, output

@@ -1,0 +1,74 @@
+"""The transformers model inside the wrappers that training puts around it, and its head."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import ModelError
+from .gradients import HeadForm
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside DDP, FSDP, torch.compile and PEFT wrappers; raises ModelError if none."""
+    seen: Any = model
+    while True:
+        inner = getattr(seen, "_orig_mod", None) or getattr(seen, "module", None)
+        if inner is None and hasattr(seen, "get_base_model"):
+            inner = seen.get_base_model()
+        if inner is None:
+            break
+        seen = inner
+    if not hasattr(seen, "get_output_embeddings") or seen.get_output_embeddings() is None:
+        raise ModelError(
+            f"{type(model).__name__} has no output embeddings",
+            why="the probe reads the gradient at the output head",
+            fix="pass the causal language model itself, such as trainer.model",
+        )
+    return seen
+
+
+def backbone_of(model: Any) -> nn.Module:
+    """The part of a transformers model that ends in the final norm: its decoder."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return model.base_model if decoder is None or decoder is model else decoder
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Compiled modules run as written: graphs from before a hook was there don't call it."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def head_form(model: Any, head: Any) -> HeadForm:
+    """How a head's output becomes logits; raises ModelError for a head that is sharded."""
+    _refuse_sharded(model, head)
+    from ..models.model import head_of
+
+    known = head_of(model)
+    return HeadForm(head.weight, getattr(head, "bias", None), known.softcap, known.scale)
+
+
+def _refuse_sharded(model: Any, head: Any) -> None:
+    """Raise ModelError where this process holds a part of the head's matrix alone."""
+    weight = head.weight
+    if hasattr(weight, "placements"):
+        how = "a DTensor (FSDP2, tensor parallelism)"
+    elif hasattr(weight, "ds_id") and not weight.numel():
+        how = "partitioned by DeepSpeed ZeRO-3"
+    elif weight.dim() != 2 or not weight.numel():
+        how = "flattened by FSDP"
+    else:
+        return
+    raise ModelError(
+        f"the head of {type(model).__name__} is {how}",
+        why="the probe reads a gradient against the whole matrix of the output head",
+        fix="probe or audit the same set-up in one process, without sharding",
+    )
