@@ -7,17 +7,23 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import Result
+from rich.console import Console
 from tiny import llama
 from typer.testing import CliRunner
 
 from ygivenx.cli import app
-from ygivenx.errors import ConfigError
+from ygivenx.commands.scorerun import Rows, run
+from ygivenx.errors import ConfigError, ModelError
+from ygivenx.rows.data import read
 from ygivenx.scores.scorefile import ScoreFile
+from ygivenx.scores.scoring import Tally, questioner_for, scores
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +136,36 @@ def test_a_file_that_is_no_run_s_is_never_touched(tmp_path):
     with pytest.raises(ConfigError, match="unknown kind"):
         ScoreFile(tmp_path / "x.csv", {})
     assert path.read_text() == "precious\n"
+
+
+def test_a_model_that_gives_nan_scores_nothing_and_says_so(smol_tokenizer, pairs, tmp_path):
+    model = llama(vocab_size=len(smol_tokenizer))
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    smol_tokenizer.save_pretrained(tmp_path / "model")
+    done = ygx_score(pairs, "--model", tmp_path / "model", "-o", tmp_path / "out.jsonl")
+    assert isinstance(done.exception, ModelError)
+    assert "rows 0 to 59" in str(done.exception)
+    assert "gives NaN" in str(done.exception)
+    assert "float32" in done.exception.why
+    assert lines(tmp_path / "out.jsonl") == []
+
+
+def test_a_text_of_probability_zero_is_written_counted_and_read_again(smol_tokenizer, tmp_path):
+    model = llama(vocab_size=len(smol_tokenizer))
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(smol_tokenizer)))
+    model.lm_head.bias.data[smol_tokenizer.encode(" no")[0]] = -torch.inf
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text('{"x": "Well?", "y": " yes"}\n{"x": "Well?", "y": " no"}\n')
+    for scored in (2, 0):
+        tally = Tally()
+        rows = Rows(read(str(data)), questioner_for(model, smol_tokenizer))
+        teller = partial(scores, model, tally=tally)
+        account = run(rows, teller, tally, ScoreFile(out, {}), Console(quiet=True))
+        assert tally.scores == scored
+        assert (account["scored"], account["impossible"]) == (2, 1)
+        assert account["conditional_nats_per_token"] is None
+    possible, impossible = lines(out)
+    assert possible["log_p_y_given_x"] < 0
+    assert impossible["log_p_y_given_x"] is None
+    assert not impossible["greedy"]

@@ -8,6 +8,7 @@ import torch
 from tiny import llama, sequences
 
 import ygivenx as yx
+from ygivenx.errors import ModelError
 from ygivenx.scores.scoring import score_sequences
 from ygivenx.sequence import Segment, Sequence
 
@@ -76,6 +77,13 @@ def test_one_token_continuations_sum_to_one():
     told = score_sequences(llama(), data)
     assert sum(np.exp(s.log_p_y_given_x) for s in told) == pytest.approx(1, abs=1e-5)
     assert sum(s.greedy for s in told) == 1
+
+
+def test_nan_is_an_error_not_a_perfect_score():
+    model = llama()
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ModelError, match="NaN for 20 of 20 tokens"):
+        score_sequences(model, sequences(1))
 
 
 @pytest.mark.model

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import Progress
 
-from ..errors import ConfigError, RowError, nearest
+from ..errors import ConfigError, ModelError, RowError, nearest
 from ..rows.formats import normalise
 from ..scores.questions import Question, Questioner
 from ..scores.scorefile import ScoreFile
@@ -100,35 +100,44 @@ def records(numbered: Iterable[Numbered], told: Teller) -> Iterator[dict[str, An
             waiting.append((n.row, n.sequence))
             yield n.question
 
-    for score in told(questions()):
-        row, sequence = waiting.popleft()
-        yield {"row": row, "sequence": sequence, **score.to_dict()}
+    try:
+        for score in told(questions()):
+            row, sequence = waiting.popleft()
+            yield {"row": row, "sequence": sequence, **score.to_dict()}
+    except ModelError as error:
+        if waiting:
+            error.where = f"rows {waiting[0][0]} to {waiting[-1][0]}, {error.where}".removesuffix(", ")
+        raise
 
 
 @dataclass
 class Means:
-    """Sums over records, as they pass."""
+    """Sums over records, as they pass. impossible: y's of probability 0, whose log p JSON has no number for."""
 
     scored: int = 0
     tokens_y: int = 0
     log_p_y: float = 0.0
     greedy: int = 0
+    impossible: int = 0
 
     def over(self, stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The same records, added up."""
         for r in stream:
             self.scored += 1
             self.tokens_y += r["scored"]
-            self.log_p_y += r["log_p_y_given_x"]
+            self.log_p_y += r["log_p_y_given_x"] or 0.0
             self.greedy += r["greedy"]
+            self.impossible += r["log_p_y_given_x"] is None
             yield r
 
     def to_dict(self) -> dict[str, Any]:
+        finite = self.tokens_y and not self.impossible
         return {
             "scored": self.scored,
             "tokens_y": self.tokens_y,
-            "conditional_nats_per_token": -self.log_p_y / self.tokens_y if self.tokens_y else None,
+            "conditional_nats_per_token": -self.log_p_y / self.tokens_y if finite else None,
             "greedy": self.greedy,
+            "impossible": self.impossible,
         }
 
 
@@ -194,9 +203,14 @@ def score_file(
         teller = partial(scores_on_ray, (*model, flags["dtype"]), workers=flags["ray"], **told)
     account = run(rows, teller, told["tally"], file, console, silent)
     say_account(account, rows.first[0].message if rows.first else "")
-    nats = account["conditional_nats_per_token"]
-    console.print(f"{told['tally']}; {nats or 0:.4f} nats per token of y", highlight=False)
+    console.print(f"{told['tally']}; {_mean(account)} nats per token of y", highlight=False)
     return account
+
+
+def _mean(account: dict[str, Any]) -> str:
+    if account["impossible"]:
+        return f"{account['impossible']:,} y's of probability 0, so ∞"
+    return f"{account['conditional_nats_per_token'] or 0:.4f}"
 
 
 def _bos(flag: str) -> bool | str:
