@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..forest import Forest, Ints
 from . import attention, lastlayer
+from .adapters import refuse_unread
 from .plan import Plan, automatic
 
 # `model_type` of the decoders' configs.
@@ -44,6 +45,7 @@ def config_of(model: Any) -> Any:
 
 def check(model: Any) -> None:
     """Raise ModelError for a model whose hidden states over a forest would not be those of its sequences."""
+    refuse_unread(model)
     decoder, config = decoder_of(model), config_of(model)
     strange = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if strange:

@@ -315,10 +315,9 @@ def _dependence(hidden: Tensor, embedded: Tensor, groups: np.ndarray) -> np.ndar
 
 
 def _head_form(model: Any, head: Any) -> HeadForm:
-    from ..models.model import head_of
+    from ..models.model import softcap_and_scale
 
-    known = head_of(model)
-    return HeadForm(head.weight, getattr(head, "bias", None), known.softcap, known.scale)
+    return HeadForm(head.weight, getattr(head, "bias", None), *softcap_and_scale(model))
 
 
 def _quiet(read: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
