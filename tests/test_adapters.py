@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import (
-    IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, TrainableTokensConfig, get_peft_model,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
 )
 from tiny import llama
 from torch import nn
@@ -22,7 +27,9 @@ ROWS = tree(3)
 
 def adapted(**options):
     torch.manual_seed(1)
-    return get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False, **options))
+    return get_peft_model(
+        llama(), LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False, **options)
+    )
 
 
 def assert_equal_to_the_model(model, **options) -> None:
@@ -95,9 +102,15 @@ def test_what_is_no_product_is_refused_by_name():
     dropout = adapted(lora_dropout=0.1)
     ia3 = get_peft_model(llama(), IA3Config(target_modules=["q_proj", "lm_head"], feedforward_modules=[]))
     tokens = get_peft_model(
-        llama(tie_word_embeddings=True), TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"])
+        llama(tie_word_embeddings=True),
+        TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"]),
     )
-    for model, name in ((dora, "DoRA"), (dropout.train(), "dropout of 0.1"), (ia3, "ia3"), (tokens, "TrainableTokens")):
+    for model, name in (
+        (dora, "DoRA"),
+        (dropout.train(), "dropout of 0.1"),
+        (ia3, "ia3"),
+        (tokens, "TrainableTokens"),
+    ):
         with pytest.raises(ModelError, match=name):
             yx.loss(model, ROWS)
     assert_equal_to_the_model(dropout.eval())
@@ -107,7 +120,9 @@ def test_what_is_no_product_is_refused_by_name():
 def test_virtual_tokens_are_refused_by_name(config):
     model = get_peft_model(llama(), config(task_type="CAUSAL_LM", num_virtual_tokens=3))
     for use in (yx.loss, score_sequences):
-        with pytest.raises(ModelError, match=config.__name__.removesuffix("TuningConfig").lower() + " tuning"):
+        with pytest.raises(
+            ModelError, match=config.__name__.removesuffix("TuningConfig").lower() + " tuning"
+        ):
             use(model, ROWS)
 
 
@@ -122,7 +137,7 @@ def test_lora_that_wakes_up_within_the_text_is_refused():
 def test_hooks_on_the_head_are_refused_by_name():
     model = llama()
     handle = model.lm_head.register_forward_hook(lambda module, inputs, out: out * 2)
-    with pytest.raises(ModelError, match="has a hook, .*lambda"):
+    with pytest.raises(ModelError, match=r"has a hook, .*lambda"):
         yx.loss(model, ROWS)
     handle.remove()
     yx.loss(model, ROWS)

@@ -179,7 +179,9 @@ def test_a_head_that_does_more_than_a_product_is_refused(monkeypatch):
     model = llama()
     monkeypatch.setattr("ygivenx.models.model.PROVEN", frozenset())
     product = model.lm_head.forward
-    monkeypatch.setattr(model.lm_head, "forward", lambda h: product(h) - product(h).mean(-1, keepdim=True) * 2)
+    monkeypatch.setattr(
+        model.lm_head, "forward", lambda h: product(h) - product(h).mean(-1, keepdim=True) * 2
+    )
     with pytest.raises(ModelError, match="aren't its head's product"):
         head_of(model)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +17,7 @@ from ..sequence import Segment, Sequence
 
 OVERFLOWS = ("refuse", "left", "roll")
 WINDOW = 32_768  # distinct tokens of one window
-MOST = 16  # tokens of one window, as a multiple of WINDOW, however much is shared
+MOST = 64  # tokens of one window per distinct one that it has room for: each takes some hundred bytes
 
 
 class Part(NamedTuple):
@@ -136,27 +137,51 @@ def rolling(length: int, limit: int) -> list[tuple[int, int, int]]:
 
 
 def windows(questions: Iterable[Question], tokens: int = WINDOW) -> Iterator[tuple[list[Question], Forest]]:
-    """Neighbouring questions with about `tokens` distinct tokens each, and the forest of their sequences.
+    """Neighbouring questions and the forest of their sequences; order is kept.
 
-    However much they share, a window holds at most MOST × `tokens`: memory is bounded, order is kept.
+    Beyond its first question a window takes what adds up to `tokens` distinct ones, or to as many as that question
+    has: a longer prompt is computed again only after as much that is new. However much they share, it holds at most
+    MOST times that: memory is bounded.
     """
     window: list[Question] = []
-    raw, full = 0, tokens
+    seen, raw, room, most = _Seen(), 0, 0, 0
     for question in questions:
+        length, added = sum(map(len, question.sequences)), seen.add(question)
+        if window and (added > room or raw + length > most):
+            yield window, _forest(window)
+            window, seen, raw = [], _Seen(), 0
+            added = seen.add(question)
+        if not window:
+            room = max(tokens, length)
+            most, added = MOST * room, 0
         window.append(question)
-        raw += sum(map(len, question.sequences))
-        if raw < full:
-            continue
-        forest = _forest(window)
-        spare = tokens - len(forest)
-        if spare > tokens // 8 and raw < MOST * tokens:
-            # What comes is taken to share half as well as what came.
-            full = min(MOST * tokens, raw + int(spare * max(1.0, raw / len(forest) / 2)))
-            continue
-        yield window, forest
-        window, raw, full = [], 0, tokens
+        raw, room = raw + length, room - added
     if window:
         yield window, _forest(window)
+
+
+class _Seen:
+    """Token sequences, sorted: in any order of them none has a longer prefix in common than one of two neighbours."""
+
+    def __init__(self) -> None:
+        self.sorted: list[bytes] = []
+
+    def add(self, question: Question) -> int:
+        """Tokens that a question's sequences add to the forest."""
+        return sum(self._add(s.ids.astype(np.uint32).tobytes()) for s in question.sequences)
+
+    def _add(self, key: bytes) -> int:
+        at = bisect_left(self.sorted, key)
+        shared = max((_common(key, k) for k in self.sorted[max(0, at - 1) : at + 1]), default=0)
+        self.sorted.insert(at, key)
+        return len(key) // 4 - shared
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """Tokens that two keys begin with in common."""
+    n = min(len(a), len(b)) // 4
+    differs = np.frombuffer(a, np.uint32, n) != np.frombuffer(b, np.uint32, n)
+    return int(differs.argmax()) if differs.any() else n
 
 
 def _forest(window: list[Question]) -> Forest:
