@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,7 +23,7 @@ from typer.testing import CliRunner
 
 from ygivenx.cli import app
 from ygivenx.commands.scorerun import Rows, run
-from ygivenx.errors import ConfigError, ModelError
+from ygivenx.errors import ConfigError, DataError, ModelError
 from ygivenx.rows.data import read
 from ygivenx.scores.scorefile import ScoreFile
 from ygivenx.scores.scoring import Tally, questioner_for, scores
@@ -126,6 +129,44 @@ def test_a_killed_run_goes_on_where_it_ended(model_dir, tmp_path):
     for a, b in zip(lines(out), lines(whole), strict=True):
         assert a["row"] == b["row"]
         assert a["log_p_y_given_x"] == pytest.approx(b["log_p_y_given_x"], abs=1e-4)
+
+
+@pytest.mark.parametrize("changed", ["model.safetensors", "tokenizer.json", "data", "version"])
+def test_another_model_or_other_data_under_the_same_name_is_refused(
+    model_dir, tmp_path, monkeypatch, changed
+):
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(model_dir, model)
+    datasets.Dataset.from_list([{"x": "2 + 2 =", "y": " 4"}]).save_to_disk(data)
+    out = model / "scores.jsonl"  # what is written beside the weights is no part of the model
+    command = (data, "--model", model, "-o", out)
+    for _ in range(2):
+        done = ygx_score(*command)
+        assert done.exit_code == 0, done.exception
+    if changed == "version":
+        monkeypatch.setattr("ygivenx.commands.scorerun.__version__", "0")
+    else:
+        file = next(data.glob("*.arrow")) if changed == "data" else model / changed
+        os.utime(file, (1, 1))
+    kind = {"data": "files of the data", "version": "ygivenx"}.get(changed, "files of the model")
+    refused = ygx_score(*command)
+    assert isinstance(refused.exception, ConfigError)
+    assert f"these differ: {kind} (" in refused.exception.why
+
+
+def test_a_finished_parquet_file_without_its_account(tmp_path):
+    path = tmp_path / "out.parquet"
+    file = ScoreFile(path, {})
+    file.write([{"row": 0}])
+    file.finish({"scored": 1})
+    file.lines.write_text("left by a machine that died before it could tidy up\n")
+    again = ScoreFile(path, {})
+    assert again.finished
+    assert again.account == {"scored": 1}
+    assert not again.lines.exists()
+    again.note.write_text('{"run": {}}')
+    with pytest.raises(DataError, match="no account"):
+        _ = ScoreFile(path, {}).account
 
 
 def test_a_file_that_is_no_run_s_is_never_touched(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import Progress
 
+from .. import __version__
 from ..errors import ConfigError, ModelError, RowError, nearest
 from ..rows.formats import normalise
 from ..scores.questions import Question, Questioner
@@ -185,7 +187,7 @@ def score_file(
     """
     from ..scores.scoring import Tally, questioner_for, scores
 
-    run_of = {k: v for k, v in flags.items() if k != "ray"} | {"model": model} | _state(reader.name)
+    run_of = {k: v for k, v in flags.items() if k != "ray"} | _identity(model, reader.name)
     file = None if output is None else ScoreFile(output, run_of)
     if file is not None and file.finished:
         console.print(f"{output} is complete: nothing to do", highlight=False)
@@ -220,7 +222,29 @@ def _bos(flag: str) -> bool | str:
     return known[flag]
 
 
-def _state(name: str) -> dict[str, Any]:
-    """What tells whether a file is still the same."""
-    path = Path(name)
-    return {"size": path.stat().st_size, "changed": path.stat().st_mtime_ns} if path.is_file() else {}
+# What a model and its tokenizer are read from; a directory may hold other files, such as these scores.
+MODEL_FILES = (
+    "*.safetensors*", "config.json", "adapter_config.json", "tokenizer*", "vocab*", "merges.txt", "*.model",
+    "added_tokens.json", "special_tokens_map.json", "chat_template*",
+)  # fmt: skip
+
+
+def _identity(model: tuple[str, str | None], data: str) -> dict[str, Any]:
+    """What tells whether model, data and package are still the same; a model on the hub goes by its name."""
+    directory, gguf_file = Path(model[0]), model[1]
+    patterns = MODEL_FILES if gguf_file is None else (*MODEL_FILES, gguf_file)
+    rows = Path(data)
+    of_data = (f for f in rows.rglob("*") if not f.name.startswith("cache-")) if rows.is_dir() else [rows]
+    return {
+        "model": model,
+        "files of the model": _listing(f for p in patterns for f in directory.glob(p)),
+        "files of the data": _listing(of_data),
+        "ygivenx": __version__,
+    }
+
+
+def _listing(files: Iterable[Path]) -> str:
+    """A short hash of the names, sizes and times of the files; empty for none."""
+    stats = {str(f): f.stat() for f in files if f.is_file()}
+    told = sorted((name, s.st_size, s.st_mtime_ns) for name, s in stats.items())
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12] if told else ""
