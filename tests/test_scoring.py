@@ -8,7 +8,7 @@ import torch
 from tiny import llama, sequences
 
 import ygivenx as yx
-from ygivenx.errors import ModelError
+from ygivenx.errors import ModelError, RowError
 from ygivenx.scores.scoring import score_sequences
 from ygivenx.sequence import Segment, Sequence
 
@@ -84,6 +84,31 @@ def test_nan_is_an_error_not_a_perfect_score():
     model.model.norm.weight.data[0] = torch.nan
     with pytest.raises(ModelError, match="NaN for 20 of 20 tokens"):
         score_sequences(model, sequences(1))
+
+
+def test_items_of_any_iterable_and_of_json(smol_tokenizer):
+    model = llama(vocab_size=len(smol_tokenizer))
+    items = [
+        ("Paris is", " big"),
+        ["Paris is", " big"],
+        ("Paris is", [" big"]),
+        ["Paris is", [" big", " old"]],
+        "Paris is",
+    ]
+    one, same, (several,), (first, second), text = yx.score(model, smol_tokenizer, (i for i in items))
+    assert one.log_p_y_given_x == same.log_p_y_given_x == several.log_p_y_given_x == first.log_p_y_given_x
+    assert second.log_p_y_given_x != first.log_p_y_given_x
+    assert text.tokens_x == 0
+
+
+@pytest.mark.parametrize(
+    "item", [("x", None), ("x", ["y", None]), ("x", "y", "z"), 5, None, [], [["x", "y"]], (1, "y")]
+)
+def test_what_is_no_item_is_refused_with_the_forms(item, smol_tokenizer):
+    with pytest.raises(RowError, match=f"it is a {type(item).__name__}") as refused:
+        yx.score(llama(vocab_size=len(smol_tokenizer)), smol_tokenizer, [item])
+    assert refused.value.reason == "wrong_type"
+    assert "(x, [y, ...])" in refused.value.fix
 
 
 @pytest.mark.model

@@ -17,6 +17,7 @@ from ..sequence import Segment, Sequence
 
 OVERFLOWS = ("refuse", "left", "roll")
 WINDOW = 32_768  # distinct tokens of one window
+FORMS = "give a text, (x, y), (x, [y, ...]), a row as Encoder takes it, a Sequence or an Example"
 MOST = 64  # tokens of one window per distinct one that it has room for: each takes some hundred bytes
 
 
@@ -49,7 +50,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Questioner:
-    """Items to questions: text (x is empty), (x, y), (x, [y, ...]), a row, or what an encoder makes of one.
+    """Items to questions: text (x is empty), (x, y) or [x, y], (x, [y, ...]), a row, or what an encoder makes of one.
 
     limit: tokens that the model can read at once, None for any number. overflow: what happens to more:
     `refuse`, cut x on the `left`, or `roll` y through windows that overlap as little as they can.
@@ -71,14 +72,20 @@ class Questioner:
         """The questions of one item: one, or one per y or per turn that has a rendering of its own."""
         if isinstance(item, str):
             item = Pair("", item)
-        if isinstance(item, tuple) and not isinstance(item[1], str):
-            return [q for y in item[1] for q in self((item[0], y))]
-        if isinstance(item, tuple):
-            item = Pair(*item)
         if isinstance(item, Mapping | Conversation | Pair):
             y = item.y if isinstance(item, Pair) else None
             return [self._question(s, y) for s in self.encoder(item)]
-        return [self._question(s, None) for s in ([item] if isinstance(item, Sequence) else item)]
+        if isinstance(item, Sequence):
+            return [self._question(item, None)]
+        match item:
+            case [str(x), str(y)]:
+                return self(Pair(x, y))
+            case [str(x), [*ys]] if all(isinstance(y, str) for y in ys):
+                return [q for y in ys for q in self(Pair(x, y))]
+        sequences = list(item) if isinstance(item, Iterable) else []
+        if not sequences or not all(isinstance(s, Sequence) for s in sequences):
+            raise RowError(_told(item), reason="wrong_type", fix=FORMS)
+        return [self._question(s, None) for s in sequences]
 
     def _question(self, sequence: Sequence, y: str | None) -> Question:
         y = _text(sequence) if y is None else y
@@ -186,6 +193,11 @@ def _common(a: bytes, b: bytes) -> int:
 
 def _forest(window: list[Question]) -> Forest:
     return Forest.of([s for q in window for s in q.sequences])
+
+
+def _told(item: Any) -> str:
+    parts = f" of {', '.join(type(part).__name__ for part in item)}" if isinstance(item, tuple | list) else ""
+    return f"it is a {type(item).__name__}{parts}"
 
 
 def _text(sequence: Sequence) -> str:

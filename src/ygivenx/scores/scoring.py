@@ -153,6 +153,7 @@ def score(
         model, tokenizer, border=border, bos=bos, control=control, overflow=overflow,
         max_length=max_length, unconditional=unconditional,
     )  # fmt: skip
+    items = list(items)
     asked = [questioner(item) for item in items]
     told = scores(model, (q for questions in asked for q in questions), marginal=marginal, tokens=tokens)
     found = [[next(told) for _ in questions] for questions in asked]
@@ -258,7 +259,7 @@ def _texts(question: Question) -> tuple[str, ...]:
 
 def _several(item: Any) -> bool:
     """Whether an item asks for a list of scores, even if that has one element."""
-    return isinstance(item, tuple) and len(item) == 2 and not isinstance(item[1], str)
+    return isinstance(item, tuple | list) and isinstance(item[0], str) and not isinstance(item[1], str)
 
 
 def _plain(value: Any) -> Any:
