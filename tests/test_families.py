@@ -168,6 +168,17 @@ def test_layers_that_pass_by_the_interface_are_refused():
         hidden_states(model, yx.Forest.of(tree(0)))
 
 
+@pytest.mark.parametrize("at", [3, -1])
+def test_ids_without_an_embedding_are_refused(at):
+    """As a context, and as the last token, which is only asked for."""
+    ids = np.arange(6)
+    ids[at] = VOCAB
+    with pytest.raises(
+        ModelError, match=f"{VOCAB} has no embedding: there are {VOCAB}|outside 0..{VOCAB - 1}"
+    ):
+        yx.loss(llama(), [yx.Sequence(ids, np.array([0, 0, 0, 1, 1, 1]))])
+
+
 def test_what_is_no_causal_model_is_refused():
     with pytest.raises(ModelError, match="Linear has no decoder"):
         hidden_states(torch.nn.Linear(2, 2), yx.Forest.of(tree(0)))

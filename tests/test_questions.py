@@ -60,6 +60,10 @@ def test_what_does_not_fit_is_refused_with_a_way_out():
     with pytest.raises(RowError, match="y doesn't fit") as refused:
         Questioner(None, limit=9, overflow="left")(with_bos(20, 30))
     assert refused.value.reason == "y_too_long"
+    bare = pair_of_ids(range(20), range(20, 30))  # without x and BOS y's first token would have no context
+    assert Questioner(None, limit=10, overflow="left")(bare)[0].truncated == 19
+    with pytest.raises(RowError, match="y doesn't fit"):
+        Questioner(None, limit=9, overflow="left")(bare)
     assert len(Questioner(None, limit=25)(with_bos(20, 5))[0].parts) == 1
     with pytest.raises(ConfigError, match="did you mean 'left'"):
         Questioner(None, overflow="lift")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -190,6 +191,19 @@ def test_a_model_that_gives_nan_scores_nothing_and_says_so(smol_tokenizer, pairs
     assert "gives NaN" in str(done.exception)
     assert "float32" in done.exception.why
     assert lines(tmp_path / "out.jsonl") == []
+
+
+def test_rows_with_tokens_that_the_model_has_not_are_quarantined(smol_tokenizer, tmp_path):
+    model = llama(vocab_size=len(smol_tokenizer))
+    tokenizer = copy.deepcopy(smol_tokenizer)
+    tokenizer.add_tokens(["<added>"])
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text('{"x": "Well?", "y": " yes"}\n{"x": "Well <added> ?", "y": " no"}\n')
+    done = ygx_score(data, "--model", tmp_path / "model", "-o", out, "--json")
+    assert json.loads(done.stdout)["reasons"] == {"bad_id": 1}
+    assert [r["row"] for r in lines(out)] == [0]
 
 
 def test_a_text_of_probability_zero_is_written_counted_and_read_again(smol_tokenizer, tmp_path):

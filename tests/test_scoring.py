@@ -9,6 +9,7 @@ from tiny import llama, sequences
 
 import ygivenx as yx
 from ygivenx.errors import ModelError, RowError
+from ygivenx.scores.questions import NO_CONTEXT
 from ygivenx.scores.scoring import score_sequences
 from ygivenx.sequence import Segment, Sequence
 
@@ -109,6 +110,33 @@ def test_what_is_no_item_is_refused_with_the_forms(item, smol_tokenizer):
         yx.score(llama(vocab_size=len(smol_tokenizer)), smol_tokenizer, [item])
     assert refused.value.reason == "wrong_type"
     assert "(x, [y, ...])" in refused.value.fix
+
+
+def test_an_empty_unconditional_prompt_needs_a_bos(smol_tokenizer):
+    """Without one y's first token would count after x and not alone."""
+    model = llama(vocab_size=len(smol_tokenizer))
+    items = [("Paris is", " big"), ("Paris is", " big, isn't it?"), ("Paris is", "")]
+    for bare in yx.score(model, smol_tokenizer, items, unconditional="", bos=False):
+        assert bare.log_p_y is None
+        assert NO_CONTEXT in bare.notes
+    told = yx.score(model, smol_tokenizer, [("Paris is", " big"), ("", " big")], unconditional="", bos=True)
+    assert told[0].log_p_y == pytest.approx(told[1].log_p_y_given_x, abs=1e-4)
+    assert told[1].pmi == pytest.approx(0, abs=1e-4)
+
+
+def test_a_bos_that_is_written_in_x_is_one(smol_tokenizer):
+    model, bos = llama(vocab_size=len(smol_tokenizer)), smol_tokenizer.bos_token
+    x, y = "user asks: what is big?", " Paris"
+    (added,) = yx.score(model, smol_tokenizer, [(x, y)], bos=True)
+    for control in ("parse", "refuse"):
+        (written,) = yx.score(model, smol_tokenizer, [(bos + x, y)], control=control)
+        assert not written.conditional_on_first
+        assert written.notes == added.notes
+        assert (written.tokens_x, written.log_p_xy) == (added.tokens_x, added.log_p_xy)
+        (cut,) = yx.score(
+            model, smol_tokenizer, [(bos + x, y)], control=control, overflow="left", max_length=4, tokens=True
+        )
+        assert cut.token_text == (bos, " is", " big", "?", " Paris")
 
 
 @pytest.mark.model

@@ -38,6 +38,11 @@ def decoder_of(model: Any) -> Any:
     return decoder
 
 
+def vocabulary(decoder: Any) -> int:
+    """How many tokens have an embedding."""
+    return len(decoder.get_input_embeddings().weight)
+
+
 def config_of(model: Any) -> Any:
     """The config of the language model, also where a model has several."""
     return model.config.get_text_config(decoder=True)
@@ -68,7 +73,18 @@ def check(model: Any) -> None:
 
 
 def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None = None) -> Tensor:
-    """Final hidden states [n, H] of the plan's queries, whose ids are token [n]; of those `needed`, where given."""
+    """Final hidden states [n, H] of the plan's queries, whose ids are token [n]; of those `needed`, where given.
+
+    Raises ModelError for an id that has no embedding, and for layers that pass by transformers' attention interface.
+    """
+    rows = vocabulary(decoder)
+    if len(token) and token.max() >= rows:
+        raise ModelError(
+            f"token id {token.max()} has no embedding: there are {rows:,}",
+            where=type(decoder).__name__,
+            why="the tokenizer has tokens that were added after the model was made, or is another model's",
+            fix="model.resize_token_embeddings(len(tokenizer)) and train them, or use the model's own tokenizer",
+        )
     ids, depth = (
         torch.from_numpy(np.ascontiguousarray(a)).to(plan.device) for a in (token, plan.depth[plan.first :])
     )

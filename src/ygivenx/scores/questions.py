@@ -18,6 +18,7 @@ from ..sequence import Segment, Sequence
 OVERFLOWS = ("refuse", "left", "roll")
 WINDOW = 32_768  # distinct tokens of one window
 FORMS = "give a text, (x, y), (x, [y, ...]), a row as Encoder takes it, a Sequence or an Example"
+NO_CONTEXT = "no log Pr(y): without a prompt and a BOS y's first token has no probability"
 MOST = 64  # tokens of one window per distinct one that it has room for: each takes some hundred bytes
 
 
@@ -54,7 +55,7 @@ class Questioner:
 
     limit: tokens that the model can read at once, None for any number. overflow: what happens to more:
     `refuse`, cut x on the `left`, or `roll` y through windows that overlap as little as they can.
-    unconditional: a text to stand in the place of x for log Pr(y).
+    unconditional: a text to stand in the place of x for log Pr(y). vocabulary: how many ids the model knows.
     Raises RowError for an item that can't be encoded or doesn't fit; ConfigError for an unknown overflow.
     """
 
@@ -62,6 +63,7 @@ class Questioner:
     limit: int | None = None
     overflow: str = "refuse"
     unconditional: str | None = None
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if self.overflow not in OVERFLOWS:
@@ -88,16 +90,38 @@ class Questioner:
         return [self._question(s, None) for s in sequences]
 
     def _question(self, sequence: Sequence, y: str | None) -> Question:
+        self._refuse_unknown(sequence)
         y = _text(sequence) if y is None else y
-        alone = None if self.unconditional is None else self.encoder(Pair(self.unconditional, y)).only
-        if alone is not None:
-            self._check(alone, "the unconditional prompt and y are")
-        question = Question((Part(sequence),), len(y.encode()), alone=alone, notes=sequence.notes)
+        alone, notes = self._alone(y)
+        question = Question((Part(sequence),), len(y.encode()), alone=alone, notes=(*sequence.notes, *notes))
         if self.limit is None or len(sequence) - 1 <= self.limit:
             return question
         if self.overflow == "refuse":
             self._check(sequence, "it is")
         return self._cut(question) if self.overflow == "left" else self._roll(question)
+
+    def _alone(self, y: str) -> tuple[Sequence | None, tuple[str, ...]]:
+        """y after the unconditional prompt, and notes; None where there is no such prompt, and nothing to score."""
+        if self.unconditional is None:
+            return None, ()
+        try:
+            alone = self.encoder(Pair(self.unconditional, y)).only
+        except RowError as error:
+            if self.unconditional or error.reason not in ("nothing_trained", "empty_pair"):
+                raise
+            return None, (NO_CONTEXT,)
+        self._check(alone, "the unconditional prompt and y are")
+        return alone, tuple(f"unconditional: {n}" for n in alone.notes)
+
+    def _refuse_unknown(self, sequence: Sequence) -> None:
+        highest = int(sequence.ids.max(initial=0))
+        if self.vocabulary is not None and highest >= self.vocabulary:
+            raise RowError(
+                f"token id {highest} is unknown to the model, which has {self.vocabulary:,}",
+                reason="bad_id",
+                why="the tokenizer has tokens that were added after the model was made, or is another model's",
+                fix="use the model's own tokenizer, or a model whose embeddings were resized and trained",
+            )
 
     def _check(self, sequence: Sequence, what: str) -> None:
         if self.limit is not None and len(sequence) - 1 > self.limit:
@@ -112,7 +136,8 @@ class Questioner:
         assert self.limit is not None
         sequence = question.parts[0].sequence
         start, stop = _bos(sequence), len(sequence) - 1 - self.limit + _bos(sequence)
-        if sequence.output[start:stop].any() or stop >= len(sequence):
+        first = stop + (not start)  # where there is no BOS, what stands first has no probability
+        if sequence.output[start:first].any() or stop >= len(sequence):
             what = f"y doesn't fit into the {self.limit:,} tokens that the model reads"
             raise RowError(what, reason="y_too_long", fix="overflow='roll' scores y in windows")
         note = f"x lost {stop - start:,} tokens on its left: the model reads {self.limit:,}"
