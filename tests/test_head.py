@@ -564,3 +564,25 @@ def test_a_machine_that_gives_large_pages_back_is_recognised(tmp_path, kind, fea
     (tmp_path / "virtio0" / "features").write_text(features + "\n")
     (tmp_path / "virtio1").mkdir()  # one that can't be read
     assert pages.given_back.__wrapped__(str(tmp_path)) is expected
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_inside_a_compiled_function(backend):
+    """What stands around the head is compiled, and the head gives what it gives without."""
+    case = random_case(13)
+    body = torch.nn.Linear(case.hidden.shape[1], case.hidden.shape[1])
+
+    def step(x: Tensor, weight: Tensor) -> Tensor:
+        hidden = body(x).tanh()
+        log_p, loss = selective_cross_entropy(hidden, weight, case.rows, case.targets, case.weights)
+        return loss * 2 + log_probs(hidden, weight, case.rows, case.targets).sum() + 0 * log_p.sum()
+
+    def run(function) -> list[Tensor]:
+        weight = case.weight.detach().clone().requires_grad_()
+        value = function(case.hidden.detach(), weight)
+        return [value.detach(), *torch.autograd.grad(value, [weight, body.weight])]
+
+    torch._dynamo.reset()
+    for got, wanted in zip(run(torch.compile(step, backend=backend)), run(step), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -26,6 +26,7 @@ class Ranked(NamedTuple):
     rank: Tensor
 
 
+@torch.compiler.disable  # it reads indices, and memory by its address: torch.compile goes around it
 def selective_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -72,6 +73,7 @@ def log_probs(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
     softcap: float | None = ..., scale: float = ..., ranks: Literal[True], memory: int = ...,
 ) -> Ranked: ...  # fmt: skip
+@torch.compiler.disable
 def log_probs(
     hidden: Tensor,
     weight: Tensor,

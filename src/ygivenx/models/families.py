@@ -19,6 +19,7 @@ from ..forest import Forest, Ints
 from . import attention, lastlayer
 from .adapters import refuse_unread
 from .plan import Plan, automatic
+from .wrappers import inner_of
 
 # `model_type` of the decoders' configs.
 PROVEN = {
@@ -34,7 +35,9 @@ def decoder_of(model: Any) -> Any:
     """The part that maps tokens to final hidden states. Raises ModelError for what isn't a causal LM."""
     decoder = getattr(model, "get_decoder", lambda: None)()
     if decoder is None or not hasattr(decoder, "get_input_embeddings"):
-        raise ModelError(f"{type(model).__name__} has no decoder", fix="load it with AutoModelForCausalLM")
+        wrapped = inner_of(model) is not model
+        fix = "pass the model inside it, .module" if wrapped else "load it with AutoModelForCausalLM"
+        raise ModelError(f"{type(model).__name__} has no decoder", fix=fix)
     return decoder
 
 
