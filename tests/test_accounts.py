@@ -10,6 +10,7 @@ import torch
 from tiny import VOCAB, llama, sequences
 
 from ygivenx import Sequence, check, ledger
+from ygivenx.errors import ModelError
 from ygivenx.sequence import Segment
 
 
@@ -57,6 +58,25 @@ def test_an_unbalanced_ledger_says_so():
     broken = type(book)(**{**book.__dict__, "conditional_by_difference": book.conditional + 0.1})
     assert not broken.balanced
     assert "≠" in str(broken)
+
+
+def test_a_model_that_gives_nan_has_no_ledger():
+    model = llama()
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ModelError, match="gives NaN"):
+        ledger(model, sequences(1)[0])
+
+
+@pytest.mark.parametrize(("at", "balanced"), [(-1, True), (3, False)])
+def test_a_token_of_probability_zero(at, balanced):
+    """In y both routes give −∞; in x a difference of two infinities is nothing."""
+    model, s = llama(), sequences(1)[0]
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(VOCAB))
+    model.lm_head.bias.data[s.ids[at]] = -math.inf
+    book = ledger(model, s)
+    assert book.joint == -math.inf
+    assert book.balanced == balanced
+    assert any("probability 0" in n for n in book.notes)
 
 
 def test_the_impossible_case_of_the_seed():

@@ -168,6 +168,17 @@ def test_layers_that_pass_by_the_interface_are_refused():
         hidden_states(model, yx.Forest.of(tree(0)))
 
 
+@pytest.mark.parametrize("at", [3, -1])
+def test_ids_without_an_embedding_are_refused(at):
+    """As a context, and as the last token, which is only asked for."""
+    ids = np.arange(6)
+    ids[at] = VOCAB
+    with pytest.raises(
+        ModelError, match=f"{VOCAB} has no embedding: there are {VOCAB}|outside 0..{VOCAB - 1}"
+    ):
+        yx.loss(llama(), [yx.Sequence(ids, np.array([0, 0, 0, 1, 1, 1]))])
+
+
 def test_what_is_no_causal_model_is_refused():
     with pytest.raises(ModelError, match="Linear has no decoder"):
         hidden_states(torch.nn.Linear(2, 2), yx.Forest.of(tree(0)))
@@ -178,8 +189,9 @@ def test_what_is_no_causal_model_is_refused():
 def test_a_head_that_does_more_than_a_product_is_refused(monkeypatch):
     model = llama()
     monkeypatch.setattr("ygivenx.models.model.PROVEN", frozenset())
-    model.lm_head.register_forward_hook(
-        lambda module, inputs, output: output - output.mean(-1, keepdim=True) * 2
+    product = model.lm_head.forward
+    monkeypatch.setattr(
+        model.lm_head, "forward", lambda h: product(h) - product(h).mean(-1, keepdim=True) * 2
     )
     with pytest.raises(ModelError, match="aren't its head's product"):
         head_of(model)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ygivenx.errors import ModelError
 from ygivenx.head import edges, fused, kernel, pages, reference, sweep
 from ygivenx.head.selective import explain, log_probs, selective_cross_entropy
+from ygivenx.head.tiles import Marks
 
 CASES = int(os.environ.get("YGIVENX_CASES", "300"))
 
@@ -252,6 +253,40 @@ def test_a_masked_vocabulary_and_not_a_number_come_through():
 
 
 @pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_otherwise_in_memory_is_read_the_same(dtype):
+    """Narrow indices, and tensors with gaps: the compiled kernel reads plain memory."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(40, 34, dtype=dtype), torch.randn(300, 34, dtype=dtype)
+    rows, targets, weights, bias = (
+        torch.arange(40),
+        torch.randint(0, 300, (40,)),
+        torch.rand(40),
+        torch.randn(300),
+    )
+
+    def gaps(t: Tensor) -> Tensor:
+        return torch.stack((t, t.flip(0)), -1)[..., 0]
+
+    plain = selective_cross_entropy(hidden, weight, rows, targets, weights, bias=bias)
+    for index in (torch.int32, torch.int16):
+        edges = (gaps(rows.to(index)), gaps(targets.to(index)), gaps(weights))
+        other = selective_cross_entropy(gaps(hidden), weight, *edges, bias=gaps(bias))
+        torch.testing.assert_close(other, plain, rtol=0, atol=0)
+        told = log_probs(gaps(hidden), weight, *edges[:2], bias=gaps(bias), ranks=True)
+        same = log_probs(hidden, weight, rows, targets, bias=bias, ranks=True)
+        torch.testing.assert_close(told, same, rtol=0, atol=0)
+
+
+def test_the_kernel_gets_a_bias_without_gaps():
+    marks = Marks(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
+    head = edges.Head(torch.randn(5, 4), torch.randn(10)[::2])
+    given = kernel.Tiles(head, 0, 64, torch.zeros(64), marks).arguments[2]
+    assert given.is_contiguous()
+    assert given.equal(head.bias)
+
+
+@pytest.mark.usefixtures("route")
 def test_the_default_dtype_does_not_matter():
     case = confident()
     usual = case.ours()
@@ -434,6 +469,9 @@ def assert_small_memory(tokens: int, size: int, vocabulary: int, dtype: torch.dt
         ({"hidden": torch.randn(2, 3, 4)}, "don't fit"),
         ({"hidden": torch.randn(3, 5)}, "don't fit"),
         ({"rows": torch.tensor([0, 3])}, "rows has an index outside 0..2"),
+        ({"rows": torch.tensor([True, False])}, "rows are bool"),
+        ({"rows": torch.tensor([0, 2], dtype=torch.uint8)}, "rows are uint8"),
+        ({"targets": torch.tensor([1.0, 5.0])}, "targets are float32"),
         ({"targets": torch.tensor([-100, 1])}, "targets has an index outside 0..5"),
         ({"rows": torch.tensor([0])}, "of one length"),
         ({"weights": torch.ones(3)}, "of one length"),
@@ -526,3 +564,25 @@ def test_a_machine_that_gives_large_pages_back_is_recognised(tmp_path, kind, fea
     (tmp_path / "virtio0" / "features").write_text(features + "\n")
     (tmp_path / "virtio1").mkdir()  # one that can't be read
     assert pages.given_back.__wrapped__(str(tmp_path)) is expected
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_inside_a_compiled_function(backend):
+    """What stands around the head is compiled, and the head gives what it gives without."""
+    case = random_case(13)
+    body = torch.nn.Linear(case.hidden.shape[1], case.hidden.shape[1])
+
+    def step(x: Tensor, weight: Tensor) -> Tensor:
+        hidden = body(x).tanh()
+        log_p, loss = selective_cross_entropy(hidden, weight, case.rows, case.targets, case.weights)
+        return loss * 2 + log_probs(hidden, weight, case.rows, case.targets).sum() + 0 * log_p.sum()
+
+    def run(function) -> list[Tensor]:
+        weight = case.weight.detach().clone().requires_grad_()
+        value = function(case.hidden.detach(), weight)
+        return [value.detach(), *torch.autograd.grad(value, [weight, body.weight])]
+
+    torch._dynamo.reset()
+    for got, wanted in zip(run(torch.compile(step, backend=backend)), run(step), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from ygivenx.models import memory
 
@@ -61,6 +62,40 @@ def test_without_it_every_step_pays_again():
 def test_whoever_has_set_the_allocator_keeps_it_so(name):
     value = "1" if name.startswith("MALLOC") else "glibc.malloc.arena_max=1"
     assert run("keep", **{name: value})[0] == "False"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "limits"),
+    [
+        ("0::/", {"memory.max": "1000"}, [1000]),
+        (
+            "0::/job/step",
+            {"job/step/memory.max": "max", "job/memory.max": "700", "memory.max": "900"},
+            [700, 900],
+        ),
+        ("4:cpu:/\n3:memory:/docker/1", {"memory/memory.limit_in_bytes": "500", "memory.max": "1"}, [500]),
+        ("0::/elsewhere", {}, []),
+        (None, {}, []),
+    ],
+)
+def test_a_container_s_limit_counts(groups, files, limits, tmp_path):
+    own, root = tmp_path / "cgroup", tmp_path / "fs"
+    if groups is not None:
+        own.write_text(groups)
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text + "\n")
+    assert list(memory._limits(own, root)) == limits
+
+
+def test_memory_is_told_without_sysconf(monkeypatch):
+    cpu = torch.device("cpu")
+    assert 0 < memory.total(cpu) <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(memory, "_limits", lambda own, root: [5])
+    assert memory.total(cpu) == 5
+    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(memory, "_limits", lambda own, root: [])
+    assert memory.total(cpu) == memory.UNTOLD
 
 
 def test_peak_grows_with_what_is_held():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ygivenx.errors import ConfigError, RowError
-from ygivenx.scores.questions import MOST, Questioner, pair_of_ids, rolling, windows
+from ygivenx.forest import Forest
+from ygivenx.scores.questions import MOST, Part, Question, Questioner, pair_of_ids, rolling, windows
 from ygivenx.sequence import Segment, Sequence
 
 
@@ -57,6 +60,10 @@ def test_what_does_not_fit_is_refused_with_a_way_out():
     with pytest.raises(RowError, match="y doesn't fit") as refused:
         Questioner(None, limit=9, overflow="left")(with_bos(20, 30))
     assert refused.value.reason == "y_too_long"
+    bare = pair_of_ids(range(20), range(20, 30))  # without x and BOS y's first token would have no context
+    assert Questioner(None, limit=10, overflow="left")(bare)[0].truncated == 19
+    with pytest.raises(RowError, match="y doesn't fit"):
+        Questioner(None, limit=9, overflow="left")(bare)
     assert len(Questioner(None, limit=25)(with_bos(20, 5))[0].parts) == 1
     with pytest.raises(ConfigError, match="did you mean 'left'"):
         Questioner(None, overflow="lift")
@@ -67,10 +74,14 @@ def test_windows_keep_order_and_bounds(rows, tokens):
     questions = [Questioner(None)(pair_of_ids(ids, [3]))[0] for ids in rows]
     told = list(windows(questions, tokens))
     assert [q for window, _ in told for q in window] == questions
-    longest = 31
-    for window, forest in told:
-        assert sum(len(s) for q in window for s in q.sequences) <= MOST * tokens + longest
+    for i, (window, forest) in enumerate(told):
+        first = len(window[0].sequences[0])
+        assert sum(len(s) for q in window for s in q.sequences) <= MOST * max(tokens, first)
+        assert len(forest) <= first + max(tokens, first)
         assert len(forest.paths) == len(window)
+        if i + 1 < len(told):  # what comes next had no room
+            further = [*window, told[i + 1][0][0]]
+            assert len(Forest.of(s for q in further for s in q.sequences)) > first + max(tokens, first)
 
 
 def test_what_is_shared_stays_together():
@@ -78,3 +89,21 @@ def test_what_is_shared_stays_together():
     questions = [Questioner(None)(pair_of_ids([*stem, i], [i]))[0] for i in range(40)]
     (only,) = windows(questions, 1000)  # 12,080 tokens, 380 of them distinct
     assert len(only[1]) == 380
+
+
+@pytest.mark.parametrize(("prompt", "count", "most"), [(30_000, 64, 1), (40_000, 64, 1), (8_000, 1_000, 4)])
+def test_a_long_prompt_is_computed_as_often_as_memory_demands_and_no_more(prompt, count, most):
+    sequence = pair_of_ids(range(prompt), [0])
+    questions = [
+        Question((Part(replace(sequence, ids=np.append(sequence.ids[:-1], i))),), 0) for i in range(count)
+    ]
+    told = list(windows(questions))
+    assert len(told) <= most
+    assert sum(len(forest) for _, forest in told) == len(told) * prompt + count
+
+
+def test_prompts_in_turns_share_a_window():
+    prompts = [list(range(1000 * k, 1000 * k + 500)) for k in (1, 2)]
+    questions = [Questioner(None)(pair_of_ids(prompts[i % 2], [i]))[0] for i in range(40)]
+    (only,) = windows(questions, 1000)
+    assert len(only[1]) == 2 * 500 + 40

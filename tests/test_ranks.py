@@ -13,13 +13,13 @@ import torch
 HERE = Path(__file__).parent
 
 
-def run(out: Path, ranks: int, *settings: int) -> dict:
+def run(out: Path, ranks: int, *settings: int, script: Path = HERE / "ranked.py") -> dict:
     # On CPUs `accelerate launch` starts several processes through MPI only; torchrun is what it uses elsewhere.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [
         sys.executable,
         *(launch if ranks > 1 else []),
-        str(HERE / "ranked.py"),
+        str(script),
         str(out),
         *map(str, settings),
     ]
@@ -43,3 +43,12 @@ def test_two_ranks_are_one(tmp_path, rows, max_tokens):
         assert a == pytest.approx(b, rel=1e-6)
     for a, b in zip(one["grads"], two["grads"], strict=True):
         assert ((a - b).norm() / a.norm()).item() < 1e-6
+
+
+@pytest.mark.parametrize("chunk", [0, 16])
+def test_the_loss_of_a_wrapped_model_is_that_of_one_process(tmp_path, chunk):
+    script = HERE / "ranked_loss.py"
+    one, two = (run(tmp_path / f"{n}.pt", n, chunk, script=script) for n in (1, 2))
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
+    assert one["grad"].norm() > 0
+    assert ((one["grad"] - two["grad"]).norm() / one["grad"].norm()).item() < 1e-6

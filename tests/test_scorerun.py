@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import datasets
 import pyarrow.parquet as pq
 import pytest
+import torch
 from click.testing import Result
+from rich.console import Console
 from tiny import llama
 from typer.testing import CliRunner
 
 from ygivenx.cli import app
-from ygivenx.errors import ConfigError
+from ygivenx.commands.scorerun import Rows, run
+from ygivenx.errors import ConfigError, DataError, ModelError
+from ygivenx.rows.data import read
 from ygivenx.scores.scorefile import ScoreFile
+from ygivenx.scores.scoring import Tally, questioner_for, scores
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +132,44 @@ def test_a_killed_run_goes_on_where_it_ended(model_dir, tmp_path):
         assert a["log_p_y_given_x"] == pytest.approx(b["log_p_y_given_x"], abs=1e-4)
 
 
+@pytest.mark.parametrize("changed", ["model.safetensors", "tokenizer.json", "data", "version"])
+def test_another_model_or_other_data_under_the_same_name_is_refused(
+    model_dir, tmp_path, monkeypatch, changed
+):
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(model_dir, model)
+    datasets.Dataset.from_list([{"x": "2 + 2 =", "y": " 4"}]).save_to_disk(data)
+    out = model / "scores.jsonl"  # what is written beside the weights is no part of the model
+    command = (data, "--model", model, "-o", out)
+    for _ in range(2):
+        done = ygx_score(*command)
+        assert done.exit_code == 0, done.exception
+    if changed == "version":
+        monkeypatch.setattr("ygivenx.commands.scorerun.__version__", "0")
+    else:
+        file = next(data.glob("*.arrow")) if changed == "data" else model / changed
+        os.utime(file, (1, 1))
+    kind = {"data": "files of the data", "version": "ygivenx"}.get(changed, "files of the model")
+    refused = ygx_score(*command)
+    assert isinstance(refused.exception, ConfigError)
+    assert f"these differ: {kind} (" in refused.exception.why
+
+
+def test_a_finished_parquet_file_without_its_account(tmp_path):
+    path = tmp_path / "out.parquet"
+    file = ScoreFile(path, {})
+    file.write([{"row": 0}])
+    file.finish({"scored": 1})
+    file.lines.write_text("left by a machine that died before it could tidy up\n")
+    again = ScoreFile(path, {})
+    assert again.finished
+    assert again.account == {"scored": 1}
+    assert not again.lines.exists()
+    again.note.write_text('{"run": {}}')
+    with pytest.raises(DataError, match="no account"):
+        _ = ScoreFile(path, {}).account
+
+
 def test_a_file_that_is_no_run_s_is_never_touched(tmp_path):
     path = tmp_path / "thesis.jsonl"
     path.write_text("precious\n")
@@ -130,3 +178,49 @@ def test_a_file_that_is_no_run_s_is_never_touched(tmp_path):
     with pytest.raises(ConfigError, match="unknown kind"):
         ScoreFile(tmp_path / "x.csv", {})
     assert path.read_text() == "precious\n"
+
+
+def test_a_model_that_gives_nan_scores_nothing_and_says_so(smol_tokenizer, pairs, tmp_path):
+    model = llama(vocab_size=len(smol_tokenizer))
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    smol_tokenizer.save_pretrained(tmp_path / "model")
+    done = ygx_score(pairs, "--model", tmp_path / "model", "-o", tmp_path / "out.jsonl")
+    assert isinstance(done.exception, ModelError)
+    assert "rows 0 to 59" in str(done.exception)
+    assert "gives NaN" in str(done.exception)
+    assert "float32" in done.exception.why
+    assert lines(tmp_path / "out.jsonl") == []
+
+
+def test_rows_with_tokens_that_the_model_has_not_are_quarantined(smol_tokenizer, tmp_path):
+    model = llama(vocab_size=len(smol_tokenizer))
+    tokenizer = copy.deepcopy(smol_tokenizer)
+    tokenizer.add_tokens(["<added>"])
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text('{"x": "Well?", "y": " yes"}\n{"x": "Well <added> ?", "y": " no"}\n')
+    done = ygx_score(data, "--model", tmp_path / "model", "-o", out, "--json")
+    assert json.loads(done.stdout)["reasons"] == {"bad_id": 1}
+    assert [r["row"] for r in lines(out)] == [0]
+
+
+def test_a_text_of_probability_zero_is_written_counted_and_read_again(smol_tokenizer, tmp_path):
+    model = llama(vocab_size=len(smol_tokenizer))
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(smol_tokenizer)))
+    model.lm_head.bias.data[smol_tokenizer.encode(" no")[0]] = -torch.inf
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text('{"x": "Well?", "y": " yes"}\n{"x": "Well?", "y": " no"}\n')
+    for scored in (2, 0):
+        tally = Tally()
+        rows = Rows(read(str(data)), questioner_for(model, smol_tokenizer))
+        teller = partial(scores, model, tally=tally)
+        account = run(rows, teller, tally, ScoreFile(out, {}), Console(quiet=True))
+        assert tally.scores == scored
+        assert (account["scored"], account["impossible"]) == (2, 1)
+        assert account["conditional_nats_per_token"] is None
+    possible, impossible = lines(out)
+    assert possible["log_p_y_given_x"] < 0
+    assert impossible["log_p_y_given_x"] is None
+    assert not impossible["greedy"]

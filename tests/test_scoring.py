@@ -8,6 +8,8 @@ import torch
 from tiny import llama, sequences
 
 import ygivenx as yx
+from ygivenx.errors import ModelError, RowError
+from ygivenx.scores.questions import NO_CONTEXT
 from ygivenx.scores.scoring import score_sequences
 from ygivenx.sequence import Segment, Sequence
 
@@ -76,6 +78,65 @@ def test_one_token_continuations_sum_to_one():
     told = score_sequences(llama(), data)
     assert sum(np.exp(s.log_p_y_given_x) for s in told) == pytest.approx(1, abs=1e-5)
     assert sum(s.greedy for s in told) == 1
+
+
+def test_nan_is_an_error_not_a_perfect_score():
+    model = llama()
+    model.model.norm.weight.data[0] = torch.nan
+    with pytest.raises(ModelError, match="NaN for 20 of 20 tokens"):
+        score_sequences(model, sequences(1))
+
+
+def test_items_of_any_iterable_and_of_json(smol_tokenizer):
+    model = llama(vocab_size=len(smol_tokenizer))
+    items = [
+        ("Paris is", " big"),
+        ["Paris is", " big"],
+        ("Paris is", [" big"]),
+        ["Paris is", [" big", " old"]],
+        "Paris is",
+    ]
+    one, same, (several,), (first, second), text = yx.score(model, smol_tokenizer, (i for i in items))
+    assert one.log_p_y_given_x == same.log_p_y_given_x == several.log_p_y_given_x == first.log_p_y_given_x
+    assert second.log_p_y_given_x != first.log_p_y_given_x
+    assert text.tokens_x == 0
+
+
+@pytest.mark.parametrize(
+    "item", [("x", None), ("x", ["y", None]), ("x", "y", "z"), 5, None, [], [["x", "y"]], (1, "y")]
+)
+def test_what_is_no_item_is_refused_with_the_forms(item, smol_tokenizer):
+    with pytest.raises(RowError, match=f"it is a {type(item).__name__}") as refused:
+        yx.score(llama(vocab_size=len(smol_tokenizer)), smol_tokenizer, [item])
+    assert refused.value.reason == "wrong_type"
+    assert "(x, [y, ...])" in refused.value.fix
+
+
+def test_an_empty_unconditional_prompt_needs_a_bos(smol_tokenizer):
+    """Without one y's first token would count after x and not alone."""
+    model = llama(vocab_size=len(smol_tokenizer))
+    items = [("Paris is", " big"), ("Paris is", " big, isn't it?"), ("Paris is", "")]
+    for bare in yx.score(model, smol_tokenizer, items, unconditional="", bos=False):
+        assert bare.log_p_y is None
+        assert NO_CONTEXT in bare.notes
+    told = yx.score(model, smol_tokenizer, [("Paris is", " big"), ("", " big")], unconditional="", bos=True)
+    assert told[0].log_p_y == pytest.approx(told[1].log_p_y_given_x, abs=1e-4)
+    assert told[1].pmi == pytest.approx(0, abs=1e-4)
+
+
+def test_a_bos_that_is_written_in_x_is_one(smol_tokenizer):
+    model, bos = llama(vocab_size=len(smol_tokenizer)), smol_tokenizer.bos_token
+    x, y = "user asks: what is big?", " Paris"
+    (added,) = yx.score(model, smol_tokenizer, [(x, y)], bos=True)
+    for control in ("parse", "refuse"):
+        (written,) = yx.score(model, smol_tokenizer, [(bos + x, y)], control=control)
+        assert not written.conditional_on_first
+        assert written.notes == added.notes
+        assert (written.tokens_x, written.log_p_xy) == (added.tokens_x, added.log_p_xy)
+        (cut,) = yx.score(
+            model, smol_tokenizer, [(bos + x, y)], control=control, overflow="left", max_length=4, tokens=True
+        )
+        assert cut.token_text == (bos, " is", " big", "?", " Paris")
 
 
 @pytest.mark.model

@@ -63,6 +63,17 @@ def test_reentrant_checkpointing_is_refused():
         hidden_states(model, yx.Forest.of(ROWS), chunk=16)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_reentrant_checkpointing_is_nothing_to_scores():
+    model, forest = llama(), yx.Forest.of(ROWS)
+    wanted = torch.cat([h for _, h in stream_hidden(model, forest, chunk=16)])
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    hidden_states(model, forest, chunk=16)  # in eval mode nothing is checkpointed
+    with torch.no_grad():
+        parts = list(stream_hidden(model.train(), forest, chunk=16))
+    torch.testing.assert_close(torch.cat([h for _, h in parts]), wanted)
+
+
 def test_rows_come_in_order_and_equal_the_whole():
     model, forest = llama(), yx.Forest.of(ROWS)
     parts = list(stream_hidden(model, forest, chunk=10))

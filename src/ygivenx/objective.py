@@ -13,6 +13,7 @@ from .errors import LossError
 from .forest import Edges, Forest, Ints
 from .head.selective import selective_cross_entropy
 from .models.model import head_of, loss_over
+from .models.wrappers import inner_of, through
 from .sequence import Example, Sequence
 
 if TYPE_CHECKING:
@@ -50,9 +51,15 @@ def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **
     the batch's own weights; give the sum over the whole optimiser step when this batch is only a part of it.
     Further options go to `hidden_states` (such as `route=`).
 
+    A model in DistributedDataParallel or FullyShardedDataParallel is run through that wrapper, so its ranks average
+    their gradients as ever. For the loss of one process `denominator` is then the weight of the step on all ranks,
+    divided by the number of ranks: that undoes the average.
+
     Raises LossError if the batch has no weight at all and no denominator is given: 0/0 isn't a loss.
     """
-    forest = as_forest(batch)
+    forest, inner = as_forest(batch), inner_of(model)
+    if inner is not model:
+        return through(model, inner, lambda: loss(inner, forest, denominator=denominator, **options))
     edges = forest.edges()
     weight_sum = float(edges.weights.sum(dtype=np.float64)) if denominator is None else float(denominator)
     if not weight_sum > 0:

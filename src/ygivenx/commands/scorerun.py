@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import Progress
 
-from ..errors import ConfigError, RowError, nearest
+from .. import __version__
+from ..errors import ConfigError, ModelError, RowError, nearest
 from ..rows.formats import normalise
 from ..scores.questions import Question, Questioner
 from ..scores.scorefile import ScoreFile
@@ -101,35 +103,44 @@ def records(numbered: Iterable[Numbered], told: Teller) -> Iterator[dict[str, An
             waiting.append((n.row, n.sequence))
             yield n.question
 
-    for score in told(questions()):
-        row, sequence = waiting.popleft()
-        yield {"row": row, "sequence": sequence, **score.to_dict()}
+    try:
+        for score in told(questions()):
+            row, sequence = waiting.popleft()
+            yield {"row": row, "sequence": sequence, **score.to_dict()}
+    except ModelError as error:
+        if waiting:
+            error.where = f"rows {waiting[0][0]} to {waiting[-1][0]}, {error.where}".removesuffix(", ")
+        raise
 
 
 @dataclass
 class Means:
-    """Sums over records, as they pass."""
+    """Sums over records, as they pass. impossible: y's of probability 0, whose log p JSON has no number for."""
 
     scored: int = 0
     tokens_y: int = 0
     log_p_y: float = 0.0
     greedy: int = 0
+    impossible: int = 0
 
     def over(self, stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The same records, added up."""
         for r in stream:
             self.scored += 1
             self.tokens_y += r["scored"]
-            self.log_p_y += r["log_p_y_given_x"]
+            self.log_p_y += r["log_p_y_given_x"] or 0.0
             self.greedy += r["greedy"]
+            self.impossible += r["log_p_y_given_x"] is None
             yield r
 
     def to_dict(self) -> dict[str, Any]:
+        finite = self.tokens_y and not self.impossible
         return {
             "scored": self.scored,
             "tokens_y": self.tokens_y,
-            "conditional_nats_per_token": -self.log_p_y / self.tokens_y if self.tokens_y else None,
+            "conditional_nats_per_token": -self.log_p_y / self.tokens_y if finite else None,
             "greedy": self.greedy,
+            "impossible": self.impossible,
         }
 
 
@@ -177,7 +188,7 @@ def score_file(
     """
     from ..scores.scoring import Tally, questioner_for, scores
 
-    run_of = {k: v for k, v in flags.items() if k != "ray"} | {"model": model} | _state(reader.name)
+    run_of = {k: v for k, v in flags.items() if k != "ray"} | _identity(model, reader.name)
     file = None if output is None else ScoreFile(output, run_of)
     if file is not None and file.finished:
         console.print(f"{output} is complete: nothing to do", highlight=False)
@@ -195,9 +206,14 @@ def score_file(
         teller = partial(scores_on_ray, (*model, flags["dtype"]), workers=flags["ray"], **told)
     account = run(rows, teller, told["tally"], file, console, silent)
     say_account(account, rows.first[0].message if rows.first else "")
-    nats = account["conditional_nats_per_token"]
-    console.print(f"{told['tally']}; {nats or 0:.4f} nats per token of y", highlight=False)
+    console.print(f"{told['tally']}; {_mean(account)} nats per token of y", highlight=False)
     return account
+
+
+def _mean(account: dict[str, Any]) -> str:
+    if account["impossible"]:
+        return f"{account['impossible']:,} y's of probability 0, so ∞"
+    return f"{account['conditional_nats_per_token'] or 0:.4f}"
 
 
 def _bos(flag: str) -> bool | str:
@@ -207,7 +223,29 @@ def _bos(flag: str) -> bool | str:
     return known[flag]
 
 
-def _state(name: str) -> dict[str, Any]:
-    """What tells whether a file is still the same."""
-    path = Path(name)
-    return {"size": path.stat().st_size, "changed": path.stat().st_mtime_ns} if path.is_file() else {}
+# What a model and its tokenizer are read from; a directory may hold other files, such as these scores.
+MODEL_FILES = (
+    "*.safetensors*", "config.json", "adapter_config.json", "tokenizer*", "vocab*", "merges.txt", "*.model",
+    "added_tokens.json", "special_tokens_map.json", "chat_template*",
+)  # fmt: skip
+
+
+def _identity(model: tuple[str, str | None], data: str) -> dict[str, Any]:
+    """What tells whether model, data and package are still the same; a model on the hub goes by its name."""
+    directory, gguf_file = Path(model[0]), model[1]
+    patterns = MODEL_FILES if gguf_file is None else (*MODEL_FILES, gguf_file)
+    rows = Path(data)
+    of_data = (f for f in rows.rglob("*") if not f.name.startswith("cache-")) if rows.is_dir() else [rows]
+    return {
+        "model": model,
+        "files of the model": _listing(f for p in patterns for f in directory.glob(p)),
+        "files of the data": _listing(of_data),
+        "ygivenx": __version__,
+    }
+
+
+def _listing(files: Iterable[Path]) -> str:
+    """A short hash of the names, sizes and times of the files; empty for none."""
+    stats = {str(f): f.stat() for f in files if f.is_file()}
+    told = sorted((name, s.st_size, s.st_mtime_ns) for name, s in stats.items())
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12] if told else ""

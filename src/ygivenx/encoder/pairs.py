@@ -16,10 +16,11 @@ from .tokens import Encoded, Pieces, joined
 
 @dataclass(frozen=True)
 class _Ends:
-    """What is put before x and after y, and whether y already ends in the eos."""
+    """What is put before x and after y, and whether x already begins with the bos and y ends in the eos."""
 
     bos: tuple[str, ...]
     eos: tuple[str, ...]
+    has_bos: bool
     has_eos: bool
 
 
@@ -53,7 +54,7 @@ class Pairs:
         has_bos, has_eos = bool(bos) and row.x.startswith(bos), bool(eos) and row.y.endswith(eos)
         add_bos = o.bos is True or (o.bos == "auto" and self.tokens.adds_bos)
         add_eos = o.eos is True or (o.eos == "auto" and bool(eos))
-        return _Ends((bos,) * (add_bos and not has_bos), (eos,) * (add_eos and not has_eos), has_eos)
+        return _Ends((bos,) * (add_bos and not has_bos), (eos,) * (add_eos and not has_eos), has_bos, has_eos)
 
     def _controlled(self, row: Pair, ends: _Ends) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Where x and y are cut so that their control tokens are text; a BOS and an eos at the ends are meant."""
@@ -79,9 +80,11 @@ class Pairs:
         head, tail = ids(list(ends.bos)), ids(list(ends.eos))
         n, m = len(head), len(head) + len(encoded.ids)
         stop = m - (ends.has_eos and m > n + border)
+        # A BOS that x itself begins with is one, too.
+        start = n or int(ends.has_bos and border > 0 and encoded.ids[0] == self.tokens.tokenizer.bos_token_id)
         segments = [
-            Segment(0, n, "bos"),
-            Segment(n, n + border, "prompt"),
+            Segment(0, start, "bos"),
+            Segment(start, n + border, "prompt"),
             Segment(n + border, stop, "answer", output=True),
             Segment(stop, m + len(tail), "end_of_turn", output=True),
         ]

@@ -89,7 +89,8 @@ class Tiles:
 
     def __init__(self, head: Head, start: int, columns: int, shift: Tensor, targets: Marks) -> None:
         self.weight, self.start, self.columns = head.weight, start, columns
-        self.arguments = (columns, shift, None if head.bias is None else head.bias.float(), float(head.scale),
+        bias = None if head.bias is None else head.bias.float().contiguous()
+        self.arguments = (columns, shift, bias, float(head.scale),
                           targets.token, targets.column, len(targets.token))  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from . import kernel
 from .edges import Head, multiplies
 from .sweep import MEMORY, sweep
 
+INDICES = (torch.int64, torch.int32, torch.int16)  # uint8 is what masks were once
+
 
 class Ranked(NamedTuple):
     """log_p float32 [E]; rank int64 [E]: tokens with a higher logit than the target, 0 = greedy."""
@@ -24,6 +26,7 @@ class Ranked(NamedTuple):
     rank: Tensor
 
 
+@torch.compiler.disable  # it reads indices, and memory by its address: torch.compile goes around it
 def selective_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -40,9 +43,9 @@ def selective_cross_entropy(
     """(log p per edge, Σ w·(−log p + z_loss·logsumexp²)) from only the rows that carry an edge.
 
     hidden [F, H], weight [V, H], bias [V] in float32, bfloat16 or float16 (computed in float32); rows, targets
-    int64 [E]: edge e asks row rows[e] for token targets[e], in any order, repeats allowed; weights float [E], of
-    any sign. Under torch.autocast the products run in its dtype, as those of nn.Linear do; of two dtypes the wider one
-    counts. Logits are z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap).
+    int64 [E] (or int32, int16): edge e asks row rows[e] for token targets[e], in any order, repeats allowed; weights
+    float [E], of any sign. Under torch.autocast the products run in its dtype, as those of nn.Linear do; of two dtypes
+    the wider one counts. Logits are z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap).
 
     log_p float32 [E] is detached: for a loss whose weights depend on log p with gradients, use `log_probs`. The
     sum, a float32 scalar, is differentiable in hidden, weight and bias: once, and again after
@@ -50,9 +53,10 @@ def selective_cross_entropy(
     exactly 1 in backward costs no pass over the gradients.
 
     `memory` bytes may be held beyond the gradients; more makes large vocabularies a little faster in float32.
-    Raises ModelError for shapes or indices that don't fit, and for weights that ask for a gradient.
+    Raises ModelError for shapes or indices that don't fit or aren't integers, and for weights that ask for a gradient.
     """
     _check(hidden, weight, bias, rows, targets, weights)
+    rows, targets, weights = _int64(rows, hidden), _int64(targets, hidden), weights.to(hidden.device)
     hidden, weight = _autocast(hidden), _autocast(weight)
     options = {"softcap": softcap, "scale": scale, "z_loss": z_loss}
     wants = _wants(hidden, weight, bias)
@@ -69,6 +73,7 @@ def log_probs(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
     softcap: float | None = ..., scale: float = ..., ranks: Literal[True], memory: int = ...,
 ) -> Ranked: ...  # fmt: skip
+@torch.compiler.disable
 def log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -88,6 +93,7 @@ def log_probs(
     `selective_cross_entropy`.
     """
     _check(hidden, weight, bias, rows, targets)
+    rows, targets = _int64(rows, hidden), _int64(targets, hidden)
     hidden, weight = _autocast(hidden), _autocast(weight)
     options: dict[str, Any] = {"softcap": softcap, "scale": scale}
     if ranks:
@@ -195,6 +201,10 @@ def _autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
 
 
+def _int64(index: Tensor, hidden: Tensor) -> Tensor:
+    return index.to(hidden.device, torch.int64).contiguous()  # the compiled kernel reads its memory
+
+
 def _wants(*tensors: Tensor | None) -> Wants:
     hidden, weight, bias = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors)
     return hidden, weight, bias
@@ -226,6 +236,12 @@ def _check(
             fix="detach them, or build the loss from log_probs(...), which is differentiable",
         )
     for name, index, size in (("rows", rows, len(hidden)), ("targets", targets, len(weight))):
+        if index.dtype not in INDICES:
+            raise ModelError(
+                f"{name} are {str(index.dtype).removeprefix('torch.')}",
+                why="edges are named by numbers: a mask or a rounded number would name others",
+                fix="give int64; a mask becomes numbers by mask.nonzero()[:, 0]",
+            )
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:
             raise ModelError(
                 f"{name} has an index outside 0..{size - 1}",

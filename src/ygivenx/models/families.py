@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..forest import Forest, Ints
 from . import attention, lastlayer
+from .adapters import refuse_unread
 from .plan import Plan, automatic
+from .wrappers import inner_of
 
 # `model_type` of the decoders' configs.
 PROVEN = {
@@ -33,8 +35,15 @@ def decoder_of(model: Any) -> Any:
     """The part that maps tokens to final hidden states. Raises ModelError for what isn't a causal LM."""
     decoder = getattr(model, "get_decoder", lambda: None)()
     if decoder is None or not hasattr(decoder, "get_input_embeddings"):
-        raise ModelError(f"{type(model).__name__} has no decoder", fix="load it with AutoModelForCausalLM")
+        wrapped = inner_of(model) is not model
+        fix = "pass the model inside it, .module" if wrapped else "load it with AutoModelForCausalLM"
+        raise ModelError(f"{type(model).__name__} has no decoder", fix=fix)
     return decoder
+
+
+def vocabulary(decoder: Any) -> int:
+    """How many tokens have an embedding."""
+    return len(decoder.get_input_embeddings().weight)
 
 
 def config_of(model: Any) -> Any:
@@ -44,6 +53,7 @@ def config_of(model: Any) -> Any:
 
 def check(model: Any) -> None:
     """Raise ModelError for a model whose hidden states over a forest would not be those of its sequences."""
+    refuse_unread(model)
     decoder, config = decoder_of(model), config_of(model)
     strange = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if strange:
@@ -66,7 +76,18 @@ def check(model: Any) -> None:
 
 
 def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None = None) -> Tensor:
-    """Final hidden states [n, H] of the plan's queries, whose ids are token [n]; of those `needed`, where given."""
+    """Final hidden states [n, H] of the plan's queries, whose ids are token [n]; of those `needed`, where given.
+
+    Raises ModelError for an id that has no embedding, and for layers that pass by transformers' attention interface.
+    """
+    rows = vocabulary(decoder)
+    if len(token) and token.max() >= rows:
+        raise ModelError(
+            f"token id {token.max()} has no embedding: there are {rows:,}",
+            where=type(decoder).__name__,
+            why="the tokenizer has tokens that were added after the model was made, or is another model's",
+            fix="model.resize_token_embeddings(len(tokenizer)) and train them, or use the model's own tokenizer",
+        )
     ids, depth = (
         torch.from_numpy(np.ascontiguousarray(a)).to(plan.device) for a in (token, plan.depth[plan.first :])
     )

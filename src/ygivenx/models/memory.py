@@ -1,4 +1,4 @@
-"""The memory of this process: the most that it held, and keeping what layers free for the next ones."""
+"""The memory of this process: how much there is, the most that it held, and keeping what is freed for what comes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import torch
 
 from ..head.pages import ask_for_large
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+UNTOLD = 8 << 30  # bytes, where a system doesn't say how many it has
 
 
 def peak() -> int:
@@ -25,6 +28,37 @@ def peak() -> int:
 
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): KiB on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def total(device: torch.device) -> int:
+    """Bytes that a device has; of the host's memory what this process may use, 8 GiB where that can't be told."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return min([_physical(), *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _physical() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and others not these names
+        return UNTOLD
+
+
+def _limits(own: Path, root: Path) -> Iterator[int]:
+    """Limits in bytes of the control groups that a process is in, by `own`, and of those above: containers, jobs."""
+    groups = own.read_text().splitlines() if own.exists() else []
+    for number, controllers, path in (line.split(":", 2) for line in groups):
+        if number == "0":
+            top, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            top, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for place in (group, *group.parents):
+            file = place / name
+            if place.is_relative_to(top) and file.exists() and (limit := file.read_text().strip()).isdigit():
+                yield int(limit)
 
 
 @cache
@@ -44,7 +78,7 @@ def keep_freed_memory() -> bool:
     if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1)):
         return False
     # Addresses, not memory: what is freed here is what all later blocks are cut from, and pages come when touched.
-    size = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    size = total(torch.device("cpu")) // 2
     block = libc.malloc(size)
     if block:  # a limit on addresses may forbid it; freed memory is kept all the same
         # Also where a balloon takes free large pages back: these are never free again.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..forest import Forest, Ints
 from . import recompute, streaming
+from .adapters import product
 from .families import PROVEN, check, config_of, decoder_of, feed
 from .places import located, quiet_loading
 from .plan import Plan
@@ -66,19 +67,29 @@ def _forget_quantization(model: Any) -> None:
 def head_of(model: nn.Module) -> Head:
     """The head of a causal language model, for `selective_cross_entropy`.
 
-    Soft cap and scale are read from the config; where the family isn't a proven one they are checked once against
-    the model's own logits. Raises ModelError without a head, or if it does more than `Head` says.
+    A LoRA on it is part of its weight, with gradients. Soft cap and scale are read from the config; where the family
+    isn't a proven one they are checked once against the model's own logits. Raises ModelError without a head, or if
+    it does more than `Head` says.
     """
+    return Head(*product(_head_layer(model)), *softcap_and_scale(model))
+
+
+def softcap_and_scale(model: nn.Module) -> tuple[float | None, float]:
+    """What is done to the product of hidden states and head; see `Head`. Raises ModelError like `head_of`."""
+    config = config_of(model)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if config.model_type in PROVEN:
+        return softcap, 1.0
+    if model not in _scales:
+        _scales[model] = _measured_scale(model, Head(*product(_head_layer(model)), softcap, 1.0), config)
+    return softcap, _scales[model]
+
+
+def _head_layer(model: Any) -> Any:
     layer = getattr(model, "get_output_embeddings", lambda: None)()
     if layer is None:
         raise ModelError(f"{type(model).__name__} has no language-model head", fix="load it as a causal LM")
-    config = config_of(model)
-    head = Head(layer.weight, layer.bias, getattr(config, "final_logit_softcapping", None), 1.0)
-    if config.model_type in PROVEN:
-        return head
-    if model not in _scales:
-        _scales[model] = _measured_scale(model, head, config)
-    return head._replace(scale=_scales[model])
+    return layer
 
 
 # What configs call the factor of the logits. One family multiplies by what another divides by under the same name.

@@ -6,7 +6,6 @@ before are the keys and values of that path: a stack. How gradients are made of 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
 from ..forest import Forest, Ints
+from . import memory
 from .families import check, config_of, decoder_of, feed
 from .plan import KeysValues, Plan
 
@@ -59,7 +59,7 @@ class Run:
         if chunk < 1:
             raise ConfigError(f"chunk is {chunk}", fix="give at least 1 token; 512 to 4096 is usual")
         check(model)
-        if any(map(_reentrant, model.modules())):
+        if torch.is_grad_enabled() and model.training and any(map(_reentrant, model.modules())):
             raise ModelError(
                 "reentrant gradient checkpointing loses the gradients of keys and values between chunks",
                 fix='gradient_checkpointing_kwargs={"use_reentrant": False}, which is the better one anyway',
@@ -205,10 +205,6 @@ def automatic(model: Any) -> int:
     """
     config = config_of(model)
     device = decoder_of(model).get_input_embeddings().weight.device
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     wide = 18 * config.hidden_size + 4 * (
         getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     )
@@ -219,4 +215,4 @@ def automatic(model: Any) -> int:
         values = wide + layers * config.hidden_size
     else:
         values = wide * layers
-    return max(LEAST, memory // (2 * 4 * values))
+    return max(LEAST, memory.total(device) // (2 * 4 * values))

@@ -50,10 +50,9 @@ def uncompiled() -> AbstractContextManager[Any]:
 def head_form(model: Any, head: Any) -> HeadForm:
     """How a head's output becomes logits; raises ModelError for a head that is sharded."""
     _refuse_sharded(model, head)
-    from ..models.model import head_of
+    from ..models.model import softcap_and_scale
 
-    known = head_of(model)
-    return HeadForm(head.weight, getattr(head, "bias", None), known.softcap, known.scale)
+    return HeadForm(head.weight, getattr(head, "bias", None), *softcap_and_scale(model))
 
 
 def _refuse_sharded(model: Any, head: Any) -> None:

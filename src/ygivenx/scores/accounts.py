@@ -45,13 +45,13 @@ class Ledger:
     @property
     def difference(self) -> float:
         """|direct conditional − conditional by difference|, nats."""
-        return abs(self.conditional - self.conditional_by_difference)
+        return _distance(self.conditional, self.conditional_by_difference)
 
     @property
     def balanced(self) -> bool:
         """Whether the rows add up to the joint and both routes to the conditional agree."""
         rows = math.fsum(r.log_p for r in self.rows)
-        return abs(rows - self.joint) <= self.tolerance and self.difference <= self.tolerance
+        return _distance(rows, self.joint) <= self.tolerance and self.difference <= self.tolerance
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON."""
@@ -111,10 +111,10 @@ def ledger(model: nn.Module, example: Example | Sequence | Iterable[Sequence], *
         marginal=float(np.nansum(whole[~output])),
         conditional=conditional,
         conditional_by_difference=by_difference,
-        tolerance=RELATIVE_TOLERANCE[dtype] * max(1.0, abs(joint)),
+        tolerance=RELATIVE_TOLERANCE[dtype] * max(1.0, abs(joint) if math.isfinite(joint) else 0.0),
         sequences=sequences,
         log_p=tuple(log_p),
-        notes=_notes(sequences),
+        notes=_notes(sequences, joint),
     )
 
 
@@ -167,6 +167,10 @@ def check(joint: float, marginal: float, *, tolerance: float = 0.0) -> Check:
     )
 
 
+def _distance(a: float, b: float) -> float:
+    return 0.0 if a == b else abs(a - b)  # −∞ is where −∞ is
+
+
 def _log_p(model: nn.Module, sequences: tuple[Sequence, ...], options: dict[str, Any]) -> list[np.ndarray]:
     forest = as_forest(sequences)
     by_node = node_log_probs(model, forest, **options)
@@ -198,27 +202,37 @@ def _rows(sequences: tuple[Sequence, ...], log_p: list[np.ndarray]) -> tuple[lis
     kinds = np.concatenate([_kinds(s) for s in sequences])
     weights = np.concatenate([s.weights for s in sequences]).astype(np.float64)
     values = np.concatenate(log_p)
-    loss = -float(np.nansum(weights * values))
+    # Without a weight not even −∞ has a part.
+    weighted = np.multiply(weights, values, where=weights > 0, out=np.zeros_like(values))
+    loss = -float(np.nansum(weighted))
 
     def row(kind: str, at: np.ndarray) -> LedgerRow:
         counted = int((~np.isnan(values[at])).sum())
         total = float(np.nansum(values[at]))
-        part = -float(np.nansum((weights * values)[at])) + 0.0  # + 0.0: no −0 in print
+        part = -float(np.nansum(weighted[at])) + 0.0  # + 0.0: no −0 in print
         return LedgerRow(
             kind=kind,
             tokens=int(at.sum()),
             weight=float(weights[at].sum()),
             log_p=total,
             nats_per_token=-total / counted if counted else 0.0,
-            share=part / loss if loss else 0.0,
+            share=_share(part, loss),
         )
 
     rows = [row(kind, kinds == kind) for kind in dict.fromkeys(kinds.tolist())]
     return rows, row("total", np.ones(len(kinds), bool))
 
 
-def _notes(sequences: tuple[Sequence, ...]) -> tuple[str, ...]:
+def _share(part: float, whole: float) -> float:
+    if math.isinf(whole):
+        return float(part == whole)
+    return part / whole if whole else 0.0
+
+
+def _notes(sequences: tuple[Sequence, ...], joint: float) -> tuple[str, ...]:
     notes = ["the first token has no context: log Pr(x) is conditional on it"]
+    if joint == -math.inf:
+        notes.append("the model gives a token probability 0: a difference of −∞ and −∞ says nothing")
     if len(sequences) > 1:
         notes.append(f"{len(sequences)} sequences, one per turn: their sums are added up")
     return (*notes, *dict.fromkeys(n for s in sequences for n in s.notes))

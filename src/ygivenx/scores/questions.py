@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +17,9 @@ from ..sequence import Segment, Sequence
 
 OVERFLOWS = ("refuse", "left", "roll")
 WINDOW = 32_768  # distinct tokens of one window
-MOST = 16  # tokens of one window, as a multiple of WINDOW, however much is shared
+FORMS = "give a text, (x, y), (x, [y, ...]), a row as Encoder takes it, a Sequence or an Example"
+NO_CONTEXT = "no log Pr(y): without a prompt and a BOS y's first token has no probability"
+MOST = 64  # tokens of one window per distinct one that it has room for: each takes some hundred bytes
 
 
 class Part(NamedTuple):
@@ -48,11 +51,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Questioner:
-    """Items to questions: text (x is empty), (x, y), (x, [y, ...]), a row, or what an encoder makes of one.
+    """Items to questions: text (x is empty), (x, y) or [x, y], (x, [y, ...]), a row, or what an encoder makes of one.
 
     limit: tokens that the model can read at once, None for any number. overflow: what happens to more:
     `refuse`, cut x on the `left`, or `roll` y through windows that overlap as little as they can.
-    unconditional: a text to stand in the place of x for log Pr(y).
+    unconditional: a text to stand in the place of x for log Pr(y). vocabulary: how many ids the model knows.
     Raises RowError for an item that can't be encoded or doesn't fit; ConfigError for an unknown overflow.
     """
 
@@ -60,6 +63,7 @@ class Questioner:
     limit: int | None = None
     overflow: str = "refuse"
     unconditional: str | None = None
+    vocabulary: int | None = None
 
     def __post_init__(self) -> None:
         if self.overflow not in OVERFLOWS:
@@ -70,26 +74,54 @@ class Questioner:
         """The questions of one item: one, or one per y or per turn that has a rendering of its own."""
         if isinstance(item, str):
             item = Pair("", item)
-        if isinstance(item, tuple) and not isinstance(item[1], str):
-            return [q for y in item[1] for q in self((item[0], y))]
-        if isinstance(item, tuple):
-            item = Pair(*item)
         if isinstance(item, Mapping | Conversation | Pair):
             y = item.y if isinstance(item, Pair) else None
             return [self._question(s, y) for s in self.encoder(item)]
-        return [self._question(s, None) for s in ([item] if isinstance(item, Sequence) else item)]
+        if isinstance(item, Sequence):
+            return [self._question(item, None)]
+        match item:
+            case [str(x), str(y)]:
+                return self(Pair(x, y))
+            case [str(x), [*ys]] if all(isinstance(y, str) for y in ys):
+                return [q for y in ys for q in self(Pair(x, y))]
+        sequences = list(item) if isinstance(item, Iterable) else []
+        if not sequences or not all(isinstance(s, Sequence) for s in sequences):
+            raise RowError(_told(item), reason="wrong_type", fix=FORMS)
+        return [self._question(s, None) for s in sequences]
 
     def _question(self, sequence: Sequence, y: str | None) -> Question:
+        self._refuse_unknown(sequence)
         y = _text(sequence) if y is None else y
-        alone = None if self.unconditional is None else self.encoder(Pair(self.unconditional, y)).only
-        if alone is not None:
-            self._check(alone, "the unconditional prompt and y are")
-        question = Question((Part(sequence),), len(y.encode()), alone=alone, notes=sequence.notes)
+        alone, notes = self._alone(y)
+        question = Question((Part(sequence),), len(y.encode()), alone=alone, notes=(*sequence.notes, *notes))
         if self.limit is None or len(sequence) - 1 <= self.limit:
             return question
         if self.overflow == "refuse":
             self._check(sequence, "it is")
         return self._cut(question) if self.overflow == "left" else self._roll(question)
+
+    def _alone(self, y: str) -> tuple[Sequence | None, tuple[str, ...]]:
+        """y after the unconditional prompt, and notes; None where there is no such prompt, and nothing to score."""
+        if self.unconditional is None:
+            return None, ()
+        try:
+            alone = self.encoder(Pair(self.unconditional, y)).only
+        except RowError as error:
+            if self.unconditional or error.reason not in ("nothing_trained", "empty_pair"):
+                raise
+            return None, (NO_CONTEXT,)
+        self._check(alone, "the unconditional prompt and y are")
+        return alone, tuple(f"unconditional: {n}" for n in alone.notes)
+
+    def _refuse_unknown(self, sequence: Sequence) -> None:
+        highest = int(sequence.ids.max(initial=0))
+        if self.vocabulary is not None and highest >= self.vocabulary:
+            raise RowError(
+                f"token id {highest} is unknown to the model, which has {self.vocabulary:,}",
+                reason="bad_id",
+                why="the tokenizer has tokens that were added after the model was made, or is another model's",
+                fix="use the model's own tokenizer, or a model whose embeddings were resized and trained",
+            )
 
     def _check(self, sequence: Sequence, what: str) -> None:
         if self.limit is not None and len(sequence) - 1 > self.limit:
@@ -104,7 +136,8 @@ class Questioner:
         assert self.limit is not None
         sequence = question.parts[0].sequence
         start, stop = _bos(sequence), len(sequence) - 1 - self.limit + _bos(sequence)
-        if sequence.output[start:stop].any() or stop >= len(sequence):
+        first = stop + (not start)  # where there is no BOS, what stands first has no probability
+        if sequence.output[start:first].any() or stop >= len(sequence):
             what = f"y doesn't fit into the {self.limit:,} tokens that the model reads"
             raise RowError(what, reason="y_too_long", fix="overflow='roll' scores y in windows")
         note = f"x lost {stop - start:,} tokens on its left: the model reads {self.limit:,}"
@@ -136,31 +169,60 @@ def rolling(length: int, limit: int) -> list[tuple[int, int, int]]:
 
 
 def windows(questions: Iterable[Question], tokens: int = WINDOW) -> Iterator[tuple[list[Question], Forest]]:
-    """Neighbouring questions with about `tokens` distinct tokens each, and the forest of their sequences.
+    """Neighbouring questions and the forest of their sequences; order is kept.
 
-    However much they share, a window holds at most MOST × `tokens`: memory is bounded, order is kept.
+    Beyond its first question a window takes what adds up to `tokens` distinct ones, or to as many as that question
+    has: a longer prompt is computed again only after as much that is new. However much they share, it holds at most
+    MOST times that: memory is bounded.
     """
     window: list[Question] = []
-    raw, full = 0, tokens
+    seen, raw, room, most = _Seen(), 0, 0, 0
     for question in questions:
+        length, added = sum(map(len, question.sequences)), seen.add(question)
+        if window and (added > room or raw + length > most):
+            yield window, _forest(window)
+            window, seen, raw = [], _Seen(), 0
+            added = seen.add(question)
+        if not window:
+            room = max(tokens, length)
+            most, added = MOST * room, 0
         window.append(question)
-        raw += sum(map(len, question.sequences))
-        if raw < full:
-            continue
-        forest = _forest(window)
-        spare = tokens - len(forest)
-        if spare > tokens // 8 and raw < MOST * tokens:
-            # What comes is taken to share half as well as what came.
-            full = min(MOST * tokens, raw + int(spare * max(1.0, raw / len(forest) / 2)))
-            continue
-        yield window, forest
-        window, raw, full = [], 0, tokens
+        raw, room = raw + length, room - added
     if window:
         yield window, _forest(window)
 
 
+class _Seen:
+    """Token sequences, sorted: in any order of them none has a longer prefix in common than one of two neighbours."""
+
+    def __init__(self) -> None:
+        self.sorted: list[bytes] = []
+
+    def add(self, question: Question) -> int:
+        """Tokens that a question's sequences add to the forest."""
+        return sum(self._add(s.ids.astype(np.uint32).tobytes()) for s in question.sequences)
+
+    def _add(self, key: bytes) -> int:
+        at = bisect_left(self.sorted, key)
+        shared = max((_common(key, k) for k in self.sorted[max(0, at - 1) : at + 1]), default=0)
+        self.sorted.insert(at, key)
+        return len(key) // 4 - shared
+
+
+def _common(a: bytes, b: bytes) -> int:
+    """Tokens that two keys begin with in common."""
+    n = min(len(a), len(b)) // 4
+    differs = np.frombuffer(a, np.uint32, n) != np.frombuffer(b, np.uint32, n)
+    return int(differs.argmax()) if differs.any() else n
+
+
 def _forest(window: list[Question]) -> Forest:
     return Forest.of([s for q in window for s in q.sequences])
+
+
+def _told(item: Any) -> str:
+    parts = f" of {', '.join(type(part).__name__ for part in item)}" if isinstance(item, tuple | list) else ""
+    return f"it is a {type(item).__name__}{parts}"
 
 
 def _text(sequence: Sequence) -> str:

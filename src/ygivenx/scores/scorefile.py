@@ -38,6 +38,8 @@ class ScoreFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._claim(json.loads(json.dumps(dict(run))))  # as it will be read back
         self.finished = self.parquet and path.exists()
+        if self.finished:
+            self.lines.unlink(missing_ok=True)  # an interruption may have come before `finish` did
         self.done = 0 if self.finished else _whole_lines(self.lines)
 
     def _claim(self, run: dict[str, Any]) -> None:
@@ -73,16 +75,24 @@ class ScoreFile:
 
     @property
     def account(self) -> dict[str, Any]:
-        """What `finish` was given by the run that completed the file."""
-        return json.loads(self.note.read_text(encoding="utf-8"))["account"]
+        """What `finish` was given by the run that completed the file. Raises DataError if it is missing."""
+        note = json.loads(self.note.read_text(encoding="utf-8"))
+        if "account" not in note:
+            raise DataError(
+                "it has no account of the run",
+                where=str(self.note),
+                why="it was changed",
+                fix=f"delete {self.path}",
+            )
+        return note["account"]
 
     def finish(self, account: Mapping[str, Any]) -> None:
         """The Parquet file, if that is asked for, and the account of the run beside it."""
-        if self.parquet and not self.finished:
-            _to_parquet(self.lines, self.path)
-            self.lines.unlink()
         note = json.loads(self.note.read_text(encoding="utf-8"))
         _replace(self.note, json.dumps(note | {"account": dict(account)}, indent=1, default=str))
+        if self.parquet and not self.finished:  # last: where it is, everything is
+            _to_parquet(self.lines, self.path)
+            self.lines.unlink()
 
 
 _OTHER = "name another file, or delete this one"

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, nearest
 from ..forest import Forest
+from ..models.families import decoder_of, vocabulary
 from ..sequence import Sequence
-from .questions import WINDOW, Question, Questioner, windows
+from .questions import NO_CONTEXT, WINDOW, Question, Questioner, windows
 from .values import Floats, Ints, node_values
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class Score:
     tokens, tokens_x: tokens of y, and of x (BOS apart). scored: tokens of y that have a probability.
     bytes: UTF-8 bytes of y. truncated: tokens of x that were left out to fit the model's context window.
     greedy: whether every scored token of y is the model's most probable one.
-    log_p_y: log Pr(y | the unconditional prompt); None without such a prompt.
+    log_p_y: log Pr(y | the unconditional prompt); None without such a prompt, and where that is empty, there is no
+    BOS, and y's first token counts after x alone.
     token_log_p float64 [T] and token_rank int64 [T], per token of [x, y] that was counted, if asked for: NaN
     and −1 where there is no value; rank 0 is the most probable token. token_text: their texts.
     """
@@ -153,6 +155,7 @@ def score(
         model, tokenizer, border=border, bos=bos, control=control, overflow=overflow,
         max_length=max_length, unconditional=unconditional,
     )  # fmt: skip
+    items = list(items)
     asked = [questioner(item) for item in items]
     told = scores(model, (q for questions in asked for q in questions), marginal=marginal, tokens=tokens)
     found = [[next(told) for _ in questions] for questions in asked]
@@ -170,7 +173,8 @@ def questioner_for(
         raise ConfigError(f"unknown border {border!r}{nearest(border, BORDERS)}", fix="joint or split")
     # Weights don't matter to scores; with all tokens weighed an empty y isn't refused.
     encoder = Encoder(tokenizer, "all", control=control, border=BORDERS[border], bos=bos, eos=False)
-    return Questioner(encoder, max_length or context_window(model), overflow, unconditional)
+    limit, known = max_length or context_window(model), vocabulary(decoder_of(model))
+    return Questioner(encoder, limit, overflow, unconditional, known)
 
 
 def context_window(model: Any) -> int | None:
@@ -233,6 +237,8 @@ def _score(question: Question, values: list[tuple[Floats, Ints]], marginal: bool
     log_p_y = float(np.nansum(log_p[y]))
     notes = question.notes if bos else (*question.notes, "no BOS: sums are conditional on the first token")
     alone = None if question.alone is None else values[-1][0][question.alone.output]
+    if alone is not None and np.isnan(alone).any() and not np.isnan(log_p[y]).any():
+        alone, notes = None, (*notes, NO_CONTEXT)  # of other tokens than log Pr(y|x)
     return Score(
         log_p_x=log_p_x,
         log_p_y_given_x=log_p_y,
@@ -258,7 +264,7 @@ def _texts(question: Question) -> tuple[str, ...]:
 
 def _several(item: Any) -> bool:
     """Whether an item asks for a list of scores, even if that has one element."""
-    return isinstance(item, tuple) and len(item) == 2 and not isinstance(item[1], str)
+    return isinstance(item, tuple | list) and isinstance(item[0], str) and not isinstance(item[1], str)
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from ..errors import ModelError
 from ..forest import Forest
 from ..head.selective import Ranked, log_probs
 from ..models.model import head_of
@@ -40,7 +41,7 @@ def node_values(
 
     NaN and −1 elsewhere, and at roots, which have no context; −1 everywhere without `ranks`. The forest is
     streamed, `chunk` nodes at a time, with the keys and values of the current path: memory is bounded by the
-    chunk. route: see `hidden_states`.
+    chunk. route: see `hidden_states`. Raises ModelError where the model itself gives NaN.
     """
     edges = forest.edges(wanted)
     log_p = np.full(len(forest), np.nan)
@@ -64,4 +65,18 @@ def node_values(
         found = ask(ranks=True) if ranks else Ranked(ask(), torch.full_like(rows, -1))
         log_p[edges.nodes[at]] = found.log_p.double().cpu().numpy()
         rank[edges.nodes[at]] = found.rank.cpu().numpy()
+    _refuse_nan(model, log_p[edges.nodes])
     return log_p, rank
+
+
+def _refuse_nan(model: nn.Module, log_p: Floats) -> None:
+    """Sums leave NaN out, as what has no value: one that the model computed must not pass for it."""
+    bad = int(np.isnan(log_p).sum())
+    if bad:
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        raise ModelError(
+            f"the model gives NaN for {bad:,} of {len(log_p):,} tokens",
+            where=type(model).__name__,
+            why=f"its weights hold NaN or infinity, or its values overflow in {dtype}",
+            fix="look at its weights; where they are finite, compute in float32 (or in bfloat16, which has its range)",
+        )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,12 +20,12 @@ from transformers.trainer_utils import TrainOutput
 from ..errors import ConfigError, LossError
 from ..forest import Forest
 from ..models import memory
+from ..models.wrappers import through
 from ..objective import Loss, loss
 from . import checkpoint, runs
 from .evaluation import evaluate, rates
 from .packs import EpochOrder, Packs
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -279,27 +279,6 @@ class Trainer(transformers.Trainer):
         checkpoint.publish(staged, final)
         step, best = self.state.global_step, self.state.best_model_checkpoint
         checkpoint.rotate(final.parent, self.args.save_total_limit, step, best)
-
-
-def through(wrapper: nn.Module, inner: nn.Module, compute: Callable[[], T]) -> T:
-    """Run `compute` inside the forward pass of a wrapped model.
-
-    DDP and FSDP prepare gradients and gather weights in their own forward; the loss of a forest isn't the
-    model's forward, so for one call it stands in for it.
-    """
-    if wrapper is inner:
-        return compute()
-    forward = inner.forward
-
-    def stand_in() -> T:
-        inner.forward = forward
-        return compute()
-
-    inner.forward = stand_in
-    try:
-        return wrapper()
-    finally:
-        inner.forward = forward
 
 
 def _culprits(out: Loss, names: list[str]) -> list[str]:

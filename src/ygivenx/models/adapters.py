@@ -1,0 +1,102 @@
+"""What adapters and hooks make of a model: the head as one product, and what isn't one refused by name.
+
+The head's own forward is never called, so what happens in it has to be in its weight. PEFT isn't imported: where it
+hasn't been, no layer is of its making.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ModelError
+
+
+def product(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """(weight [V, H], bias [V] or None) of an output layer with its adapters, differentiable.
+
+    Raises ModelError for an adapter that isn't a product with the hidden states, and for hooks.
+    """
+    _refuse_hooks(layer)
+    if hasattr(layer, "modules_to_save"):  # a copy that is trained in the place of the original
+        kept = layer.disable_adapters or not layer.active_adapters
+        return product(layer.original_module if kept else layer.modules_to_save[layer.active_adapters[0]])
+    if not type(layer).__module__.startswith("peft."):
+        return layer.weight, layer.bias
+    if not hasattr(layer, "base_layer"):
+        raise _beyond(type(layer).__name__)
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as its forward does
+    weight, bias = product(layer.base_layer)
+    if layer.disable_adapters or layer.merged:
+        return weight, bias
+    if type(layer) is not sys.modules["peft.tuners.lora"].Linear or not isinstance(
+        layer.get_base_layer(), nn.Linear
+    ):
+        raise _beyond(f"{type(layer).__module__}.{type(layer).__name__}")
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            weight, bias = _with_lora(layer, name, weight, bias)
+    return weight, bias
+
+
+def refuse_unread(model: Any) -> None:
+    """Raise ModelError for an adapter that works in the model's own forward, which isn't called."""
+    config = getattr(model, "active_peft_config", None)
+    kind = getattr(getattr(config, "peft_type", None), "value", "")
+    if getattr(config, "is_prompt_learning", False):
+        raise ModelError(
+            f"{kind.lower().replace('_', ' ')} can't be computed over a forest",
+            where=type(model).__name__,
+            why="its virtual tokens stand before every sequence, and log-probabilities without them would be others",
+            fix="use LoRA, or merge_and_unload() what can be merged",
+        )
+    if kind == "XLORA" or getattr(config, "alora_invocation_tokens", None):
+        raise ModelError(
+            f"{'X-LoRA' if kind == 'XLORA' else 'activated LoRA'} can't be computed over a forest",
+            where=type(model).__name__,
+            why="what it adds depends on the whole sequence, and is found in a forward pass that isn't called here",
+            fix="use plain LoRA",
+        )
+
+
+def _with_lora(layer: Any, name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    variant = getattr(layer, "lora_variant", {}).get(name)
+    if variant is not None or layer.use_dora.get(name):
+        raise _beyond("DoRA" if layer.use_dora.get(name) else type(variant).__name__)
+    dropout = layer.lora_dropout[name]
+    if dropout.training and getattr(dropout, "p", 0.0) > 0:
+        raise _beyond(f"LoRA with a dropout of {dropout.p:g}", "set lora_dropout=0, or leave the head out")
+    down, up, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+    _refuse_hooks(down, up)
+    # Of two dtypes the wider one: an adapter's first steps are smaller than bfloat16 could add to the weight.
+    wide = torch.promote_types(weight.dtype, up.weight.dtype)
+    weight = weight.to(wide) + scaling * (up.weight @ down.weight).to(wide)
+    if up.bias is not None:
+        more = scaling * up.bias
+        bias = more if bias is None else bias + more
+    return weight, bias
+
+
+def _beyond(what: str, fix: str = "leave the head out of target_modules, or merge the adapter") -> ModelError:
+    return ModelError(
+        f"{what} on the language-model head can't be computed",
+        why="it isn't one product with the hidden states, and would be left out",
+        fix=fix,
+    )
+
+
+def _refuse_hooks(*layers: Any) -> None:
+    for layer in layers:
+        for hook in (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()):
+            if not (getattr(hook, "__module__", None) or "").startswith("ygivenx."):
+                name = getattr(hook, "__qualname__", type(hook).__name__)
+                raise ModelError(
+                    f"the language-model head has a hook, {name}",
+                    where=type(layer).__name__,
+                    why="its forward isn't called, only its weight read, so the hook would do nothing",
+                    fix="remove it; where it makes the weight, use torch.nn.utils.parametrizations instead",
+                )
