@@ -219,6 +219,56 @@ def test_the_stops_of_the_generation_config(tmp_path, by_name, stops):
     assert not done.stderr
 
 
+@pytest.mark.parametrize("border", ["refuse", "mask", "y"])
+def test_white_space_that_is_split_otherwise_when_a_word_follows(smol_tokenizer, border):
+    """No token stands across the border, and inference would show other ids of x all the same."""
+    x, y = "if a:\n        ", "1 + f(a)"
+    alone, together = (smol_tokenizer(t, add_special_tokens=False)["input_ids"] for t in (x, x + y))
+    assert together[: len(alone)] != alone
+    with pytest.raises(RowError, match="aren't a prefix") as e:
+        Encoder(smol_tokenizer, border=border)({"x": x, "y": y})
+    assert e.value.reason == "straddling_token"
+    apart = Encoder(smol_tokenizer, border="split", eos=False)({"x": x, "y": y}).only
+    assert apart.ids.tolist()[: len(alone)] == alone
+    assert "".join(apart.trained) == y
+    told = Encoder(smol_tokenizer, border=border, eos=False)({"x": "if a: ", "y": y}).only  # one space is one
+    assert "".join(told.trained) == y
+
+
+def test_ids_before_a_border_are_those_of_x_alone(smol_tokenizer):
+    """Whatever is accepted, among ends and beginnings that split in many ways."""
+    parts = (
+        "a",
+        "12",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "(",
+        "'s",
+        "é",
+        "e\u0301",
+        "\u0301",
+        "東",
+        "🙂",
+        "\u3000",
+        "...",
+    )
+    rng = np.random.default_rng(0)
+    enc, accepted = Encoder(smol_tokenizer, eos=False), 0
+    for _ in range(400):
+        x, y = ("".join(rng.choice(parts, rng.integers(1, 5))) for _ in "xy")
+        try:
+            sequence = enc({"x": x, "y": y}).only
+        except RowError:
+            continue
+        accepted += 1
+        first = int(sequence.weights.argmax())
+        assert sequence.ids[:first].tolist() == smol_tokenizer(x, add_special_tokens=False)["input_ids"]
+    assert accepted > 200
+
+
 def test_a_slow_tokenizer_is_proved_by_prefixes():
     tokenizer = Letters(eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"])
     tokenizer.chat_template = CHATML

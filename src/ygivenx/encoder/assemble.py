@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..errors import RowError
 from ..sequence import Segment, Sequence
 from .policy import Policy
-from .tokens import Encoded, Tokens
+from .tokens import Encoded, Tokens, holds_both
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def control_text(token: str, path: str, why: str = "") -> RowError:
 
 
 def straddle(encoded: Encoded, at: int, field: str) -> RowError:
-    if encoded.tiled:
+    if encoded.tiled and holds_both(encoded, at):
         k = int(np.searchsorted(encoded.starts, at)) - 1
         token = repr(encoded.text[encoded.starts[k] : encoded.stops[k]])
         what = f"the token {token} holds the end of x and the beginning of y"
@@ -107,6 +107,6 @@ def straddle(encoded: Encoded, at: int, field: str) -> RowError:
         reason="straddling_token",
         field=field,
         why="inference shows x encoded alone: the model would be trained on ids that it never sees",
-        fix="border='mask' leaves such a token out of y, border='split' encodes x and y apart, "
+        fix="border='split' encodes x and y apart, border='mask' leaves a token that holds both out of y, "
         "border='refuse' (the default) keeps such rows out",
     )

@@ -15,7 +15,7 @@ from ..sequence import Segment, Sequence
 from .assemble import Job, Options, made, straddle, too_long, truncated
 from .contract import Contract
 from .control import control_cuts, refuse_control
-from .fields import lost_of_context, lost_of_reply
+from .fields import lost_of_context, lost_of_reply, printed_arguments
 from .inputs import Inputs, inputs_of
 from .layout import Outline, outline_of, segments_of
 from .policy import Part, weight_of
@@ -23,7 +23,7 @@ from .renderings import Draft, Row
 from .repair import IN_TURNS, alternatives
 from .shapes import Shapes
 from .template import Template
-from .tokens import Encoded, Pieces
+from .tokens import Encoded, Pieces, holds_both
 
 _KIND_OF_FIELD = {
     "reasoning_content": "reasoning",
@@ -174,7 +174,10 @@ class Chats:
         """The draft with notes of what its template leaves out; raises RowError if that is part of a reply."""
         last = max(rendered.replies(), default=-1)
         for turn in draft.turns:
-            for path, name in lost_of_reply(draft, turn, rendered.inputs.messages[turn.message]):
+            said = rendered.inputs.messages[turn.message]
+            if path := printed_arguments(draft.text[turn.start : turn.stop], said):
+                raise _not_json(f"messages[{turn.message}].{path}")
+            for path, name in lost_of_reply(draft, turn, said):
                 kind = _KIND_OF_FIELD.get(name, "answer")
                 if self.options.dropped == "refuse" and self._weight(row, kind, turn.message, last):
                     raise _dropped(path)
@@ -188,10 +191,14 @@ class Chats:
     ) -> list[Sequence]:
         sequences: list[Sequence] = []
         for (outline, cuts), encoded in self._apart(texts, parts):
-            segments = segments_of(outline, encoded, self._borders(outline, encoded))
+            borders = self._borders(outline, encoded, cuts)
+            segments = segments_of(outline, encoded, borders)
             weights = self._weights(row, segments, len(encoded.ids))
-            if sequences:  # what an earlier sequence has already weighed
-                weights[: _common(sequences[-1].ids, encoded.ids)] = 0
+            if (
+                sequences
+            ):  # what an earlier sequence has already weighed; no reply was, even if it begins alike
+                own = min((borders[start] for _, start, _, _ in outline.turns), default=len(weights))
+                weights[: min(own, _common(sequences[-1].ids, encoded.ids))] = 0
             told = (*notes, *outline.notes, *([_AS_TEXT] if cuts else []))
             pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
             sequences.append(made(encoded.ids, weights, segments, pieces, told))
@@ -202,7 +209,7 @@ class Chats:
         and y are encoded apart; for what follows it is history, as inference would encode it."""
         for (outline, cuts), encoded in zip(texts, parts, strict=True):
             split = self.options.border == "split"
-            torn = [t for t in outline.turns if split and self.tokens.border(encoded, t[1]) is None]
+            torn = [t for t in outline.turns if split and self.tokens.border(encoded, t[1], cuts) is None]
             if not torn:
                 yield (outline, cuts), encoded
                 continue
@@ -215,13 +222,15 @@ class Chats:
                 at = tuple(sorted({start, *(c for c in cuts if c < stop)}))
                 yield (own, cuts), self.tokens.encode_cut([(own.text, at)])[0]
 
-    def _borders(self, outline: Outline, encoded: Encoded) -> dict[int, int]:
+    def _borders(self, outline: Outline, encoded: Encoded, cuts: tuple[int, ...]) -> dict[int, int]:
         borders: dict[int, int] = {}
-        for message, start, *ends in outline.turns:
-            for at in (start, *ends):
-                border = self.tokens.border(encoded, at)
-                if border is None and at == start and self.options.border == "mask" and encoded.tiled:
-                    border = int(np.searchsorted(encoded.starts, at))
+        for message, start, end, stop in outline.turns:
+            for at in (start, end, stop):
+                border = self.tokens.border(encoded, at, cuts)
+                if border is None and at == start and self.options.border == "mask":
+                    border = _masked(encoded, at)
+                if border is None and at == stop:
+                    border = self.tokens.after(encoded, end, stop)
                 if border is None:
                     raise straddle(encoded, at, f"messages[{message}]")
                 borders[at] = border
@@ -288,6 +297,22 @@ def _common(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
+
+
+def _masked(encoded: Encoded, at: int) -> int | None:
+    """The border after a token that holds both x and y, so that it isn't trained."""
+    torn = encoded.tiled and holds_both(encoded, at)
+    return int(np.searchsorted(encoded.starts, at)) if torn else None
+
+
+def _not_json(path: str) -> RowError:
+    return RowError(
+        "the template writes these arguments as Python prints them",
+        reason="not_json",
+        field=path,
+        why="a model would be trained on calls that no parser reads",
+        fix="repair='arguments_as_text' gives them as JSON text, or give a template that writes JSON",
+    )
 
 
 def _dropped(path: str) -> RowError:

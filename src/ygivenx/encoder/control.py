@@ -21,29 +21,39 @@ _THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
 
 
 def headers_of(tokenizer: Any) -> list[str]:
-    """The ordinary added tokens that the chat template writes around what messages say.
+    """The ordinary added tokens that the chat template writes around what messages and tools say.
 
-    DeepSeek's <｜User｜> and <｜Assistant｜> aren't special to their tokenizer, but whoever writes one begins a turn.
+    DeepSeek's <｜User｜> and <｜tool▁outputs▁begin｜> aren't special to their tokenizer, but whoever writes one begins
+    a turn or forges a result. What it writes around calls may be in a text: replies are made of it.
     """
     added = {str(t) for t in tokenizer.added_tokens_decoder.values() if not t.special}
     marks = [t for t in added if not t.isspace() and not t.isalnum() and not _THOUGHT.search(t)]
     if not marks or not tokenizer.chat_template:
         return []
-    written = _bare_rendering(tokenizer)
-    found = re.findall("|".join(map(re.escape, sorted(marks, key=len, reverse=True))), written)
-    return sorted(set(found))
+    pattern = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))))
+
+    def written(*conversations: list[dict[str, Any]], tools: Any = None) -> set[str]:
+        return set(pattern.findall(_first_rendering(tokenizer, conversations, tools)))
+
+    say = [{"role": role, "content": "word"} for role in ("system", "user", "assistant", "user")]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "abcdefghi", **_FUNCTION}]}
+    result = {"role": "tool", "content": "word", "name": "word", "tool_call_id": "abcdefghi"}
+    results = written([say[1], call, result], tools=[_FUNCTION]) - written([say[1], call], tools=[_FUNCTION])
+    return sorted(written(say, say[1:], say[1:2]) | results)
 
 
-def _bare_rendering(tokenizer: Any) -> str:
-    """A conversation of one word a message, with a system message if the template takes one; "" if it takes none."""
-    turns = [{"role": role, "content": "word"} for role in ("system", "user", "assistant", "user")]
-    try:
-        template = Template(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
-    except (RowError, ValueError):  # chats will say so; pairs don't need it
+_FUNCTION = {"type": "function", "function": {"name": "word", "arguments": {}}}
+
+
+def _first_rendering(tokenizer: Any, conversations: Iterable[list[dict[str, Any]]], tools: Any) -> str:
+    """The first of the conversations that the template takes, rendered; "" if it takes none."""
+    try:  # what is wrong with it, chats will say; pairs don't need it
+        template = Template(tokenizer.get_chat_template(tools=tools), tokenizer.special_tokens_map)
+    except (RowError, ValueError):
         return ""
-    for messages in (turns, turns[1:], turns[1:2]):
+    for messages in conversations:
         try:
-            return template.render(Inputs(tuple(messages)), add_generation_prompt=True)
+            return template.render(Inputs(tuple(messages), tools), add_generation_prompt=True)
         except RowError:
             continue
     return ""

@@ -27,6 +27,15 @@ def lost_of_reply(draft: Draft, turn: Turn, message: Mapping[str, Any]) -> list[
     ]
 
 
+def printed_arguments(text: str, message: Mapping[str, Any]) -> str | None:
+    """The path of a call's arguments that a reply's text has as Python prints them, which isn't JSON."""
+    for i, call in enumerate(message.get("tool_calls") or []):
+        arguments = call.get("function", call).get("arguments")
+        if isinstance(arguments, Mapping) and arguments and repr(arguments) in text:
+            return f"tool_calls[{i}].function.arguments"
+    return None
+
+
 def lost_of_context(draft: Draft, trained: set[int], upto: int) -> list[str]:
     """Paths of what the messages around the trained replies, and tools and documents, hold in vain."""
     traced = draft.traced

@@ -11,7 +11,7 @@ from ..rows.formats import Pair
 from ..sequence import Segment, Sequence
 from .assemble import Job, Options, control_text, made, straddle, too_long, truncated
 from .policy import Part, weight_of
-from .tokens import Encoded, Pieces, joined
+from .tokens import Encoded, Pieces, holds_both, joined
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Pairs:
             texts = [(row.x, cuts[0]), (row.y, cuts[1])]
         else:
             texts = [(row.x + row.y, (*cuts[0], *(len(row.x) + c for c in cuts[1])))]
-        return Job(texts, lambda parts: [self._sequence(row, parts, ends)])
+        return Job(texts, lambda parts: [self._sequence(row, parts, cuts[0], ends)])
 
     def _ends(self, row: Pair) -> _Ends:
         tokenizer, o = self.tokens.tokenizer, self.options
@@ -74,8 +74,8 @@ class Pairs:
         x = self.tokens.cuts(row.x, lambda m: m.start() >= first)
         return x, self.tokens.cuts(row.y, lambda m: m.end() <= last)
 
-    def _sequence(self, row: Pair, parts: list[Encoded], ends: _Ends) -> Sequence:
-        encoded, border, notes = self._bordered(row, parts)
+    def _sequence(self, row: Pair, parts: list[Encoded], cuts: tuple[int, ...], ends: _Ends) -> Sequence:
+        encoded, border, notes = self._bordered(row, parts, cuts)
         ids = self.tokens.tokenizer.convert_tokens_to_ids
         head, tail = ids(list(ends.bos)), ids(list(ends.eos))
         n, m = len(head), len(head) + len(encoded.ids)
@@ -105,16 +105,22 @@ class Pairs:
             raise too_long(sequence, most)
         return truncated(sequence, most)
 
-    def _bordered(self, row: Pair, parts: list[Encoded]) -> tuple[Encoded, int, tuple[str, ...]]:
-        """The encoded pair, how many of its tokens are x, and what was done where one token holds both."""
+    def _bordered(
+        self, row: Pair, parts: list[Encoded], cuts: tuple[int, ...]
+    ) -> tuple[Encoded, int, tuple[str, ...]]:
+        """The encoded pair, how many of its tokens are x, and what was done where one token holds both.
+
+        cuts: where x was cut.
+        """
         if len(parts) == 2:
             notes = ("x and y are encoded apart",) if self.options.border == "split" else ()
             return joined(parts), len(parts[0].ids), notes
         (encoded,) = parts
-        border = self.tokens.border(encoded, len(row.x))
+        border = self.tokens.border(encoded, len(row.x), cuts)
         if border is not None:
             return encoded, border, ()
-        if self.options.border == "refuse" or not encoded.tiled:
+        torn = encoded.tiled and holds_both(encoded, len(row.x))
+        if self.options.border == "refuse" or not torn:
             raise straddle(encoded, len(row.x), "y")
         first = int(np.searchsorted(encoded.starts, len(row.x))) - 1
         token = encoded.text[encoded.starts[first] : encoded.stops[first]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain, pairwise
 from typing import Any, overload
 
@@ -87,6 +87,7 @@ class Tokens:
         special |= _added(tokenizer, (*stops, *headers))
         self.special: dict[str, int] = {t: i for t, i in special.items() if t}
         self.stops = frozenset({tokenizer.eos_token, *stops} & self.special.keys())
+        self._ids_of = lru_cache(256)(self.ids)  # of what stands before a reply: mostly one header
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
@@ -175,19 +176,52 @@ class Tokens:
         nowhere = np.zeros_like(ids)
         return Encoded(text, ids, nowhere, nowhere, tiled=False)
 
-    def border(self, encoded: Encoded, character: int) -> int | None:
-        """How many tokens lie wholly before a character, if the ids before it are a prefix; else None."""
-        if encoded.tiled:
-            before = int(np.searchsorted(encoded.starts, character))
-            return None if before and encoded.stops[before - 1] > character else before
-        prefix = self.ids(encoded.text[:character])
-        return len(prefix) if np.array_equal(prefix, encoded.ids[: len(prefix)]) else None
+    def border(self, encoded: Encoded, character: int, cuts: tuple[int, ...] = ()) -> int | None:
+        """How many tokens lie wholly before a character, if the ids before it are a prefix; else None.
+
+        cuts: where the text was cut, as `encode_cut` does.
+        """
+        if not encoded.tiled:
+            prefix = self.ids(encoded.text[:character])
+            return len(prefix) if np.array_equal(prefix, encoded.ids[: len(prefix)]) else None
+        before = int(np.searchsorted(encoded.starts, character))
+        if holds_both(encoded, character):
+            return None
+        # No token stands across, and yet white space that ends a text may be split otherwise if a word follows.
+        if before and encoded.text[character - 1].isspace():
+            first, start = self._part_of(encoded, before, max((c for c in cuts if c <= character), default=0))
+            alone = self._ids_of(encoded.text[start:character])
+            return before if np.array_equal(alone, encoded.ids[first:before]) else None
+        return before
+
+    def _part_of(self, encoded: Encoded, before: int, cut: int) -> tuple[int, int]:
+        """(the first of the tokens that were encoded together with the one before token `before`, its character)."""
+        first = before
+        while first and encoded.starts[first - 1] >= cut:
+            piece = encoded.text[encoded.starts[first - 1] : encoded.stops[first - 1]]
+            if self._cutting is not None and self._cutting.fullmatch(piece):
+                break
+            first -= 1
+        return first, max(cut, int(encoded.stops[first - 1]) if first else 0)
+
+    def after(self, encoded: Encoded, start: int, stop: int) -> int | None:
+        """One past the special token text[start:stop] that takes in white space behind it, as some tokenizers' do."""
+        k = int(np.searchsorted(encoded.starts, start))
+        if k == len(encoded.ids) or encoded.ids[k] != self.special.get(encoded.text[start:stop]):
+            return None
+        return k + 1 if encoded.text[stop : encoded.stops[k]].isspace() else None
 
     @cached_property
     def adds_bos(self) -> bool:
         """Whether the tokenizer itself begins a text with its BOS."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and list(self.tokenizer("a")["input_ids"])[:1] == [bos]
+
+
+def holds_both(encoded: Encoded, character: int) -> bool:
+    """Whether one token holds characters before and after this place; of tiled offsets."""
+    before = int(np.searchsorted(encoded.starts, character))
+    return before > 0 and int(encoded.stops[before - 1]) > character
 
 
 def _added(tokenizer: Any, stops: Iterable[str]) -> dict[str, int]:
