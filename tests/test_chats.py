@@ -159,6 +159,97 @@ def test_where_a_prompt_is_written_unasked_and_the_end_is_not_certain():
     assert trained(Encoder(tokenizer, stops="<|eot|>")({"messages": [user(), reply()]})) == "It is 4.<|eot|>"
 
 
+def test_a_prompt_written_unasked_ends_no_turn_before_another_reply():
+    """The next prompt is then no more than what the template has written already."""
+    tokenizer = tokenizer_for("llama3 without its generation config", UNASKED_PROMPT)
+    example = Encoder(tokenizer)({"messages": [user(), reply("First."), reply("Second.")]})
+    assert trained(example) == "First.<|eot|>Second.<|eot|>"
+
+
+def test_the_header_of_a_reply_ends_none():
+    """As GLM's: a user's header would come, and a reply's own can't be what stops the reply before it."""
+    template = ROLE_HEADERS.replace(" + '<|end|>'", "")
+    tokenizer = tokenizer_for("glm", template + "<|user|><|assistant|>")
+    tokenizer.chat_template = template
+    example = Encoder(tokenizer)({"messages": [user(), reply("First."), reply("Second.")]})
+    assert trained(example) == "First.<|user|>Second.<|user|>"
+
+
+def test_an_unasked_prompt_alone_ends_no_turn():
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    tokenizer = tokenizer_for("glm", template + "<|user|>")
+    tokenizer.chat_template = template
+    error = refusal(Encoder(tokenizer), user(), reply())
+    assert error.reason == "no_end_of_turn"
+    assert "stops=" in str(error)
+
+
+def test_a_part_of_the_prompt_written_unasked_ends_no_turn():
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}<|start|>assistant"
+        "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+    )
+    assert (
+        trained(Encoder(tokenizer_for("glm", template))({"messages": [user(), reply()]})) == "It is 4.<|end|>"
+    )
+
+
+# Writes the header of a reply only with it, unless a user asks.
+HEADER_WITH_THE_REPLY = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt and messages and messages[-1].role == 'user' %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_header_is_no_output_of_a_second_reply():
+    error = refusal(encoder(HEADER_WITH_THE_REPLY), user(), reply("First."), reply("Second."))
+    assert (error.reason, error.field) == ("no_prompt", "messages[2]")
+    row = [user(), reply("First."), reply("Second.", weight=0.0)]
+    assert trained(encoder(HEADER_WITH_THE_REPLY)({"messages": row})) == "First.<|im_end|>"
+
+
+def test_a_header_is_no_output_of_a_greeting():
+    example = encoder(HEADER_WITH_THE_REPLY)({"messages": [reply("Hello"), user(), reply()]})
+    assert trained(example) == "It is 4.<|im_end|>"
+    assert any("before the first question" in n for n in example.only.notes)
+    error = refusal(encoder(HEADER_WITH_THE_REPLY, repair="none"), reply("Hello"), user(), reply())
+    assert error.reason == "no_prompt"
+
+
+@pytest.mark.parametrize("rows", [[user(), reply("")], [user(), reply(""), user(), reply("yes")]])
+def test_an_empty_reply_is_its_frame_and_its_end(rows):
+    """As gpt-oss's: of what stands around no words, the last token that all replies share isn't the end."""
+    example = Encoder(tokenizer_for("gptoss", shelf()["gptoss"]))({"messages": rows})
+    first = "<|channel|>final<|message|><|return|>"
+    assert trained(example) == first + ("<|channel|>final<|message|>yes<|return|>" if rows[2:] else "")
+
+
+def test_an_empty_reply_that_is_written_otherwise_is_refused():
+    template = CHATML.replace("+ m['content'] +", "+ (m['content'] or '<|user|>-') +")
+    error = refusal(encoder(template), user(), reply(""))
+    assert (error.reason, error.field) == ("no_end_of_turn", "messages[1]")
+    assert "empty reply" in str(error)
+
+
+def test_a_stop_inside_a_reply_is_refused():
+    """As some DeepSeek templates write a call with words: nothing is generated after the first stop."""
+    twice = "+ m['content'] + ('<|im_end|>\\n<|im_start|>assistant\\n' + m.again if m.again else '') +"
+    error = refusal(
+        encoder(CHATML.replace("+ m['content'] +", twice)), user(), reply("Let me look.", again="Here.")
+    )
+    assert (error.reason, error.field) == ("stop_inside", "messages[1]")
+    assert "<|im_end|>" in str(error)
+    assert "split" in str(error)
+
+
+def test_a_stop_inside_a_reply_that_the_row_itself_writes_is_its_own():
+    said = "Look.<|im_end|>Here."
+    assert (
+        trained(encoder(control="parse")({"messages": [user(), reply(said)]}))
+        == "Look.<|im_end|>Here.<|im_end|>"
+    )
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -307,6 +398,14 @@ def test_white_space_of_the_prompt_is_kept():
     example = encoder(template)({"messages": [user(), reply()]})
     assert trained(example) == "It is 4.<|im_end|>"
     assert "white space" in " ".join(example.only.notes)
+
+
+def test_the_replys_own_white_space_is_kept():
+    """Where the prompt's differs, it is the template's alone that gives way."""
+    template = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'] | trim)")
+    example = encoder(template)({"messages": [user("Indent it:\n"), reply("    return 1")]})
+    assert trained(example) == "    return 1<|im_end|>"
+    assert any("white space alone" in n for n in example.only.notes)
 
 
 def test_arguments_as_text():
