@@ -554,6 +554,37 @@ def test_rendered_context_is_one_text_and_says_so():
     assert any("differs from what inference shows" in n for n in example.only.notes)
 
 
+# Writes earlier calls without the thought that a prompt begins with, and a result with the name of its call.
+CALLS_AND_RESULTS = (
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}<|res|>{{ messages[loop.index0 - 1].tool_calls[0].function.name }}={{ m.content }}<|end|>"
+    "{% else %}{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|{{ m.role }}|>{% endif %}"
+    "{% if m.role == 'assistant' and loop.last %}<|no|>{% endif %}"
+    "{% if m.tool_calls %}<|call|>{{ m.tool_calls[0].function.name }}"
+    "{{ m.tool_calls[0].function.arguments | tojson }}<|stop|>{% else %}{{ m.content }}<|end|>{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1].role != 'tool' %}<|assistant|><|no|>{% endif %}"
+)
+A_CALL = [user(), calls(call(arguments={"city": "Rome"})), result("clear"), reply()]
+
+
+def test_as_rendered_a_call_is_whole_and_has_nothing_of_its_result():
+    tokenizer = tokenizer_for("glm", CALLS_AND_RESULTS + "<|user|>")
+    sequence = Encoder(tokenizer, context="rendered")({"messages": A_CALL}).only
+    said = [
+        "".join(sequence.tokens[s.start : s.stop]) for s in sequence.segments if s.output and s.message == 1
+    ]
+    assert "".join(said) == '<|call|>weather{"city": "Rome"}<|stop|>'
+    assert any("as rendered" in n for n in sequence.notes)
+
+
+def test_as_rendered_a_call_that_ends_after_its_result_is_refused():
+    template = CALLS_AND_RESULTS.replace("<|stop|>", "{% if loop.last %}<|stop|>{% endif %}")
+    tokenizer = tokenizer_for("glm", template + "<|user|>")
+    tokenizer.chat_template = template
+    error = refusal(Encoder(tokenizer, context="rendered"), *A_CALL)
+    assert (error.reason, error.field) == ("no_origin", "messages[1]")
+
+
 def test_weights_of_messages_and_policies_multiply():
     row = {"messages": [user(), reply("a", weight=0.5), user(), reply("b")]}
     example = encoder(train="end_of_turn=0.5")(row)

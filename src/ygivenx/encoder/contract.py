@@ -19,6 +19,7 @@ from .origins import TEMPLATE, within
 from .renderings import SHOWN, Draft, Row, Turn, common_prefix, quoted, runs_of_message
 from .repair import CLOSED, OPENED
 from .tokens import Tokens
+from .tracing import Traced
 
 _STAND_IN = "\ue000"  # for private use: no template writes it
 _HEADER = 256  # characters: a header is shorter
@@ -60,14 +61,24 @@ class Contract:
         return [Draft(text, tuple(turns), len(row), row.traced(len(row)))]
 
     def _by_origin(self, row: Row, i: int) -> Turn:
-        traced = row.traced(len(row))
+        """Message i where the whole text has it, if no other message speaks between its beginning and its end."""
+        traced, (first, last) = row.traced(len(row)), self._said(row, i)
         runs = runs_of_message(traced, i) if traced else []
-        end = next(iter(self.tokens.control(row.whole, runs[-1][1])), None) if runs else None
-        if end is None:
+        end = end_of_turn(self.tokens, row, i, last) if runs else None
+        found = end and self._end_in_whole(row, runs, row.closed(i + 1)[first : end.at], end.token)
+        if traced is None or end is None or found is None or _others(row, traced, i, runs[0][0], found):
             what = "the rendered text doesn't say where this reply begins and ends"
             raise RowError(what, reason="no_origin", field=f"messages[{i}]", fix="use context='inference'")
+        start = _after_prompt(self.tokens, row, traced, i, runs[0][0])
         note = f"messages[{i}]: as rendered, which differs from what inference shows"
-        return Turn(i, row.whole, runs[0][0], end.start(), end.end(), notes=(note,))
+        return Turn(i, row.whole, start, found, found + len(end.token), notes=(note,))
+
+    def _end_in_whole(self, row: Row, runs: list[tuple[int, int]], said: str, token: str) -> int | None:
+        """Where the token that ends F's message ends it in the whole text: after the same words, or after its last."""
+        at = runs[0][0]
+        if row.begins(row.whole[at:], said + token):
+            return at + len(said)
+        return next((m.start() for m in self.tokens.control(row.whole, runs[-1][1]) if m[0] == token), None)
 
     def turn(self, row: Row, i: int, repairs: frozenset[str] = frozenset()) -> Turn:
         """The proof for message i."""
@@ -142,6 +153,31 @@ class Contract:
             at = _place(row, i)
             runs = sorted([*runs, (at, at)])
         return (runs[0][0], runs[-1][1]) if runs else (len(text), 0)
+
+
+def _others(row: Row, traced: Traced, i: int, start: int, stop: int) -> bool:
+    """Whether a message other than i speaks in [start, stop)."""
+    others = (run for j in range(len(row)) if j != i for run in runs_of_message(traced, j))
+    return any(a < stop and b > start for a, b in others)
+
+
+def _after_prompt(tokens: Tokens, row: Row, traced: Traced, i: int, first: int) -> int:
+    """Where message i, which speaks from `first` on, begins in the whole text: after what its prompt ends with.
+
+    That is after the last words of the messages before it, up to the special token with which the text parts from it;
+    `first` itself where it parts without one.
+    """
+    shown = row.traced_prompt(i)
+    before = [run for j in range(i) for run in runs_of_message(shown, j)] if shown else []
+    spoken = [b for j in range(i) for _, b in runs_of_message(traced, j) if b <= first]
+    tail = row.prompt(i)[max((b for _, b in before), default=0) :]
+    at = max(spoken, default=0)
+    for begun in (tail, OPENED.sub("", tail), CLOSED.sub("", tail)):
+        if row.whole[at:first].startswith(begun):
+            return at + len(begun)
+    part = at + common_prefix(row.whole[at:first], tail)
+    parting = (m.start() for m in tokens.control(row.whole, at, first) if m.start() <= part < m.end())
+    return next(parting, first)
 
 
 def _answers_nothing(message: Mapping[str, Any]) -> bool:
