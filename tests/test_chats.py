@@ -216,6 +216,14 @@ def test_a_header_is_no_output_of_a_greeting():
     assert error.reason == "no_prompt"
 
 
+def test_a_header_after_other_white_space_is_the_prompts():
+    template = HEADER_WITH_THE_REPLY.replace(
+        "and messages and messages[-1].role == 'user' %}", "%}{{ '\\n' }}"
+    )
+    example = encoder(template)({"messages": [user(), reply("First."), reply("Second.")]})
+    assert trained(example) == "First.<|im_end|>Second.<|im_end|>"
+
+
 @pytest.mark.parametrize("rows", [[user(), reply("")], [user(), reply(""), user(), reply("yes")]])
 def test_an_empty_reply_is_its_frame_and_its_end(rows):
     """As gpt-oss's: of what stands around no words, the last token that all replies share isn't the end."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import RowError
 from .closing import USER, appended_end, end_of_turn, or_none
-from .joining import joined
+from .joining import beyond, joined
 from .origins import TEMPLATE, within
 from .renderings import SHOWN, Draft, Row, Turn, common_prefix, quoted, runs_of_message
 from .repair import CLOSED, OPENED
@@ -126,8 +126,10 @@ class Contract:
         if i and row.inputs.messages[i - 1].get("role") == "user":
             return False
         shown, text = row.prompt(i), row.closed(i + 1)
-        begin, (first, _) = row.common_prefix(shown, text), self._said(row, i)
-        head = text[begin : max(first, begin)].lstrip()
+        begin = len(shown) if row.begins(text, shown) else beyond(shown, text)
+        if begin is None:
+            return False
+        head = text[begin : max(self._said(row, i)[0], begin)].lstrip()
         after_user = row.inputs.upto(i, USER)
         asked = or_none(lambda: row.template.render(after_user, add_generation_prompt=True)) if head else None
         if asked is None:
@@ -145,14 +147,17 @@ class Contract:
             raise RowError(what, reason="no_prompt", field=f"messages[{i}]", why=e.why, fix=fix) from e
 
     def _said(self, row: Row, i: int) -> tuple[int, int]:
-        """The characters [first, stop) of F between which message i speaks; [all, 0) where origins aren't known."""
+        """The characters [first, stop) of F between which message i speaks; [all, 0) where origins aren't known.
+
+        [0, 0) where F has nothing of it.
+        """
         text, whole = row.closed(i + 1), row.whole
         traced = row.traced(len(row) if row.begins(whole, text) else i + 1)
         runs = [r for r in runs_of_message(traced, i) if r[1] <= len(text)] if traced else []
         if _answers_nothing(row.inputs.messages[i]):
             at = _place(row, i)
             runs = sorted([*runs, (at, at)])
-        return (runs[0][0], runs[-1][1]) if runs else (len(text), 0)
+        return (runs[0][0], runs[-1][1]) if runs else (0 if traced else len(text), 0)
 
 
 def _others(row: Row, traced: Traced, i: int, start: int, stop: int) -> bool:

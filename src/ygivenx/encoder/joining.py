@@ -36,7 +36,7 @@ def _reply(row: Row, i: int, repairs: frozenset[str], end: int) -> tuple[str, li
         whole = row.traced(i + 1)
         what = f"its prompt {_KEPT.format('an empty thought that it closes itself')}"
         return (what, [(whole.text if whole else text)[begin:end]]) if begin <= end else None
-    if "whitespace" in repairs and (begin := _beyond(shown, text)) is not None:
+    if "whitespace" in repairs and (begin := beyond(shown, text)) is not None:
         parts = _said_beyond(row, i, begin, end)
         return (f"its prompt {_KEPT.format('white space alone')}", parts) if parts else None
     whole = row.traced(i + 1) if "history" in repairs else None
@@ -54,7 +54,7 @@ def _after_closed(shown: str, text: str) -> int | None:
     return None if text.startswith("<think>", empty.start()) else empty.start()
 
 
-def _beyond(shown: str, text: str) -> int | None:
+def beyond(shown: str, text: str) -> int | None:
     """How much of `text` says all of `shown`, white space apart; None if it doesn't begin with it."""
     wanted, have = "".join(shown.split()), 0
     for at, character in enumerate(text):
