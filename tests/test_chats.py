@@ -174,6 +174,105 @@ def test_where_a_prompt_is_written_unasked_and_the_end_is_not_certain():
     assert trained(Encoder(tokenizer, stops="<|eot|>")({"messages": [user(), reply()]})) == "It is 4.<|eot|>"
 
 
+def test_a_prompt_written_unasked_ends_no_turn_before_another_reply():
+    """The next prompt is then no more than what the template has written already."""
+    tokenizer = tokenizer_for("llama3 without its generation config", UNASKED_PROMPT)
+    example = Encoder(tokenizer)({"messages": [user(), reply("First."), reply("Second.")]})
+    assert trained(example) == "First.<|eot|>Second.<|eot|>"
+
+
+def test_the_header_of_a_reply_ends_none():
+    """As GLM's: a user's header would come, and a reply's own can't be what stops the reply before it."""
+    template = ROLE_HEADERS.replace(" + '<|end|>'", "")
+    tokenizer = tokenizer_for("glm", template + "<|user|><|assistant|>")
+    tokenizer.chat_template = template
+    example = Encoder(tokenizer)({"messages": [user(), reply("First."), reply("Second.")]})
+    assert trained(example) == "First.<|user|>Second.<|user|>"
+
+
+def test_an_unasked_prompt_alone_ends_no_turn():
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    tokenizer = tokenizer_for("glm", template + "<|user|>")
+    tokenizer.chat_template = template
+    error = refusal(Encoder(tokenizer), user(), reply())
+    assert error.reason == "no_end_of_turn"
+    assert "stops=" in str(error)
+
+
+def test_a_part_of_the_prompt_written_unasked_ends_no_turn():
+    template = (
+        "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}<|start|>assistant"
+        "{% if add_generation_prompt %}{{ '\n' }}{% endif %}"
+    )
+    assert (
+        trained(Encoder(tokenizer_for("glm", template))({"messages": [user(), reply()]})) == "It is 4.<|end|>"
+    )
+
+
+# Writes the header of a reply only with it, unless a user asks.
+HEADER_WITH_THE_REPLY = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt and messages and messages[-1].role == 'user' %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_header_is_no_output_of_a_second_reply():
+    error = refusal(encoder(HEADER_WITH_THE_REPLY), user(), reply("First."), reply("Second."))
+    assert (error.reason, error.field) == ("no_prompt", "messages[2]")
+    row = [user(), reply("First."), reply("Second.", weight=0.0)]
+    assert trained(encoder(HEADER_WITH_THE_REPLY)({"messages": row})) == "First.<|im_end|>"
+
+
+def test_a_header_is_no_output_of_a_greeting():
+    example = encoder(HEADER_WITH_THE_REPLY)({"messages": [reply("Hello"), user(), reply()]})
+    assert trained(example) == "It is 4.<|im_end|>"
+    assert any("before the first question" in n for n in example.only.notes)
+    error = refusal(encoder(HEADER_WITH_THE_REPLY, repair="none"), reply("Hello"), user(), reply())
+    assert error.reason == "no_prompt"
+
+
+def test_a_header_after_other_white_space_is_the_prompts():
+    template = HEADER_WITH_THE_REPLY.replace(
+        "and messages and messages[-1].role == 'user' %}", "%}{{ '\\n' }}"
+    )
+    example = encoder(template)({"messages": [user(), reply("First."), reply("Second.")]})
+    assert trained(example) == "First.<|im_end|>Second.<|im_end|>"
+
+
+@pytest.mark.parametrize("rows", [[user(), reply("")], [user(), reply(""), user(), reply("yes")]])
+def test_an_empty_reply_is_its_frame_and_its_end(rows):
+    """As gpt-oss's: of what stands around no words, the last token that all replies share isn't the end."""
+    example = Encoder(tokenizer_for("gptoss", shelf()["gptoss"]))({"messages": rows})
+    first = "<|channel|>final<|message|><|return|>"
+    assert trained(example) == first + ("<|channel|>final<|message|>yes<|return|>" if rows[2:] else "")
+
+
+def test_an_empty_reply_that_is_written_otherwise_is_refused():
+    template = CHATML.replace("+ m['content'] +", "+ (m['content'] or '<|user|>-') +")
+    error = refusal(encoder(template), user(), reply(""))
+    assert (error.reason, error.field) == ("no_end_of_turn", "messages[1]")
+    assert "empty reply" in str(error)
+
+
+def test_a_stop_inside_a_reply_is_refused():
+    """As some DeepSeek templates write a call with words: nothing is generated after the first stop."""
+    twice = "+ m['content'] + ('<|im_end|>\\n<|im_start|>assistant\\n' + m.again if m.again else '') +"
+    error = refusal(
+        encoder(CHATML.replace("+ m['content'] +", twice)), user(), reply("Let me look.", again="Here.")
+    )
+    assert (error.reason, error.field) == ("stop_inside", "messages[1]")
+    assert "<|im_end|>" in str(error)
+    assert "split" in str(error)
+
+
+def test_a_stop_inside_a_reply_that_the_row_itself_writes_is_its_own():
+    said = "Look.<|im_end|>Here."
+    assert (
+        trained(encoder(control="parse")({"messages": [user(), reply(said)]}))
+        == "Look.<|im_end|>Here.<|im_end|>"
+    )
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -334,6 +433,14 @@ def test_white_space_of_the_prompt_is_kept():
     example = encoder(template)({"messages": [user(), reply()]})
     assert trained(example) == "It is 4.<|im_end|>"
     assert "white space" in " ".join(example.only.notes)
+
+
+def test_the_replys_own_white_space_is_kept():
+    """Where the prompt's differs, it is the template's alone that gives way."""
+    template = CHATML.replace("m['content']", "(m['content'] if loop.last else m['content'] | trim)")
+    example = encoder(template)({"messages": [user("Indent it:\n"), reply("    return 1")]})
+    assert trained(example) == "    return 1<|im_end|>"
+    assert any("white space alone" in n for n in example.only.notes)
 
 
 def test_arguments_as_text():
@@ -510,6 +617,37 @@ def test_rendered_context_is_one_text_and_says_so():
     example = encoder(THINKER, context="rendered", dropped="warn")({"messages": THOUGHTS})
     assert trained(example) == "4<|im_end|>b\n</think>\n\n6<|im_end|>"
     assert any("differs from what inference shows" in n for n in example.only.notes)
+
+
+# Writes earlier calls without the thought that a prompt begins with, and a result with the name of its call.
+CALLS_AND_RESULTS = (
+    "{% for m in messages %}"
+    "{% if m.role == 'tool' %}<|res|>{{ messages[loop.index0 - 1].tool_calls[0].function.name }}={{ m.content }}<|end|>"
+    "{% else %}{% if loop.first or messages[loop.index0 - 1].role != 'tool' %}<|{{ m.role }}|>{% endif %}"
+    "{% if m.role == 'assistant' and loop.last %}<|no|>{% endif %}"
+    "{% if m.tool_calls %}<|call|>{{ m.tool_calls[0].function.name }}"
+    "{{ m.tool_calls[0].function.arguments | tojson }}<|stop|>{% else %}{{ m.content }}<|end|>{% endif %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1].role != 'tool' %}<|assistant|><|no|>{% endif %}"
+)
+A_CALL = [user(), calls(call(arguments={"city": "Rome"})), result("clear"), reply()]
+
+
+def test_as_rendered_a_call_is_whole_and_has_nothing_of_its_result():
+    tokenizer = tokenizer_for("glm", CALLS_AND_RESULTS + "<|user|>")
+    sequence = Encoder(tokenizer, context="rendered")({"messages": A_CALL}).only
+    said = [
+        "".join(sequence.tokens[s.start : s.stop]) for s in sequence.segments if s.output and s.message == 1
+    ]
+    assert "".join(said) == '<|call|>weather{"city": "Rome"}<|stop|>'
+    assert any("as rendered" in n for n in sequence.notes)
+
+
+def test_as_rendered_a_call_that_ends_after_its_result_is_refused():
+    template = CALLS_AND_RESULTS.replace("<|stop|>", "{% if loop.last %}<|stop|>{% endif %}")
+    tokenizer = tokenizer_for("glm", template + "<|user|>")
+    tokenizer.chat_template = template
+    error = refusal(Encoder(tokenizer, context="rendered"), *A_CALL)
+    assert (error.reason, error.field) == ("no_origin", "messages[1]")
 
 
 def test_weights_of_messages_and_policies_multiply():

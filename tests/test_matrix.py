@@ -27,7 +27,7 @@ SLICE = [
     "smolvlm",
 ]
 # Refusals by the contract, as against a template that can't say what the row holds.
-CONTRACT = {"not_continued", "no_end_of_turn", "no_prompt", "straddling_token", "no_origins"}
+CONTRACT = {"not_continued", "no_end_of_turn", "no_prompt", "stop_inside", "straddling_token", "no_origins"}
 
 
 def outcome(encoder: Encoder, row: dict) -> str:

@@ -85,11 +85,19 @@ def _appended(render: _Renderer, ids: list[int], i: int, stop: int) -> list[str]
 
 
 def _nothing_shown(render: _Renderer, i: int) -> bool:
+    """Whether the template fails to ask for reply i, or writes with it the header that asks after a user."""
+    before = render.messages[:i]
     try:
-        render.ids(i, add_generation_prompt=True)
+        shown = render.text(before, add_generation_prompt=True)
     except Exception:  # whatever the template raises
         return True
-    return False
+    written, said = (
+        render.text(render.messages[: i + 1]),
+        str(render.messages[i].get("content") or "").strip(),
+    )
+    header = written[len(shown) : written.find(said, len(shown))].strip()
+    asked = render.text([*before, {"role": "user", "content": "Zq"}], add_generation_prompt=True)
+    return bool(header) and header in asked.rpartition("Zq")[2]
 
 
 class _Renderer:
@@ -129,9 +137,7 @@ class _Renderer:
     def tail(self, i: int) -> str | None:
         """What stays at the end of the rendering when the end of reply i changes; None if nothing changes."""
         message = dict(self.messages[i])
-        if message.get("tool_calls") or not str(message.get("content") or "").strip():
-            return None
-        if not isinstance(message["content"], str):
+        if message.get("tool_calls") or not isinstance(message.get("content"), str):
             return None
         message["content"] = message["content"].rstrip() + " Zq"
         one, other = self.text(self.messages[: i + 1]), self.text([*self.messages[:i], message])

@@ -5,7 +5,7 @@ what could come next), L how much of F and G is the same. Of the special tokens 
 stop generation ends the turn, else the last; else, in F[e:], the first that is known, else the first; else, where F
 ends there and G goes on with a special token, that one: the next header ends the turn. Where nothing does, a repair
 may put the token there by which generation would stop. A template may write the next prompt unasked, as Llama 3's first
-one: then a token that begins turns is none that ends one.
+one, or a part of it: then, where no stop is known, a token that begins turns is none that ends one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class End(NamedTuple):
 def end_of_turn(tokens: Tokens, row: Row, i: int, after: int) -> End | None:
     """What ends message i, whose last character stands before `after` in F."""
     text = row.closed(i + 1)
-    then = _or_none(lambda: _next(row, i)) or ""
+    then = or_none(lambda: _next(row, i)) or ""
     found = _closing(tokens, row, i, then, after) or _next_header(tokens, row, i, after)
     if found is None or found.at < len(text):
         return found
@@ -56,12 +56,12 @@ def appended_end(tokens: Tokens, row: Row, i: int, after: int, repairs: frozense
 
 
 def _next(row: Row, i: int) -> str:
-    """The prompt of the next reply; after the last message the one after a user, or its tool calls' results."""
+    """The prompt of the next reply; where no message asks for it, the one after a user, or its tool calls' results."""
     following = next((j for j in row.replies() if j > i), len(row))
-    if i + 1 < len(row):
+    if i + 1 < len(row) and following != i + 1:
         return row.prompt(following)
     calls = row.inputs.messages[i].get("tool_calls") or []
-    more = [_result(c) for c in calls] or [_USER]
+    more = [_result(c) for c in calls] or [USER]
     return row.template.render(row.inputs.upto(i + 1, *more), add_generation_prompt=True)
 
 
@@ -70,8 +70,8 @@ def _closing(tokens: Tokens, row: Row, i: int, then: str, after: int) -> End | N
     common = row.common_prefix(text, then)
     inside = tokens.control(text, after)
     shared = [m for m in inside if m.end() <= common]
-    known = not shared or any(m[0] in tokens.stops for m in shared)
-    if not known and text[common:].strip() and _or_none(lambda: row.prompt(i + 1)) == text:
+    known = any(m[0] in tokens.stops for m in shared or inside)
+    if not known and common >= after and text[common:].strip() and _asks(row, i + 1, text):
         beginning = _beginning(tokens, row, i)
         shared = [m for m in shared if m[0] not in beginning]
         if len(shared) != 1:
@@ -80,11 +80,25 @@ def _closing(tokens: Tokens, row: Row, i: int, then: str, after: int) -> End | N
         stops = [m for m in found if m[0] in tokens.stops]
         if found:
             end = stops[0] if stops else found[fallback]
+            if not shared and not stops and _begins_next(row, i, text[end.start() :]):
+                return None
             return End(end.start(), end[0])
     header = next(iter(tokens.control(then, common)), None)
     if header is not None and header.start() == common == len(text):
         return End(len(text), header[0])
     return None
+
+
+def _asks(row: Row, i: int, text: str) -> bool:
+    """Whether the prompt of message i begins with a text."""
+    prompt = or_none(lambda: row.prompt(i))
+    return prompt is not None and row.begins(prompt, text)
+
+
+def _begins_next(row: Row, i: int, rest: str) -> bool:
+    """Whether the prompt after a user, who follows message i, ends as F does: then no turn ends there."""
+    asked = or_none(lambda: row.template.render(row.inputs.upto(i + 1, USER), add_generation_prompt=True))
+    return asked is not None and asked.endswith(rest)
 
 
 def _beginning(tokens: Tokens, row: Row, i: int) -> set[str]:
@@ -96,8 +110,8 @@ def _beginning(tokens: Tokens, row: Row, i: int) -> set[str]:
 
 def _next_header(tokens: Tokens, row: Row, i: int, after: int) -> End | None:
     """The special token that follows message i once it is history, where F itself ends with its text."""
-    text, then = row.closed(i + 1), row.inputs.upto(i + 1, _USER)
-    plain = _or_none(lambda: row.template.render(then, add_generation_prompt=True))
+    text, then = row.closed(i + 1), row.inputs.upto(i + 1, USER)
+    plain = or_none(lambda: row.template.render(then, add_generation_prompt=True))
     traced = row.template.trace(marked(then), plain, add_generation_prompt=True) if plain else None
     runs = runs_of_message(traced, i) if traced else []
     if text[after:].strip() or not runs or plain is None:
@@ -106,7 +120,7 @@ def _next_header(tokens: Tokens, row: Row, i: int, after: int) -> End | None:
     return End(len(text), gap[0]) if gap and not plain[runs[-1][1] : gap.start()].strip() else None
 
 
-_USER = {"role": "user", "content": "x"}
+USER = {"role": "user", "content": "x"}
 
 
 def _result(call: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +129,7 @@ def _result(call: dict[str, Any]) -> dict[str, Any]:
     return made | ({"tool_call_id": call["id"]} if "id" in call else {})
 
 
-def _or_none(render: Callable[[], str]) -> str | None:
+def or_none(render: Callable[[], str]) -> str | None:
     try:
         return render()
     except RowError:

@@ -35,13 +35,12 @@ def _reply(row: Row, i: int, repairs: frozenset[str], end: int) -> tuple[str, li
     if "closed_think" in repairs and (begin := _after_closed(shown, text)) is not None:
         whole = row.traced(i + 1)
         what = f"its prompt {_KEPT.format('an empty thought that it closes itself')}"
-        return what, [(whole.text if whole else text)[begin:end]]
-    if "whitespace" in repairs and (begin := _beyond(shown, text)) is not None:
-        whole = row.traced(i + 1)
-        written: str = whole.text if whole else text
-        return f"its prompt {_KEPT.format('white space alone')}", [written[begin:end].lstrip()]
+        return (what, [(whole.text if whole else text)[begin:end]]) if begin <= end else None
+    if "whitespace" in repairs and (begin := beyond(shown, text)) is not None:
+        parts = _said_beyond(row, i, begin, end)
+        return (f"its prompt {_KEPT.format('white space alone')}", parts) if parts else None
     whole = row.traced(i + 1) if "history" in repairs else None
-    if whole and (begin := _after_last(row, whole, i)) is not None:
+    if whole and (begin := _after_last(row, whole, i)) is not None and begin <= end:
         where = "what stands before the last message"
         return f"its prompt {_KEPT.format(where)}", [whole.text[begin:end]]
     return None
@@ -55,7 +54,7 @@ def _after_closed(shown: str, text: str) -> int | None:
     return None if text.startswith("<think>", empty.start()) else empty.start()
 
 
-def _beyond(shown: str, text: str) -> int | None:
+def beyond(shown: str, text: str) -> int | None:
     """How much of `text` says all of `shown`, white space apart; None if it doesn't begin with it."""
     wanted, have = "".join(shown.split()), 0
     for at, character in enumerate(text):
@@ -66,6 +65,15 @@ def _beyond(shown: str, text: str) -> int | None:
                 return None
             have += 1
     return None
+
+
+def _said_beyond(row: Row, i: int, begin: int, end: int) -> list[str] | None:
+    """F[begin:end] without the template's own white space before the reply; None where that can't be told."""
+    whole = row.traced(i + 1)
+    if whole is None or begin > end:
+        return None
+    first = next((start for start, _ in runs_of_message(whole, i)), end)
+    return [whole.text[begin:first].lstrip(), whole.text[first:end]] if begin <= first <= end else None
 
 
 def _after_last(row: Row, whole: Traced, i: int) -> int | None:
