@@ -7,7 +7,6 @@
 | without weight | the row gives this reply the weight 0, which TRL doesn't know |
 | end of the turn | TRL leaves out the token that ends the turn (Gemma's tool response) |
 | half a character | TRL leaves out the last tokens of a character that has several |
-| header of the reply | the prompt ends before it (after a tool's result), so the model writes it |
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ SHELF = shelf()
 TWINS = [n for n in SHELF if n.endswith("_training") and n.removesuffix("_training") in SHELF]
 KNOWN = {
     "supplied by the prompt", "after the end of the turn", "without weight", "end of the turn", "half a character",
-    "header of the reply",
 }  # fmt: skip
 
 
@@ -82,9 +80,6 @@ def _missed(sequence: Sequence, kinds: list[str], theirs: list[bool], i: int) ->
         return "end of the turn"
     if not sequence.tokens[i].isascii():
         return "half a character"
-    start = next(g.start for g in sequence.segments if g.output and g.start <= i < g.stop)
-    if not any(theirs[start : i + 1]):
-        return "header of the reply"
     return "unexplained"
 
 
