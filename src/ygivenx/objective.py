@@ -71,9 +71,8 @@ def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **
     # Divided before, not after: gradients come out of the head finished, with no further pass over the largest.
     shares = (edges.weights / np.float64(weight_sum)).astype(np.float32)
 
-    told: dict[
-        int, tuple[Ints, torch.Tensor]
-    ] = {}  # of each part of the rows: which edges are its, their log p
+    # Of each part of the rows, by its first one: which edges are its, and their log p.
+    told: dict[int, tuple[Ints, torch.Tensor]] = {}
 
     def score(rows: Ints, hidden: torch.Tensor) -> torch.Tensor:
         head = head_of(model)  # here: what a parametrization makes of its weight belongs to one graph

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..sequence import Example, Rejected, Sequence
+from .arrays import as_array, documents_of
 
 if TYPE_CHECKING:
     from ..forest import Forest
@@ -146,11 +147,6 @@ class Leak:
     size: float
 
 
-def as_array(values: Any) -> np.ndarray:
-    """A NumPy array of a tensor on any device, or of anything that NumPy takes."""
-    return values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
-
-
 def seen_in_batch(batch: Mapping[str, Any], number: int = 0) -> list[Seen]:
     """A collated batch by its labels. labels[i] counts as a target at position i, as in transformers."""
     ids = np.atleast_2d(as_array(batch["input_ids"]))
@@ -219,12 +215,3 @@ def mark_padding(seen: Seen, pad: int | None) -> None:
                 seen.padding[order][:run] = True
     out = seen.padding
     seen.kinds[out], seen.output[out], seen.expected[out] = "", False, np.nan
-
-
-def documents_of(position_ids: Any, attended: np.ndarray) -> np.ndarray:
-    """int64 [B, T]: the packed document of each token: a new one begins where positions restart at 0."""
-    if position_ids is None or np.ndim(position_ids) != 2:
-        return np.zeros(attended.shape, np.int64)
-    positions = np.broadcast_to(as_array(position_ids), attended.shape)
-    starts = (positions == 0) & attended
-    return np.maximum(np.cumsum(starts, 1) - 1, 0)

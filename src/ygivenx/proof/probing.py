@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LossError
-from .evidence import as_array, documents_of
+from .arrays import as_array, documents_of
 from .gradients import Found, HeadForm, from_hidden, from_logits
 from .wrapping import backbone_of, head_form, uncompiled, unwrap
 
