@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..errors import RowError
 from ..sequence import Segment, Sequence
 from .policy import Policy
-from .tokens import Encoded, Tokens, holds_both
+from .tokens import Encoded, Tokens, across
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ def control_text(token: str, path: str, why: str = "") -> RowError:
 
 
 def straddle(encoded: Encoded, at: int, field: str) -> RowError:
-    if encoded.tiled and holds_both(encoded, at):
-        k = int(np.searchsorted(encoded.starts, at)) - 1
+    if (k := across(encoded, at)) is not None:
         token = repr(encoded.text[encoded.starts[k] : encoded.stops[k]])
         what = f"the token {token} holds the end of x and the beginning of y"
     else:

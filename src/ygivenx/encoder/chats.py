@@ -23,7 +23,7 @@ from .renderings import Draft, Row
 from .repair import IN_TURNS, alternatives
 from .shapes import Shapes
 from .template import Template
-from .tokens import Encoded, Pieces, holds_both
+from .tokens import Encoded, Pieces, across
 
 _KIND_OF_FIELD = {
     "reasoning_content": "reasoning",
@@ -194,9 +194,8 @@ class Chats:
             borders = self._borders(outline, encoded, cuts)
             segments = segments_of(outline, encoded, borders)
             weights = self._weights(row, segments, len(encoded.ids))
-            if (
-                sequences
-            ):  # what an earlier sequence has already weighed; no reply was, even if it begins alike
+            if sequences:
+                # What an earlier sequence has already weighed: no reply of this one, even if it begins alike.
                 own = min((borders[start] for _, start, _, _ in outline.turns), default=len(weights))
                 weights[: min(own, _common(sequences[-1].ids, encoded.ids))] = 0
             told = (*notes, *outline.notes, *([_AS_TEXT] if cuts else []))
@@ -228,7 +227,8 @@ class Chats:
             for at in (start, end, stop):
                 border = self.tokens.border(encoded, at, cuts)
                 if border is None and at == start and self.options.border == "mask":
-                    border = _masked(encoded, at)
+                    token = across(encoded, at)
+                    border = None if token is None else token + 1
                 if border is None and at == stop:
                     border = self.tokens.after(encoded, end, stop)
                 if border is None:
@@ -297,12 +297,6 @@ def _common(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
-
-
-def _masked(encoded: Encoded, at: int) -> int | None:
-    """The border after a token that holds both x and y, so that it isn't trained."""
-    torn = encoded.tiled and holds_both(encoded, at)
-    return int(np.searchsorted(encoded.starts, at)) if torn else None
 
 
 def _not_json(path: str) -> RowError:

@@ -11,7 +11,7 @@ from ..rows.formats import Pair
 from ..sequence import Segment, Sequence
 from .assemble import Job, Options, control_text, made, straddle, too_long, truncated
 from .policy import Part, weight_of
-from .tokens import Encoded, Pieces, holds_both, joined
+from .tokens import Encoded, Pieces, across, joined
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,9 @@ class Pairs:
         border = self.tokens.border(encoded, len(row.x), cuts)
         if border is not None:
             return encoded, border, ()
-        torn = encoded.tiled and holds_both(encoded, len(row.x))
-        if self.options.border == "refuse" or not torn:
+        first = across(encoded, len(row.x))
+        if self.options.border == "refuse" or first is None:
             raise straddle(encoded, len(row.x), "y")
-        first = int(np.searchsorted(encoded.starts, len(row.x))) - 1
         token = encoded.text[encoded.starts[first] : encoded.stops[first]]
         masked = self.options.border == "mask"
         side = "masked, as part of x" if masked else "counted as y"

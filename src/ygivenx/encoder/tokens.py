@@ -184,9 +184,9 @@ class Tokens:
         if not encoded.tiled:
             prefix = self.ids(encoded.text[:character])
             return len(prefix) if np.array_equal(prefix, encoded.ids[: len(prefix)]) else None
-        before = int(np.searchsorted(encoded.starts, character))
-        if holds_both(encoded, character):
+        if across(encoded, character) is not None:
             return None
+        before = int(np.searchsorted(encoded.starts, character))
         # No token stands across, and yet white space that ends a text may be split otherwise if a word follows.
         if before and encoded.text[character - 1].isspace():
             first, start = self._part_of(encoded, before, max((c for c in cuts if c <= character), default=0))
@@ -218,10 +218,10 @@ class Tokens:
         return bos is not None and list(self.tokenizer("a")["input_ids"])[:1] == [bos]
 
 
-def holds_both(encoded: Encoded, character: int) -> bool:
-    """Whether one token holds characters before and after this place; of tiled offsets."""
-    before = int(np.searchsorted(encoded.starts, character))
-    return before > 0 and int(encoded.stops[before - 1]) > character
+def across(encoded: Encoded, character: int) -> int | None:
+    """The token that holds characters before and after this place; None without, or where no offset is known."""
+    token = int(np.searchsorted(encoded.starts, character)) - 1
+    return token if encoded.tiled and token >= 0 and encoded.stops[token] > character else None
 
 
 def _added(tokenizer: Any, stops: Iterable[str]) -> dict[str, int]:
