@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--without", nargs="*", default=[])
+    parser.add_argument("--chunks", nargs="*", type=int, default=[], help="further sizes, as streamed_SIZE")
     parser.add_argument("--once", nargs="*", default=["padded", "dense"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -171,10 +173,16 @@ def one_rendering(model: Any, rows: list[Sequence]) -> float:
 CONTESTANTS = {f.__name__: f for f in (forest, streamed, dense, per_turn, padded, one_rendering)}
 
 
+def contestant(name: str) -> Callable[..., float]:
+    """One of the above, or streamed_N in chunks of N."""
+    return CONTESTANTS.get(name) or partial(forest, chunk=int(name.removeprefix("streamed_")))
+
+
 def case(args: argparse.Namespace) -> dict[str, Any]:
     (name,) = args.rest
     rows, model = CASES[name](), load()
-    running = {n: f for n, f in CONTESTANTS.items() if n not in args.without}
+    names = [n for n in CONTESTANTS if n not in args.without] + [f"streamed_{n}" for n in args.chunks]
+    running = {n: contestant(n) for n in names}
     seconds: dict[str, list[float]] = {n: [] for n in running}
     told: dict[str, Any] = {}
     wanted: dict[str, torch.Tensor] = {}
@@ -189,7 +197,7 @@ def case(args: argparse.Namespace) -> dict[str, Any]:
                 seconds[n].append(time.perf_counter() - started)
             if run == 0 and n == "per_turn":
                 wanted = {k: p.grad.clone() for k, p in model.named_parameters()}
-            if run == 0 and wanted and n in ("forest", "streamed", "dense"):
+            if run == 0 and wanted and n.startswith(("forest", "streamed", "dense")):
                 told[f"{n}_gradient_error"] = max(
                     float((p.grad - wanted[k]).norm() / wanted[k].norm()) for k, p in model.named_parameters()
                 )
@@ -238,9 +246,9 @@ def precise(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def gradients(contestant: Callable[..., float], model: Any, rows: list[Sequence]) -> list[torch.Tensor]:
+def gradients(run: Callable[..., float], model: Any, rows: list[Sequence]) -> list[torch.Tensor]:
     model.zero_grad()
-    contestant(model, rows)
+    run(model, rows)
     return [p.grad.clone() for p in model.parameters()]
 
 
@@ -262,12 +270,12 @@ def forget_peak() -> None:
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
-    name, contestant = args.rest
+    name, who = args.rest
     model, rows = load(), CASES[name]()
     forget_peak()
     before = peak()
-    CONTESTANTS[contestant](model, rows)
-    return {"case": name, "contestant": contestant, "before": before, "peak": peak()}
+    contestant(who)(model, rows)
+    return {"case": name, "contestant": who, "before": before, "peak": peak()}
 
 
 def small() -> Any:

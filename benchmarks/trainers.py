@@ -161,9 +161,9 @@ CONTESTANTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {
 }
 
 
-def table() -> str:
+def table(results: Path) -> str:
     """The latest line of each contestant."""
-    latest = {r["contestant"]: r for r in map(json.loads, RESULTS.read_text().splitlines())}
+    latest = {r["contestant"]: r for r in map(json.loads, results.read_text().splitlines())}
     base = latest["ours"]["y_tokens_per_second"]
     lines = ["| trainer | tokens of y per second | ours is faster by |", "|---|---|---|"]
     lines += [
@@ -179,9 +179,10 @@ def main() -> None:
     )
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("contestant", nargs="?", choices=CONTESTANTS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.what == "table":
-        print(table())
+        print(table(args.out))
         return
     path, gguf_file = sample_model_path()
     model, tokenizer = yx.load(path, gguf_file=gguf_file)
@@ -189,10 +190,11 @@ def main() -> None:
         "contestant": args.contestant,
         "command": "python " + " ".join(sys.argv),
         "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
     }
     told |= CONTESTANTS[args.contestant](model, tokenizer)
     print(json.dumps(told))
-    with RESULTS.open("a") as out:
+    with args.out.open("a") as out:
         out.write(json.dumps(told) + "\n")
 
 
