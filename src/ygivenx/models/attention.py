@@ -85,11 +85,11 @@ def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) 
     simple = o.softcap is None and o.sinks is None and not o.dropout
     same_width = query.shape[-1] == value.shape[-1]
     route = plan.route
-    if route in CHAINS and not (simple and window is None):
+    if (route in CHAINS and not (simple and window is None)) or (route == "varlen" and not same_width):
         route = automatic(plan.device)
     if route == "plain":
         return plain(query, key, value, o.scale)
-    if route == "varlen" and same_width:
+    if route == "varlen":
         return varlen(query, key, value, plan.once(varlen_cuts, None), o.scale)
     if route == "blocks" and simple and same_width:
         return Blocks.apply(query, key, value, plan.once(make_tiles, window), o.scale)
