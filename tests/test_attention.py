@@ -15,7 +15,7 @@ import ygivenx as yx
 from ygivenx.errors import ConfigError, ModelError
 from ygivenx.models import attention, blocks, families
 from ygivenx.models.model import hidden_states
-from ygivenx.models.plan import Plan
+from ygivenx.models.plan import Plan, automatic
 
 
 def options(scale=0.25, window=None, softcap=None, sinks=None, dropout=0.0):
@@ -116,6 +116,69 @@ def test_blocks_in_other_precisions(dtype):
         assert (a.double() - b.double()).norm() <= 32 * torch.finfo(dtype).eps * b.double().norm()
 
 
+def apart(lengths=(7, 1, 30, 12)) -> yx.Forest:
+    """Sequences that share nothing; a chain of n tokens feeds n - 1."""
+    return yx.Forest.of((np.arange(n + 1) + 100 * i, np.zeros(n + 1)) for i, n in enumerate(lengths))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_varlen_equals_the_twin(dtype):
+    forest = apart()
+    tensors = inputs(len(forest.fed), dtype)
+    g = torch.randn_like(tensors[0])
+    made = {}
+    for route in ("dense", "varlen"):
+        out = attention._routed(plan_of(forest, route), *tensors, options())
+        assert out.dtype == dtype
+        made[route] = [out, *torch.autograd.grad(out, tensors, g)]
+    for a, b in zip(made["varlen"], made["dense"], strict=True):
+        assert (a - b).double().norm() <= 8 * torch.finfo(dtype).eps * b.double().norm()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The PyTorch API of nested tensors"
+)  # of strided ones, which that kernel makes
+def test_what_surrounds_the_kernel_of_jagged_tensors_keeps_heads_and_tokens_in_place():
+    """Without a GPU torch has no causal kernel for them; the others take the same way in and out, with gradients."""
+    forest = apart()
+    plan, tensors = plan_of(forest, "varlen"), inputs(len(forest.fed), torch.float32)
+    out = attention.varlen(*tensors, attention.varlen_cuts(plan, None), 0.25, causal=False)
+    parts = zip(*(t.split(np.diff(plan.bounds).tolist(), 2) for t in tensors), strict=True)
+    everything = torch.ones(1, 1, dtype=torch.bool)
+    twin = torch.cat([attention.dense(*part, everything, options()) for part in parts], 2)
+    g = torch.randn_like(twin)
+    for a, b in zip(
+        (out, *torch.autograd.grad(out, tensors, g)),
+        (twin, *torch.autograd.grad(twin, tensors, g)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_varlen_on_a_gpu_equals_the_twin(dtype):
+    forest = apart()
+    tensors = [t.detach().cuda().requires_grad_() for t in inputs(len(forest.fed), dtype)]
+    g, made = torch.randn_like(tensors[0]), {}
+    for route in ("dense", "varlen"):
+        plan = Plan.of(forest.fed_end, forest.depth[forest.fed], torch.device("cuda"), route)
+        out = attention._routed(plan, *tensors, options())
+        made[route] = [out, *torch.autograd.grad(out, tensors, g)]
+    for a, b in zip(made["varlen"], made["dense"], strict=True):
+        assert (a - b).double().norm() <= 16 * torch.finfo(dtype).eps * b.double().norm()
+
+
+@pytest.mark.parametrize("case", [{"window": 4}, {"softcap": 2.0}, {"sinks": torch.zeros(4)}])
+@pytest.mark.parametrize("forest", [apart(), apart((30,))], ids=["varlen", "plain"])
+@torch.no_grad()
+def test_sequences_whose_layers_have_no_kernel_take_the_route_of_forests(forest, case):
+    tensors = [t.detach() for t in inputs(len(forest.fed))]
+    route = "plain" if len(forest.paths) == 1 else "varlen"
+    ours, twin = (attention._routed(plan_of(forest, r), *tensors, options(**case)) for r in (route, "dense"))
+    torch.testing.assert_close(ours, twin)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("case", [{}, {"window": 4}, {"softcap": 2.0}, {"window": 7, "softcap": 5.0}])
 @torch.no_grad()
@@ -158,8 +221,12 @@ def test_one_sequence_goes_plain_and_a_forest_may_not():
     chain, forest = yx.Forest.of([tree(0)[0]]), yx.Forest.of(tree(0))
     assert plan_of(chain, "auto").route == "plain"
     assert plan_of(forest, "auto").route == "blocks"
-    with pytest.raises(ConfigError, match="this forest branches"):
-        plan_of(forest, "plain")
+    assert plan_of(apart(), "auto").route == "blocks"
+    for route in ("plain", "varlen"):
+        with pytest.raises(ConfigError, match="this forest branches"):
+            plan_of(forest, route)
+    with pytest.raises(ConfigError, match="one sequence"):
+        plan_of(apart(), "plain")
     with pytest.raises(ConfigError, match="did you mean 'blocks'"):
         plan_of(forest, "block")
 
@@ -263,4 +330,7 @@ def test_dropout_of_attention_is_drawn_per_node():
 
 def test_explain_says_the_route():
     assert families.explain()["one sequence"] == "plain"
-    assert families.explain(llama())["forest"] in ("blocks", "flex")
+    told = families.explain(llama())
+    assert told["forest"] == told["sequences that share nothing"] == "blocks"
+    assert automatic(torch.device("cuda")) == "flex"
+    assert automatic(torch.device("cuda"), shared=False) == "varlen"

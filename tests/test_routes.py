@@ -48,6 +48,27 @@ def unshared(model, rows) -> float:
     return apart(model, rows, [yx.Forest.of([r]) for r in rows])
 
 
+def strangers(rows) -> list[list]:
+    """Groups of which no two sequences begin alike."""
+    groups: list[list] = []
+    for r in rows:
+        group = next((g for g in groups if all(r.ids[0] != other.ids[0] for other in g)), None)
+        groups.append([r]) if group is None else group.append(r)
+    return groups
+
+
+def varlen(model, rows) -> float:
+    weight = sum(float(r.weights.sum()) for r in rows)
+    parts = [yx.loss(model, g, denominator=weight, route="varlen").value for g in strangers(rows)]
+    for part in parts:
+        part.backward()
+    return sum(p.item() for p in parts)
+
+
+def test_some_of_them_share_nothing():
+    assert max(len(group) for rows in STEPS for group in strangers(rows)) > 2
+
+
 @pytest.fixture(scope="module")
 def dense() -> list[float]:
     return run(one(route="dense"))
@@ -55,8 +76,8 @@ def dense() -> list[float]:
 
 @pytest.mark.parametrize(
     "step",
-    [one(route="blocks"), one(chunk=25), in_packs, unshared],
-    ids=["blocks", "in chunks", "in packs", "unshared"],
+    [one(route="blocks"), one(chunk=25), in_packs, unshared, varlen],
+    ids=["blocks", "in chunks", "in packs", "unshared", "varlen"],
 )
 def test_twenty_losses_are_the_same(step, dense):
     assert len(set(dense)) == len(STEPS)

@@ -226,6 +226,13 @@ def test_a_finished_run_is_not_trained_further(tmp_path, caplog, length):
     assert weights_of(checkpoint.newest(tmp_path)) == before
 
 
+def test_the_log_says_what_is_trained_and_by_which_routes(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="ygivenx"):
+        make(tmp_path, sequences(4), max_steps=1).train()
+    assert "4 sequences in" in caplog.text
+    assert "attention: one sequence plain, sequences that share nothing blocks, forest blocks" in caplog.text
+
+
 def test_resume_without_a_checkpoint(tmp_path):
     trainer = make(tmp_path, sequences(4), max_steps=1)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from ..errors import ConfigError, MissingExtra
-from ..models.families import explain
+from ..models.families import routes_told
 from ..training import checkpoint, runs
 from .config import TrainConfig
 from .intake import open_encoder, open_model, open_rows, say, take
@@ -36,7 +36,7 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     notes = {"now": encoder.now.isoformat()}
     trainer = build(config, adapted(model, config), tokenizer, examples, held_out, console, notes)
     say(str(trainer.train_dataset), console)
-    say("attention: " + ", ".join(f"{what} {route}" for what, route in explain(model).items()), console)
+    say(routes_told(model), console)
     before = trainer.evaluate() if held_out else {}
     outcome = run(trainer, start, console)
     after = evaluation(trainer) if held_out else {}

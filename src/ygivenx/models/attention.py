@@ -5,6 +5,7 @@ Routes, all with the same numbers:
   dense   one masked product; the readable twin of the others
   blocks  blocks of queries, each with the path that leads to it and with itself; the CPU's flash kernel
   flex    FlexAttention; the mask is a function of `end`
+  varlen  causal attention on sequences of several lengths, where none of them begin alike
   plain   causal attention, where the forest is one sequence
 """
 
@@ -14,10 +15,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nested import nested_tensor_from_jagged
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
@@ -26,7 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
 from .blocks import Blocks, make_tiles
-from .plan import Plan
+from .plan import CHAINS, Plan, automatic
 
 PREFIX = (
     "ygivenx_"  # our names in transformers' registry: ygivenx_sdpa is ours for forests, sdpa for the rest
@@ -81,12 +84,16 @@ def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) 
     window = o.window if o.window is not None and o.window <= plan.depth.max() else None
     simple = o.softcap is None and o.sinks is None and not o.dropout
     same_width = query.shape[-1] == value.shape[-1]
-    if plan.route == "plain" and simple and window is None:
-        key, value = _per_head(query, key), _per_head(query, value)
-        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=o.scale)
-    if plan.route == "blocks" and simple and same_width:
+    route = plan.route
+    if (route in CHAINS and not (simple and window is None)) or (route == "varlen" and not same_width):
+        route = automatic(plan.device)
+    if route == "plain":
+        return plain(query, key, value, o.scale)
+    if route == "varlen":
+        return varlen(query, key, value, plan.once(varlen_cuts, None), o.scale)
+    if route == "blocks" and simple and same_width:
         return Blocks.apply(query, key, value, plan.once(make_tiles, window), o.scale)
-    if plan.route == "flex" and o.sinks is None and not o.dropout:
+    if route == "flex" and o.sinks is None and not o.dropout:
         return _flex(query, key, value, plan.once(flex_mask, window), o)
     return dense(query, key, value, plan.once(dense_mask, window), o)
 
@@ -123,6 +130,50 @@ def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o: _Options) 
 def _per_head(query: Tensor, kv: Tensor) -> Tensor:
     groups = query.shape[1] // kv.shape[1]
     return kv.repeat_interleave(groups, dim=1) if groups > 1 else kv
+
+
+# -- plain and varlen: sequences that share nothing ------------------------------------------------------
+
+
+class Cuts(NamedTuple):
+    """Where sequences begin and the last one ends: int64 [sequences + 1], and how long the shortest and longest are."""
+
+    offsets: Tensor
+    least: int
+    most: int
+
+
+def varlen_cuts(plan: Plan, _window: int | None) -> Cuts:
+    lengths = np.diff(plan.bounds)
+    return Cuts(torch.from_numpy(plan.bounds).to(plan.device), int(lengths.min()), int(lengths.max()))
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """One sequence."""
+    key, value = _per_head(query, key), _per_head(query, value)
+    return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, cuts: Cuts, scale: float, causal: bool = True
+) -> Tensor:
+    """All sequences in one kernel of torch's for jagged tensors (variable-length flash attention); on a CPU in turns.
+
+    causal is False only in the test of what surrounds the kernel: without a GPU torch has none that is causal.
+    """
+    if causal and not query.is_cuda:
+        parts = (t.split(cuts.offsets.diff().tolist(), 2) for t in (query, key, value))
+        return torch.cat([plain(q, k, v, scale) for q, k, v in zip(*parts, strict=True)], 2)
+
+    def jagged(t: Tensor) -> Tensor:
+        tokens, lengths = t[0].transpose(0, 1).contiguous(), (cuts.least, cuts.most)
+        return nested_tensor_from_jagged(tokens, cuts.offsets, None, 1, *lengths).transpose(1, 2)
+
+    key, value = _per_head(query, key), _per_head(query, value)
+    out = scaled_dot_product_attention(
+        jagged(query), jagged(key), jagged(value), is_causal=causal, scale=scale
+    )
+    return out.transpose(1, 2).values().transpose(0, 1)[None]
 
 
 # -- flex: CUDA ------------------------------------------------------------------------------------------

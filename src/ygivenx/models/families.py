@@ -108,23 +108,35 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None 
 
 
 def explain(model: Any = None) -> dict[str, str]:
-    """Which route takes a branching forest on this machine, and what this model's layers do to it."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    told = {"one sequence": "plain", "forest": automatic(device)}
+    """Which routes forests take, by shape, on this machine or that of the model, and what its layers do to it."""
     if model is None:
-        return told
+        return _by_shape(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check(model)
     config = config_of(model)
-    told["forest"] = automatic(decoder_of(model).get_input_embeddings().weight.device)
-    if getattr(config, "attn_logit_softcapping", None) and told["forest"] == "blocks":
-        told["forest"] = "dense (the CPU kernel has no soft-cap)"
+    told = _by_shape(decoder_of(model).get_input_embeddings().weight.device)
     if config.model_type == "gpt_oss":
-        told["forest"] = "dense (attention sinks)"
-    if getattr(config, "sliding_window", None):
-        told["sliding window"] = str(config.sliding_window)
+        told = dict.fromkeys(told, "dense (attention sinks)")
+    elif getattr(config, "attn_logit_softcapping", None):
+        capped = "flex" if told["forest"] == "flex" else "dense (the CPU kernel has no soft-cap)"
+        told = dict.fromkeys(told, capped)
+    if window := getattr(config, "sliding_window", None):
+        told["sliding window"] = f"{window}, and sequences longer than it take the forest's route"
     if hasattr(config, "router_aux_loss_coef"):
         told["router loss"] = "not part of the loss"
     return told
+
+
+def routes_told(model: Any) -> str:
+    """`explain` in one line, for the log of a run."""
+    return "attention: " + ", ".join(f"{what} {route}" for what, route in explain(model).items())
+
+
+def _by_shape(device: torch.device) -> dict[str, str]:
+    return {
+        "one sequence": "plain",
+        "sequences that share nothing": automatic(device, shared=False),
+        "forest": automatic(device),
+    }
 
 
 @torch.no_grad()

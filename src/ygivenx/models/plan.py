@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, nearest
 from ..forest import Ints
 
-ROUTES = ("auto", "dense", "blocks", "flex", "plain")
+CHAINS = ("varlen", "plain")  # where no two sequences begin alike
+ROUTES = ("auto", "dense", "blocks", "flex", *CHAINS)
 
 KeysValues = dict[nn.Module, tuple[Tensor, Tensor]]  # by attention layer, each [1, heads, tokens, D]
 
@@ -43,14 +45,23 @@ class Plan:
             raise ConfigError(
                 f"unknown route {route!r}{nearest(route, ROUTES)}", fix=f"use one of {', '.join(ROUTES)}"
             )
-        plain = not first and bool((end == len(end)).all())
-        if route == "plain" and not plain:
+        bounds = _bounds(end, first)
+        plain = bounds is not None and len(bounds) == 2
+        if (route == "plain" and not plain) or (route == "varlen" and bounds is None):
+            what = "one sequence" if route == "plain" else "sequences that share nothing"
             raise ConfigError(
-                "the route 'plain' is for one sequence; this forest branches", fix="leave route out"
+                f"the route {route!r} is for {what}; this forest branches", fix="leave route out"
             )
         if route == "auto":
-            route = "plain" if plain else automatic(device)
+            route = "plain" if plain else automatic(device, shared=bounds is None)
         return cls(end, depth, route, device, first)
+
+    @property
+    def bounds(self) -> Ints:
+        """Where sequences that share nothing begin, and where the last one ends: int64 [sequences + 1]."""
+        bounds = _bounds(self.end, self.first)
+        assert bounds is not None, "asked of a forest that branches"
+        return bounds
 
     def join(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's keys and values after those of the path."""
@@ -70,6 +81,15 @@ class Plan:
         return self.made[key]
 
 
-def automatic(device: torch.device) -> str:
-    """The route that branching forests take on a device."""
+def automatic(device: torch.device, shared: bool = True) -> str:
+    """The route that forests take on a device; shared: whether some sequences begin alike."""
+    if device.type == "cuda" and not shared:
+        return "varlen"
     return {"cpu": "blocks", "cuda": "flex"}.get(device.type, "dense")
+
+
+def _bounds(end: Ints, first: int) -> Ints | None:
+    """See `Plan.bounds`; None where a node has several children, or a path leads to the first one."""
+    bounds = np.concatenate(([0], np.unique(end)))
+    alone = not first and np.array_equal(end, np.repeat(bounds[1:], np.diff(bounds)))
+    return bounds if alone else None

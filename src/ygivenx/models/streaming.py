@@ -20,7 +20,7 @@ from ..errors import ConfigError, ModelError
 from ..forest import Forest, Ints
 from . import memory
 from .families import check, config_of, decoder_of, feed
-from .plan import KeysValues, Plan
+from .plan import CHAINS, KeysValues, Plan
 
 LEAST = 2048  # fed tokens of a chunk, however little memory there is
 
@@ -118,7 +118,7 @@ class Run:
             np.searchsorted(seen, self.end[seen]),
             self.depth[seen],
             self.device,
-            "auto" if self.route == "plain" else self.route,
+            "auto" if self.route in CHAINS else self.route,
             first=len(chunk.path),
         )
         plan.past, plan.fresh = past, {}

@@ -20,6 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from ..errors import ConfigError, LossError
 from ..forest import Forest
 from ..models import memory
+from ..models.families import routes_told
 from ..models.wrappers import through
 from ..objective import Loss, loss
 from . import checkpoint, runs
@@ -226,6 +227,7 @@ class Trainer(transformers.Trainer):
         self._run = self._identity()  # before the model is wrapped or sharded
         self.meter = Meter()
         memory.keep_freed_memory()
+        logger.info("%s; %s", self.train_dataset, routes_told(self.accelerator.unwrap_model(self.model)))
         if path is None:
             return super().train(**kwargs)
         runs.same(runs.recalled(path), self._run, path)
