@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
 
 import datasets
 import pyarrow as pa
@@ -162,7 +163,29 @@ def test_nested_columns_lose_the_nulls_that_arrow_adds(tmp_path):
     (tmp_path / "a.parquet").write_bytes(parquet([{"messages": messages}]))
     (row,) = all_of(read(tmp_path / "a.parquet"))
     call["function"]["arguments"] = {"a": 1}
-    assert row.value == Conversation((messages[0], messages[1]))
+    assert row.value == Conversation((messages[0], {"role": "assistant", "tool_calls": [call]}))
+
+
+@pytest.mark.parametrize("made", [parquet, partial(ipc, pa.ipc.new_file)])
+def test_a_call_has_its_own_arguments_alone_and_a_tool_its_own_parameters(tmp_path, made):
+    """In a columnar file an object has every key that another one of its column has, most of them null."""
+
+    def calling(name, **arguments):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        return [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call]}]
+
+    def tool(name, **properties):
+        return {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+
+    tools = [tool("weather", city={"type": "string"}), tool("clock", zone={"enum": ["WET", None]})]
+    rows = [
+        {"messages": calling("weather", city="Lisbon"), "tools": tools},
+        {"messages": calling("clock", zone="WET")},
+    ]
+    (tmp_path / "a.arrow").write_bytes(made(rows))
+    assert [r.value for r in all_of(read(tmp_path / "a.arrow"))] == [
+        Conversation(tuple(rows[0]["messages"]), tools), Conversation(tuple(rows[1]["messages"]))
+    ]  # fmt: skip
 
 
 def test_a_json_object_that_is_itself_a_row(tmp_path):
@@ -186,6 +209,7 @@ def test_a_json_object_that_is_itself_a_row(tmp_path):
         (b'{"x": "1", "x": "2", "y": "3"}', "duplicate_key"),
         (b'{"x": "1", "y": "2", "z": NaN}', "not_a_number"),
         (b'{"x": "1", "y": "2", "z": [-Infinity]}', "not_a_number"),
+        (b'{"x": "1", "y": "2", "z": 1e400}', "not_a_number"),
         (b'{"x": "1", "y": "2", "z": ' + b"1" * 5000 + b"}", "not_a_number"),
         (b'{"x": ' + b"[" * 100_000, "too_deep"),
         (b'{"x": "1", "y": "\xff"}', "invalid_utf8"),

@@ -130,6 +130,11 @@ def test_openais_older_calls():
     assert noun.messages[2]["role"] == "tool"
 
 
+def test_openais_older_functions():
+    row = {"messages": [USER], "functions": [{"name": "add", "parameters": {}}]}
+    assert normalise(row).tools == [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+
+
 @pytest.mark.parametrize(
     ("keys", "weight"),
     [
@@ -219,6 +224,10 @@ def call_fault(call, reason, field):
         ({"messages": [USER], "tools": '[{"a": 1, "a": 2}]'}, "duplicate_key", "tools"),
         ({"messages": [USER], "tools": [{"a": "no name"}]}, "missing_field", "tools[0].name"),
         ({"messages": [USER], "tools": {"name": "f"}}, "wrong_type", "tools"),
+        ({"messages": [USER], "functions": {"name": "f"}}, "wrong_type", "functions"),
+        ({"messages": [USER], "functions": [{"name": "f"}], "tools": [{"name": "f"}]}, "conflict", "functions"),
+        call_fault({"name": "f", "arguments": '{"a": 1e400}'}, "not_a_number", "arguments"),
+        call_fault({"name": "f", "arguments": {"a": float("nan")}}, "wrong_type", "arguments"),
         ({"messages": [{"role": "system", "content": "s"}], "system": "t"}, "conflict", "system"),
         ({"conversations": [{"from": "humn", "value": "?"}]}, "unknown_role", "conversations[0].from"),
         ({"conversations": [{"from": "human", "value": None}]}, "null_content", "conversations[0].value"),

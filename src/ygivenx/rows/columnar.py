@@ -55,7 +55,23 @@ def _values(batch: Any) -> Iterator[tuple[Any, RowError | None]]:
         else:
             yield None, RowError("a value can't be read", reason="unreadable_value", why=str(e))
         return
-    yield from ((row, None) for row in rows)
+    yield from ((_without_nulls(row), None) for row in rows)
+
+
+def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose objects lack what is null: Arrow gives each of them every key that another one of its column has.
+
+    Else a call would have the arguments of other calls, and a tool their parameters.
+    """
+    return {column: _bare(value) for column, value in row.items()}
+
+
+def _bare(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _bare(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list) and isinstance(next((v for v in value if v is not None), None), dict | list):
+        return [_bare(v) for v in value]
+    return value
 
 
 def saved_shards(path: Path, split: str | None) -> list[Path]:
@@ -102,7 +118,7 @@ def hub_rows(name: str, split: str | None) -> Iterator[RawRow]:
     try:
         splits = datasets.load_dataset(path, config or None, streaming=True)
         rows = splits[_choose(splits, split, f"hf:{name}")]
-        yield from (RawRow(f"row {n}", row) for n, row in enumerate(rows))
+        yield from (RawRow(f"row {n}", _without_nulls(row)) for n, row in enumerate(rows))
     except DataError:
         raise
     except Exception as e:  # the library and those beneath it raise what they like

@@ -172,7 +172,7 @@ def _messages(row: Record, required: tuple[str, ...]) -> Conversation:
 
 def _prompt_completion(row: Record, required: tuple[str, ...]) -> Conversation | Pair:
     if any(isinstance(row[c], str) or row[c] is None for c in required):
-        if _given(row, "tools"):
+        if _given(row, "tools") or _given(row, "functions"):
             why = "a text prompt has no place for them: they would be dropped"
             raise RowError("tools beside a text prompt", reason="conflict", field="tools", why=why)
         return _pair(row, required)
@@ -210,7 +210,7 @@ def _plain_text(row: Record, required: tuple[str, ...]) -> Pair:
     return Pair("", text(row[required[0]], required[0]))
 
 
-_TEMPLATE = ("tools", "documents", "chat_template_kwargs")
+_TEMPLATE = ("tools", "functions", "documents", "chat_template_kwargs")
 FORMATS = {
     f.name: f
     for f in (
@@ -232,10 +232,18 @@ def _conversation(messages: list[Message], row: Record) -> Conversation:
     )
     return Conversation(
         tuple(messages),
-        tool_list(_given(row, "tools")),
+        _tools(row),
         [as_object(d, f"documents[{i}]") for i, d in enumerate(as_list(documents, "documents"))] or None,
         as_object(kwargs, "chat_template_kwargs"),
     )
+
+
+def _tools(row: Record) -> list[dict[str, Any]] | None:
+    """The tools of a row, which OpenAI's older files call functions."""
+    given = {c: row[c] for c in ("tools", "functions") if _given(row, c) is not None}
+    if len(given) > 1:
+        raise RowError("functions beside tools", reason="conflict", field="functions")
+    return next((tool_list(value, column) for column, value in given.items()), None)
 
 
 def _given(row: Record, column: str) -> Any:

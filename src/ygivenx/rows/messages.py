@@ -51,10 +51,10 @@ def message_list(value: Any, column: str) -> list[Message]:
     return [_message(m, f"{column}[{i}]") for i, m in enumerate(messages)]
 
 
-def tool_list(value: Any) -> list[dict[str, Any]] | None:
+def tool_list(value: Any, column: str = "tools") -> list[dict[str, Any]] | None:
     """Tools as a list of {"type": "function", "function": ...}, from a list or its JSON; None for none."""
-    tools = as_list(from_json(value, "tools"), "tools") if value is not None else []
-    return json_value([_tool(t, f"tools[{i}]") for i, t in enumerate(tools)], "tools") or None
+    tools = as_list(from_json(value, column), column) if value is not None else []
+    return json_value([_tool(t, f"{column}[{i}]") for i, t in enumerate(tools)], column) or None
 
 
 def _tool(value: Any, at: str) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def json_value(value: Any, at: str) -> Any:
     """An encodable value as it is, if JSON has such values: templates write it as JSON."""
     encodable(value, at)
     try:
-        json.dumps(value)
+        json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as e:
         raise RowError("not a JSON value", reason="wrong_type", field=at, why=str(e)) from None
     return value

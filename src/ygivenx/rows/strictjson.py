@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
+import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -18,7 +20,9 @@ class Strict:
 
     def __init__(self) -> None:
         self._fault: RowError | None = None
-        self._decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
+        self._decoder = json.JSONDecoder(
+            object_pairs_hook=self._object, parse_constant=self._constant, parse_float=self._float
+        )
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made: dict[str, Any] = {}
@@ -31,6 +35,13 @@ class Strict:
 
     def _constant(self, name: str) -> None:
         self._fault = RowError(f"{name} is no JSON number", reason="not_a_number")
+
+    def _float(self, digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            why = f"more than {sys.float_info.max:.1e}"
+            self._fault = RowError(f"{digits:.40} is too large a number", reason="not_a_number", why=why)
+        return number
 
     def value(self, text: str, start: int = 0) -> tuple[Any, int, RowError | None]:
         """(value, index after it, fault or None).
