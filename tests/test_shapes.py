@@ -131,6 +131,23 @@ def test_weights_and_policies_are_part_of_the_shape():
         assert plain(fast.batch(rows)) == plain(slow.batch(rows))
 
 
+def test_a_weight_that_the_row_gives_is_part_of_the_shape():
+    """Even one of 1: it tells that a greeting, which nobody asks for, is to be trained."""
+    fast, slow = twins("gemma3")
+    greeted = [
+        {
+            "messages": [
+                {"role": "assistant", "content": f"I am {n}.", **weight},
+                *row("Hi", f"{n}")["messages"],
+            ]
+        }
+        for n in range(4)
+        for weight in ({}, {"weight": 1.0})
+    ]
+    for rows in (greeted, greeted[::2] + greeted[1::2], greeted[1::2] + greeted[::2]):
+        assert plain(fast.batch(rows)) == plain(slow.batch(rows))
+
+
 ASKED = [
     ("{{ t }}", {}),
     ("{{ '<' + t + '>' ~ t }}", {}),

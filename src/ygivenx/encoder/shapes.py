@@ -137,7 +137,8 @@ def _shape(row: Conversation, inputs: Inputs) -> tuple[Shape, list[str]] | None:
         reasoning = {v for k, v in said if k in REASONING_FIELDS}
         if len(reasoning) > 1 or any(v and not v.strip() for _, v in said):
             return None
-        shape.append((m["role"], given.get("weight", 1.0), *((k, bool(v)) for k, v in said)))
+        # A weight of 1 that the row itself gives isn't the same as none: see `Chats._asked_for`.
+        shape.append((m["role"], given.get("weight"), *((k, bool(v)) for k, v in said)))
         texts += [m["content"]] if m.get("content") else []
         texts += [r for r in reasoning if r]
     return tuple(shape), texts
