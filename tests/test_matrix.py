@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from templates.checker import faults
 from templates.conversations import ALL
-from templates.shelf import shelf, tokenizer_for
+from templates.shelf import ends_for, shelf, tokenizer_for
 
 from ygivenx import Encoder, RowError
 from ygivenx.rows.formats import normalise
@@ -30,7 +30,7 @@ SLICE = [
 CONTRACT = {"not_continued", "no_end_of_turn", "no_prompt", "stop_inside", "straddling_token", "no_origins"}
 
 
-def outcome(encoder: Encoder, row: dict) -> str:
+def outcome(encoder: Encoder, row: dict, ends: tuple[str, ...]) -> str:
     """What becomes of a row: single, split, or the reason of its refusal; any fault of a mask fails."""
     try:
         example = encoder(row)
@@ -38,7 +38,7 @@ def outcome(encoder: Encoder, row: dict) -> str:
         assert str(e).count("\n") >= 1, f"no why or fix: {e}"
         return e.reason
     normal = {**row, "messages": normalise(row).messages}
-    assert faults(encoder.tokenizer, normal, example) == [], str(example)
+    assert faults(encoder.tokenizer, normal, example, ends) == [], str(example)
     return "single" if len(example.sequences) == 1 else "split"
 
 
@@ -48,7 +48,7 @@ def outcomes(names: list[str]) -> dict[tuple[str, str], str]:
         encoder = Encoder(tokenizer_for(name, SHELF[name]))
         for title, row in ALL.items():
             try:
-                found[name, title] = outcome(encoder, row)
+                found[name, title] = outcome(encoder, row, ends_for(name))
             except AssertionError as e:
                 raise AssertionError(f"{name} × {title}: {e}") from e
     return found
@@ -102,4 +102,7 @@ EXPECTED = {
 @pytest.mark.skipif(not SHELF, reason="TRL is not installed")
 @pytest.mark.parametrize(("name", "title"), EXPECTED)
 def test_known_outcomes(name, title):
-    assert outcome(Encoder(tokenizer_for(name, SHELF[name])), ALL[title]) == EXPECTED[name, title]
+    assert (
+        outcome(Encoder(tokenizer_for(name, SHELF[name])), ALL[title], ends_for(name))
+        == EXPECTED[name, title]
+    )

@@ -25,6 +25,7 @@ PARTS = (ANSWER, EARLIER, REASONING, CALL, END, USER, GLUE)
         ("all", (1, 1, 1, 1, 1, 1, 1)),
         ("roles=user", (0, 0, 0, 0, 0, 1, 0)),
         ("roles=user+assistant", (1, 1, 1, 1, 1, 1, 0)),
+        ("roles=function", (0, 0, 0, 0, 0, 0, 0)),
         ("prompt=0.25", (1, 1, 1, 1, 1, 0.25, 0.25)),
         ("reasoning=0", (1, 1, 0, 1, 1, 0, 0)),
         ("last, tool_calls=0, end_of_turn=0.5", (1, 0, 1, 0, 0.5, 0, 0)),
@@ -35,6 +36,11 @@ PARTS = (ANSWER, EARLIER, REASONING, CALL, END, USER, GLUE)
 def test_policies(train, weights):
     policy = policy_of(train)
     assert tuple(weight_of(policy, p) for p in PARTS) == weights
+
+
+def test_the_older_name_of_a_role_is_its_own():
+    """Rows have `tool` for OpenAI's `function`."""
+    assert policy_of("roles=function+user")(Part("tool", False, 2, "tool")) == 1
 
 
 def test_a_messages_own_weight_multiplies():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from templates.conversations import ALL
+from templates.shelf import ends_for
 from test_matrix import CONTRACT, outcome
 from transformers import AutoTokenizer
 
@@ -24,15 +25,15 @@ def tokenizer_of(name: str):
     return AutoTokenizer.from_pretrained(FETCHED / name)
 
 
-def checked(tokenizer, stops=()) -> Counter[str]:
-    encoder = Encoder(tokenizer, stops=stops)
-    return Counter(outcome(encoder, row) for row in ALL.values())
+def checked(tokenizer, name: str) -> Counter[str]:
+    encoder = Encoder(tokenizer, stops=STOPS.get(name, ()))
+    return Counter(outcome(encoder, row, ends_for(name)) for row in ALL.values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_real_tokenizers(name):
-    found = checked(tokenizer_of(name), STOPS.get(name, ()))
+    found = checked(tokenizer_of(name), name)
     print(name, dict(found))
     assert found["single"] + found["split"] >= 25
     assert set(found) <= CONTRACT | {"single", "split", "template_error", "dropped_field", "control_text"}
@@ -40,5 +41,5 @@ def test_real_tokenizers(name):
 
 @pytest.mark.model
 def test_the_real_models_tokenizer(smol_tokenizer):
-    found = checked(smol_tokenizer)
+    found = checked(smol_tokenizer, "smollm2")
     assert found["single"] >= 30

@@ -1,7 +1,7 @@
 """A slow check of a mask that shares nothing with the encoder: transformers' own rendering, ids and text.
 
 For each reply that is trained: the ids before it are those of the prompt that inference shows; the reply and
-the ids before it begin the rendering that ends with it; its last token is no part of a text; what the template writes
+the ids before it begin the rendering that ends with it; its last token is one that ends turns; what the template writes
 after that token doesn't change when the reply does.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ygivenx import Example, Sequence
@@ -18,12 +18,17 @@ MENDED = re.compile(r"the ids differ from the template's")
 UNASKED = re.compile(r"messages\[(\d+)\]: the template can't ask for a reply")
 
 
-def faults(tokenizer: Any, row: Mapping[str, Any], example: Example) -> list[str]:
-    """What is wrong with a mask of policy "assistant", in words; empty if it satisfies the contract."""
+def faults(
+    tokenizer: Any, row: Mapping[str, Any], example: Example, ends: Iterable[str] | None = None
+) -> list[str]:
+    """What is wrong with a mask of policy "assistant", in words; empty if it satisfies the contract.
+
+    ends: the tokens that end a turn; where they aren't known, any added token will do.
+    """
     found: list[str] = []
     trained: set[int] = set()
     for sequence in example.sequences:
-        render = _Renderer(tokenizer, row, sequence)
+        render = _Renderer(tokenizer, row, sequence, ends)
         found += _partition(sequence)
         if (sequence.output[1:] != (sequence.weights[1:] > 0)).any() and not any(
             "weight" in m for m in row["messages"]
@@ -35,8 +40,8 @@ def faults(tokenizer: Any, row: Mapping[str, Any], example: Example) -> list[str
             trained.add(i)
             found += [f"reply {i}: {f}" for f in _reply(render, sequence, i, start, stop)]
         if not render.mended and not render.extended and not render.appended:
-            ends = {len(row["messages"]), *(i + 1 for i, _, _ in _outputs(sequence))}
-            if sequence.ids.tolist() not in [render.ids(stop) for stop in ends]:
+            stops = {len(row["messages"]), *(i + 1 for i, _, _ in _outputs(sequence))}
+            if sequence.ids.tolist() not in [render.ids(stop) for stop in stops]:
                 found.append("the ids aren't apply_chat_template's")
     wanted = {i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and m.get("weight", 1) > 0}
     unasked = {int(n) for s in example.sequences for n in UNASKED.findall("\n".join(s.notes))}
@@ -50,8 +55,8 @@ def _reply(render: _Renderer, sequence: Sequence, i: int, start: int, stop: int)
     ids = sequence.ids.tolist()
     if ids[:start] != render.ids(i, add_generation_prompt=True):
         found.append("what stands before it isn't what inference shows")
-    if ids[stop - 1] not in render.control:
-        found.append("its last token is part of a text")
+    if ids[stop - 1] not in render.ends:
+        found.append(f"its last token, {sequence.tokens[stop - 1]!r}, ends no turn")
     said = render.tokenizer.decode(ids[start : stop - 1]).strip()
     if render.kept and said not in render.text(render.messages[: i + 1]):
         found.append("the template doesn't write it so")
@@ -103,7 +108,9 @@ def _nothing_shown(render: _Renderer, i: int) -> bool:
 class _Renderer:
     """transformers' rendering of a row, with the switches that the sequence's notes name."""
 
-    def __init__(self, tokenizer: Any, row: Mapping[str, Any], sequence: Sequence) -> None:
+    def __init__(
+        self, tokenizer: Any, row: Mapping[str, Any], sequence: Sequence, ends: Iterable[str] | None
+    ) -> None:
         notes = "\n".join(sequence.notes)
         self.tokenizer = tokenizer
         self.mended = bool(MENDED.search(notes))
@@ -117,7 +124,8 @@ class _Renderer:
             self.messages = [_with_text(m) for m in self.messages]
         if "lists of parts" in notes:
             self.messages = [_with_parts(m) for m in self.messages]
-        self.control = set(tokenizer.added_tokens_decoder)
+        added = tokenizer.added_tokens_decoder
+        self.ends = set(added if ends is None else tokenizer.convert_tokens_to_ids(list(ends)))
 
     def ids(self, stop: int, **options: Any) -> list[int]:
         return self.encoded(self.text(self.messages[:stop], **options))

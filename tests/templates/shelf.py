@@ -26,6 +26,21 @@ _EOS = (
 _OF_FAMILY = {"phi": "<|endoftext|>", "glm": "<|endoftext|>", "gemma": "<eos>", "llama3": "<|end_of_text|>"}
 # Tokens of theirs by which generation stops, though they aren't special: from their generation configs.
 _STOPS_OF_FAMILY = {"poolside-Laguna": ("</assistant>",)}
+# By what generation stops under a family's template: what its models are trained to write last.
+_ENDS_OF_FAMILY = {
+    **dict.fromkeys(("qwen", "nemotron", "lfm2", "smollm2"), ("<|im_end|>",)),
+    **dict.fromkeys(("idefics3", "smolvlm"), ("<end_of_utterance>",)),
+    **dict.fromkeys(("gemma4", "diffusion_gemma"), ("<turn|>", "<|tool_response>")),
+    "gemma": ("<end_of_turn>",),
+    "cohere": ("<|END_OF_TURN_TOKEN|>",),
+    "deepseek": ("<｜end▁of▁sentence｜>",),
+    "glm4moe": ("<|user|>", "<|observation|>"),
+    "gptoss": ("<|return|>", "<|call|>"),
+    "llama3": ("<|eot_id|>", "<|eom_id|>"),
+    "llava_next": ("</s>",),
+    "muse_glimmer": ("<|eot|>", "<|eom|>"),
+    "phi3": ("<|end|>",),
+}
 _CORPUS = [
     "the assistant said that it is 4, and the user asked: what is it?\n\nThe weather in Lisbon is clear.\n",
     '{"name": "weather", "arguments": {"city": "Lisbon"}}\n</think>\n\n<tool_call>\n  words and    spaces',
@@ -44,6 +59,11 @@ def shelf() -> dict[str, str]:
 def stops_for(name: str) -> tuple[str, ...]:
     """The stops, beside the eos, of the family that a template's name tells."""
     return next((stops for family, stops in _STOPS_OF_FAMILY.items() if family in name), ())
+
+
+def ends_for(name: str) -> tuple[str, ...]:
+    """The tokens that end a turn in the family that a template's name tells."""
+    return next(ends for family, ends in _ENDS_OF_FAMILY.items() if name.startswith(family))
 
 
 def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:

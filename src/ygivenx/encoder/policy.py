@@ -2,7 +2,8 @@
 
 A policy takes a `Part` and gives a number ≥ 0. By name, separated by commas: `assistant` (every reply), `last`
 (the last reply), `all` (every token), `roles=user+assistant`, `prompt=0.1` (replies 1, the rest 0.1), and
-the factors `reasoning=0`, `tool_calls=0`, `end_of_turn=0.5`. A message's own `weight` always counts.
+the factors `reasoning=0` (also of a thought in the content, `<think>...</think>`), `tool_calls=0`, `end_of_turn=0.5`. A
+message's own `weight` always counts.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ def everything(part: Part) -> float:
 
 def roles(*names: str) -> Policy:
     """What messages of these roles say; of replies also the end of the turn."""
-    chosen = frozenset(names)
+    chosen = {
+        *names,
+        *(["tool"] if "function" in names else []),
+    }  # rows with the older name are read as tool's
     return lambda part: float(part.role in chosen and (part.output or part.role != "assistant"))
 
 
