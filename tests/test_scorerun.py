@@ -58,6 +58,31 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_resumed_run_shows_the_model_the_date_of_its_beginning(model_dir, smol_tokenizer, tmp_path):
+    """Where the chat template writes one: else rows of one file would have been asked differently."""
+    dated = copy.deepcopy(smol_tokenizer)
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}\n" + dated.chat_template
+    directory = shutil.copytree(model_dir, tmp_path / "dated")
+    dated.save_pretrained(directory)
+    chats, out = tmp_path / "chats.jsonl", tmp_path / "out.jsonl"
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    chats.write_text(json.dumps({"messages": chat}) + "\n")
+    args = (chats, "--model", directory, "-o", out, "--tokens")
+    first = ygx_score(*args)
+    assert "it is taken to be 20" in first.stderr
+    note = tmp_path / "out.jsonl.run.json"
+    told = json.loads(note.read_text())
+    told["run"]["now"] = "2020-01-02T03:04:05"
+    note.write_text(json.dumps(told))
+    out.write_text("")  # begun then, and interrupted at once
+    again = ygx_score(*args)
+    assert again.exit_code == 0, again.exception
+    assert "".join(lines(out)[0]["token_text"]).startswith("02 Jan 2020")
+    out.unlink()  # what is told of a file that is gone says nothing of a new one
+    ygx_score(*args)
+    assert "2020" not in "".join(lines(out)[0]["token_text"])
+
+
 def test_rows_in_order_then_nothing_to_do_then_another_run_is_refused(model_dir, pairs, tmp_path):
     out = tmp_path / "out.jsonl"
     done = ygx_score(pairs, "--model", model_dir, "-o", out, "--json", "--unconditional", "Text:")

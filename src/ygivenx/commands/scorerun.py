@@ -7,6 +7,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -19,10 +20,10 @@ from .. import __version__
 from ..errors import ConfigError, ModelError, RowError, nearest
 from ..rows.formats import normalise
 from ..scores.questions import Question, Questioner
-from ..scores.scorefile import ScoreFile
+from ..scores.scorefile import ScoreFile, run_before
 from ..sequence import Rejected
 from ..show import visible_json
-from .intake import open_model, say_account
+from .intake import open_model, say, say_account
 from .progress import bar
 
 # What scores questions: it may read ahead, and answers in order.
@@ -188,16 +189,21 @@ def score_file(
     """
     from ..scores.scoring import Tally, questioner_for, scores
 
-    run_of = {k: v for k, v in flags.items() if k != "ray"} | _identity(model, reader.name)
+    # What a chat template may write is that of the run which is gone on with.
+    now = (run_before(output).get("now") if output else None) or datetime.now().isoformat(timespec="seconds")
+    run_of = {k: v for k, v in flags.items() if k != "ray"} | {"now": now} | _identity(model, reader.name)
     file = None if output is None else ScoreFile(output, run_of)
     if file is not None and file.finished:
         console.print(f"{output} is complete: nothing to do", highlight=False)
         return file.account
     loaded, tokenizer = open_model(*model, flags["dtype"])
     asked = {k: flags[k] for k in ("border", "control", "overflow", "max_length", "unconditional")}
-    asked["bos"] = _bos(flags["bos"])
+    asked |= {"bos": _bos(flags["bos"]), "now": now}
     told = {"marginal": flags["marginal"], "tokens": flags["tokens"], "tally": Tally()}
-    rows = Rows(reader, questioner_for(loaded, tokenizer, **asked), (flags["x"], flags["y"], flags["plain"]))
+    questioner = questioner_for(loaded, tokenizer, **asked)
+    if questioner.encoder.dated:
+        say(f"the chat template writes the time: it is taken to be {now}", console)
+    rows = Rows(reader, questioner, (flags["x"], flags["y"], flags["plain"]))
     teller: Teller = partial(scores, loaded, **told)
     if flags["ray"]:
         from ..scores.clusters import scores_on_ray

@@ -98,6 +98,13 @@ class ScoreFile:
 _OTHER = "name another file, or delete this one"
 
 
+def run_before(path: Path) -> dict[str, Any]:
+    """What was told of the run that a file of scores belongs to; nothing where there is no such file."""
+    file, note = (path.with_name(path.name + suffix) for suffix in (".jsonl", ".run.json"))
+    present = note.exists() and (path.exists() or file.exists())
+    return json.loads(note.read_text(encoding="utf-8"))["run"] if present else {}
+
+
 def _whole_lines(path: Path) -> int:
     """Lines of a file; what an interruption left of a last one is cut off."""
     if not path.exists():

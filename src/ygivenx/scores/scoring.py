@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
+from datetime import datetime
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -165,14 +166,15 @@ def score(
 def questioner_for(
     model: nn.Module, tokenizer: Any, *, border: str = "joint", bos: bool | str = "auto", control: str = "refuse",
     overflow: str = "refuse", max_length: int | None = None, unconditional: str | None = None,
+    now: datetime | str | None = None,
 ) -> Questioner:  # fmt: skip
-    """A Questioner for a model and its tokenizer; options as in `score`."""
+    """A Questioner for a model and its tokenizer; options as in `score`, `now` as in `Encoder`."""
     from ..encoder.encode import Encoder
 
     if border not in BORDERS:
         raise ConfigError(f"unknown border {border!r}{nearest(border, BORDERS)}", fix="joint or split")
     # Weights don't matter to scores; with all tokens weighed an empty y isn't refused.
-    encoder = Encoder(tokenizer, "all", control=control, border=BORDERS[border], bos=bos, eos=False)
+    encoder = Encoder(tokenizer, "all", control=control, border=BORDERS[border], bos=bos, eos=False, now=now)
     limit, known = max_length or context_window(model), vocabulary(decoder_of(model))
     return Questioner(encoder, limit, overflow, unconditional, known)
 
