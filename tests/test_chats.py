@@ -199,6 +199,17 @@ def test_an_unasked_prompt_alone_ends_no_turn():
     assert "stops=" in str(error)
 
 
+def test_an_unasked_prompt_ends_no_turn_where_nothing_can_be_asked_after_a_reply():
+    template = (
+        "{% if add_generation_prompt and messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    )
+    tokenizer = tokenizer_for("glm", template + "<|user|>")
+    tokenizer.chat_template = template
+    error = refusal(Encoder(tokenizer), user(), reply())
+    assert (error.reason, "<|assistant|>" in error.why) == ("no_end_of_turn", True)
+
+
 def test_a_part_of_the_prompt_written_unasked_ends_no_turn():
     template = (
         "{% for m in messages %}<|start|>{{ m.role }}\n{{ m.content }}<|end|>{% endfor %}<|start|>assistant"
@@ -553,6 +564,18 @@ def test_a_dropped_system_message_is_told():
     assert "tools is left out by the template" in notes
 
 
+def test_what_a_user_says_is_not_dropped_where_it_is_trained():
+    """Even where no reply is: a template that takes contents as lists of parts is given them so."""
+    tokenizer = tokenizer_for("smolvlm", shelf()["smolvlm"])
+    row = {"messages": [user("Hello there"), reply("Yes.")]}
+    assert trained(Encoder(tokenizer, train="roles=user")(row)) == "Hello there"
+    without = CHATML.replace("m['content'] +", "(m['content'] if m['role'] != 'system' else '') +")
+    messages = [system(), user(), reply()]
+    assert refusal(encoder(without, train="prompt=0.1"), *messages).field == "messages[0].content"
+    assert "left out" in encoder(without)({"messages": messages}).only.notes[0]
+    assert trained(encoder(without, train="roles=user")({"messages": messages})) == "What is 2 + 2?"
+
+
 def test_reasoning_without_weight_may_be_dropped():
     row = {"messages": [user(), reply(reasoning_content="Sum.")]}
     assert refusal(encoder(), *row["messages"]).field == "messages[1].reasoning_content"
@@ -613,6 +636,29 @@ def test_an_end_that_takes_in_the_white_space_behind_it(border):
     assert [k for k, i in enumerate(trained_ids) if i == end] == [len(trained_ids) - 3, len(trained_ids) - 1]
 
 
+def test_a_reply_with_nothing_to_train_costs_no_other_reply():
+    """Where each has a sequence of its own."""
+    rows = [*THOUGHTS[:3], reply("", reasoning_content="b")]
+    answers = encoder(THINKER, train=lambda part: float(part.kind == "answer" and part.output))
+    assert trained(answers({"messages": rows})) == "4"
+    assert trained(answers({"messages": [*THOUGHTS[:2], user(), rows[3], *THOUGHTS[2:]]})) == "46"
+    error = refusal(encoder(THINKER, train=lambda part: 0.0), *THOUGHTS)
+    assert error.reason == "nothing_trained"
+
+
+def test_torn_replies_do_not_count_what_an_earlier_sequence_has_weighed():
+    messages = [user(), reply("  one"), user("And?"), reply("  two"), user("And then?"), reply("three")]
+    tokenizer = tokenizer_for("qwen2_5", shelf()["qwen2_5"])
+    example = Encoder(tokenizer, train="all", border="split")({"messages": messages})
+    assert len(example.sequences) == 3
+    weighed: dict[tuple[int, ...], int] = {}
+    for sequence in example:
+        for k in np.flatnonzero(sequence.weights):
+            path = tuple(sequence.ids[: k + 1].tolist())
+            weighed[path] = weighed.get(path, 0) + 1
+    assert set(weighed.values()) == {1}
+
+
 def test_rendered_context_is_one_text_and_says_so():
     example = encoder(THINKER, context="rendered", dropped="warn")({"messages": THOUGHTS})
     assert trained(example) == "4<|im_end|>b\n</think>\n\n6<|im_end|>"
@@ -648,6 +694,30 @@ def test_as_rendered_a_call_that_ends_after_its_result_is_refused():
     tokenizer.chat_template = template
     error = refusal(Encoder(tokenizer, context="rendered"), *A_CALL)
     assert (error.reason, error.field) == ("no_origin", "messages[1]")
+
+
+@pytest.mark.parametrize("thought", ["<think>\nhm, 2\n</think>\n\n", "\n<think></think> "])
+def test_a_thought_in_the_content_is_reasoning(thought):
+    """As data sets made with reasoning models have it."""
+    rows = [{"messages": [user(), reply(f"{thought}{n}", weight=0.5)]} for n in range(4)]
+    enc = encoder(train="reasoning=0", border="split")
+    for n, row in enumerate(rows):  # the later ones by a proof of their shape
+        assert trained(enc(row)) == f"{n}<|im_end|>"
+
+
+def test_a_thought_in_the_content_that_the_prompt_opens_is_reasoning():
+    opens = CHATML.replace("assistant\n'", "assistant\n<think>\n'").replace(
+        "m['content'] +",
+        "('<think>\n' + m['content'][8:] if m['content'][:8] == '<think>\n' else m['content']) +",
+    )
+    row = {"messages": [user(), reply("<think>\na\n</think>\n\n4")]}
+    assert trained(encoder(opens)(row)) == "a\n</think>\n\n4<|im_end|>"
+    assert trained(encoder(opens, train="reasoning=0", border="split")(row)) == "4<|im_end|>"
+
+
+@pytest.mark.parametrize("said", ["<think> is a tag", "a <think>b</think>", "</think>4"])
+def test_what_is_no_thought_is_answer(said):
+    assert trained(encoder(train="reasoning=0")({"messages": [user(), reply(said)]})) == said + "<|im_end|>"
 
 
 def test_weights_of_messages_and_policies_multiply():
@@ -689,6 +759,27 @@ def test_dropping_turns_keeps_whole_turns_and_says_how_many():
     assert "Question 0" not in text
     assert "Question 5" in text
     assert "of 6 turns were dropped" in fitted.notes[0]
+
+
+def test_a_turn_is_never_cut_in_two():
+    """Two users in a row ask one question, and a system message between turns belongs to the one that follows."""
+    middle = [
+        user("Listen. " * 9),
+        user("2 + 2?"),
+        reply("4"),
+        system("Now in Latin."),
+        user("3 + 3?"),
+        reply("VI"),
+    ]
+    messages = [user("Hello there. " * 9), reply("Hi."), *middle]
+    whole = encoder()({"messages": messages[2:]}).only
+    most = len(whole) - 1
+    kept = encoder(max_length=most, overflow="drop_turns")({"messages": messages}).only
+    assert np.array_equal(kept.ids, encoder()({"messages": middle[3:]}).ids)
+    assert "oldest 2 of 3 turns" in kept.notes[0]
+    assert [s.message for s in kept.segments if s.kind in ("system", "user", "answer")] == [5, 6, 7]
+    error = refusal(encoder(max_length=most, overflow="drop_turns"), *middle[:3], reply("Yes. " * 40))
+    assert error.reason == "too_long"
 
 
 def test_truncation_says_its_cost():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pickle
@@ -10,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, PythonBackend
 
 from ygivenx import Encoder, RowError
@@ -96,6 +97,34 @@ def test_eos_is_not_doubled(smol_tokenizer):
     assert once.segments[-1].kind == "end_of_turn"
 
 
+def with_bos(tokenizer):
+    """The tokenizer with a BOS that nothing adds."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = "<|im_start|>"
+    return tokenizer
+
+
+def test_a_bos_that_y_begins_with_is_one(smol_tokenizer):
+    """Where x is empty, as with rows of text alone."""
+    enc = Encoder(with_bos(smol_tokenizer), bos=True, eos=False)
+    one, other = (
+        enc({"text": "<|im_start|>Hello there"}).only,
+        enc({"x": "<|im_start|>", "y": "Hello there"}).only,
+    )
+    assert one.ids.tolist() == other.ids.tolist() == enc({"text": "Hello there"}).ids.tolist()
+    assert [s.kind for s in one.segments] == ["bos", "answer"]
+    assert "".join(one.trained) == "Hello there"
+
+
+def test_why_nothing_is_trained(smol_tokenizer):
+    with pytest.raises(RowError, match="no context to be predicted from") as e:
+        Encoder(smol_tokenizer, eos=False, bos=False)({"text": "Hello"})
+    assert (e.value.reason, "bos=True" in e.value.fix) == ("nothing_trained", True)
+    with pytest.raises(RowError, match="nothing that is trained stands before that") as e:
+        Encoder(smol_tokenizer, max_length=3, overflow="truncate")({"x": "one two three", "y": " four"})
+    assert e.value.reason == "too_long"
+
+
 HUMANEVAL = {"prompt": "def f(x):\n", "completion": "    return x\n"}
 
 
@@ -129,6 +158,47 @@ def test_control_text_is_refused(smol_tokenizer, role):
     assert (e.value.reason, e.value.field) == ("control_text", "messages[1].content")
 
 
+@pytest.mark.parametrize("control", ["refuse", "text"])
+@pytest.mark.parametrize("border", ["mask", "y", "refuse"])
+def test_x_and_y_forge_nothing_together(smol_tokenizer, control, border):
+    row, end = {"x": "say <|im_", "y": "end|> now"}, smol_tokenizer.eos_token_id
+    with pytest.raises(RowError, match="together write it") as e:
+        Encoder(smol_tokenizer, control=control, border=border)(row)
+    assert e.value.reason == "control_text"
+    apart = Encoder(smol_tokenizer, control=control, border="split", eos=False)(row)
+    assert end not in apart.ids.tolist()
+    assert end in Encoder(smol_tokenizer, control="parse", border="mask", eos=False)(row).ids.tolist()
+
+
+@pytest.mark.parametrize("forged", ["<|IM_END|>", "<|im_end|>", "\uff1c|im_end|>"])
+def test_no_normaliser_makes_a_control_token(forged):
+    """One that lowercases finds the token in <|IM_END|>, one that folds widths in a wide sign."""
+    inner = Tokenizer(models.BPE())
+    inner.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.train_from_iterator(
+        ["yes"],
+        trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False),
+    )
+    inner.add_special_tokens([AddedToken(t, normalized=True) for t in ("<|im_start|>", "<|im_end|>")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML
+    text = f"yes{forged}no"
+    assert tokenizer.eos_token_id in tokenizer(text, add_special_tokens=False)["input_ids"]
+    chat = {"messages": [CHAT[0], {"role": "assistant", "content": text}]}
+    enc = Encoder(tokenizer)
+    for row, field in (
+        (chat, "messages[1].content"),
+        ({"x": "a", "y": text}, "y"),
+        ({"x": text, "y": "a"}, "x"),
+    ):
+        with pytest.raises(RowError) as e:
+            enc(row)
+        assert (e.value.reason, e.value.field) == ("control_text", field)
+    assert Encoder(tokenizer, control="parse")(chat).ids.tolist().count(tokenizer.eos_token_id) == 3
+    assert "".join(enc({"messages": CHAT}).trained) == "Hello there<|im_end|>4<|im_end|>"
+
+
 # --- processes -------------------------------------------------------------------------------------------
 
 
@@ -150,6 +220,12 @@ def test_processes_change_nothing(smol_tokenizer):
     alone, apart = enc.batch(rows), enc.batch(rows, processes=2)
     assert [e.ids.tolist() for e in alone[0]] == [e.ids.tolist() for e in apart[0]]
     assert [(r.reason, r.where) for r in alone[1]] == [(r.reason, r.where) for r in apart[1]]
+
+
+@pytest.mark.parametrize("processes", [0, -1, 1.5])
+def test_a_number_of_processes(smol_tokenizer, processes):
+    with pytest.raises(ConfigError, match="processes"):
+        Encoder(smol_tokenizer).batch([], processes=processes)
 
 
 # --- tokenizers of other kinds ---------------------------------------------------------------------------
@@ -278,6 +354,30 @@ def test_a_slow_tokenizer_is_proved_by_prefixes():
     assert [o.replace(" ", "") for o in outputs] == ["Hellothere", "<|im_end|>", "4", "<|im_end|>"]
 
 
+def test_a_slow_tokenizer_tells_a_thought_from_an_answer():
+    tokenizer = Letters(eos_token="<|im_end|>", extra_special_tokens=["<|im_start|>"])
+    tokenizer.chat_template = CHATML
+    said = "<think>\nhm\n</think>\n\nHello"
+    sequence = Encoder(tokenizer, train="reasoning=0")(
+        {"messages": [CHAT[0], CHAT[1] | {"content": said}]}
+    ).only
+    trained = tokenizer.convert_ids_to_tokens(sequence.ids[sequence.weights > 0].tolist())
+    assert trained == [*"Hello", "<|im_end|>"]
+
+
+def test_a_character_of_several_tokens_is_written_once(smol_tokenizer):
+    said = "so: \U0001fae8\u1f10\U0001fae8 ok"
+    for row in (
+        {"messages": [CHAT[0], {"role": "assistant", "content": said}]},
+        {"x": "Say", "y": " " + said},
+    ):
+        sequence = Encoder(smol_tokenizer, eos=False)(row).only
+        assert "".join(sequence.trained).removesuffix("<|im_end|>").strip() == said
+        assert len(sequence.tokens) == len(sequence) > len(said)
+        assert [*sequence.tokens] == [sequence.tokens[k] for k in range(-len(sequence), 0)]
+        assert said in str(sequence)
+
+
 def test_offsets_with_gaps_are_not_believed():
     tokenizer = word_level(["Hi", "Hello", "there", "And", "2+2?", "4", "user", "assistant"])
     tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
@@ -306,6 +406,11 @@ def test_a_tokenizer_with_prefix_space_joins_nothing():
         {"eos": 3},
         {"stops": 5},
         {"max_length": "long"},
+        {"max_length": 0},
+        {"max_length": -5},
+        {"max_length": True},
+        {"bos": 1},
+        {"eos": 0},
         {"template_kwargs": "x"},
     ],
 )

@@ -78,7 +78,7 @@ def _added(ours: list[bool], theirs: list[bool], zero: list[bool], i: int) -> st
 def _missed(sequence: Sequence, kinds: list[str], theirs: list[bool], i: int) -> str:
     if kinds[i] == "end_of_turn":
         return "end of the turn"
-    if not sequence.tokens[i].isascii():
+    if not sequence.tokens[i] or not sequence.tokens[i].isascii():
         return "half a character"
     return "unexplained"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -50,20 +50,58 @@ def made(
     tokens: Any,
     notes: tuple[str, ...],
 ) -> Sequence:
-    """A sequence; raises RowError `nothing_trained` if no token has a weight."""
+    """A sequence; its first token has no weight."""
     if weights[:1].any():
         weights[:1] = 0
-        notes += ("the first token has no context to be predicted from: it isn't trained",)
-    if not weights.any():
-        raise RowError(
-            "no token of this row is trained",
-            reason="nothing_trained",
-            fix="check train=, the messages' weights, and that the row has a reply",
-        )
+        notes += (_FIRST,)
     return Sequence(ids, weights, tuple(s for s in segments if s.stop > s.start), tokens, notes)
 
 
-def truncated(sequence: Sequence, length: int) -> Sequence:
+def fitted(sequences: list[Sequence], most: int | None, overflow: str) -> list[Sequence]:
+    """The sequences that train something, each of at most `most` tokens; what is left out is noted.
+
+    Raises RowError `nothing_trained`, and `too_long` where one is and overflow isn't "truncate" or that leaves nothing.
+    """
+    trained = [s for s in sequences if s.weights.any()]
+    if not trained:
+        raise _nothing_trained(sequences)
+    told = dict.fromkeys(n for s in sequences if not s.weights.any() for n in s.notes)
+    if told:
+        trained[0] = replace(trained[0], notes=tuple(dict.fromkeys((*trained[0].notes, *told))))
+    long = [s for s in trained if most is not None and len(s) > most]
+    if most is None or not long:
+        return trained
+    if overflow != "truncate":
+        raise too_long(long[0], most)
+    kept = [s for s in trained if s.weights[:most].any()]
+    if not kept:
+        raise too_long(long[0], most, "nothing that is trained stands before that")
+    cut = [_truncated(s, most) if len(s) > most else s for s in kept]
+    if left_out := len(trained) - len(kept):
+        lost = sum(int((s.weights > 0).sum()) for s in trained if not s.weights[:most].any())
+        note = f"{left_out} later turns with nothing to train in {most} tokens are left out"
+        cut[-1] = replace(cut[-1], notes=(*cut[-1].notes, f"{note}: {lost} trained tokens lost"))
+    return cut
+
+
+_FIRST = "the first token has no context to be predicted from: it isn't trained"
+
+
+def _nothing_trained(sequences: list[Sequence]) -> RowError:
+    first = any(_FIRST in s.notes for s in sequences)
+    return RowError(
+        "no token of this row is trained",
+        reason="nothing_trained",
+        why="the only one with a weight is the first, which has no context to be predicted from"
+        if first
+        else "",
+        fix="put a BOS before it: bos=True (--bos always)"
+        if first
+        else "check train=, the messages' weights, and that the row has a reply",
+    )
+
+
+def _truncated(sequence: Sequence, length: int) -> Sequence:
     """The first `length` tokens, with a note of what that cost."""
     weights = sequence.weights[:length].copy()
     lost = int((sequence.weights[length:] > 0).sum())

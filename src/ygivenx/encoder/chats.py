@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +13,12 @@ import numpy.typing as npt
 from ..errors import RowError
 from ..rows.formats import Conversation
 from ..sequence import Segment, Sequence
-from .assemble import Job, Options, made, straddle, too_long, truncated
+from .assemble import Job, Options, fitted, made, straddle
 from .contract import Contract
-from .control import control_cuts, refuse_control
+from .control import control_cuts, refuse_alike, refuse_control
 from .fields import lost_of_context, lost_of_reply, printed_arguments
 from .inputs import Inputs, inputs_of
-from .layout import Outline, outline_of, segments_of
+from .layout import KIND_OF_ROLE, Outline, outline_of, segments_of, with_thoughts
 from .policy import Part, weight_of
 from .renderings import Draft, Row
 from .repair import IN_TURNS, alternatives
@@ -114,6 +115,16 @@ class Chats:
         part = Part(kind, True, i, "assistant", i == last, row.messages[i].get("weight", 1.0))
         return weight_of(self.options.policy, part)
 
+    def _is_trained(self, row: Conversation, path: str) -> bool:
+        """Whether the message of a path, if it isn't a reply, has a weight of its own."""
+        found = _OF_MESSAGE.match(path)
+        if not found:
+            return False
+        i = int(found[1])
+        role, own = str(row.messages[i]["role"]), row.messages[i].get("weight", 1.0)
+        part = Part(KIND_OF_ROLE.get(role, role), False, i, role, weight=own)
+        return role != "assistant" and weight_of(self.options.policy, part) > 0
+
     def _drafts(self, inputs: Inputs, row: Conversation) -> list[Draft]:
         """The texts, as the row stands or, where that can't be proven, as the first repair that can makes them."""
         template, wanted = self._template(inputs), self._wanted(row)
@@ -151,6 +162,8 @@ class Chats:
             drafts[:1] = [replace(d, notes=d.notes + told) for d in drafts[:1]]
         done = [self._complete(d, rendered, row) for d in drafts]
         lost = lost_of_context(done[-1], set(wanted), done[-1].upto)
+        if self.options.dropped == "refuse" and (paths := [p for p in lost if self._is_trained(row, p)]):
+            raise _dropped(paths[0], "a message")
         done[-1] = replace(
             done[-1], notes=(*done[-1].notes, *(f"{p} is left out by the template" for p in lost))
         )
@@ -191,17 +204,22 @@ class Chats:
     ) -> list[Sequence]:
         sequences: list[Sequence] = []
         for (outline, cuts), encoded in self._apart(texts, parts):
+            if self.options.control != "parse":
+                given = {"messages": row.messages, "tools": row.tools, "documents": row.documents}
+                refuse_alike(self.tokens, encoded, given)
+            outline = with_thoughts(outline)
             borders = self._borders(outline, encoded, cuts)
             segments = segments_of(outline, encoded, borders)
             weights = self._weights(row, segments, len(encoded.ids))
             if sequences:
                 # What an earlier sequence has already weighed: no reply of this one, even if it begins alike.
                 own = min((borders[start] for _, start, _, _ in outline.turns), default=len(weights))
-                weights[: min(own, _common(sequences[-1].ids, encoded.ids))] = 0
+                known = max(_common(s.ids, encoded.ids) for s in sequences)
+                weights[: min(own, known)] = 0
             told = (*notes, *outline.notes, *([_AS_TEXT] if cuts else []))
             pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
             sequences.append(made(encoded.ids, weights, segments, pieces, told))
-        return self._fitted(sequences)
+        return fitted(sequences, self.options.max_length, self.options.overflow)
 
     def _apart(self, texts: list[Cut], parts: list[Encoded]) -> Iterator[tuple[Cut, Encoded]]:
         """With border="split", a turn whose first token would hold the end of x has a sequence of its own, in which x
@@ -234,6 +252,9 @@ class Chats:
                 if border is None:
                     raise straddle(encoded, at, f"messages[{message}]")
                 borders[at] = border
+        for at in [r[0] for r in outline.runs if r[2] and not encoded.tiled]:  # else offsets tell
+            if at not in borders and (within := self.tokens.border(encoded, at, cuts)) is not None:
+                borders[at] = within
         return borders
 
     def _weights(self, row: Conversation, segments: list[Segment], length: int) -> np.ndarray:
@@ -254,42 +275,52 @@ class Chats:
 
     # --- length ------------------------------------------------------------------------------------------
 
-    def _fitted(self, sequences: list[Sequence]) -> list[Sequence]:
-        """Raise RowError for one that is too long, or truncate; what that leaves nothing to train of is left out."""
-        most = self.options.max_length
-        long = [s for s in sequences if most is not None and len(s) > most]
-        if most is None or not long:
-            return sequences
-        if self.options.overflow != "truncate":
-            raise too_long(long[0], most)
-        kept = [s for s in sequences if s.weights[:most].any()]
-        if not kept:
-            raise too_long(long[0], most, "nothing that is trained stands before that")
-        fitted = [truncated(s, most) if len(s) > most else s for s in kept]
-        if left_out := len(sequences) - len(kept):
-            lost = sum(int((s.weights > 0).sum()) for s in sequences if not s.weights[:most].any())
-            note = f"{left_out} later turns with nothing to train in {most} tokens are left out"
-            fitted[-1] = replace(fitted[-1], notes=(*fitted[-1].notes, f"{note}: {lost} trained tokens lost"))
-        return fitted
-
     def _shorter(self, row: Conversation, refusal: RowError) -> list[Sequence]:
         """The row without its oldest turns, as few as fit; what stands before the first user stays."""
-        users = [i for i, m in enumerate(row.messages) if m.get("role") == "user"]
-        for n, start in enumerate(users[1:], 1):
-            kept = replace(row, messages=row.messages[: users[0]] + row.messages[start:])
-            note = f"the oldest {n} of {len(users)} turns were dropped to fit max_length={self.options.max_length}"
-            job = Chats(replace(self.options, overflow="refuse")).job(kept, (note,))
+        first, *later = _turns(row.messages) or [0]
+        chats = Chats(replace(self.options, overflow="refuse"))
+        for n, start in enumerate(later, 1):
+            kept = replace(row, messages=row.messages[:first] + row.messages[start:])
+            note = f"the oldest {n} of {1 + len(later)} turns were dropped to fit max_length={self.options.max_length}"
+            job = chats.job(kept, (note,))
             try:
-                return job.finish(self.tokens.encode_cut(job.texts))
+                sequences = job.finish(self.tokens.encode_cut(job.texts))
             except RowError as e:
-                if e.reason != "too_long":
+                if e.reason not in ("too_long", "nothing_trained"):
                     raise
+                continue
+            return [_renumbered(s, first, start - first) for s in sequences]
         raise refusal
 
 
 _AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
 _SPLIT = "x and y are encoded apart, as inference would: the ids differ from the template's"
+_OF_MESSAGE = re.compile(r"messages\[(\d+)\]")
 _KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
+
+
+def _turns(messages: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Where turns begin: the first at the first user; each other after a reply or a call's result, if a user speaks
+    before the next one."""
+    begins: list[int] = []
+    start = 0
+    for i, role in enumerate(m.get("role") for m in messages):
+        if role in ("assistant", "tool"):
+            start = i + 1
+        elif role == "user" and not begins:
+            begins, start = [i], i
+        elif role == "user" and start > begins[-1]:
+            begins.append(start)
+    return begins
+
+
+def _renumbered(sequence: Sequence, first: int, dropped: int) -> Sequence:
+    """The sequence with the messages from `first` on numbered as they are in the row, where more stand before them."""
+    segments = (
+        replace(s, message=s.message + dropped) if s.message is not None and s.message >= first else s
+        for s in sequence.segments
+    )
+    return replace(sequence, segments=tuple(segments))
 
 
 def _common(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
@@ -309,9 +340,9 @@ def _not_json(path: str) -> RowError:
     )
 
 
-def _dropped(path: str) -> RowError:
+def _dropped(path: str, of: str = "a reply") -> RowError:
     return RowError(
-        "the template leaves out this part of a reply that would be trained",
+        f"the template leaves out this part of {of} that would be trained",
         reason="dropped_field",
         field=path,
         why="the model would be trained to answer without it",

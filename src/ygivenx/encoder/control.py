@@ -14,7 +14,7 @@ from .inputs import ROLES, Inputs
 from .origins import Source, within
 from .renderings import Draft
 from .template import Template
-from .tokens import Tokens
+from .tokens import Encoded, Tokens
 
 # A reply may bring its thought in its text, marks and all.
 _THOUGHT = re.compile("think|thought|reason", re.IGNORECASE)
@@ -72,6 +72,15 @@ def refuse_control(tokens: Tokens, inputs: Inputs) -> None:
     for path, text in _leaves(given):
         if found := tokens.has_control(text):
             raise control_text(found[0], path)
+
+
+def refuse_alike(tokens: Tokens, encoded: Encoded, given: Mapping[str, Any]) -> None:
+    """Raise RowError if the tokenizer made a special token of what is written otherwise; `given`: the row's texts."""
+    for token, written in tokens.alike(encoded):
+        path = next((path for path, text in _leaves(given) if written.strip() in text), "")
+        raise control_text(
+            token, path, f"it is written {written!r}, and the tokenizer normalises before it looks"
+        )
 
 
 def control_cuts(tokens: Tokens, draft: Draft, control: str) -> tuple[int, ...]:

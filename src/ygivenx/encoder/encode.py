@@ -46,8 +46,8 @@ class Encoder:
     border: a token that holds the end of x and the beginning of y: `refuse` the row, `mask` the token (x), `split`
     (x and y encoded apart) or, for plain pairs alone, `y` (it counts as y).
     context: train each reply after what `inference` shows, or in the one text as `rendered` (with a note).
-    repair: names of repair.py, "default", "all" or "none". dropped: `refuse` a row whose trained reply the
-    template leaves out in part, or `warn` in the notes.
+    repair: names of repair.py, "default", "all" or "none". dropped: `refuse` a row of which the template leaves
+    out a part that would be trained, or `warn` in the notes.
     max_length, overflow: `refuse` what is longer, `drop_turns` (whole oldest turns, rendered anew) or
     `truncate` (the note says how many trained tokens that cost).
     bos, eos: of plain pairs: True, False, or "auto": a BOS where the tokenizer itself adds one; an eos after
@@ -133,6 +133,8 @@ class Encoder:
 
         With several processes each gets a copy of this encoder, so that policies must be importable functions.
         """
+        if not _is_count(processes):
+            raise ConfigError(f"processes={processes!r}", fix="give a number of processes, at least 1")
         rows = list(rows)
         done = self._encode(rows) if processes == 1 else self._encode_apart(rows, processes)
         examples = [d for d in done if isinstance(d, Example)]
@@ -185,10 +187,15 @@ def _check_kinds(repair: Any, bos: Any, eos: Any, stops: Any, max_length: Any, t
     """Raise ConfigError for a value of another kind than its option has: they come from command lines, too."""
     for name, value, fits, wanted in (
         ("repair", repair, isinstance(repair, Iterable), "names, separated by commas"),
-        ("bos", bos, bos in (True, False, "auto"), "True, False or 'auto'"),
-        ("eos", eos, eos in (True, False, "auto"), "True, False or 'auto'"),
+        ("bos", bos, isinstance(bos, bool) or bos == "auto", "True, False or 'auto'"),
+        ("eos", eos, isinstance(eos, bool) or eos == "auto", "True, False or 'auto'"),
         ("stops", stops, isinstance(stops, Iterable), "texts of tokens"),
-        ("max_length", max_length, max_length is None or isinstance(max_length, int), "a number of tokens"),
+        (
+            "max_length",
+            max_length,
+            max_length is None or _is_count(max_length),
+            "a number of tokens, at least 1",
+        ),
         (
             "template_kwargs",
             template_kwargs,
@@ -198,6 +205,10 @@ def _check_kinds(repair: Any, bos: Any, eos: Any, stops: Any, max_length: Any, t
     ):
         if not fits:
             raise ConfigError(f"{name}={value!r}", fix=f"give {wanted}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _stops(path: str, tokenizer: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -13,6 +14,7 @@ from ..sequence import Segment
 from .inputs import REASONING_FIELDS
 from .origins import Source
 from .renderings import Draft, Turn
+from .repair import OPENED
 from .tokens import Encoded
 
 Messages = Sequence[Mapping[str, Any]]
@@ -23,7 +25,7 @@ Borders = tuple[
 ]  # a turn's message; its output is [start, stop), its end token [end, stop)
 Spans = Sequence[tuple[int, int]]
 
-_KIND_OF_ROLE = {"assistant": "answer", "function": "tool", "ipython": "tool"}
+KIND_OF_ROLE = {"assistant": "answer", "function": "tool", "ipython": "tool"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +76,36 @@ def outline_of(draft: Draft, messages: Messages) -> Outline:
     return Outline(draft.text, turns, tuple(_merged(_runs(draft, messages))), notes)
 
 
+_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+_THOUGHT_ON = re.compile(r".*?</think>\s*", re.DOTALL)
+
+
+def with_thoughts(outline: Outline) -> Outline:
+    """The outline with the thought that a reply's content begins with, marks and all, as reasoning."""
+    if "</think>" not in outline.text:
+        return outline
+    runs = list(outline.runs)
+    for turn in outline.turns:
+        stop = _after_thought(outline.text, turn)
+        mine = [r for r in runs if r[2] and r[3] == turn[0]]
+        if stop is None or any(kind == "reasoning" for _, kind, _, _ in mine):
+            continue
+        there = next(r for r in reversed(mine) if r[0] <= stop)
+        thought = [(at, "reasoning", True, i) for at, _, _, i in mine[:1]]
+        rest = [(stop, *there[1:]), *(r for r in mine if r[0] > stop)]
+        runs = sorted([r for r in runs if r not in mine] + thought + rest, key=lambda r: r[0])
+    return replace(outline, runs=tuple(runs))
+
+
+def _after_thought(text: str, turn: Borders) -> int | None:
+    """Where the answer begins after the thought of a turn that begins with one, or goes on with one of its prompt's."""
+    _, start, end, _ = turn
+    found = (_THOUGHT_ON if OPENED.search(text, 0, start) else _THOUGHT).match(text, start, end)
+    return found and found.end()
+
+
 def segments_of(outline: Outline, encoded: Encoded, borders: Mapping[int, int]) -> list[Segment]:
-    """Segments over all tokens. `borders`: index of the token at each turn's start, end and stop.
+    """Segments over all tokens. `borders`: index of the token at each turn's start, end and stop, and at others.
 
     A token belongs to the run of its first character; the borders of outputs are exact.
     """
@@ -92,7 +122,7 @@ def segments_of(outline: Outline, encoded: Encoded, borders: Mapping[int, int]) 
 
 
 def _by_borders(runs: Sequence[Run], borders: Mapping[int, int]) -> list[int]:
-    """Without offsets only the borders of turns are known: what lies between them is one segment."""
+    """Without offsets only these borders are known: what lies between them is one segment."""
     at, known = [], 0
     for run in runs:
         known = borders.get(run[0], known)
@@ -143,7 +173,7 @@ def _context(source: Source | None, messages: Messages) -> tuple[str, bool, int 
     if source.message is None:
         return "system", False, None
     role = str(messages[source.message].get("role"))
-    kind = _field_kind(source.field) if role == "assistant" else _KIND_OF_ROLE.get(role, role)
+    kind = _field_kind(source.field) if role == "assistant" else KIND_OF_ROLE.get(role, role)
     return kind, False, source.message
 
 

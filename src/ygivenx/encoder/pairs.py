@@ -9,7 +9,8 @@ import numpy as np
 from ..errors import ConfigError, RowError
 from ..rows.formats import Pair
 from ..sequence import Segment, Sequence
-from .assemble import Job, Options, control_text, made, straddle, too_long, truncated
+from .assemble import Job, Options, control_text, fitted, made, straddle
+from .control import refuse_alike
 from .policy import Part, weight_of
 from .tokens import Encoded, Pieces, across, joined
 
@@ -33,6 +34,9 @@ class Pairs:
     def job(self, row: Pair) -> Job:
         if not row.x and not row.y:
             raise RowError("x and y are both empty", reason="empty_pair")
+        bos = self.tokens.tokenizer.bos_token
+        if bos and not row.x and row.y.startswith(bos):  # no model says it: it is x
+            row = Pair(bos, row.y[len(bos) :])
         ends = self._ends(row)
         cuts = self._controlled(row, ends)
         if self.options.border == "split" and row.x and row.y:
@@ -41,7 +45,8 @@ class Pairs:
             texts = [(row.x, cuts[0]), (row.y, cuts[1])]
         else:
             texts = [(row.x + row.y, (*cuts[0], *(len(row.x) + c for c in cuts[1])))]
-        return Job(texts, lambda parts: [self._sequence(row, parts, cuts[0], ends)])
+        o = self.options
+        return Job(texts, lambda p: fitted([self._sequence(row, p, cuts[0], ends)], o.max_length, o.overflow))
 
     def _ends(self, row: Pair) -> _Ends:
         tokenizer, o = self.tokens.tokenizer, self.options
@@ -65,17 +70,21 @@ class Pairs:
             len(tokenizer.bos_token) if tokenizer.bos_token and row.x.startswith(tokenizer.bos_token) else 0
         )
         last = len(row.y) - (len(tokenizer.eos_token) if ends.has_eos else 0)
+        whole = row.x + row.y
+        across = [m[0] for m in self.tokens.control(whole) if m.start() < len(row.x) < m.end()]
+        if across and self.options.border != "split":
+            raise control_text(across[0], "y", "x and y together write it; border='split' encodes them apart")
         if self.options.control == "refuse":
             for name, text, start, stop in (("x", row.x, first, len(row.x)), ("y", row.y, 0, last)):
                 if found := self.tokens.control(text, start, stop):
                     raise control_text(found[0][0], name)
-            if found := [m for m in self.tokens.control(row.x + row.y) if m.start() < len(row.x) < m.end()]:
-                raise control_text(found[0][0], "y", "x and y together write it")
         x = self.tokens.cuts(row.x, lambda m: m.start() >= first)
         return x, self.tokens.cuts(row.y, lambda m: m.end() <= last)
 
     def _sequence(self, row: Pair, parts: list[Encoded], cuts: tuple[int, ...], ends: _Ends) -> Sequence:
         encoded, border, notes = self._bordered(row, parts, cuts)
+        if self.options.control != "parse":
+            refuse_alike(self.tokens, encoded, {"x": row.x, "y": row.y})
         ids = self.tokens.tokenizer.convert_tokens_to_ids
         head, tail = ids(list(ends.bos)), ids(list(ends.eos))
         n, m = len(head), len(head) + len(encoded.ids)
@@ -95,15 +104,7 @@ class Pairs:
         if ends.eos:
             notes += (f"{ends.eos[0]} was appended to y",)
         all_ids = np.concatenate([head, encoded.ids, tail]).astype(np.int64)
-        return self._fitted(made(all_ids, weights, segments, texts, notes))
-
-    def _fitted(self, sequence: Sequence) -> Sequence:
-        most = self.options.max_length
-        if most is None or len(sequence) <= most:
-            return sequence
-        if self.options.overflow != "truncate":
-            raise too_long(sequence, most)
-        return truncated(sequence, most)
+        return made(all_ids, weights, segments, texts, notes)
 
     def _bordered(
         self, row: Pair, parts: list[Encoded], cuts: tuple[int, ...]

@@ -39,7 +39,10 @@ class Encoded:
 
 
 class Pieces(Sequence[str]):
-    """The text of each token, cut when it is asked for: `text[starts[i]:stops[i]]`."""
+    """The text of each token, cut when it is asked for.
+
+    A character of several tokens is the first one's, and of the others nothing is left: together they are the text.
+    """
 
     __slots__ = ("starts", "stops", "text")
 
@@ -56,10 +59,14 @@ class Pieces(Sequence[str]):
     def __getitem__(self, i: int | slice) -> str | tuple[str, ...]:
         if isinstance(i, slice):
             return tuple(self)[i]
-        return self.text[self.starts[i] : self.stops[i]]
+        i = range(len(self))[i]
+        return self.text[max(self.starts[i], self.stops[i - 1] if i else 0) : self.stops[i]]
 
     def __iter__(self) -> Iterator[str]:
-        return (self.text[a:b] for a, b in zip(self.starts.tolist(), self.stops.tolist(), strict=True))
+        done = 0
+        for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True):
+            yield self.text[max(start, done) : stop]
+            done = stop
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -100,6 +107,27 @@ class Tokens:
 
     def has_control(self, text: str) -> re.Match[str] | None:
         return self._control.search(text)
+
+    def alike(self, encoded: Encoded) -> Iterator[tuple[str, str]]:
+        """(special token, what the text has in its place), where normalisation made the one of the other.
+
+        A token that is looked for after a normaliser which lowercases is found in `<|IM_END|>`, too.
+        """
+        for k in np.flatnonzero(np.isin(encoded.ids, list(self._normalised))) if self._normalised else ():
+            token, written = (
+                self._normalised[int(encoded.ids[k])],
+                encoded.text[encoded.starts[k] : encoded.stops[k]],
+            )
+            if written.strip() != token:
+                yield token, written
+
+    @cached_property
+    def _normalised(self) -> dict[int, str]:
+        """The special tokens that the tokenizer looks for in what it has normalised, by id."""
+        if self.backend is None or self.backend.normalizer is None:
+            return {}
+        added = self.tokenizer.added_tokens_decoder
+        return {i: t for t, i in self.special.items() if i in added and added[i].normalized}
 
     def cuts(self, text: str, foreign: Callable[[re.Match[str]], bool]) -> tuple[int, ...]:
         """Where to cut a text so that no foreign special token is left whole: after its first character."""
