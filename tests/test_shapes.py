@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from templates.shelf import shelf, tokenizer_for
-from test_chats import LAST_SPEAKER, NO_END
+from test_chats import HEADER_WITH_THE_REPLY, LAST_SPEAKER, NO_END
 from test_properties import CONTROL, many, messages, words
 from tokenizers import AddedToken
 
@@ -133,7 +133,7 @@ def test_weights_and_policies_are_part_of_the_shape():
 
 def test_a_weight_that_the_row_gives_is_part_of_the_shape():
     """Even one of 1: it tells that a greeting, which nobody asks for, is to be trained."""
-    fast, slow = twins("gemma3")
+    fast, slow = twins("x", HEADER_WITH_THE_REPLY)
     greeted = [
         {
             "messages": [
