@@ -210,6 +210,7 @@ def test_sarif_makes_its_directory_as_the_page_does(tmp_path):
     done = CliRunner().invoke(app, ["audit", str(data), "-m", str(tmp_path / "model"), "--sarif", str(out)])
     assert done.exit_code == 1, done.output
     assert json.loads(out.read_text())["version"] == "2.1.0"
+    assert "format: messages" in done.stderr
 
 
 @pytest.mark.model

@@ -299,6 +299,7 @@ def audit(
     from .proof.limits import read_limits
 
     reader = open_rows(data, fmt, x, y, plain, limit, split)
+    say(f"format: {reader.format}")
     made = open_encoder(model, gguf_file, **encoder_options(encoder, train=train, control=control))
     limits = read_limits(model, gguf_file)
     report = examine_rows(rows=list(reader), encoder=made, model=limits, suppress=reasons(suppress))
@@ -338,7 +339,10 @@ def probe(
     from .commands.onlooker import at_train, output_aside
     from .proof.auditing import audit as examine_trainer
 
-    rows = None if data is None else list(open_rows(data, fmt, x, y, plain, None, split))
+    reader = None if data is None else open_rows(data, fmt, x, y, plain, None, split)
+    if reader is not None:
+        say(f"format: {reader.format}")
+    rows = None if reader is None else list(reader)
     why = reasons(suppress)
     with output_aside() if as_json else nullcontext():
         report = at_train(

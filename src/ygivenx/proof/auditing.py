@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -285,10 +286,11 @@ def _paragraph(f: Finding) -> str:
 def _strips(ev: Evidence) -> list[Any]:
     from ..report import TokenStrip
 
+    text = cache(lambda i: ev.text([i]))  # decoding a token takes tens of microseconds, and most come again
     strips = [
         TokenStrip(
             title=s.where,
-            tokens=[ev.text([i]) for i in s.ids],
+            tokens=[text(i) for i in s.ids.tolist()],
             weights=s.weight.tolist(),
             log_p=[None] * len(s.ids),
             kinds=[k or "token" for k in s.kinds],

@@ -61,7 +61,8 @@ def doubled_bos(ev: Evidence) -> Iterator[Hit]:
     "warning",
     why="The end of y was cut off with its end-of-turn token: the model learns to stop nowhere, or to stop "
     "early.",
-    fix="Raise max_length, shorten x, or leave such rows out by name.",
+    fix="Raise max_length, shorten x, or leave such rows out by name; where the end alone is missing, write the turn's "
+    "end token.",
 )
 def y_truncated(ev: Evidence) -> Iterator[Hit]:
     pieces = [(s, p) for s in ev.seen for p in s.pieces]
