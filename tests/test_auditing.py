@@ -11,20 +11,31 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from museum.studio import Studio
+from museum.studio import MARKED, Studio
+from templates.conversations import call, calls, reply, user
+from test_chats import CHATML, HEADER_WITH_THE_REPLY
+from test_chats import encoder as chats_encoder
 from tiny import VOCAB, llama, sequences
-from transformers import Trainer
+from transformers import DataCollatorForSeq2Seq, Trainer
 
 from ygivenx.encoder.encode import Encoder
-from ygivenx.errors import ConfigError
+from ygivenx.errors import ConfigError, LossError
 from ygivenx.forest import Forest
 from ygivenx.objective import loss
-from ygivenx.proof.auditing import Finding, Report, audit
-from ygivenx.proof.evidence import Evidence, Seen, mark_padding, seen_in_batch, seen_in_forest
+from ygivenx.proof.auditing import Finding, Report, _rows_of, audit
+from ygivenx.proof.evidence import (
+    Evaluation,
+    Evidence,
+    Seen,
+    mark_padding,
+    seen_in_batch,
+    seen_in_forest,
+)
 from ygivenx.proof.library import Library
 from ygivenx.proof.probing import probe
 from ygivenx.proof.rehearsal import rehearse, untouched
 from ygivenx.proof.rules import RULES, SEVERITIES
+from ygivenx.rows.data import read
 from ygivenx.sequence import Example
 
 # Trainers of other libraries warn of their own plans; warnings of ours are tested where they are made.
@@ -119,6 +130,80 @@ def test_suppressions_need_a_rule_and_a_reason(studio):
         audit(batch=batch, suppress={"duplicate": "x"})
     with pytest.raises(ConfigError, match="has no reason"):
         audit(batch=batch, suppress={"duplicates": " "})
+
+
+TWICE = "+ m['content'] + ('<|im_end|>\n<|im_start|>assistant\n' + m.again if m.again else '') +"
+CALLED = "m['content'] ~ (m.tool_calls[0].function.arguments if m.tool_calls else '')"
+
+
+@pytest.mark.parametrize(
+    ("rule", "template", "messages", "fix"),
+    [
+        (
+            "stop-inside-reply",
+            CHATML.replace("+ m['content'] +", TWICE),
+            [user(), reply("A.", again="B.")],
+            "Split",
+        ),
+        ("reply-unasked", HEADER_WITH_THE_REPLY, [user(), reply("First."), reply("Second.")], "weight 0"),
+        (
+            "arguments-not-json",
+            CHATML.replace("m['content']", CALLED),
+            [user(), calls(call(arguments='{"rain": true}'))],
+            "arguments_as_text",
+        ),
+    ],
+)
+def test_a_refusal_of_the_contract_has_a_rule_with_its_fix(rule, template, messages, fix):
+    report = audit([{"messages": messages}], chats_encoder(template, repair="none"))
+    (finding,) = report.findings
+    assert finding.rule == rule
+    assert fix in finding.fix
+    assert "messages[" in finding.examples[0]["where"]
+
+
+def test_an_unnamed_refusal_says_what_to_do():
+    (finding,) = audit(
+        [{"messages": [{"role": "robot", "content": "x"}, reply()]}, {"nonsense": 1}], chats_encoder()
+    ).findings
+    assert finding.rule == "rows-quarantined"
+    assert "(fix: " in finding.examples[0]["text"]
+
+
+def test_places_are_rows_of_the_file(tmp_path):
+    """Not of those that were accepted."""
+    row = {"messages": [user(), reply()]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in ({"messages": []}, row, {"messages": []}, row)))
+    (again,) = [f for f in audit(read(path), chats_encoder()).findings if f.rule == "duplicates"]
+    assert again.examples == ({"where": "rows 1, 3"},)
+
+
+def test_scores_of_a_file_are_held_against_each_other(tmp_path):
+    """As `ygx audit scores.jsonl` reads them; a score that is no number is null there."""
+    row = {"x": "a", "y": "b", "log_p_x": -5.0}
+    path = tmp_path / "scores.jsonl"
+    path.write_text("".join(json.dumps(row | {"log_p_xy": v}) + "\n" for v in (None, -9.0, -3.0)))
+    found = {f.rule: f for f in audit(read(path), chats_encoder()).findings}
+    assert found["joint-above-marginal"].count == 1
+    assert found["joint-above-marginal"].examples[0]["where"] == "row 2"
+
+
+def test_an_evaluation_loss_of_nothing():
+    (rule,) = (r for name, r in RULES.items() if name == "evaluation-divides-differently")
+    assert list(rule.check(Evidence(evaluation=Evaluation(0.0, 0.0)))) == []
+    (hit,) = rule.check(Evidence(evaluation=Evaluation(0.5, 0.0)))
+    assert hit.share is None
+
+
+def test_targets_that_are_one_token_are_named(studio):
+    """A mask of zeros, where the loss ignores −100."""
+    rows = studio.chats(2)
+    features = [{**f, "labels": [0 if t == -100 else t for t in f["labels"]]} for f in studio.encoded(rows)]
+    report = studio.audit(studio.hf(features), rows)
+    (shifted,) = [f for f in report.findings if f.rule == "shifted-labels"]
+    assert "100% of them the one token" in shifted.message
+    assert "−100" in shifted.fix
 
 
 def test_every_rule_is_documented():
@@ -469,6 +554,93 @@ def test_what_breaks_inside_is_put_back(studio):
     with pytest.raises(RuntimeError, match="on purpose"):
         breaks()
     assert_same(before, state_of(trainer))
+
+
+def test_a_model_in_which_nothing_is_trained_is_no_clean_bill(studio):
+    """A PEFT model loaded without is_trainable=True: train() fails, and the rehearsal says so."""
+    rows = studio.chats(2)
+    with pytest.raises(LossError, match="nothing that is trained"):
+        studio.audit(studio.hf(studio.encoded(rows), model=studio.model().requires_grad_(False)), rows)
+
+
+def test_the_tokenizer_of_the_collator_reads_the_rows(studio):
+    """`Trainer` asks for no processing_class."""
+    rows = studio.chats(2)
+    trainer = studio.hf(studio.encoded(rows))
+    trainer.processing_class = None
+    report = audit(rows, trainer=trainer)
+    assert report.summary["rows recognised"] == "2 of 2"
+
+
+def test_the_arguments_of_a_rows_template_are_kept(studio):
+    """TRL renders each row with its own chat_template_kwargs."""
+    loud = "{%- if shout -%}{{- 'LOUD\n' -}}{%- endif -%}"
+    header = "{{- '<|im_start|>assistant\\n' -}}"
+    template = MARKED.replace(header, header + loud)
+    assert template.count("LOUD") == 2
+    rows = [{**row, "chat_template_kwargs": {"shout": True}} for row in studio.chats(4)]
+    trainer = studio.sft(rows, tokenizer=studio.tok(template), assistant_only_loss=True)
+    assert studio.audit(trainer).findings == ()
+
+
+def test_a_stream_without_end_is_read_so_far(studio, monkeypatch):
+    monkeypatch.setattr("ygivenx.proof.auditing.STREAMED", 12)
+
+    trainer = studio.sft(studio.pairs(2))
+    trainer.train_dataset = Dataset.from_list(studio.pairs()).to_iterable_dataset().repeat(None)
+    assert _rows_of(trainer) == studio.pairs()
+
+
+def test_what_is_not_rehearsed_is_said(studio):
+    rows = studio.chats(2)
+    report = studio.audit(studio.hf(studio.encoded(rows), neftune_noise_alpha=5.0), rows)
+    assert report.summary["not rehearsed"] == "NEFTune's noise"
+    assert "not rehearsed" not in studio.audit(studio.hf(studio.encoded(rows)), rows).summary
+
+
+def test_a_batch_of_a_loop_is_looked_at_for_leaks(studio):
+    """Rows concatenated under a plain causal mask, in a loop of one's own."""
+    rows, model = studio.chats(3), studio.model()
+    features = studio.encoded(rows)
+    packed = {k: torch.tensor([[t for f in features for t in f[k]]]) for k in ("input_ids", "labels")}
+    with probe(model) as step:
+        model(**packed).loss.backward()
+    report = studio.audit(rows=rows, probe=step, batch=packed, model=model)
+    assert [f.rule for f in report.findings] == ["packing-leak"]
+    padded = dict(DataCollatorForSeq2Seq(studio.tok())(features))
+    assert studio.audit(rows=rows, batch=padded, model=model).findings == ()
+
+
+def test_a_trainer_that_generates_is_read_at_its_temperature(studio):
+    """GRPO collates a list of prompts, and divides its logits."""
+    trl = pytest.importorskip("trl")
+    options = {"num_generations": 2, "max_completion_length": 12, "temperature": 0.5}
+    trainer = trl.GRPOTrainer(
+        model=studio.model(),
+        args=studio.arguments(trl.GRPOConfig, **options),
+        train_dataset=Dataset.from_list([{"prompt": r["messages"][:1]} for r in studio.chats(4)]),
+        processing_class=studio.tok(),
+        reward_funcs=lambda completions, **_: [float(i) for i, _ in enumerate(completions)],
+    )
+    logs = copy.deepcopy(trainer._logs)
+    report = studio.audit(trainer)
+    assert [f.rule for f in report.findings] == ["rows-unrecognised"]
+    (batch,) = report.evidence.probe.micro_batches
+    assert len(batch.found) == 24
+    assert max(f.residual for f in batch.found) < 1e-2
+    assert trainer._logs == logs
+
+
+def test_a_learned_prompt_is_no_text(studio):
+    """PEFT puts virtual tokens before the row, at inference too."""
+    peft = pytest.importorskip("peft")
+    rows = studio.chats(2)
+    prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    model = peft.get_peft_model(studio.model(), prompt)
+    batch = dict(DataCollatorForSeq2Seq(studio.tok())(studio.encoded(rows)))
+    with probe(model) as step:
+        model(**batch).loss.backward()
+    assert studio.audit(rows=rows, probe=step).findings == ()
 
 
 def test_a_trainer_without_data_is_refused(studio):

@@ -195,6 +195,24 @@ def test_probe_is_told_the_rows(tmp_path):
     assert "prompt-header-trained" in {f["rule"] for f in report["findings"]}
 
 
+def test_a_severity_that_is_none_is_told_before_the_work(tmp_path):
+    for command, *rest in (["audit", "absent.jsonl", "--model", "absent"], ["probe", "absent.py"]):
+        done = CliRunner().invoke(app, [command, "--fail-on", "warn", *rest])
+        assert isinstance(done.exception, ConfigError)
+        assert "did you mean 'warning'" in str(done.exception)
+
+
+def test_sarif_makes_its_directory_as_the_page_does(tmp_path):
+    made_model(tmp_path / "model", ["user assistant what is it ? that"], eos="<end>")
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"messages": [{"role": "user", "content": "what"}]}) + "\n")
+    out = tmp_path / "deep" / "audit.sarif"
+    done = CliRunner().invoke(app, ["audit", str(data), "-m", str(tmp_path / "model"), "--sarif", str(out)])
+    assert done.exit_code == 1, done.output
+    assert json.loads(out.read_text())["version"] == "2.1.0"
+    assert "format: messages" in done.stderr
+
+
 @pytest.mark.model
 def test_ledger(smol_tokenizer, rows):
     done = ygx("ledger", rows, "--model", "sample", "--json")

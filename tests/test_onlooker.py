@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -57,6 +58,27 @@ def test_a_script_that_exits_before_it_trains(tmp_path, code, told):
     with pytest.raises(ConfigError, match="without calling train") as caught:
         at_train(script, [], print)
     assert caught.value.why.startswith(f"it exited with {told};")
+
+
+def test_a_script_that_goes_elsewhere_leaves_us_where_we_were(tmp_path):
+    """What is written after it, such as `--html probe.html`, has a place relative to ours."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, transformers\nos.chdir({str(tmp_path)!r})\n"
+        "transformers.Trainer.__new__(transformers.Trainer).train()\n"
+    )
+    here = os.getcwd()
+    assert at_train(script, [], lambda trainer: os.getcwd()) == str(tmp_path)
+    assert os.getcwd() == here
+
+
+def test_a_script_that_fails_is_no_finding(tmp_path):
+    (tmp_path / "script.py").write_text("1 / 0\n")
+    command = [sys.executable, "-m", "ygivenx", "probe", str(tmp_path / "script.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "script.py" in done.stderr
+    assert done.stderr.rstrip().endswith("ZeroDivisionError: division by zero")
 
 
 def test_an_error_of_the_script_is_its_own(tmp_path):

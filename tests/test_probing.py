@@ -381,7 +381,7 @@ def test_what_breaks_in_a_hook_is_raised_at_the_end():
 )  # transformers, on PEFT's behalf
 @pytest.mark.parametrize("trained", ["adapter", "head"])
 def test_peft_and_a_frozen_backbone(trained):
-    model = tiny()
+    model = tiny(tie=False)
     if trained == "adapter":
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
@@ -406,6 +406,44 @@ def test_distributed_and_compiled_wrappers_are_seen_through(tmp_path):
         torch.distributed.destroy_process_group()
     assert_recovered(probed, ids, weights)
     assert unwrap(torch.compile(model)) is model
+
+
+def test_what_trains_nothing_fails_as_it_does_without_the_probe():
+    model = tiny().requires_grad_(False)
+    ids, weights = batch()
+    with probe(model), pytest.raises(RuntimeError, match="does not require grad"):
+        weighted(model(input_ids=ids).logits, ids, weights).backward()
+
+
+def test_several_passes_before_their_heads():
+    """Each head's rows belong to the pass whose hidden states they are, not to the last one."""
+    model = tiny()
+    batches = [batch(seed=seed) for seed in (1, 2)]
+    with probe(model) as probed:
+        hidden = [model.model(input_ids=ids).last_hidden_state for ids, _ in batches]
+        logits = [model.lm_head(h) for h in hidden]
+        sum(weighted(z, *b) for z, b in zip(logits, batches, strict=True)).backward()
+    for i, (ids, weights) in enumerate(batches):
+        assert_recovered(probed, ids, weights, micro_batch=i)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # transformers, on PEFT's behalf
+@pytest.mark.parametrize("read", ["module", "base"])
+def test_an_adapter_on_the_head_of_a_fused_loss(read):
+    """What the head's module gives, and what kernels that take `lm_head.weight` give."""
+    peft = pytest.importorskip("peft")
+    adapter = peft.LoraConfig(target_modules=["lm_head"], r=4, lora_dropout=0.1)
+    model = peft.get_peft_model(tiny(tie=False), adapter).eval()
+    torch.nn.init.normal_(model.get_base_model().lm_head.lora_B["default"].weight)
+    ids, weights = batch()
+    with probe(model) as probed:
+        head = probed.model.lm_head
+        hidden = probed.model.model(input_ids=ids).last_hidden_state
+        # A gathered part, so that the head's module isn't recognised.
+        flat = hidden.flatten(0, 1)[torch.arange(ids.numel())]
+        logits = head(flat) if read == "module" else flat @ head.weight.T
+        weighted(logits.view(*ids.shape, -1), ids, weights).backward()
+    assert_recovered(probed, ids, weights)
 
 
 def test_a_model_without_a_head_is_refused():

@@ -170,6 +170,12 @@ def test_token_strips_share_a_vocabulary_and_keep_their_order() -> None:
     assert data["kinds"] == ["user", "answer", "bos"]
 
 
+def test_weights_of_a_step_keep_their_digits() -> None:
+    """A step of a million tokens weighs each by 1e-6 and less."""
+    data = Document(Page("t", rows=[strip([None] * 4, weights=[0, 2.34567e-7, -0.25, math.nan])]).html()).data
+    assert data["strips"][0]["weights"] == [[0.0, 1], [2.346e-07, 1], [-0.25, 1], [None, 1]]
+
+
 def test_a_strip_from_a_sequence() -> None:
     segments = (Segment(0, 2, "user"), Segment(2, 3, "answer", output=True))
     tokens = ("User:", "2+2?", "4")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +24,7 @@ from .commands.intake import (
     the_row,
 )
 from .commands.intake import console as err
-from .errors import YgivenxError
+from .errors import ConfigError, YgivenxError, nearest
 from .models.places import located
 from .report.parts import finite
 from .show import visible, visible_json
@@ -63,8 +64,22 @@ Encoding = Annotated[
     ),
 ]
 Suppress = Annotated[list[str] | None, typer.Option("--suppress", help="rule=reason; may be repeated")]
+
+
+def _severity(name: str) -> str:
+    """Raise ConfigError for what is no severity before any work is done."""
+    from .proof.rules import SEVERITIES
+
+    if name not in SEVERITIES:
+        raise ConfigError(f"unknown severity {name!r}{nearest(name, SEVERITIES)}", where="--fail-on")
+    return name
+
+
 FailOn = Annotated[
-    str, typer.Option("--fail-on", help="exit with 1 from this severity: error, warning or info")
+    str,
+    typer.Option(
+        "--fail-on", callback=_severity, help="exit with 1 from this severity: error, warning or info"
+    ),
 ]
 HtmlFile = Annotated[Path | None, typer.Option("--html", help="write the page there")]
 SarifFile = Annotated[Path | None, typer.Option("--sarif", help="write SARIF 2.1.0 there")]
@@ -284,6 +299,7 @@ def audit(
     from .proof.limits import read_limits
 
     reader = open_rows(data, fmt, x, y, plain, limit, split)
+    say(f"format: {reader.format}")
     made = open_encoder(model, gguf_file, **encoder_options(encoder, train=train, control=control))
     limits = read_limits(model, gguf_file)
     report = examine_rows(rows=list(reader), encoder=made, model=limits, suppress=reasons(suppress))
@@ -323,7 +339,10 @@ def probe(
     from .commands.onlooker import at_train, output_aside
     from .proof.auditing import audit as examine_trainer
 
-    rows = None if data is None else list(open_rows(data, fmt, x, y, plain, None, split))
+    reader = None if data is None else open_rows(data, fmt, x, y, plain, None, split)
+    if reader is not None:
+        say(f"format: {reader.format}")
+    rows = None if reader is None else list(reader)
     why = reasons(suppress)
     with output_aside() if as_json else nullcontext():
         report = at_train(
@@ -343,6 +362,7 @@ def finish(report: Any, fail_on: str, html: Path | None, sarif: Path | None, as_
     if html is not None:
         report.to_html(html)
     if sarif is not None:
+        sarif.parent.mkdir(parents=True, exist_ok=True)
         sarif.write_text(report.to_sarif(), encoding="utf-8")
     print(visible_json(report.to_json()) if as_json else report)
     raise typer.Exit(report.exit_code(fail_on))
@@ -458,3 +478,8 @@ def main() -> None:
         sys.exit(USAGE)
     except BrokenPipeError:
         sys.exit(OK)
+    except (
+        Exception
+    ):  # one that nobody foresaw, or a probed script's own: 1 would say that there are findings
+        traceback.print_exc()
+        sys.exit(USAGE)

@@ -291,6 +291,23 @@ def test_an_impossible_token_is_the_worst(browser, tmp_path) -> None:
     assert browser.texts(".row:first-child .token:not([class*=bin])") == ["a"]
 
 
+def test_weights_of_a_gradient(browser, tmp_path) -> None:
+    """Far below 1, below 0, not finite: trained is what has a weight, and colours are shares of the largest."""
+    row = TokenStrip("t", ["a", "b", "c", "d"], [0, 2e-7, -1e-7, float("nan")], [None] * 4, ["answer"] * 4)
+    browser.open(Page("t", rows=[row]), tmp_path)
+    assert browser.texts(".row .stats") == ["4 tokens · 2 trained"]
+    assert browser.texts(".rows .trained") == ["b", "c"]
+    drawn = (
+        "[...document.querySelectorAll('.rows .trained')].map((e) => e.style.getPropertyValue('--weight'))"
+    )
+    assert browser.js(f"return {drawn}") == ["", "0.5"]
+    told = []
+    for i in range(4):
+        browser.js(f"document.querySelectorAll('.rows .token')[{i}].focus()")
+        told.append(dict(zip(browser.texts("#tip dt"), browser.texts("#tip dd"), strict=True))["weight"])
+    assert told == ["0, not trained", "2.0e-7, trained", "−1.0e-7, trained", "not finite"]
+
+
 def test_long_sequences_are_drawn_on_demand(browser, tmp_path) -> None:
     n = 4000
     row = TokenStrip("long", ["a"] * n, [0.0] * (n - 1) + [1.0], [None] + [-1.0] * (n - 1), ["answer"] * n)

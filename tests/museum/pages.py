@@ -32,7 +32,7 @@ report = yx.audit(rows, encoder)                    # the data, as the contract 
 report = yx.audit(rows, encoder, batch=batch)       # what its labels train
 report = yx.audit(trainer=trainer)                  # what one step of it trains, by the gradient
 with yx.probe(model) as step: ...                   # any loop of your own:
-report = yx.audit(rows, encoder, probe=step)
+report = yx.audit(rows, encoder, probe=step, batch=batch, model=model)  # the batch and the model: for leaks
 
 print(report)
 report.to_html("audit.html"); report.to_json(); report.to_sarif()
@@ -43,7 +43,8 @@ yx.audit(trainer=trainer, suppress={"loss-on-x": "continued pre-training on purp
 `trainer` may be any transformers trainer, TRL's included. One optimiser step of it is rehearsed through its own data
 loader, collator and `training_step`, with checkpointing, autocast and gradient scaling as train() sets them; there is
 no update, and the model, gradients, random states, accelerator and the trainer's attributes are afterwards what they
-were. What is trained is read from the gradient at the output head, so a mask that a loss ignores can't hide; a term
+were. What is not rehearsed (NEFTune's noise, Liger's kernels, the new model that `model_init` makes) is named in the
+summary. What is trained is read from the gradient at the output head, so a mask that a loss ignores can't hide; a term
 beside the cross-entropy (z-loss, distillation) is named and counts as no target. The [museum](museum/README.md) shows
 each rule at work.
 

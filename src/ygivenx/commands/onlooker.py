@@ -107,10 +107,11 @@ class _Look:
 
 @contextmanager
 def _as_main(script: Path, arguments: list[str]) -> Iterator[None]:
-    argv, path = sys.argv, sys.path[:]
+    argv, path, folder = sys.argv, sys.path[:], os.getcwd()
     sys.argv = [str(script), *arguments]
     sys.path.insert(0, str(script.resolve().parent))
     try:
         yield
     finally:
         sys.argv, sys.path[:] = argv, path
+        os.chdir(folder)  # what is written later has a place relative to it

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from .evidence import Evidence, mark_padding, seen_in_batch, seen_in_forest, see
 from .library import Library
 from .limits import Limits
 from .rules import RULES, SEVERITIES, Hit, Rule
+from .rules.shared import places
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +27,15 @@ if TYPE_CHECKING:
     from .probing import Probe
 
 STRIPS = 200  # rows shown token by token on the page
+STREAMED = 4096  # rows of a stream that a step's are looked for among: it may have no end
+COLUMNS = (
+    "messages",
+    "prompt",
+    "completion",
+    "tools",
+    "documents",
+    "chat_template_kwargs",
+)  # rows of a trainer
 
 
 @dataclass(frozen=True)
@@ -104,9 +116,10 @@ def audit(
 
     rows + encoder: the data as the contract reads it; a reader's Rejected counts as quarantined. batch: one
     collated batch, or a step's list of them, by their labels. probe: a step that was probed. model: its limits
-    and stop tokens, or the Limits of one that isn't loaded. trainer: a transformers trainer, of which one step is
-    rehearsed (see `rehearse`; nothing of it changes; in a process group all ranks have to call this); rows default
-    to those in its dataset's own columns, the encoder to one of its tokenizer.
+    and stop tokens, and what leaks between the documents of a batch; or the Limits of one that isn't loaded.
+    trainer: a transformers trainer, of which one step is rehearsed (see `rehearse`; nothing of it changes; in a
+    process group all ranks have to call this); rows default to those in its dataset's own columns (of a stream, to
+    its first), the encoder to one of its tokenizer.
     suppress: rule id → why it doesn't apply here; the finding is listed apart and doesn't fail the audit.
 
     Raises ConfigError for a rule id that doesn't exist, a suppression without a reason, or rows without an encoder.
@@ -151,9 +164,8 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
     _add_limits(ev, model, trainer)
     if trainer is not None:
         batch = _rehearse(ev, trainer)
-    if batch is not None:
-        batches = [batch] if isinstance(batch, Mapping) else list(batch)
-        ev.labels = [s for i, b in enumerate(batches) if "labels" in b for s in seen_in_batch(b, i)]
+    batches = [] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
+    ev.labels = [s for i, b in enumerate(batches) if "labels" in b for s in seen_in_batch(b, i)]
     if ev.probe is not None and not ev.steps:
         ev.steps = [s for i, b in enumerate(ev.probe.micro_batches) for s in seen_in_step(i, b)]
     _align(ev)
@@ -162,10 +174,11 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
 
         # A batch or a probe may be audited on one rank alone; a trainer's step needs all of them anyway.
         ev.denominators = denominators(ev.steps, gather=trainer is not None)
-    if trainer is not None:
+    module = trainer.model if trainer is not None else model
+    if batches and module is not None and not isinstance(module, Limits):
         from .leaks import leaks_in
 
-        ev.leaks = leaks_in(ev.steps, trainer.model, batch)
+        ev.leaks = leaks_in(ev.seen, module, batches)
     return ev
 
 
@@ -184,9 +197,9 @@ def _add_limits(ev: Evidence, model: Any, trainer: Any) -> None:
 
 
 def _rehearse(ev: Evidence, trainer: Any) -> list[dict[str, Any]]:
-    from .rehearsal import rehearse
+    from .rehearsal import rehearse, unrehearsed
 
-    run = rehearse(trainer)
+    run, ev.unrehearsed = rehearse(trainer), unrehearsed(trainer)
     ev.probe, ev.evaluation = run.probe, run.evaluation
     for i, (batch, probed) in enumerate(zip(run.batches, run.probe.micro_batches, strict=True)):
         if "forest" in batch:  # ours
@@ -209,18 +222,19 @@ def _align(ev: Evidence) -> None:
 
 
 def tokenizer_of(trainer: Any) -> Any:
-    """A trainer's tokenizer, inside a processor too; None without."""
-    given = trainer.processing_class
-    return getattr(given, "tokenizer", given)
+    """A trainer's tokenizer, inside a processor too; its collator's where it has none; None without."""
+    given = trainer.processing_class or trainer.data_collator
+    return getattr(given, "tokenizer", trainer.processing_class)
 
 
 def _rows_of(trainer: Any) -> list[Any] | None:
-    """The rows that a trainer's dataset still carries beside its token ids."""
+    """The rows that a trainer's dataset still carries beside its token ids; of a stream, its first ones."""
     columns = getattr(trainer.train_dataset, "column_names", None) or []
-    kept = [c for c in ("messages", "prompt", "completion", "tools") if c in columns]
+    kept = [c for c in COLUMNS if c in columns]
     if "messages" not in kept and not {"prompt", "completion"} <= set(kept):
         return None
-    return list(trainer.train_dataset.select_columns(kept))
+    rows = trainer.train_dataset.select_columns(kept)
+    return list(rows if hasattr(rows, "__len__") else islice(rows, STREAMED))
 
 
 # -- report -----------------------------------------------------------------------------------------------
@@ -253,6 +267,8 @@ def _summary(ev: Evidence) -> dict[str, Any]:
             "trained share": round(trained / max(tokens, 1), 4),
             "rows recognised": f"{sum(bool(s.pieces) for s in ev.seen):,} of {len(ev.seen):,}",
         }
+    if ev.unrehearsed:
+        told["not rehearsed"] = ", ".join(ev.unrehearsed)
     if ev.probe is not None:
         told |= {"Σ weights of the step": round(ev.probe.weight_sum, 6), "weights": ev.probe.weighting}
     return told
@@ -270,10 +286,11 @@ def _paragraph(f: Finding) -> str:
 def _strips(ev: Evidence) -> list[Any]:
     from ..report import TokenStrip
 
+    text = cache(lambda i: ev.text([i]))  # decoding a token takes tens of microseconds, and most come again
     strips = [
         TokenStrip(
             title=s.where,
-            tokens=[ev.text([i]) for i in s.ids],
+            tokens=[text(i) for i in s.ids.tolist()],
             weights=s.weight.tolist(),
             log_p=[None] * len(s.ids),
             kinds=[k or "token" for k in s.kinds],
@@ -283,7 +300,8 @@ def _strips(ev: Evidence) -> list[Any]:
     ]
     if strips:
         return strips
-    return [TokenStrip.of(s, title=f"sequence {i}") for i, s in enumerate(ev.sequences[:STRIPS])]
+    shown = zip(places(ev), ev.sequences[:STRIPS], strict=False)
+    return [TokenStrip.of(s, title=place) for place, s in shown]
 
 
 def _json(document: Any) -> str:

@@ -107,6 +107,7 @@ class Evidence:
     denominators: list[Denominator] = field(default_factory=list)
     leaks: list[Leak] = field(default_factory=list)
     evaluation: Evaluation | None = None
+    unrehearsed: list[str] = field(default_factory=list)
 
     @property
     def seen(self) -> list[Seen]:

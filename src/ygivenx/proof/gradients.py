@@ -54,7 +54,8 @@ class Found(NamedTuple):
 class HeadForm:
     """logits = softcap·tanh(scale·(h·weightᵀ + bias)/softcap): what turns a head's output into logits.
 
-    rounded: the dtype that autocast rounds them to, None without.
+    rounded: the dtype that autocast rounds them to, None without. unadapted: the weight without the adapter that is
+    on the head, None without one.
     """
 
     weight: Tensor
@@ -62,6 +63,7 @@ class HeadForm:
     softcap: float | None = None
     scale: float = 1.0
     rounded: torch.dtype | None = None
+    unadapted: Tensor | None = None
 
     def finish(self, raw: Tensor) -> tuple[Tensor, Tensor | float]:
         """(logits, ∂logits/∂raw) of the head module's raw output."""

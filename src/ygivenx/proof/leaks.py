@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DOCUMENTS = 6  # of a row that are tested: each costs a backward pass
 
 
-def leaks_in(steps: list[Seen], model: Any, batches: list[dict[str, Any]]) -> list[Leak]:
+def leaks_in(steps: list[Seen], model: Any, batches: Sequence[Mapping[str, Any]]) -> list[Leak]:
     """Documents that depend on others, tokens that depend on padding: in the first row that has several."""
     leaks = []
     for seen in steps:

@@ -95,6 +95,7 @@ class Probe:
         self.model = unwrap(model)
         self.micro_batches: list[MicroBatch] = []
         self.loss_scale = 1.0  # what a gradient scaler multiplies the loss by; weights are told without
+        self.temperature = 1.0  # what the loss divides its logits by
         self._passes: list[_Pass] = []
         self._declared: int | None = None  # micro-batches that the loop has told of so far
         self._open = ExitStack()
@@ -190,24 +191,26 @@ class Probe:
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         if not torch.is_grad_enabled():
             return
-        if not hidden.requires_grad:  # only the head is trained
-            hidden.requires_grad_(True)
+        if not hidden.requires_grad:
+            if not any(p.requires_grad for p in self.model.get_output_embeddings().parameters()):
+                return  # nothing is trained: backward has to fail here as it does without the probe
+            hidden.requires_grad_(True)  # only the head is trained
         inputs = dict(kwargs)
         if args:
             inputs.setdefault("input_ids", args[0])
         ids = inputs.get("input_ids")
         device = hidden.device.type
         rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        made = _Pass.of(
-            hidden, self._embedded if ids is None else ids, inputs, replace(form, rounded=rounded)
-        )
+        form = replace(form, rounded=rounded, scale=form.scale / self.temperature)
+        made = _Pass.of(hidden, self._embedded if ids is None else ids, inputs, form)
         made.group = -1 if self._declared is None else self._declared - 1
         self._passes.append(made)
 
     def _on_head(self, head: nn.Module, x: Tensor, output: Tensor) -> None:
         if not (self._passes and torch.is_grad_enabled() and output.requires_grad):
             return
-        current = self._passes[-1]
+        # Several passes may come before their heads.
+        current = next((p for p in reversed(self._passes) if p.made(x)), self._passes[-1])
         rows = current.locate(x)
         if rows is not None:
             current.watch(head, x.detach(), output, rows)
@@ -238,6 +241,11 @@ class _Pass:
         made = cls(hidden.detach(), known, attended, documents, form, by_logits=np.zeros(known.size, bool))
         hidden.register_hook(made.quietly(made.on_hidden))
         return made
+
+    def made(self, x: Tensor) -> bool:
+        """Whether x lies in this pass's hidden states."""
+        assert self.hidden is not None
+        return x.untyped_storage().data_ptr() == self.hidden.untyped_storage().data_ptr()
 
     def locate(self, x: Tensor) -> np.ndarray | None:
         """Which flat positions the rows of a head's input are; None if that can't be told."""
@@ -273,7 +281,10 @@ class _Pass:
         left = torch.from_numpy(~self.by_logits).to(grad.device)
         grad = grad.reshape(-1, grad.shape[-1]) * left[:, None]
         hints = torch.from_numpy(_next(self.ids).ravel()).to(grad.device)
-        self.found += from_hidden(hidden.reshape(-1, hidden.shape[-1]), grad, self.form, hints)
+        # A fused loss may leave out an adapter on the head.
+        forms = [self.form, *(replace(self.form, weight=w) for w in (self.form.unadapted,) if w is not None)]
+        readings = (from_hidden(hidden.reshape(-1, hidden.shape[-1]), grad, form, hints) for form in forms)
+        self.found += min(readings, key=lambda found: sum(f.residual for f in found))
 
     def quietly(self, read: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         """A tensor hook that reads the gradient and changes nothing; an error waits for the end of the probe."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
-from ..errors import ConfigError
+from ..errors import ConfigError, LossError
 from .evidence import Denominator, Evaluation, Seen
 from .probing import Probe, probe
 
@@ -22,7 +22,10 @@ EVALUATION_BATCHES = 4
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What one optimiser step would train. batches: the collated micro-batches, as the model was fed."""
+    """What one optimiser step would train.
+
+    batches: the collated micro-batches, as the model was fed; empty where they are no mappings.
+    """
 
     probe: Probe
     batches: list[dict[str, Any]]
@@ -34,7 +37,8 @@ def rehearse(trainer: Any) -> Rehearsal:
 
     Goes through the trainer's own data loader, collator, `training_step` and evaluation loop, so that
     overridden methods count. Afterwards the model, gradients, optimiser, random states, accelerator and the
-    trainer's attributes are what they were. Raises ConfigError for a trainer without training data.
+    trainer's attributes are what they were. Raises ConfigError for a trainer without training data, LossError if the
+    loss depends on nothing that is trained.
     """
     if getattr(trainer, "train_dataset", None) is None:
         raise ConfigError("the trainer has no train_dataset", fix="audit the rows or a batch instead")
@@ -44,18 +48,47 @@ def rehearse(trainer: Any) -> Rehearsal:
         steps = trainer.args.gradient_accumulation_steps
         loader = trainer.get_train_dataloader()
         batches, items = trainer.get_batch_samples(iter(loader), steps, trainer.args.device)
-        kept = [dict(b) for b in batches]
+        # Trainers that generate collate a list of prompts.
+        kept = [dict(b) if isinstance(b, Mapping) else {} for b in batches]
         trainer.current_gradient_accumulation_steps = len(batches)
         trainer.model.zero_grad(set_to_none=True)
         with probe(trainer.model) as probed:
             if trainer.accelerator.scaler is not None:  # float16
                 probed.loss_scale = trainer.accelerator.scaler.get_scale()
+            probed.temperature = getattr(trainer, "temperature", None) or 1.0  # TRL's that generate
             for batch in batches:
-                with probed.micro_batch():
+                with probed.micro_batch(), _told_by_name():
                     trainer.training_step(trainer.model, batch, items)
         # Without labels the trainer divides by rules of its own, as ours does.
         evaluation = _evaluation(trainer) if all("labels" in b for b in kept) else None
     return Rehearsal(probed, kept, evaluation)
+
+
+@contextlib.contextmanager
+def _told_by_name() -> Iterator[None]:
+    """A backward pass of which torch says that nothing in it is trained ends by an error that says what that means."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise LossError(
+            "the loss depends on nothing that is trained",
+            why="no trainable parameter takes part in it, so train() ends here, too",
+            fix="unfreeze what is to be trained: PeftModel.from_pretrained(..., is_trainable=True); or, where "
+            "checkpointing cuts adapters off frozen embeddings, model.enable_input_require_grads()",
+        ) from error
+
+
+def unrehearsed(trainer: Any) -> list[str]:
+    """What train() would do beside, that the gradient of its steps depends on."""
+    args = trainer.args
+    told = {
+        "NEFTune's noise": args.neftune_noise_alpha is not None,
+        "Liger's kernels": args.use_liger_kernel,
+        "model_init's new model": trainer.model_init is not None,
+    }
+    return [name for name, used in told.items() if used]
 
 
 def _begin_as_train_does(trainer: Any) -> None:
@@ -105,8 +138,10 @@ def denominators(steps: list[Seen], *, gather: bool) -> list[Denominator]:
 def untouched(trainer: Any) -> Iterator[None]:
     """Put back, whatever happens inside, all that a step without an update can change."""
     model, accelerator = trainer.model, trainer.accelerator
-    # Counters that a step adds to in place: TRL's metrics, our own meter.
-    counters = {k: copy.deepcopy(vars(trainer)[k]) for k in ("_metrics", "meter") if k in vars(trainer)}
+    # What a step adds to in place: TRL's metrics and completions, our own meter.
+    counters = {
+        k: copy.deepcopy(vars(trainer)[k]) for k in ("_metrics", "_logs", "meter") if k in vars(trainer)
+    }
     parameters = [(p, p.data, p.grad) for p in model.parameters()]
     owners = [trainer, accelerator, *model.modules()]
     owners += [accelerator.scaler] if accelerator.scaler is not None else []

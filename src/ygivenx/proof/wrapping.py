@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..errors import ModelError
 from .gradients import HeadForm
@@ -52,7 +54,23 @@ def head_form(model: Any, head: Any) -> HeadForm:
     _refuse_sharded(model, head)
     from ..models.model import softcap_and_scale
 
-    return HeadForm(head.weight, getattr(head, "bias", None), *softcap_and_scale(model))
+    form = HeadForm(head.weight, getattr(head, "bias", None), *softcap_and_scale(model))
+    return (
+        replace(form, weight=_adapted(head), unadapted=head.weight) if hasattr(head, "base_layer") else form
+    )
+
+
+@torch.no_grad()
+def _adapted(head: Any) -> Tensor:
+    """The whole matrix [V, H] of a head with an adapter: what it makes of the identity."""
+    modes = [(m, m.training) for m in head.modules()]
+    head.eval()  # adapters may drop out
+    try:
+        product = type(head).forward(head, torch.eye(head.weight.shape[1]).to(head.weight))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return (product if getattr(head, "bias", None) is None else product - head.bias).T
 
 
 def _refuse_sharded(model: Any, head: Any) -> None:

@@ -31,6 +31,8 @@ function button(label, onClick) {
 }
 
 const isNumber = (value) => typeof value === "number";
+/** A weight may be negative; one that isn't finite trains nothing. */
+const isTrained = (weight) => isNumber(weight) && weight !== 0;
 const signed = (shown) => shown.replace(/^-/, "−");
 const decimals = (value, digits) =>
   signed(

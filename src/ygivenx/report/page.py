@@ -132,6 +132,14 @@ def _reals(values: Iterable[float | None], digits: int | None = None) -> list[fl
     return plain if np.isfinite(array).all() else list(map(_real, plain))
 
 
+def _significant(values: Iterable[float], digits: int) -> np.ndarray:
+    """float64: `values` to so many significant digits; a step's weights may be far below 1."""
+    array = np.asarray(list(values), dtype=np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scale = 10.0 ** (digits - 1 - np.floor(np.log10(np.abs(array))))
+        return np.where((array == 0) | ~np.isfinite(array), array, np.round(array * scale) / scale)
+
+
 def _pairs(named: Mapping[str, Any]) -> list[list[Any]]:
     return [[str(name), _plain(value)] for name, value in named.items()]
 
@@ -200,7 +208,7 @@ def _strip(
     return {
         "title": row.title,
         "tokens": [vocabulary.setdefault(key, len(vocabulary)) for key in keys],
-        "weights": _runs(_reals(row.weights, 6)),
+        "weights": _runs(_reals(_significant(row.weights, 4))),
         "log_p": _reals(row.log_p, 4),  # 1e-4 nats: a page with a million tokens has to stay small
         "kinds": _runs(kinds.setdefault(str(k), len(kinds)) for k in row.kinds),
         "notes": list(map(str, row.notes)),

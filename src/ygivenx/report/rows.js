@@ -13,7 +13,7 @@ const ORDERS = {
 function tokenTest({ trained, kind, below }) {
   if (trained === "any" && kind < 0 && below === null) return null;
   return (row, i) =>
-    (trained === "any" || row.weights[i] > 0 === (trained === "trained")) &&
+    (trained === "any" || isTrained(row.weights[i]) === (trained === "trained")) &&
     (kind < 0 || row.kinds[i] === kind) &&
     (below === null || row.logP(i) <= below);
 }
@@ -34,6 +34,9 @@ const options = (...pairs) =>
 /** The list with its filters and pages; the one owner of what is shown. */
 class RowList {
   constructor(data) {
+    // A step's weights are far below 1: what is drawn is their share of the largest.
+    const largest = data.strips.flatMap((strip) => strip.weights.map(([weight]) => Math.abs(weight) || 0));
+    data.unit = Math.min(1, range([0, ...largest])[1]) || 1;
     this.rows = data.strips.map((strip, i) => new Row(data, strip, i));
     this.filters = { words: "", trained: "any", kind: -1, below: null, order: "in order" };
     this.page = 0;
@@ -44,7 +47,7 @@ class RowList {
       "div",
       "colour-log-p",
       this.form(data),
-      this.legend(),
+      this.legend(data.unit),
       el("div", "line", this.count, this.pagers[0]),
       this.list,
       this.pagers[1],
@@ -80,7 +83,7 @@ class RowList {
     return set(form, { role: "search", "aria-label": "Filter rows" });
   }
 
-  legend() {
+  legend(unit) {
     const scale = set(el("span", "scale"), {
       role: "img",
       "aria-label": `Colours of minus log p, 0 to over ${EDGES.at(-1)} nats`,
@@ -92,7 +95,7 @@ class RowList {
       "span",
       "scale",
       ...[0.25, 0.5, 1].map((w) => {
-        const sample = el("span", "token trained", String(w));
+        const sample = el("span", "token trained", shown(w * unit));
         sample.style.setProperty("--weight", w);
         return sample;
       }),
@@ -203,7 +206,7 @@ class RowList {
       ArrowRight: i + 1,
       Home: 0,
       End: row.tokens.length - 1,
-      n: row.weights.findIndex((weight, j) => j > i && weight > 0),
+      n: row.weights.findIndex((weight, j) => j > i && isTrained(weight)),
       w: row.stats.worstAt,
     }[event.key];
     const sibling = { ArrowUp: item.previousElementSibling, ArrowDown: item.nextElementSibling }[event.key];

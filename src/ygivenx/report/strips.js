@@ -58,7 +58,7 @@ class Row {
   count() {
     const stats = { trained: 0, weight: 0, loss: 0, worst: null, worstAt: -1 };
     this.weights.forEach((weight, i) => {
-      if (!(weight > 0)) return;
+      if (!isTrained(weight)) return;
       const logP = this.logP(i);
       stats.trained += 1;
       if (Number.isNaN(logP)) return;
@@ -98,9 +98,10 @@ function tokenNode(row, i, { test, touched }) {
   node.dataset.i = i;
   set(node, { role: "option", tabindex: i === row.current ? "0" : "-1" });
   if (!Number.isNaN(logP)) node.classList.add(`bin-${surprise(logP)}`);
-  if (weight > 0) {
+  if (isTrained(weight)) {
     node.classList.add("trained");
-    if (weight !== 1) node.style.setProperty("--weight", Math.max(0.2, Math.min(1, weight)));
+    const share = Math.max(0.2, Math.min(1, Math.abs(weight) / row.data.unit));
+    if (share !== 1) node.style.setProperty("--weight", share);
   }
   if (touched.has(i)) node.classList.add("hit");
   if (test && !test(row, i)) node.classList.add("dim");
@@ -176,8 +177,8 @@ function tokenFacts(row, i) {
     ["segment", row.kind(i)],
     ["log p", known ? `${decimals(logP, 4)} nats` : missing],
     ["probability", known ? probability(logP) : null],
-    ["weight", weight > 0 ? `${shown(weight)}, trained` : "0, not trained"],
-    ["loss", weight > 0 && known ? `${decimals(-weight * logP, 4)} nats` : null],
+    ["weight", isTrained(weight) ? `${shown(weight)}, trained` : weight === 0 ? "0, not trained" : "not finite"],
+    ["loss", isTrained(weight) && known ? `${decimals(-weight * logP, 4)} nats` : null],
   ].filter(([, value]) => value !== null);
 }
 

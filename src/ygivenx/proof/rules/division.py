@@ -78,10 +78,11 @@ def denominator_per_rank(ev: Evidence) -> Iterator[Hit]:
 )
 def evaluation_divides_differently(ev: Evidence) -> Iterator[Hit]:
     e = ev.evaluation
-    if e is not None and abs(e.reported / e.by_token - 1) > 1e-5:
+    apart = 0.0 if e is None else abs(e.reported - e.by_token)
+    if e is not None and apart > 1e-5 * abs(e.by_token):
         yield Hit(
             f"the evaluation loss is {e.reported:.6f}; divided by tokens as in training, {e.by_token:.6f}",
-            share=abs(e.reported / e.by_token - 1),
+            share=apart / abs(e.by_token) if e.by_token else None,
         )
 
 

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from ...rows.data import Row
 from ...sequence import Rejected
 from ..evidence import Evidence
 from .base import Hit, rule
-from .shared import EXAMPLES, by_x, some
+from .shared import EXAMPLES, by_x, places, row_numbers, some
 
 # Reasons of the encoder that have a rule of their own.
 NAMED = {
-    "control_text", "not_continued", "no_prompt", "no_end_of_turn", "straddling_token", "nothing_trained",
-    "empty_pair", "dropped_field", "too_long", "y_too_long",
+    "control_text", "not_continued", "no_prompt", "no_end_of_turn", "stop_inside", "straddling_token",
+    "nothing_trained", "empty_pair", "dropped_field", "not_json", "too_long", "y_too_long",
 }  # fmt: skip
 
 
@@ -38,7 +39,18 @@ def control_text(ev: Evidence) -> Iterator[Hit]:
     fix="Set the template's options (enable_thinking, ...) as at inference, or mend the template.",
 )
 def prompt_not_continued(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows don't continue their prompt", "not_continued", "no_prompt")
+    yield from _quarantined(ev, "rows don't continue their prompt", "not_continued")
+
+
+@rule(
+    "reply-unasked",
+    "warning",
+    why="The template can't ask for a reply there, or writes its header only with the reply: what would be trained "
+    "follows no prompt that inference shows.",
+    fix="Give the message the weight 0, so that it is context.",
+)
+def reply_unasked(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have a reply that no prompt asks for", "no_prompt")
 
 
 @rule(
@@ -49,6 +61,17 @@ def prompt_not_continued(ev: Evidence) -> Iterator[Hit]:
 )
 def no_end_of_turn(ev: Evidence) -> Iterator[Hit]:
     yield from _quarantined(ev, "rows have no end of turn", "no_end_of_turn")
+
+
+@rule(
+    "stop-inside-reply",
+    "warning",
+    why="The template writes a token inside the reply at which generation stops: a model can't produce in one turn "
+    "what stands after it.",
+    fix="Split the message there in two, such as one with the content and one with the calls.",
+)
+def stop_inside_reply(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have a reply with a stop inside", "stop_inside")
 
 
 @rule(
@@ -75,7 +98,7 @@ def y_empty(ev: Evidence) -> Iterator[Hit]:
     "rows-quarantined",
     "warning",
     why="The encoder can't read these rows; nothing of them is trained.",
-    fix="Read the messages: each says what to do.",
+    fix="Mend the rows, or leave them out; an example says what to do where something can be done.",
 )
 def rows_quarantined(ev: Evidence) -> Iterator[Hit]:
     for reason in sorted({r.reason for r in ev.rejected} - NAMED):
@@ -91,6 +114,17 @@ def rows_quarantined(ev: Evidence) -> Iterator[Hit]:
 )
 def field_dropped(ev: Evidence) -> Iterator[Hit]:
     yield from _quarantined(ev, "rows have fields that the template drops", "dropped_field")
+
+
+@rule(
+    "arguments-not-json",
+    "error",
+    why="The template writes the arguments of calls as Python prints them: a model would be trained on calls that no "
+    "parser reads.",
+    fix="repair='arguments_as_text' gives them as JSON text; or use a template that writes JSON.",
+)
+def arguments_not_json(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have calls whose arguments wouldn't be JSON", "not_json")
 
 
 @rule(
@@ -127,11 +161,12 @@ def rows_unrecognised(ev: Evidence) -> Iterator[Hit]:
 )
 def encoder_notes(ev: Evidence) -> Iterator[Hit]:
     by_note: dict[str, list[int]] = defaultdict(list)
-    for i, s in enumerate(ev.sequences):
-        for note in dict.fromkeys(re.sub(r"\[\d+\]", "[…]", n) for n in s.notes):
-            by_note[note].append(i)
+    for number, example in zip(row_numbers(ev), ev.examples, strict=True):
+        for s in example.sequences:
+            for note in dict.fromkeys(re.sub(r"\[\d+\]", "[…]", n) for n in s.notes):
+                by_note[note].append(number)
     for note, at in by_note.items():
-        examples = ({"where": f"sequences {some(at)}"},)
+        examples = ({"where": f"rows {some(list(dict.fromkeys(at)))}"},)
         yield Hit(f"sequences: {note}", len(at), len(at) / len(ev.sequences), examples)
 
 
@@ -146,14 +181,14 @@ def end_does_not_stop(ev: Evidence) -> Iterator[Hit]:
     if not ev.stop_ids:
         return
     ends = [
-        (i, s.ids[g.start : g.stop])
-        for i, s in enumerate(ev.sequences)
+        (place, s.ids[g.start : g.stop])
+        for place, s in zip(places(ev), ev.sequences, strict=True)
         for g in s.segments
         if g.kind == "end_of_turn"
     ]
-    deaf = [(i, ids) for i, ids in ends if not ev.stop_ids & set(ids.tolist())]
+    deaf = [(place, ids) for place, ids in ends if not ev.stop_ids & set(ids.tolist())]
     if deaf:
-        examples = tuple({"where": f"example {i}", "text": ev.text(ids)} for i, ids in deaf[:EXAMPLES])
+        examples = tuple({"where": place, "text": ev.text(ids)} for place, ids in deaf[:EXAMPLES])
         yield Hit(
             "turns end in a token at which generation doesn't stop",
             len(deaf),
@@ -170,12 +205,12 @@ def end_does_not_stop(ev: Evidence) -> Iterator[Hit]:
 )
 def duplicates(ev: Evidence) -> Iterator[Hit]:
     groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for i, example in enumerate(ev.examples):
-        groups[tuple(t for s in example.sequences for t in s.ids.tolist())].append(i)
+    for number, example in zip(row_numbers(ev), ev.examples, strict=True):
+        groups[tuple(t for s in example.sequences for t in s.ids.tolist())].append(number)
     again = [g for g in groups.values() if len(g) > 1]
     count = sum(len(g) - 1 for g in again)
     if count:
-        examples = tuple({"where": f"examples {some(g)}"} for g in again[:EXAMPLES])
+        examples = tuple({"where": f"rows {some(g)}"} for g in again[:EXAMPLES])
         yield Hit("rows repeat another row", count, count / len(ev.examples), examples)
 
 
@@ -191,7 +226,7 @@ def conflicting_answers(ev: Evidence) -> Iterator[Hit]:
     if count:
         examples = tuple(
             {
-                "where": f"examples {some([rows[0] for rows in answers.values()])}",
+                "where": f"rows {some([rows[0] for rows in answers.values()])}",
                 "text": " | ".join(ev.text(y[:24]) for y in list(answers)[:EXAMPLES]),
             }
             for answers in torn[:EXAMPLES]
@@ -212,7 +247,8 @@ def length_outliers(ev: Evidence) -> Iterator[Hit]:
     low, high = np.quantile(lengths, [0.25, 0.75])
     far = np.flatnonzero(lengths > high + 6 * max(high - low, 8))
     if len(far):
-        examples = tuple({"where": f"sequence {i}", "text": f"{lengths[i]:,} tokens"} for i in far[:EXAMPLES])
+        at = places(ev)
+        examples = tuple({"where": at[i], "text": f"{lengths[i]:,} tokens"} for i in far[:EXAMPLES])
         message = f"sequences are far longer than the rest (median {int(np.median(lengths)):,} tokens)"
         yield Hit(message, len(far), len(far) / len(lengths), examples)
 
@@ -227,9 +263,9 @@ def longer_than_the_model(ev: Evidence) -> Iterator[Hit]:
     limit = ev.context_length
     if limit is None:
         return
-    long = [(i, len(s)) for i, s in enumerate(ev.sequences) if len(s) > limit]
+    long = [(at, len(s)) for at, s in zip(places(ev), ev.sequences, strict=True) if len(s) > limit]
     if long:
-        examples = tuple({"where": f"sequence {i}", "text": f"{n:,} tokens"} for i, n in long[:EXAMPLES])
+        examples = tuple({"where": at, "text": f"{n:,} tokens"} for at, n in long[:EXAMPLES])
         message = f"sequences are longer than the model's {limit:,} positions"
         yield Hit(message, len(long), len(long) / len(ev.sequences), examples)
 
@@ -255,10 +291,11 @@ def weights_out_of_range(ev: Evidence) -> Iterator[Hit]:
     fix="Score both with the same tokenisation and model, as sums over tokens.",
 )
 def joint_above_marginal(ev: Evidence) -> Iterator[Hit]:
+    raw = [r.raw if isinstance(r, Row) else r for r in ev.rows]
     scored = [
         (i, float(r["log_p_xy"]), float(r["log_p_x"]))
-        for i, r in enumerate(ev.rows)
-        if isinstance(r, Mapping) and {"log_p_xy", "log_p_x"} <= r.keys()
+        for i, r in enumerate(raw)
+        if isinstance(r, Mapping) and all(isinstance(r.get(k), int | float) for k in ("log_p_xy", "log_p_x"))
     ]
     wrong = [(i, joint, x) for i, joint, x in scored if joint > x + 1e-4]
     if wrong:
@@ -278,5 +315,7 @@ def _quarantined(ev: Evidence, message: str, *reasons: str) -> Iterator[Hit]:
 
 
 def _said(rejected: Rejected) -> str:
-    """The message without the place that it begins with."""
-    return rejected.message.split("\n")[0].removeprefix(f"{rejected.where}: ")
+    """What is wrong and the fix, without the place that the message begins with."""
+    what, *further = rejected.message.removeprefix(f"{rejected.where}: ").split("\n")
+    fix = next((line.strip() for line in further if line.startswith("  fix: ")), "")
+    return f"{what} ({fix})" if fix else what

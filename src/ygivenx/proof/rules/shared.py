@@ -96,8 +96,11 @@ def parts_of(s: Seen) -> list[slice]:
 
 
 def stray_tokens(s: Seen) -> np.ndarray:
-    """Tokens of an aligned row that no document explains, but for whole documents that weren't given."""
-    stray = of_kind(s, UNKNOWN, "") & ~s.padding
+    """Tokens of an aligned row that no document explains, but for whole documents that weren't given.
+
+    What has no id (a learned prompt's virtual tokens) is no text, and stands before x at inference, too.
+    """
+    stray = of_kind(s, UNKNOWN, "") & ~s.padding & (s.ids >= 0)
     edges = np.flatnonzero(np.diff(np.concatenate(([0], stray.astype(np.int8), [0]))))
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         if stop - start > STRAY and not (s.kinds[start:stop] == UNKNOWN).any():
@@ -115,7 +118,9 @@ def lost_tokens(piece: Piece) -> np.ndarray:
 
 
 def first_lost(s: Seen) -> np.ndarray:
-    return next(p.sequence.ids[lost_tokens(p)][:12] for p in s.pieces if lost_tokens(p).any())
+    """The first ids that a document of the row lost in its middle, none if it lost none."""
+    lost = (p.sequence.ids[lost_tokens(p)][:12] for p in s.pieces)
+    return next((ids for ids in lost if len(ids)), np.zeros(0, np.int64))
 
 
 def leaks_of(ev: Evidence, what: str, message: str) -> Iterator[Hit]:
@@ -135,16 +140,30 @@ def spread_of(ev: Evidence, weights: list[float]) -> float:
 
 
 def by_x(ev: Evidence) -> dict[tuple[int, ...], dict[tuple[int, ...], list[int]]]:
-    """Examples by their first x and the y that follows it."""
+    """The numbers of rows by their first x and the y that follows it."""
     groups: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for i, example in enumerate(ev.examples):
+    for number, example in zip(row_numbers(ev), ev.examples, strict=True):
         s = example.sequences[0]
         at = np.flatnonzero(s.weights > 0)
         if len(at):
             start = int(at[0])
             stop = start + int(np.append(s.weights[start:] > 0, False).argmin())
-            groups[tuple(s.ids[:start].tolist())][tuple(s.ids[start:stop].tolist())].append(i)
+            groups[tuple(s.ids[:start].tolist())][tuple(s.ids[start:stop].tolist())].append(number)
     return groups
+
+
+def row_numbers(ev: Evidence) -> list[int]:
+    """The number of each example among all rows that were read, from 0."""
+    return [i if e.index is None else e.index for i, e in enumerate(ev.examples)]
+
+
+def places(ev: Evidence) -> list[str]:
+    """Which row each sequence comes from."""
+    told: list[str] = []
+    for number, example in zip(row_numbers(ev), ev.examples, strict=True):
+        count = len(example.sequences)
+        told += [f"row {number}" + (f", sequence {k}" if count > 1 else "") for k in range(count)]
+    return told
 
 
 def some(numbers: list[int]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..evidence import Evidence
 from .base import Hit, rule
-from .shared import EXAMPLES, STRAY, first_lost, leaks_of, lost_tokens, stray_tokens, wanted_in
+from .shared import EXAMPLES, STRAY, first_lost, leaks_of, lost_tokens, places, stray_tokens, wanted_in
 
 
 @rule(
@@ -48,7 +48,7 @@ def doubled_bos(ev: Evidence) -> Iterator[Hit]:
     if bos is None:
         return
     rows = [(s.where, s.ids[s.attended]) for s in ev.seen] or [
-        (f"example {i}", s.ids) for i, s in enumerate(ev.sequences)
+        (place, s.ids) for place, s in zip(places(ev), ev.sequences, strict=True)
     ]
     twice = [(where, ids) for where, ids in rows if len(ids) > 1 and ids[0] == ids[1] == bos]
     if twice:
@@ -61,7 +61,8 @@ def doubled_bos(ev: Evidence) -> Iterator[Hit]:
     "warning",
     why="The end of y was cut off with its end-of-turn token: the model learns to stop nowhere, or to stop "
     "early.",
-    fix="Raise max_length, shorten x, or leave such rows out by name.",
+    fix="Raise max_length, shorten x, or leave such rows out by name; where the end alone is missing, write the turn's "
+    "end token.",
 )
 def y_truncated(ev: Evidence) -> Iterator[Hit]:
     pieces = [(s, p) for s in ev.seen for p in s.pieces]

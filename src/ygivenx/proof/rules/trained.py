@@ -125,16 +125,21 @@ def end_untrained(ev: Evidence) -> Iterator[Hit]:
     "shifted-labels",
     "error",
     why="The trained target isn't the next token of the text: the model learns to copy or to skip.",
-    fix="Shift exactly once: transformers' models shift labels themselves, a loss of your own has to.",
+    fix="Shift exactly once: transformers' models shift labels themselves, a loss of your own has to. Where the "
+    "targets are one token, mask with the −100 that the loss ignores.",
 )
 def shifted_labels(ev: Evidence) -> Iterator[Hit]:
     wrong = collect(ev, misplaced, of=lambda s: s.trained & (s.ids >= 0))
     if not wrong.count:
         return
-    offsets = {
-        name: share_equal(ev.seen, k) for name, k in (("the input token itself", 1), ("two ahead", -1))
+    targets = np.concatenate([s.target[misplaced(s)] for s in ev.seen])
+    common = int(np.bincount(targets).argmax())
+    shares = {
+        "the input token itself": share_equal(ev.seen, 1),
+        "two ahead": share_equal(ev.seen, -1),
+        f"the one token {ev.text([common])!r}": float((targets == common).mean()),
     }
-    name, share = max(offsets.items(), key=lambda item: item[1])
+    name, share = max(shares.items(), key=lambda item: item[1])
     kind = f", {share:.0%} of them {name}" if share > 0.5 else ""
     yield wrong.hit(f"targets are not the next token{kind}")
 
