@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import llama, sequences
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import ygivenx as yx
 from ygivenx.errors import CheckpointError, ConfigError, LossError
@@ -161,6 +161,31 @@ def test_options_that_have_no_meaning_here_are_refused(tmp_path, bad):
 def test_settings_that_would_be_ignored_are_refused_by_name(tmp_path, bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         make(tmp_path, sequences(2), **bad)
+
+
+def test_a_batch_size_is_said_to_be_none(tmp_path, caplog):
+    make(tmp_path, sequences(2), per_device_train_batch_size=4)
+    assert "per_device_train_batch_size=4 has no meaning here" in caplog.text
+
+
+def test_a_disk_that_is_full_leaves_what_was_saved(tmp_path):
+    resource = pytest.importorskip("resource", reason="limits of file sizes are set by it")
+    data, settings = sequences(4), {"max_steps": 2, "save_steps": 1}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(TrainerCallback):
+        def on_save(self, *_, **__):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
+
+    trainer = make(tmp_path, data, **settings)
+    trainer.add_callback(Full())
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2: it couldn't be written(.|\n)*make room"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoint.newest(tmp_path).name == "checkpoint-1"
+    assert make(tmp_path, data, **settings).train(resume_from_checkpoint="auto").global_step == 2
 
 
 def test_several_gpus_in_one_process_are_refused(tmp_path):

@@ -135,6 +135,9 @@ class Trainer(transformers.Trainer):
         args = args or transformers.TrainingArguments("trainer_output")
         _refuse_unused(args, kwargs)
         args.remove_unused_columns = False
+        if args.per_device_train_batch_size not in (1, 8):  # 8 is the default
+            told = "per_device_train_batch_size=%d has no meaning here: a pack of max_tokens=%d is one micro-batch"
+            logger.warning(told, args.per_device_train_batch_size, max_tokens)
         args.per_device_train_batch_size = 1
         args.logging_nan_inf_filter = False
         args.restore_callback_states_from_checkpoint = True  # early stopping counts
