@@ -4,38 +4,57 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from tiny import llama, sequences
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import ygivenx as yx
+from ygivenx.training.evaluation import evaluate
 
 
-def compute(out: Path, chunk: int, rank: int, ranks: int) -> None:
+def wrapped(model: Any, sharded: bool) -> Any:
+    if not sharded:
+        return torch.nn.parallel.DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def compute(out: Path, chunk: int, sharded: bool, rank: int, ranks: int) -> None:
     rows = sequences(7, seed=5)
-    model = torch.nn.parallel.DistributedDataParallel(llama()) if ranks > 1 else llama()
+    model = wrapped(llama(), sharded) if ranks > 1 else llama()
     step_weight = sum(float(s.weights.sum()) for s in rows)
     found = yx.loss(model, rows[rank::ranks], denominator=step_weight / ranks, chunk=chunk or None)
     found.value.backward()
     value = found.value.detach() / ranks
+    whole = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
+    sums = torch.zeros(6, dtype=torch.float64)
+    if sharded or ranks == 1:
+        sums = evaluate(model, rows, max_tokens=24, rank=rank, ranks=ranks)
     if ranks > 1:
         dist.all_reduce(value)
+        dist.all_reduce(sums)
     if rank == 0:
-        grad = torch.cat([p.grad.flatten() for p in model.parameters()])
-        torch.save({"loss": float(value), "grad": grad}, out)
+        grad = torch.cat([g.flatten() for g in whole])
+        torch.save({"loss": float(value), "grad": grad, "sums": sums}, out)
 
 
-def main(out: Path, chunk: int) -> None:
+def main(out: Path, chunk: int, sharded: bool) -> None:
     if not dist.is_torchelastic_launched():
-        compute(out, chunk, 0, 1)
+        compute(out, chunk, sharded, 0, 1)
         return
     dist.init_process_group("gloo")
     compute(
-        out, chunk, dist.get_rank(), dist.get_world_size()
+        out, chunk, sharded, dist.get_rank(), dist.get_world_size()
     )  # the wrapper has to be gone before its group is
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), bool(int(sys.argv[3])))

@@ -13,7 +13,7 @@ from ygivenx.training import checkpoint
 
 @pytest.fixture
 def sealed(tmp_path):
-    staged = tmp_path / ".staging" / "checkpoint-3"
+    staged = tmp_path / checkpoint.STAGING / "checkpoint-3"
     (staged / "sub").mkdir(parents=True)
     (staged / "model.safetensors").write_bytes(b"weights")
     (staged / "sub" / "rng_state.pth").write_bytes(b"rng")
@@ -71,7 +71,7 @@ def test_rotation_does_not_count_what_lies_ahead(tmp_path):
 
 
 def staged(run_dir, n, content):
-    directory = run_dir / ".staging" / f"checkpoint-{n}"
+    directory = run_dir / checkpoint.STAGING / f"checkpoint-{n}"
     directory.mkdir(parents=True)
     (directory / "model.safetensors").write_bytes(content)
     checkpoint.seal(directory)
@@ -82,7 +82,7 @@ def test_one_of_the_same_name_is_replaced(sealed):
     checkpoint.publish(staged(sealed.parent, 3, b"newer"), sealed)
     checkpoint.verify(sealed)
     assert (sealed / "model.safetensors").read_bytes() == b"newer"
-    assert [p.name for p in sealed.parent.iterdir() if p.name != ".staging"] == ["checkpoint-3"]
+    assert [p.name for p in sealed.parent.iterdir() if p.name != checkpoint.STAGING] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("renames", [1, 2])

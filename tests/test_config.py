@@ -59,7 +59,16 @@ def test_every_schedule_runs_without_settings_of_its_own(name):
     get_scheduler(name, optimizer, num_warmup_steps=1, num_training_steps=4)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "1: 2\n"])
+def test_it_is_said_where_a_mistake_stands(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("data: d\nmodel: m\noutput_dir: o\nlr_scheduler: cosin\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml: lr_scheduler is 'cosin'"):
+        TrainConfig.of(path, {})
+    with pytest.raises(ConfigError, match=r"^flags: lr_scheduler is 'linea'"):
+        TrainConfig.of(path, {"lr_scheduler": "linea"})
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "1: 2\n", "", "seed: 1\nlimit: 2\nseed: 3\n"])
 def test_a_file_that_is_no_mapping(tmp_path, text):
     path = tmp_path / "c.yaml"
     path.write_text(text)

@@ -78,6 +78,31 @@ def test_a_run_in_a_used_directory_is_refused_before_anything_is_loaded(settings
         train(settings, max_steps=1, model="no such model", data="no such data")
 
 
+def test_what_is_longer_than_the_model_reads_is_said(settings, tmp_path):
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"question": "hi " * 300, "answer": "ho " * 300}))
+    _, said = train(settings, data=str(long), max_steps=1)
+    assert "1 sequences are longer than the 512 tokens that the model was made for" in said
+    assert "warning" not in train(settings, output_dir=str(tmp_path / "other"), max_steps=1)[1]
+
+
+def test_a_checkpoint_is_hashed_once(settings, monkeypatch):
+    train(settings, max_steps=1, lr_scheduler="constant")
+    hashed, verify = [], checkpoint.verify
+    monkeypatch.setattr(checkpoint, "verify", lambda path: (hashed.append(path.name), verify(path)))
+    train(settings, max_steps=2, lr_scheduler="constant", resume="auto")
+    assert hashed == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("inside", ["", "deeper/"])
+def test_an_output_directory_that_cannot_be_is_refused_before_anything_is_loaded(settings, tmp_path, inside):
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ConfigError, match=r"taken.*: the output directory can't be written to"):
+        train(
+            settings, output_dir=str(tmp_path / "taken" / inside), model="no such model", data="no such data"
+        )
+
+
 def test_the_time_that_a_template_writes_is_that_of_the_run(settings, tmp_path, capsys):
     dated = settings | {"model": model_in(tmp_path / "dated", DATED), "lr_scheduler": "constant"}
     train(dated, max_steps=1)

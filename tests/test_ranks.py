@@ -45,10 +45,17 @@ def test_two_ranks_are_one(tmp_path, rows, max_tokens):
         assert ((a - b).norm() / a.norm()).item() < 1e-6
 
 
-@pytest.mark.parametrize("chunk", [0, 16])
-def test_the_loss_of_a_wrapped_model_is_that_of_one_process(tmp_path, chunk):
+@pytest.mark.parametrize(("chunk", "sharded"), [(0, 0), (16, 0), (0, 1)])
+def test_the_loss_of_a_wrapped_model_is_that_of_one_process(tmp_path, chunk, sharded):
     script = HERE / "ranked_loss.py"
-    one, two = (run(tmp_path / f"{n}.pt", n, chunk, script=script) for n in (1, 2))
+    one, two = (run(tmp_path / f"{n}.pt", n, chunk, sharded, script=script) for n in (1, 2))
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
     assert one["grad"].norm() > 0
     assert ((one["grad"] - two["grad"]).norm() / one["grad"].norm()).item() < 1e-6
+    if sharded:
+        torch.testing.assert_close(two["sums"], one["sums"])
+
+
+def test_two_ranks_resume_and_agree_on_the_best(tmp_path):
+    told = run(tmp_path / "two.pt", 2, script=HERE / "ranked_resume.py")
+    assert told == {"resumed": [True, True], "best": [True, True]}

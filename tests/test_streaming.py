@@ -178,6 +178,36 @@ def test_backward_twice_gives_it_twice():
         torch.testing.assert_close(p.grad, 2 * once[n], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("through", ["loss", "hidden states"])
+def test_hooks_on_parameters_see_whole_gradients_once(through):
+    direction = torch.randn(len(yx.Forest.of(ROWS).fed), 32)
+
+    def made(chunk):
+        model, forest, seen = llama(), yx.Forest.of(ROWS), []
+        for p in model.parameters():
+            p.register_hook(lambda grad: grad.clamp(-0.01, 0.01) * 2)
+            p.register_post_accumulate_grad_hook(seen.append)
+        value = yx.loss(model, forest, chunk=chunk).value
+        if through != "loss":
+            value = (hidden_states(model, forest, chunk=chunk) * direction).mean()
+        value.backward()
+        found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        assert len(seen) == len(found)
+        return found
+
+    assert_same(made(20), made(None), 1e-4)
+
+
+@pytest.mark.parametrize("through", ["loss", "hidden states"])
+def test_second_derivatives_are_refused(through):
+    model, forest = llama(), yx.Forest.of(ROWS)
+    value = yx.loss(model, forest, chunk=20).value
+    if through != "loss":
+        value = hidden_states(model, forest, chunk=20).sum()
+    with pytest.raises(ModelError, match="no second derivatives"):
+        torch.autograd.grad(value, model.model.norm.weight, create_graph=True)
+
+
 def test_it_is_chosen_where_memory_would_not_do(monkeypatch):
     model, forest = llama(vocab_size=512), named()
     fed = watched(monkeypatch, forest)

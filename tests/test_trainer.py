@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import llama, sequences
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import ygivenx as yx
 from ygivenx.errors import CheckpointError, ConfigError, LossError
@@ -136,10 +137,141 @@ def test_packs_without_weight_are_counted_not_trained(tmp_path):
         make(tmp_path, [silent])
 
 
-@pytest.mark.parametrize("bad", [{"denominator": "rows"}, {"data_collator": len}, {"compute_loss_func": len}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"denominator": "rows"}]
+    + [
+        {k: len}
+        for k in ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics")
+    ],
+)
 def test_options_that_have_no_meaning_here_are_refused(tmp_path, bad):
     with pytest.raises(ConfigError):
         yx.Trainer(model=llama(), args=TrainingArguments(str(tmp_path)), train_dataset=sequences(2), **bad)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"auto_find_batch_size": True}, {"average_tokens_across_devices": False}, {"bf16_full_eval": True},
+        {"ignore_data_skip": True}, {"label_smoothing_factor": 0.1}, {"neftune_noise_alpha": 5.0},
+        {"torch_compile": True}, {"train_sampling_strategy": "group_by_length"},
+    ],
+)  # fmt: skip
+def test_settings_that_would_be_ignored_are_refused_by_name(tmp_path, bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        make(tmp_path, sequences(2), **bad)
+
+
+def test_a_batch_size_is_said_to_be_none(tmp_path, caplog):
+    make(tmp_path, sequences(2), per_device_train_batch_size=4)
+    assert "per_device_train_batch_size=4 has no meaning here" in caplog.text
+
+
+def test_a_disk_that_is_full_leaves_what_was_saved(tmp_path):
+    resource = pytest.importorskip("resource", reason="limits of file sizes are set by it")
+    data, settings = sequences(4), {"max_steps": 2, "save_steps": 1}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Full(TrainerCallback):
+        def on_save(self, *_, **__):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, before[1]))
+
+    trainer = make(tmp_path, data, **settings)
+    trainer.add_callback(Full())
+    try:
+        with pytest.raises(CheckpointError, match=r"checkpoint-2: it couldn't be written(.|\n)*make room"):
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert checkpoint.newest(tmp_path).name == "checkpoint-1"
+    assert make(tmp_path, data, **settings).train(resume_from_checkpoint="auto").global_step == 2
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True)
+    args._n_gpu = 2
+    with pytest.raises(ConfigError, match=r"2 GPUs in one process(.|\n)*torchrun"):
+        yx.Trainer(model=llama(), args=args, train_dataset=sequences(2))
+
+
+def test_predict_says_what_there_is_instead(tmp_path):
+    with pytest.raises(ConfigError, match=r"no predict\(\)(.|\n)*yx\.score"):
+        make(tmp_path, sequences(2)).predict(sequences(2))
+
+
+@pytest.mark.parametrize("item", [{"messages": []}, "text", yx.Forest.of(sequences(2))])
+def test_rows_that_were_not_encoded_are_refused(tmp_path, item):
+    for options in ({"data": [item]}, {"data": sequences(2), "eval_dataset": [*sequences(1), item]}):
+        with pytest.raises(
+            ConfigError, match=rf"item \d of the data set is a {type(item).__name__}(.|\n)*Encoder"
+        ):
+            make(tmp_path, **options)
+
+
+def test_held_out_rows_are_there_at_every_evaluation(tmp_path):
+    data = sequences(4)
+    settings = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make(tmp_path, data, eval_dataset=iter(data), **settings)
+    trainer.train()
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 2
+    many = make(tmp_path / "many", data, eval_dataset={"a": data, "b": iter(data[:2])})
+    assert (
+        many.evaluate("b")["eval_loss"] == many.evaluate()["eval_b_loss"] != many.evaluate("a")["eval_loss"]
+    )
+    with pytest.raises(ConfigError, match="eval_dataset is empty"):
+        make(tmp_path, data, eval_dataset=[])
+
+
+def test_tokens_seen_are_those_of_all_sequences(tmp_path):
+    data = sequences(6)
+    trainer = make(tmp_path, data, num_train_epochs=2, include_num_input_tokens_seen=True)
+    trainer.train()
+    assert trainer.state.num_input_tokens_seen == 2 * sum(map(len, data))
+
+
+def test_the_order_of_the_data_has_a_seed_of_its_own(tmp_path):
+    def order(**seeds):
+        trainer = make(tmp_path, sequences(20), max_tokens=48, **seeds)
+        return trainer.train_dataset.fingerprint, list(trainer._get_train_sampler())
+
+    assert order(seed=1, data_seed=5) == order(seed=2, data_seed=5) != order(seed=1)
+
+
+def test_the_best_step_need_not_be_one_that_is_saved(tmp_path):
+    data = sequences(4)
+    settings = {
+        "max_steps": 6,
+        "save_steps": 4,
+        "save_total_limit": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+    }
+    best = {"metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 1e-2}
+    trainer = make(tmp_path, data, eval_dataset=data, **settings, **best)
+    trainer.train()
+    assert trainer.state.best_global_step < 4
+    assert trainer.state.best_model_checkpoint is None
+
+
+def test_early_stopping_goes_on_counting(tmp_path):
+    data = sequences(4)
+    settings = {
+        "max_steps": 9, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1e-2,
+        "load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True,
+    }  # fmt: skip
+
+    def run(resume=None):
+        trainer = make(tmp_path, data, eval_dataset=data, **settings)
+        trainer.add_callback(EarlyStoppingCallback(4))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer.state.global_step
+
+    stopped = run()
+    assert stopped < 9
+    shutil.rmtree(tmp_path / f"checkpoint-{stopped}")
+    shutil.rmtree(tmp_path / f"checkpoint-{stopped - 1}")
+    assert run("auto") == stopped
 
 
 def weights_of(directory: Path) -> bytes:
@@ -185,6 +317,7 @@ def test_a_fresh_run_does_not_mix_its_checkpoints_with_another_s(tmp_path):
         ({"warmup_steps": 1}, "warmup_steps 0 → 1"),
         ({"weight_decay": 0.5}, r"weight_decay 0\.0 → 0\.5"),
         ({"max_grad_norm": 0.5}, r"max_grad_norm 1\.0 → 0\.5"),
+        ({"lr_scheduler_kwargs": {"last_epoch": -1}}, "lr_scheduler_kwargs None → "),
         ({"max_steps": 4}, "length 2 steps → 4 steps"),  # the rate of a linear schedule depends on it
         ({"model": llama(dtype=torch.bfloat16)}, "dtypes .*float32.* → .*bfloat16"),
         ({"model": llama().requires_grad_(False)}, r"trained_parameters \d+ → 0"),
@@ -233,6 +366,16 @@ def test_the_log_says_what_is_trained_and_by_which_routes(tmp_path, caplog):
     assert "attention: one sequence plain, sequences that share nothing blocks, forest blocks" in caplog.text
 
 
+def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(tmp_path):
+    settings = {"max_steps": 3, "save_steps": 1, "save_only_model": True}
+    make(tmp_path, sequences(4), **settings).train()
+    make(tmp_path, sequences(4), **settings).train(resume_from_checkpoint="auto")  # it is finished
+    for_two = settings | {"lr_scheduler_type": "constant", "max_steps": 2}
+    make(tmp_path / "b", sequences(4), **for_two).train()
+    with pytest.raises(CheckpointError, match="the model alone"):
+        make(tmp_path / "b", sequences(4), **for_two | {"max_steps": 3}).train(resume_from_checkpoint="auto")
+
+
 def test_resume_without_a_checkpoint(tmp_path):
     trainer = make(tmp_path, sequences(4), max_steps=1)
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
@@ -270,6 +413,51 @@ def test_lora_trains_its_adapters_alone_on_the_same_loss(tmp_path):
         n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.named_parameters()
     }
     assert all(torch.equal(after[n], p) for n, p in before.items())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, None),
+        ({"lora_alpha": 32}, "lora_alpha 8 → 32"),
+        ({"lora_dropout": 0.5}, "lora_dropout"),
+        ({"base": 7}, "base_model"),
+    ],
+)
+def test_adapters_are_resumed_on_the_model_and_with_the_settings_that_they_had(tmp_path, changed, said):
+    """Checkpoints of adapters hold neither."""
+    peft = pytest.importorskip("peft", reason="the extra lora is not installed")
+
+    def run(base=0, **options):
+        settings = {
+            "r": 4,
+            "lora_alpha": 8,
+            "target_modules": "all-linear",
+            "task_type": "CAUSAL_LM",
+        } | options
+        model = peft.get_peft_model(llama(seed=base), peft.LoraConfig(**settings))
+        return make(
+            tmp_path, sequences(4), model=model, max_steps=steps, save_steps=1, lr_scheduler_type="constant"
+        )
+
+    steps = 1
+    run().train()
+    steps = 2
+    if said is None:
+        assert run().train(resume_from_checkpoint="auto").global_step == 2
+    else:
+        with pytest.raises(CheckpointError, match=said):
+            run(**changed).train(resume_from_checkpoint="auto")
+
+
+def test_what_is_pushed_to_the_hub_stays_where_it_is(tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append(Path(folder)))
+    trainer = make(tmp_path, sequences(4), max_steps=2, save_steps=1)
+    trainer.args.push_to_hub = True  # after the repository would have been made
+    trainer.train()
+    assert pushed == [tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"] == checkpoint.listed(tmp_path)
 
 
 KILLED = """

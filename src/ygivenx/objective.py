@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .errors import LossError
+from .errors import LossError, ModelError
 from .forest import Edges, Forest, Ints
 from .head.selective import selective_cross_entropy
 from .models.model import head_of, loss_over
-from .models.wrappers import inner_of, through
+from .models.wrappers import sharded, through
 from .sequence import Example, Sequence
 
 if TYPE_CHECKING:
@@ -51,15 +51,25 @@ def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **
     the batch's own weights; give the sum over the whole optimiser step when this batch is only a part of it.
     Further options go to `hidden_states` (such as `route=`).
 
-    A model in DistributedDataParallel or FullyShardedDataParallel is run through that wrapper, so its ranks average
-    their gradients as ever. For the loss of one process `denominator` is then the weight of the step on all ranks,
-    divided by the number of ranks: that undoes the average.
+    A model in DistributedDataParallel or FullyShardedDataParallel, or after fully_shard, is run through that wrapper,
+    so its ranks average their gradients as ever. For the loss of one process `denominator` is then the weight of the
+    step on all ranks, divided by the number of ranks: that undoes the average.
 
     Raises LossError if the batch has no weight at all and no denominator is given: 0/0 isn't a loss.
     """
-    forest, inner = as_forest(batch), inner_of(model)
-    if inner is not model:
-        return through(model, inner, lambda: loss(inner, forest, denominator=denominator, **options))
+    forest = as_forest(batch)
+    if sharded(model):
+        if options.get("chunk") is not None:
+            raise ModelError(
+                "a forest in chunks can't be computed with sharded weights",
+                why="ranks have to make equally many forward passes, and their forests have different lengths",
+                fix="leave chunk out, or use DistributedDataParallel",
+            )
+        options["chunk"] = max(1, len(forest))
+    return through(model, lambda inner: _loss(inner, forest, denominator, options))
+
+
+def _loss(model: nn.Module, forest: Forest, denominator: float | None, options: dict[str, Any]) -> Loss:
     edges = forest.edges()
     weight_sum = float(edges.weights.sum(dtype=np.float64)) if denominator is None else float(denominator)
     if not weight_sum > 0:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,15 @@ class TrainConfig:
     def of(cls, path: Path | None, flags: dict[str, Any]) -> TrainConfig:
         """The keys of a YAML file, overridden by the flags that are not None."""
         told = {} if path is None else _read(path)
-        merged = {**told, **{k: v for k, v in flags.items() if v is not None}}
+        given = {k: v for k, v in flags.items() if v is not None}
+        merged = {**told, **given}
+        where = dict.fromkeys(told, str(path)) | dict.fromkeys(given, "flags")
         known = {f.name: f for f in fields(cls)}
         for key in merged:
             if key not in known:
                 raise ConfigError(
                     f"unknown key {key!r}{nearest(key, known)}",
-                    where=str(path or "flags"),
+                    where=where[key],
                     fix=f"known keys: {', '.join(known)}",
                 )
         missing = [n for n in ("data", "model", "output_dir") if merged.get(n) is None]
@@ -75,8 +78,8 @@ class TrainConfig:
                 f"missing: {', '.join(missing)}",
                 fix=" ".join(f"--{m.replace('_', '-')} ..." for m in missing),
             )
-        config = cls(**{k: _typed(k, v, str(known[k].type), path) for k, v in merged.items()})
-        _check(config, str(path or "flags"))
+        config = cls(**{k: _typed(k, v, str(known[k].type), where[k]) for k, v in merged.items()})
+        _check(config, where)
         return config
 
 
@@ -112,33 +115,41 @@ _FITS: dict[str, Fits] = {
 }
 
 
-def _check(config: TrainConfig, where: str) -> None:
-    """Raise ConfigError for what couldn't run: before a model is loaded and rows are encoded for nothing."""
+def _check(config: TrainConfig, where: Mapping[str, str]) -> None:
+    """Raise ConfigError for what couldn't run: before a model is loaded and rows are encoded for nothing.
+
+    where: which file, or "flags", each key comes from.
+    """
     for f in fields(config):
         value = getattr(config, f.name)
         if f.name not in _FITS or value == f.default:
             continue
         fits, wanted = _FITS[f.name]
         if not fits(value):
-            raise ConfigError(f"{f.name} is {value!r}", where=where, fix=f"give {wanted}")
+            raise ConfigError(f"{f.name} is {value!r}", where=where[f.name], fix=f"give {wanted}")
     if config.eval_data is None:
         for name in ("eval_split", "eval_limit", "eval_steps"):
             if getattr(config, name) is not None:
-                raise ConfigError(f"{name} without eval_data", where=where, fix="--eval-data names the rows")
-    check_options(config.encoder or {}, where)
+                what = f"{name} without eval_data"
+                raise ConfigError(what, where=where[name], fix="--eval-data names the rows")
+    check_options(config.encoder or {}, where.get("encoder", ""))
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        told = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        told, tree = yaml.safe_load(text), yaml.compose(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("unreadable config", where=str(path), why=str(error)) from error
     if not isinstance(told, dict) or not all(isinstance(k, str) for k in told):
         raise ConfigError("a config is a mapping of keys to values", where=str(path))
+    for name, times in Counter(key.value for key, _ in getattr(tree, "value", ())).items():
+        if times > 1:  # YAML would take the last one
+            raise ConfigError(f"{name} stands there {times} times", where=str(path), fix="leave one of them")
     return told
 
 
-def _typed(key: str, value: Any, declared: str, path: Path | None) -> Any:
+def _typed(key: str, value: Any, declared: str, where: str) -> Any:
     """`value` as the declared type; YAML reads 2e-5 as text, and a bool is not a number."""
     if value is None and "None" in declared:
         return None
@@ -152,4 +163,4 @@ def _typed(key: str, value: Any, declared: str, path: Path | None) -> Any:
             return value
     except (TypeError, ValueError):
         pass
-    raise ConfigError(f"{key} must be {kind}, got {value!r}", where=str(path or "flags"))
+    raise ConfigError(f"{key} must be {kind}, got {value!r}", where=where)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from rich.console import Console
 
 from ..errors import ConfigError, MissingExtra
 from ..models.families import routes_told
+from ..proof.limits import Limits
 from ..training import checkpoint, runs
 from .config import TrainConfig
 from .intake import open_encoder, open_model, open_rows, say, take
@@ -25,6 +27,7 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     What can be wrong with the config, the output directory and the rows is found before the model is loaded.
     """
     started = time.perf_counter()
+    _refuse_unwritable(Path(config.output_dir))
     start = checkpoint.start(Path(config.output_dir), config.resume)
     encoder = encoder_of(config, start)
     examples, account = examples_of(config, encoder, config.data, config.split, config.limit)
@@ -36,12 +39,14 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     notes = {"now": encoder.now.isoformat()}
     trainer = build(config, adapted(model, config), tokenizer, examples, held_out, console, notes)
     say(str(trainer.train_dataset), console)
+    _say_too_long(examples, model, console)
     say(routes_told(model), console)
     before = trainer.evaluate() if held_out else {}
     outcome = run(trainer, start, console)
     after = evaluation(trainer) if held_out else {}
     final = Path(config.output_dir) / "final"
-    trainer.save_model(str(final))
+    with checkpoint.writing(final):
+        trainer.save_model(str(final))
     page = write_page(config, trainer, held_out or examples, account, before)
     say(f"saved: {final}, and what was trained: {page}", console)
     # The ranks' threads end here: a process that leaves them to the interpreter's exit may abort there.
@@ -57,6 +62,17 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
         "report": str(page),
         "seconds": round(time.perf_counter() - started, 2),
     }
+
+
+def _refuse_unwritable(directory: Path) -> None:
+    """Raise ConfigError for an output directory that can't be made or written to."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        what = "the output directory can't be written to"
+        raise ConfigError(what, where=str(directory), why=str(error.strerror)) from error
 
 
 def encoder_of(config: TrainConfig, start: Path | None) -> Any:
@@ -78,12 +94,23 @@ def examples_of(
     return examples, account
 
 
+def _say_too_long(examples: list[Any], model: Any, console: Console) -> None:
+    most = Limits.of(model.config, None).context_length
+    lengths = [len(s) for example in examples for s in example]
+    if most and max(lengths) > most:
+        say(
+            f"warning: {sum(n > most for n in lengths):,} sequences are longer than the {most:,} tokens that the model "
+            f"was made for, the longest {max(lengths):,}: --max-length {most} quarantines them",
+            console,
+        )
+
+
 def run(trainer: Any, start: Path | None, console: Console) -> Any:
     """Train, from a checkpoint if there is one; an interrupted run says where it can be taken up, and exits."""
     if start is not None:
         say(f"resumed from {start} (step {runs.steps_done(start)} of {trainer.steps})", console)
     try:
-        return trained(trainer, None if start is None else str(start))
+        return trained(trainer, start)
     except KeyboardInterrupt:
         last = checkpoint.newest(Path(trainer.args.output_dir))
         kept = f"--resume auto goes on from {last}" if last else "no checkpoint was saved (--save-steps)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -63,10 +64,10 @@ class RichProgress(TrainerCallback):
         self.progress.stop()
 
 
-def trained(trainer: Any, resume: str | None) -> Any:
-    """trainer.train(); whatever ends it, its bar is gone afterwards: it would leave the cursor hidden."""
+def trained(trainer: Any, start: Path | None) -> Any:
+    """trainer.train_from(start); whatever ends it, its bar is gone afterwards: it would leave the cursor hidden."""
     try:
-        return trainer.train(resume_from_checkpoint=resume)
+        return trainer.train_from(start)
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, RichProgress):

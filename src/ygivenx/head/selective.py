@@ -144,7 +144,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
+        refuse_second_derivatives("the selective head")
         made, ctx.made = ctx.made, None
         if made is None:  # a second backward: the first one gave its gradients away
             hidden, weight, bias, rows, targets, weights = ctx.saved_tensors
@@ -170,7 +170,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
+        refuse_second_derivatives("the selective head")
         hidden, weight, bias, rows, targets = ctx.saved_tensors
         head, wants = Head(weight, bias, **ctx.options), ctx.needs_input_grad[:3]
         swept = sweep(hidden, head, rows, targets, -grad, wants, memory=ctx.memory)
@@ -178,10 +178,11 @@ class _LogProbs(torch.autograd.Function):
         return (*_narrowed(made, _dtypes(hidden, weight, bias)), *[None] * 4)
 
 
-def _refuse_second_derivatives() -> None:
+def refuse_second_derivatives(of: str) -> None:
+    """For a backward whose gradients are made by hand."""
     if torch.is_grad_enabled():  # so it is in a backward with create_graph=True, and only there
         raise ModelError(
-            "the selective head has no second derivatives",
+            f"{of} has no second derivatives",
             why="its gradients would silently count as constants under create_graph=True",
             fix="compute logits and cross-entropy with torch where they are needed",
         )

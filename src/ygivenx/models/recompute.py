@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forest import Ints
+from ..head.selective import refuse_second_derivatives
 from .plan import KeysValues
 from .streaming import Chunk, Run
 
@@ -26,7 +27,7 @@ Score = Callable[[Ints, Tensor], Tensor]
 
 def hidden_states(run: Run) -> Tensor:
     """All hidden states [F, H], differentiable: computed first without gradients, then again for them."""
-    parameters = _trained(run.model)
+    parameters = _trained(run.decoder)
     if not parameters:
         return torch.cat([hidden for _, hidden in run.stream()])
     run = run.for_gradients()
@@ -45,7 +46,7 @@ def loss(run: Run, score: Score) -> Tensor:
     run = run.for_gradients()
     shelf = None if _scaled(run) else _trunk(run)
     if shelf is None:
-        return score(run.order, _Hidden.apply(run, *parameters))
+        return score(run.order, _Hidden.apply(run, *_trained(run.decoder)))
     value: Tensor = _Loss.apply(run, score, shelf, *parameters)
     return value
 
@@ -153,7 +154,8 @@ class _Backward:
         for layer, into in self.into[self.into.own(chunk)].items():
             outputs += zip(done.fresh[layer], into, strict=True)
         leaves = [t for pair in done.leaves.values() for t in pair]
-        made = _gradients(outputs, [*self.parameters, *leaves])
+        with _hooks_at_rest(self.parameters):
+            made = _gradients(outputs, [*self.parameters, *leaves])
         n = len(self.parameters)
         _accumulate(self.totals, made[:n])
         pairs = zip(made[n::2], made[n + 1 :: 2], strict=True)
@@ -172,6 +174,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("a forest in chunks")
         made, ctx.made = ctx.made, None
         if made is None:  # a second backward: the first one gave its gradients away
             with ctx.surroundings.again():
@@ -224,6 +227,7 @@ class _Hidden(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivatives("a forest in chunks")
         backward = _Backward(ctx.shelf, list(ctx.saved_tensors))
         done, ctx.last = ctx.last, None
         for chunk, surroundings in reversed(list(zip(ctx.run.chunks, ctx.surroundings, strict=True))):
@@ -245,6 +249,19 @@ def _gradients(outputs: list[tuple[Tensor, Tensor]], inputs: list[Tensor]) -> tu
     if not reached:
         return (None,) * len(inputs)
     return torch.autograd.grad([o for o, _ in reached], inputs, [g for _, g in reached], allow_unused=True)
+
+
+@contextmanager
+def _hooks_at_rest(parameters: list[Tensor]) -> Iterator[None]:
+    """Hooks on parameters are for whole gradients, which autograd hands them in the end: not for parts of them."""
+    hooked = [(p, p._backward_hooks) for p in parameters if p._backward_hooks]
+    for p, _ in hooked:
+        p._backward_hooks = None
+    try:
+        yield
+    finally:
+        for p, hooks in hooked:
+            p._backward_hooks = hooks
 
 
 def _accumulate(totals: list[Tensor | None], parts: tuple[Tensor | None, ...]) -> None:

@@ -5,35 +5,53 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import nn
-
 T = TypeVar("T")
-WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel"}
+WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
+SHARDED = {
+    "FullyShardedDataParallel",
+    "FSDPModule",
+}  # the latter is what `fully_shard` makes of the model itself
 
 
 def inner_of(model: Any) -> Any:
-    """The model inside DistributedDataParallel and FullyShardedDataParallel; any other as it is."""
-    while any(kind.__name__ in WRAPPERS for kind in type(model).__mro__):
+    """The model inside DistributedDataParallel, FullyShardedDataParallel and DeepSpeed; any other as it is."""
+    while _is_one_of(model, WRAPPERS):
         model = model.module
     return model
 
 
-def through(wrapper: nn.Module, inner: nn.Module, compute: Callable[[], T]) -> T:
-    """Run `compute` inside the forward pass of a wrapped model.
+def sharded(model: Any) -> bool:
+    """Whether a forward pass gathers weights from all ranks: each has to make as many as the others."""
+    return _is_one_of(model, SHARDED)
+
+
+def _is_one_of(model: Any, names: set[str]) -> bool:
+    return any(kind.__name__ in names for kind in type(model).__mro__)
+
+
+def through(model: Any, compute: Callable[[Any], T]) -> T:
+    """compute(the inner model), inside the forward pass of a wrapped or sharded model.
 
     DDP and FSDP prepare gradients and gather weights in their own forward; the loss of a forest isn't the
     model's forward, so for one call it stands in for it.
     """
-    if wrapper is inner:
-        return compute()
-    forward = inner.forward
+    inner = inner_of(model)
+    if inner is model and not sharded(model):
+        return compute(model)
+    patched = inner.__dict__.get("forward")  # accelerate's, for instance
+
+    def restore() -> None:
+        inner.__dict__.pop("forward", None)
+        if patched is not None:
+            inner.forward = patched
 
     def stand_in() -> T:
-        inner.forward = forward
-        return compute()
+        restore()
+        return compute(inner)
 
     inner.forward = stand_in
     try:
-        return wrapper()
+        found: T = model()
     finally:
-        inner.forward = forward
+        restore()
+    return found

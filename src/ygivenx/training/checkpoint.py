@@ -13,16 +13,32 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Container
-from contextlib import suppress
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 
 MANIFEST = "manifest.json"
-STAGING = ".staging"
+STAGING = "_staging"  # uploads to the hub leave out what begins with an underscore
 _ASIDE = ".replaced"  # behind the name of a checkpoint that makes room for another of its name
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises CheckpointError for what a full disk makes each library raise."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            "it couldn't be written",
+            where=str(path),
+            why=str(error),
+            fix="make room; --resume auto (resume='auto') goes on from the newest complete checkpoint",
+        ) from error
 
 
 def seal(directory: Path) -> None:

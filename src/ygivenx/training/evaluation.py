@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..forest import pack
-from ..scores.values import node_log_probs
+from ..forest import Forest, pack
+from ..models.wrappers import sharded, through
+from ..scores.values import Floats, node_log_probs
 from ..sequence import Sequence
 from .packs import flatten
 
@@ -22,14 +23,20 @@ def evaluate(
 ) -> torch.Tensor:
     """Sums over the data, float64 [6]: Σ log p and tokens of y, of x, Σ w·log p and Σ w."""
     sequences, _ = flatten(data)
+    packs = pack(sequences, max_tokens=max_tokens)
+    own = packs[rank::ranks]
     sums = np.zeros(6)
     was_training = model.training
     model.eval()
-    for forest in pack(sequences, max_tokens=max_tokens)[rank::ranks]:
-        by_node = node_log_probs(model, forest)
-        for member, path in zip(forest.members, forest.paths, strict=True):
-            sums += _role_sums(sequences[member], by_node[path])
-    model.train(was_training)
+    try:
+        for forest in own:
+            by_node = _log_p(model, forest)
+            for member, path in zip(forest.members, forest.paths, strict=True):
+                sums += _role_sums(sequences[member], by_node[path])
+        if sharded(model) and len(own) < len(packs[::ranks]):
+            _log_p(model, packs[0])  # gathers the weights once more, as the other ranks do
+    finally:
+        model.train(was_training)
     return torch.from_numpy(sums)
 
 
@@ -38,6 +45,12 @@ def rates(sums: torch.Tensor) -> dict[str, float]:
     y, n_y, x, n_x, weighted, weight = sums.tolist()
     told = {"loss": (-weighted, weight), "conditional_nats": (-y, n_y), "marginal_nats": (-x, n_x)}
     return {name: total / count for name, (total, count) in told.items() if count}
+
+
+def _log_p(model: nn.Module, forest: Forest) -> Floats:
+    if not sharded(model):
+        return node_log_probs(model, forest)
+    return through(model, lambda inner: node_log_probs(inner, forest, chunk=max(1, len(forest))))
 
 
 def _role_sums(s: Sequence, log_p: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from ..errors import ConfigError
 from ..forest import Forest, pack
 from ..sequence import Example, Sequence
 
@@ -66,9 +67,16 @@ def flatten(items: Iterable[Any]) -> tuple[list[Sequence], list[str]]:
     """Examples and sequences as sequences, with a name for each ("row 3", "row 3, turn 1").
 
     A row's number is the example's own, among all that were read, or else its place among the items; from 0.
+    Raises ConfigError for an item that is neither.
     """
     flat, names = [], []
     for i, item in enumerate(items):
+        if not isinstance(item, Example | Sequence):
+            raise ConfigError(
+                f"item {i} of the data set is a {type(item).__name__}, not an Example or a Sequence",
+                why="packs are made of encoded rows: token ids with a weight for each",
+                fix="examples, rejected = yx.Encoder(tokenizer).batch(rows), and give it the examples",
+            )
         parts, known = (list(item), item.index) if isinstance(item, Example) else ([item], None)
         row = f"row {i if known is None else known}"
         for turn, sequence in enumerate(parts):
@@ -90,8 +98,8 @@ def per_sequence(sequences: Iterable[Sequence]) -> list[Sequence]:
 class EpochOrder(Sampler[int]):
     """A permutation that is a function of (seed, epoch) alone, so that a resumed run sees the same order."""
 
-    def __init__(self, length: int, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
+    def __init__(self, length: int, seed: int, epoch: int = 0) -> None:
+        self.length, self.seed, self.epoch = length, seed, epoch
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

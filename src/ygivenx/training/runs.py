@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import CheckpointError
 
 FILE, STATE = "ygivenx.json", "trainer_state.json"
+MODEL_ALONE = "save_only_model"
 # Everything that an update depends on. The optimiser's and the scheduler's saved states bring their old values back,
 # so that a changed one would be ignored if it weren't refused.
 _SETTINGS = (
-    "seed", "gradient_accumulation_steps", "world_size", "optim", "learning_rate", "lr_scheduler_type", "warmup_steps",
-    "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "bf16", "fp16",
+    "seed", "data_seed", "gradient_accumulation_steps", "world_size", "optim", "optim_args", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "max_grad_norm", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "bf16", "fp16",
 )  # fmt: skip
 # Schedules that don't look at the end of the run: the way there is the same for a longer one.
 _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -32,12 +36,44 @@ def settings(args: Any) -> dict[str, Any]:
 
 
 def trained(model: nn.Module) -> dict[str, Any]:
-    """How many parameters are trained, and the types of all: LoRA's rank and the model's dtype show in them."""
+    """How many parameters are trained, the types of all, and what checkpoints of adapters don't hold."""
     parameters = list(model.parameters())
     return {
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
+        **_adapters(model),
     }
+
+
+# Of an adapter's config, what says nothing about how it is trained.
+_ASIDE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "runtime_config",
+}
+
+
+def _adapters(model: nn.Module) -> dict[str, Any]:
+    """The settings of PEFT's adapters, and a hash of a few values of each frozen tensor: which model they stand on."""
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping):
+        return {}
+    told: dict[str, Any] = {
+        f"{name} adapter's {key}": _plain(value)
+        for name, config in configs.items()
+        for key, value in config.to_dict().items()
+        if key not in _ASIDE
+    }
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    if not any(p.is_meta for p in frozen):  # as they are on ranks that are sent their weights
+        digest = hashlib.sha256()
+        for p in frozen:
+            digest.update(p.detach().flatten()[:64].cpu().view(torch.uint8).numpy().tobytes())
+        told["base_model"] = digest.hexdigest()[:16]
+    return told
 
 
 def remember(directory: Path, told: Mapping[str, Any]) -> None:
@@ -62,6 +98,7 @@ def steps_done(directory: Path) -> int:
 
 def same(told: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
     """Raise CheckpointError, naming what changed, unless a checkpoint with these settings belongs to this run."""
+    now = json.loads(json.dumps(now))  # as the others came back
     changed = [k for k, v in now.items() if told.get(k) != v]
     if not changed:
         return
@@ -75,5 +112,24 @@ def same(told: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
     )
 
 
+def refuse_model_alone(told: Mapping[str, Any], where: Path) -> None:
+    """Raise CheckpointError for a checkpoint that has no optimiser to go on with."""
+    if told.get(MODEL_ALONE):
+        raise CheckpointError(
+            "it holds the model alone (save_only_model)",
+            where=str(where),
+            why="the optimiser would begin anew, and what follows differ from the uninterrupted run",
+            fix="load its weights and train them in another output directory",
+        )
+
+
 def _plain(value: Any) -> Any:
-    return getattr(value, "value", value)  # of enums
+    """What JSON can hold: an enum's value, a set's items in order, other objects by their names."""
+    value = getattr(value, "value", value)
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)

@@ -21,11 +21,10 @@ from ..errors import ConfigError, LossError
 from ..forest import Forest
 from ..models import memory
 from ..models.families import routes_told
-from ..models.wrappers import through
 from ..objective import Loss, loss
 from . import checkpoint, runs
 from .evaluation import evaluate, rates
-from .packs import EpochOrder, Packs
+from .packs import EpochOrder, Packs, flatten
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +60,45 @@ class Meter:
         return told
 
 
+# Settings that forests have no place for: what leaves each alone, why it could do nothing here, and what does.
+_UNUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
+    "auto_find_batch_size": ((False,), "one pack is one micro-batch, and can't be halved", "lower max_tokens"),
+    "average_tokens_across_devices": (
+        (True,), "the denominator is the weight of the step on all ranks", "leave it at True"
+    ),
+    "bf16_full_eval": ((False,), "evaluation computes as the model is", "load the model in bfloat16"),
+    "fp16_full_eval": ((False,), "evaluation computes as the model is", "load the model in float16"),
+    "ignore_data_skip": ((False,), "a resumed run would see its packs again", "leave it out"),
+    "label_smoothing_factor": ((0,), "the loss is −log p of the targets and of nothing else", "leave it out"),
+    "neftune_noise_alpha": (
+        (None, 0), "its noise is made for the length of a row, and a pack holds many that share tokens", "leave it out"
+    ),
+    "torch_compile": ((False,), "it compiles the model's own forward, which isn't called here", "leave it out"),
+    "train_sampling_strategy": (
+        ("random",), "packs are shuffled by (seed, epoch), and padding there is none", "leave it out"
+    ),
+}  # fmt: skip
+
+
+def _refuse_unused(args: transformers.TrainingArguments, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what would be ignored and change what is trained."""
+    for name in ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if given.get(name) is not None:
+            raise ConfigError(
+                f"{name} is not used by ygivenx.Trainer", why="its batches are forests", fix="leave it out"
+            )
+    for name, (idle, why, fix) in _UNUSED.items():
+        value = getattr(args, name, idle[0])
+        if value not in idle:
+            raise ConfigError(f"{name}={value!r} is not used by ygivenx.Trainer", why=why, fix=fix)
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"{args.n_gpu} GPUs in one process",
+            why="torch's DataParallel splits a batch into rows, and a forest has none",
+            fix=f"torchrun --nproc_per_node {args.n_gpu}, or CUDA_VISIBLE_DEVICES=0 for one of them",
+        )
+
+
 class Trainer(transformers.Trainer):
     """transformers.Trainer whose batch is a forest.
 
@@ -94,17 +132,15 @@ class Trainer(transformers.Trainer):
     ) -> None:
         if denominator not in ("tokens", "sequence"):
             raise ConfigError(f"unknown denominator {denominator!r}", fix='use "tokens" or "sequence"')
-        for name in ("data_collator", "compute_loss_func", "compute_metrics"):
-            if kwargs.get(name) is not None:
-                raise ConfigError(
-                    f"{name} is not used by ygivenx.Trainer",
-                    why="its batches are forests",
-                    fix="leave it out",
-                )
         args = args or transformers.TrainingArguments("trainer_output")
+        _refuse_unused(args, kwargs)
         args.remove_unused_columns = False
+        if args.per_device_train_batch_size not in (1, 8):  # 8 is the default
+            told = "per_device_train_batch_size=%d has no meaning here: a pack of max_tokens=%d is one micro-batch"
+            logger.warning(told, args.per_device_train_batch_size, max_tokens)
         args.per_device_train_batch_size = 1
         args.logging_nan_inf_filter = False
+        args.restore_callback_states_from_checkpoint = True  # early stopping counts
         self.max_tokens, self.denominator = max_tokens, denominator
         packs = None if train_dataset is None else self._packs(train_dataset, args)
         super().__init__(
@@ -112,17 +148,18 @@ class Trainer(transformers.Trainer):
             args=args,
             data_collator=_only,
             train_dataset=packs,
-            eval_dataset=eval_dataset,
+            eval_dataset=None if eval_dataset is None else _held_out(eval_dataset),
             **kwargs,
         )
         self.meter = Meter()
         self.control: transformers.TrainerControl
         self._staging: Path | None = None
+        self._epoch = 0  # that the run begins in
         self._notes, self._published = dict(notes or {}), set[str]()
         self._run: dict[str, Any] = {}
 
     def _packs(self, items: Iterable[Any], args: transformers.TrainingArguments) -> Packs:
-        packs = Packs(items, max_tokens=self.max_tokens, seed=args.seed, denominator=self.denominator)
+        packs = Packs(items, max_tokens=self.max_tokens, seed=_data_seed(args), denominator=self.denominator)
         if not len(packs):
             raise ConfigError(
                 "nothing to train on: no pack has a token with a weight", fix="look at the rejected rows"
@@ -133,7 +170,8 @@ class Trainer(transformers.Trainer):
     # -- the loss ------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        return EpochOrder(len(self.train_dataset if train_dataset is None else train_dataset), self.args.seed)
+        packs = self.train_dataset if train_dataset is None else train_dataset
+        return EpochOrder(len(packs), _data_seed(self.args), self._epoch)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """W: the sum of weights over all micro-batches of the step and all ranks, float64."""
@@ -149,11 +187,10 @@ class Trainer(transformers.Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         forest = inputs["forest"]
-        inner = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             # Ranks average their gradients, and W already counts all ranks: undo the average.
             weight = None if num_items_in_batch is None else float(num_items_in_batch) / self.args.world_size
-            out = through(model, inner, lambda: loss(inner, forest, denominator=weight))
+            out = loss(model, forest, denominator=weight)
         self._refuse_non_finite(out, inputs["names"])
         self.meter.add(forest)
         return (out.value, {"log_p": out.log_p}) if return_outputs else out.value
@@ -174,6 +211,12 @@ class Trainer(transformers.Trainer):
         """6 × parameters × tokens fed (Kaplan et al. 2020, section 2.1)."""
         return 6 * len(inputs["forest"].fed) * sum(p.numel() for p in self.model.parameters())
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Tokens of all sequences, on all ranks: transformers looks for `input_ids`."""
+        if self.args.include_num_input_tokens_seen != "no":
+            here = torch.tensor(inputs["forest"].total, device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(here).sum())
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs = {**logs, **self.meter.read()}
@@ -185,7 +228,9 @@ class Trainer(transformers.Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Nats per token of y (`conditional_nats`) and of x (`marginal_nats`), apart, and the weighted loss."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        data = self.eval_dataset if eval_dataset is None else _held_out(eval_dataset)
         if isinstance(data, dict):
             many = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items()]
             return {k: v for metrics in many for k, v in metrics.items()}
@@ -207,6 +252,14 @@ class Trainer(transformers.Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def predict(self, *_: Any, **__: Any) -> Any:
+        """Raises ConfigError: no logits are made here."""
+        raise ConfigError(
+            "ygivenx.Trainer has no predict()",
+            why="it would give logits of every token, which are never made here",
+            fix="evaluate(), yx.score, yx.ledger, or the model's own generate()",
+        )
+
     # -- checkpoints ---------------------------------------------------------------------------------------
 
     @property
@@ -214,8 +267,12 @@ class Trainer(transformers.Trainer):
         """Optimiser steps of the whole run, as transformers counts them."""
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
+        return math.ceil(self.args.num_train_epochs * self._steps_of_an_epoch)
+
+    @property
+    def _steps_of_an_epoch(self) -> int:
         packs = len(self.train_dataset) // self.args.world_size
-        return math.ceil(self.args.num_train_epochs * -(-packs // self.args.gradient_accumulation_steps))
+        return -(-packs // self.args.gradient_accumulation_steps)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers', and `resume_from_checkpoint="auto"`: the newest complete one, or a fresh start.
@@ -223,17 +280,26 @@ class Trainer(transformers.Trainer):
         A run that is finished already only gets the weights and the log of its last checkpoint back; the training
         loss of its output is NaN.
         """
+        if self.train_dataset is None:
+            raise ConfigError("no train_dataset", fix="give the Trainer one")
         path = checkpoint.start(Path(self.args.output_dir), resume_from_checkpoint, self._published)
+        return self.train_from(path, **kwargs)
+
+    def train_from(self, path: Path | None, **kwargs: Any) -> Any:
+        """`train` from what `checkpoint.start` has found, whose files it has read and hashed already."""
         self._run = self._identity()  # before the model is wrapped or sharded
-        self.meter = Meter()
+        self._epoch, self.meter = 0, Meter()
         memory.keep_freed_memory()
         logger.info("%s; %s", self.train_dataset, routes_told(self.accelerator.unwrap_model(self.model)))
         if path is None:
             return super().train(**kwargs)
-        runs.same(runs.recalled(path), self._run, path)
+        told = runs.recalled(path)
+        runs.same(told, self._run, path)
         done = transformers.TrainerState.load_from_json(str(path / runs.STATE))
         if done.global_step >= self.steps:  # transformers looks at its limit after a step
             return self._finished(path, done)
+        runs.refuse_model_alone(told, path)
+        self._epoch = done.global_step // self._steps_of_an_epoch
         return super().train(resume_from_checkpoint=str(path), **kwargs)
 
     def _finished(self, path: Path, state: transformers.TrainerState) -> TrainOutput:
@@ -262,21 +328,33 @@ class Trainer(transformers.Trainer):
             checkpoint.clear(self._staging)
         self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.is_world_process_zero():
-                self._publish(self._staging / name, run_dir / name)
+            with checkpoint.writing(run_dir / name):
+                super()._save_checkpoint(model, trial)
+                self._name_best(run_dir, name)
+                self.accelerator.wait_for_everyone()
+                if self.is_world_process_zero():
+                    self._publish(self._staging / name, run_dir / name)
             self.accelerator.wait_for_everyone()
             self._published.add(name)
         finally:
             self._staging = None
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(run_dir / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Once it has its name: the upload goes on while the staging directory is renamed."""
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _name_best(self, run_dir: Path, name: str) -> None:
+        """The best checkpoint was named by its staging path: all ranks give it the one that it will have."""
+        best = run_dir / f"checkpoint-{self.state.best_global_step}"
+        if best.name == name or best.is_dir():  # the best step isn't one that is saved, always
+            self.state.best_model_checkpoint = str(best)
 
     def _publish(self, staged: Path, final: Path) -> None:
-        # The best checkpoint was named by its staging path: give it the one that it will have.
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(final.parent / f"checkpoint-{self.state.best_global_step}")
-            self.state.save_to_json(str(staged / runs.STATE))
-        runs.remember(staged, {**self._notes, **self._run})
+        self.state.save_to_json(str(staged / runs.STATE))
+        runs.remember(staged, {**self._notes, **self._run, runs.MODEL_ALONE: self.args.save_only_model})
         checkpoint.seal(staged)
         checkpoint.publish(staged, final)
         step, best = self.state.global_step, self.state.best_model_checkpoint
@@ -288,6 +366,20 @@ def _culprits(out: Loss, names: list[str]) -> list[str]:
     bad = out.edges.nodes[~torch.isfinite(out.log_p).cpu().numpy()]
     found = [name for name, path in zip(names, out.forest.paths, strict=True) if np.isin(path, bad).any()]
     return found or names
+
+
+def _data_seed(args: transformers.TrainingArguments) -> int:
+    return int(args.seed if args.data_seed is None else args.data_seed)
+
+
+def _held_out(data: Any) -> Any:
+    """Evaluation data as lists, which can be read again and again. Raises ConfigError if there is nothing to read."""
+    if isinstance(data, dict):
+        return {name: _held_out(part) for name, part in data.items()}
+    kept = list(data)
+    if not flatten(kept)[0]:
+        raise ConfigError("eval_dataset is empty", fix="give it Examples or Sequences, or leave it out")
+    return kept
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:

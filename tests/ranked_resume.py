@@ -1,0 +1,59 @@
+"""Run by tests/test_ranks.py in two processes: resumed in a later epoch, and the best model, as each rank has them."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from test_trainer import make
+from tiny import llama, sequences
+
+
+def weights(trainer: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def resumed(folder: Path, rank: int) -> bool:
+    """Whether a run that goes on in the midst of its second epoch ends in the same bits."""
+    settings = {"num_train_epochs": 2, "save_steps": 1, "max_tokens": 48, "learning_rate": 1e-2}
+    straight = make(folder / "straight", sequences(15, seed=4), **settings)
+    straight.train()
+    middle = f"checkpoint-{straight.state.global_step - 1}"
+    if rank == 0:
+        shutil.copytree(folder / "straight" / middle, folder / "again" / middle)
+    dist.barrier()
+    again = make(folder / "again", sequences(15, seed=4), model=llama(seed=9), **settings)
+    again.train(resume_from_checkpoint="auto")
+    return torch.equal(weights(straight), weights(again))
+
+
+def best(folder: Path) -> torch.Tensor:
+    """The best model's weights; it isn't the last one."""
+    data = sequences(9, seed=4)
+    trainer = make(
+        folder / "best", data, max_steps=6, save_steps=1, eval_strategy="steps", eval_steps=1, eval_dataset=data,
+        load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True, learning_rate=1e-2,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_global_step < 6
+    return weights(trainer)
+
+
+def main(out: Path) -> None:
+    dist.init_process_group("gloo")
+    rank, count = dist.get_rank(), dist.get_world_size()
+    told: list[Any] = [None] * count
+    dist.all_gather_object(told, (resumed(out.parent, rank), best(out.parent)))
+    if rank == 0:
+        torch.save(
+            {"resumed": [r for r, _ in told], "best": [torch.equal(w, told[0][1]) for _, w in told]}, out
+        )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
