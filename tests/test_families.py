@@ -89,7 +89,10 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
             "original_max_position_embeddings": 24, "factor": 4.0}  # fmt: skip
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 BY_LENGTH = {
-    "longrope": ("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24, "sliding_window": None}),
+    "longrope": (
+        "Phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24, "sliding_window": None},
+    ),
     "dynamic": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 24}),
 }
 
@@ -122,7 +125,10 @@ def test_positions_that_depend_on_the_length_are_exact_on_one_side_of_it(monkeyp
 @pytest.mark.parametrize(
     ("name", "extra"),
     [
-        ("Qwen2Moe", {**EXPERTS, "use_sliding_window": True, "max_window_layers": 2}),  # proven without windows
+        (
+            "Qwen2Moe",
+            {**EXPERTS, "use_sliding_window": True, "max_window_layers": 2},
+        ),  # proven without windows
         ("Phimoe", {"num_local_experts": 4}),
     ],
 )
@@ -155,8 +161,17 @@ def test_layers_that_attend_twice_are_computed_whole_and_refused_in_chunks(monke
 def test_layers_of_several_widths_and_with_shared_keys_are_exact(monkeypatch):
     """Gemma 3n's config has a list of widths; its last layers take the keys and values of earlier ones."""
     layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    layers |= {"intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.5, 0.0] * 2, "num_kv_shared_layers": 2}
-    narrow = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB, "laurel_rank": 4, "head_dim": 8}
+    layers |= {
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.5, 0.0] * 2,
+        "num_kv_shared_layers": 2,
+    }
+    narrow = {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+        "laurel_rank": 4,
+        "head_dim": 8,
+    }
     monkeypatch.setitem(CASES, "gemma3n", ("Gemma3nText", {**layers, **narrow, "sliding_window": 6}))
     model, rows = build("gemma3n"), tree(2)
     expected = alone(model, rows)

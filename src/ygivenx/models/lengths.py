@@ -32,7 +32,11 @@ def refuse_lengths(decoder: nn.Module, forest: Forest, whole: bool) -> None:
                 where=type(decoder).__name__,
                 why="a forest gets one embedding for all tokens, so some would get another than alone",
                 fix=f"keep sequences to {limit:,} tokens"
-                + (", or have all beyond that and computed in one piece (chunk=)" if kind == "longrope" else ""),
+                + (
+                    ", or have all beyond that and computed in one piece (chunk=)"
+                    if kind == "longrope"
+                    else ""
+                ),
             )
 
 
