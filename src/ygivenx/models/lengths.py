@@ -42,11 +42,12 @@ def refuse_lengths(decoder: nn.Module, forest: Forest, whole: bool) -> None:
 
 def _switches(decoder: nn.Module) -> Iterator[tuple[str, int]]:
     """(kind, length) of each rotary embedding that is another one for sequences of more tokens."""
+    module: Any
     for module in decoder.modules():
         kinds: Any = getattr(module, "rope_type", None)
         for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
             if kind == "longrope":
-                told: Any = module.config.rope_parameters
+                told = module.config.rope_parameters
                 yield kind, (told if layer is None else told[layer])["original_max_position_embeddings"]
             elif isinstance(kind, str) and "dynamic" in kind:
                 yield kind, module.original_max_seq_len
