@@ -16,6 +16,7 @@ import ygivenx as yx
 from ygivenx.errors import ModelError
 from ygivenx.models import families
 from ygivenx.models.model import head_of, hidden_states
+from ygivenx.scores.values import node_log_probs
 
 COMMON = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -82,6 +83,129 @@ def test_flex_scores_every_family(case):
     model, rows = build(case), tree(2)
     flex, blocks = (yx.loss(model, rows, route=r).value.item() for r in ("flex", "blocks"))
     assert flex == pytest.approx(blocks, rel=1e-5)
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 24, "factor": 4.0}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+BY_LENGTH = {
+    "longrope": (
+        "Phi3",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 24, "sliding_window": None},
+    ),
+    "dynamic": ("Llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 24}),
+}
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+@pytest.mark.parametrize("options", OUR_ROUTES)
+def test_positions_that_depend_on_the_length_are_refused_where_sequences_differ(monkeypatch, kind, options):
+    monkeypatch.setitem(CASES, kind, BY_LENGTH[kind])
+    model, rows = build(kind), tree(2)
+    with pytest.raises(ModelError, match=rf"\({kind}\) changes beyond 24 tokens"):
+        yx.loss(model, rows, **options)
+    with pytest.raises(ModelError, match="changes beyond 24 tokens"):
+        node_log_probs(model, yx.Forest.of(rows))
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("longrope", 3, 12), ("dynamic", 3, 12), ("longrope", 26, 40)]
+)
+def test_positions_that_depend_on_the_length_are_exact_on_one_side_of_it(monkeypatch, kind, low, high):
+    monkeypatch.setitem(CASES, kind, BY_LENGTH[kind])
+    model, rows = build(kind), [r for r in tree(2, low=low, high=high) if (len(r.ids) > 24) == (low > 24)]
+    assert len(rows) > 2
+    expected = alone(model, rows)
+    wanted = gradients(model, expected)
+    out = yx.loss(model, rows)
+    assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(model, out.value), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        (
+            "Qwen2Moe",
+            {**EXPERTS, "use_sliding_window": True, "max_window_layers": 2},
+        ),  # proven without windows
+        ("Phimoe", {"num_local_experts": 4}),
+    ],
+)
+def test_windows_that_only_the_mask_knows_are_refused(monkeypatch, name, extra):
+    """The comparison on first use is of 17 tokens, fewer than the window."""
+    monkeypatch.setitem(CASES, name, (name, {**extra, "sliding_window": 30}))
+    model, rows = build(name), tree(2)
+    short = [r for r in rows if len(r.ids) <= 30]
+    assert len(short) > 2
+    assert yx.loss(model, short).value.item() == pytest.approx(alone(model, short).item(), rel=1e-5)
+    for options in OUR_ROUTES:
+        with pytest.raises(ModelError, match="sliding window of 30 tokens can't be kept"):
+            yx.loss(model, rows, **options)
+
+
+def test_layers_that_attend_twice_are_computed_whole_and_refused_in_chunks(monkeypatch):
+    monkeypatch.setitem(CASES, "diffllama", ("DiffLlama", {}))
+    model, rows = build("diffllama"), tree(2)
+    expected = alone(model, rows)
+    wanted = gradients(model, expected)
+    out = yx.loss(model, rows)
+    assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(model, out.value), wanted)
+    with torch.no_grad():
+        node_log_probs(model, yx.Forest.of(rows))
+    with pytest.raises(ModelError, match="attend twice"):
+        yx.loss(model, rows, chunk=37)
+
+
+def test_layers_of_several_widths_and_with_shared_keys_are_exact(monkeypatch):
+    """Gemma 3n's config has a list of widths; its last layers take the keys and values of earlier ones."""
+    layers = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    layers |= {
+        "intermediate_size": [48] * 4,
+        "activation_sparsity_pattern": [0.5, 0.0] * 2,
+        "num_kv_shared_layers": 2,
+    }
+    narrow = {
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+        "laurel_rank": 4,
+        "head_dim": 8,
+    }
+    monkeypatch.setitem(CASES, "gemma3n", ("Gemma3nText", {**layers, **narrow, "sliding_window": 6}))
+    model, rows = build("gemma3n"), tree(2)
+    expected = alone(model, rows)
+    wanted = gradients(model, expected)
+    for options in ({}, *OUR_ROUTES):
+        out = yx.loss(model, rows, **options)
+        assert out.value.item() == pytest.approx(expected.item(), rel=1e-5), options
+        assert_same(gradients(model, out.value), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_hides_no_layer_that_mixes_branches(monkeypatch, dtype):
+    """Rounding in bfloat16 is as large as what Doge's own mask does; weights are left as they were."""
+    monkeypatch.setitem(CASES, "doge", ("Doge", {}))
+    doge, granite = (build(name).to(dtype) for name in ("doge", "granite"))
+    before = {n: p.data_ptr() for n, p in granite.named_parameters()}
+    with pytest.raises(ModelError, match="over a small forest its hidden states differ"):
+        families.check(doge)
+    assert {p.dtype for p in doge.parameters()} == {dtype}
+    families.check(granite)
+    assert {n: p.data_ptr() for n, p in granite.named_parameters()} == before
+
+
+@torch.no_grad()
+def test_autocast_doesnt_make_a_sound_family_differ():
+    model = build("granite")
+    with torch.autocast("cpu", torch.bfloat16):
+        families.check(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_of_the_logits_near_one_is_found(monkeypatch, dtype):
+    monkeypatch.setitem(CASES, "scaled", ("Granite", {"logits_scaling": 1.1}))
+    assert head_of(build("scaled").to(dtype)).scale == pytest.approx(1 / 1.1)
 
 
 def test_all_proven_families_are_proven_here():

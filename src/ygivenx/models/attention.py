@@ -49,6 +49,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # as torch's own attention does; rotated keys may have stayed wider
         query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
+    _refuse_unsaid_window(module, ygx, options)
     key, value = ygx.join(module, key, value)
     out = _routed(ygx, query, key, value, _Options.of(query, options))
     return out.transpose(1, 2).contiguous(), None
@@ -76,6 +77,21 @@ class _Options:
             options.get("softcap"),
             options.get("s_aux"),
             options.get("dropout", 0.0),
+        )
+
+
+def _refuse_unsaid_window(module: nn.Module, plan: Plan, options: dict[str, Any]) -> None:
+    """Some families write their sliding window into the mask alone, which isn't made over a forest."""
+    config: Any = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    slides = kinds is None or layer is None or kinds[layer] == "sliding_attention"
+    window = getattr(config, "sliding_window", None) if slides else None
+    if "sliding_window" not in options and window and window <= plan.depth.max():
+        raise ModelError(
+            f"its sliding window of {window:,} tokens can't be kept over a forest",
+            where=type(module).__name__,
+            why="the layer doesn't hand it to transformers' attention interface, only to the mask",
+            fix=f"use sequences of at most {window:,} tokens, or a model of another family",
         )
 
 

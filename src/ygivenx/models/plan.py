@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, ModelError, nearest
 from ..forest import Ints
 
 CHAINS = ("varlen", "plain")  # where no two sequences begin alike
@@ -67,6 +67,13 @@ class Plan:
         """The layer's keys and values after those of the path."""
         self.layers.add(module)
         if self.fresh is not None:
+            if self.first and module in self.fresh:
+                raise ModelError(
+                    "its layers attend twice, which can't be computed in chunks",
+                    where=type(module).__name__,
+                    why="of each layer one set of keys and values is kept for later chunks",
+                    fix="give a larger chunk=, of all tokens at once",
+                )
             self.fresh[module] = key, value
         if not self.first:
             return key, value

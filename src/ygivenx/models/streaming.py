@@ -205,9 +205,8 @@ def automatic(model: Any) -> int:
     """
     config = config_of(model)
     device = decoder_of(model).get_input_embeddings().weight.device
-    wide = 18 * config.hidden_size + 4 * (
-        getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    )
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    wide = 18 * config.hidden_size + 4 * int(np.max(inner))  # one for all layers, or of each
     layers = config.num_hidden_layers
     if not torch.is_grad_enabled():
         values = wide

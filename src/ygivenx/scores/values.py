@@ -13,6 +13,8 @@ from torch import nn
 from ..errors import ModelError
 from ..forest import Forest
 from ..head.selective import Ranked, log_probs
+from ..models.families import decoder_of
+from ..models.lengths import refuse_lengths
 from ..models.model import head_of
 from ..models.streaming import stream_hidden
 
@@ -47,6 +49,7 @@ def node_values(
     log_p = np.full(len(forest), np.nan)
     rank = np.full(len(forest), -1)
     head = head_of(model)
+    refuse_lengths(decoder_of(model), forest, whole=len(forest.fed) <= chunk)
     for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route, needed=np.unique(edges.rows)):
         at = slice(*np.searchsorted(edges.rows, [part.start, part.stop]))
         rows, targets = (
