@@ -16,6 +16,8 @@ import ygivenx as yx
 from ygivenx.errors import ModelError
 from ygivenx.models import families
 from ygivenx.models.model import head_of, hidden_states
+from ygivenx.scores.questions import pair_of_ids
+from ygivenx.scores.scoring import context_window, score_sequences
 
 COMMON = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -233,3 +235,38 @@ def test_the_real_model(smol):
             ours_off, apart_off = distances(made, exact), distances(apart, exact)
             assert np.median(ours_off) <= 1.25 * np.median(apart_off)
             assert max(ours_off) <= max(3e-5, 3 * max(apart_off))
+
+
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4,
+            "original_max_position_embeddings": 32}  # fmt: skip
+STRETCHED = {
+    "phi3": ("Phi3", {"original_max_position_embeddings": 32, "rope_parameters": LONGROPE}),
+    "llama": ("Llama", {"max_position_embeddings": 32,
+                        "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STRETCHED)
+@pytest.mark.filterwarnings("ignore")
+def test_frequencies_that_depend_on_the_length_are_never_another_text_s(case):
+    """A long text would change how a short one beside it is read, and its own chunks would be read differently."""
+    name, extra = STRETCHED[case]
+    torch.manual_seed(0)
+    config = getattr(transformers, name + "Config")(**COMMON | extra)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    rng = np.random.default_rng(0)
+    short, fits, long = (rng.integers(1, VOCAB, n) for n in (20, 33, 80))
+    texts = [pair_of_ids(ids[:-3], ids[-3:]) for ids in (short, fits, long)]
+    told = score_sequences(model, texts[:2]) + score_sequences(model, texts[2:])
+    for ids, score in zip((short, fits, long), told, strict=True):
+        with torch.no_grad():
+            log_p = model(torch.from_numpy(ids[None, :-1]), use_cache=False).logits[0].double().log_softmax(-1)
+        expected = log_p.gather(1, torch.from_numpy(ids[1:, None]))[-3:].sum()
+        assert score.log_p_y_given_x == pytest.approx(float(expected), abs=1e-4)
+    for together, options in ((texts, {}), (texts[2:], {"chunk": 40})):
+        with pytest.raises(ModelError, match="a text of 79 tokens, and beyond 32 ") as refused:
+            score_sequences(model, together, **options)
+        assert "max_length=32" in refused.value.fix
+    with pytest.raises(ModelError, match="beyond 32"):
+        hidden_states(model, yx.Forest.of(texts))
+    assert context_window(model) == 32

@@ -7,6 +7,7 @@ compared on a small forest before its first use. What keeps a state beside atten
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -73,6 +74,35 @@ def check(model: Any) -> None:
     if config.model_type not in PROVEN and decoder not in _compared:
         _compare(decoder, config)
         _compared.add(decoder)
+
+
+def unstretched(config: Any) -> int | None:
+    """Tokens up to which every text has the same rotary frequencies; None where they don't depend on its length."""
+    told = getattr(config, "rope_parameters", None) or {}
+    bounds = []
+    for rope in [told] if "rope_type" in told else [p for p in told.values() if isinstance(p, Mapping)]:
+        if rope["rope_type"] == "longrope":
+            bounds.append(rope["original_max_position_embeddings"])
+        elif "dynamic" in rope["rope_type"]:
+            bounds.append(config.max_position_embeddings)
+    return min(bounds, default=None)
+
+
+def check_length(model: Any, forest: Forest, *, whole: bool) -> None:
+    """Raise ModelError for a forest whose texts the model would read with frequencies of one another's lengths.
+
+    One text alone is read as ever, if it is fed as a `whole`, not in chunks.
+    """
+    most, fed = unstretched(config_of(model)), forest.fed
+    if most is None or not len(fed) or (longest := int(forest.depth[fed].max()) + 1) <= most:
+        return
+    if not whole or (forest.fed_end != len(fed)).any():
+        raise ModelError(
+            f"a text of {longest:,} tokens, and beyond {most:,} this model's rotary frequencies depend on the length",
+            where=type(model).__name__,
+            why="texts that are computed together, or in chunks, would be read with those of another length",
+            fix=f"texts of at most {most:,} tokens (max_length={most})",
+        )
 
 
 def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None = None) -> Tensor:

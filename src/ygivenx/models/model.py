@@ -15,7 +15,7 @@ from ..errors import ModelError
 from ..forest import Forest, Ints
 from . import recompute, streaming
 from .adapters import product
-from .families import PROVEN, check, config_of, decoder_of, feed
+from .families import PROVEN, check, check_length, config_of, decoder_of, feed
 from .places import located, quiet_loading
 from .plan import Plan
 
@@ -169,5 +169,6 @@ def _whole(model: nn.Module, forest: Forest, route: str, needed: Ints | None) ->
     embedding = decoder.get_input_embeddings().weight
     if not len(forest.fed):
         return embedding[:0]
+    check_length(model, forest, whole=True)
     plan = Plan.of(forest.fed_end, forest.depth[forest.fed], embedding.device, route)
     return feed(decoder, plan, forest.token[forest.fed], needed)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, ModelError
 from ..forest import Forest, Ints
 from . import memory
-from .families import check, config_of, decoder_of, feed
+from .families import check, check_length, config_of, decoder_of, feed
 from .plan import CHAINS, KeysValues, Plan
 
 LEAST = 2048  # fed tokens of a chunk, however little memory there is
@@ -65,6 +65,7 @@ class Run:
                 fix='gradient_checkpointing_kwargs={"use_reentrant": False}, which is the better one anyway',
             )
         fed = forest.fed
+        check_length(model, forest, whole=len(fed) <= chunk)
         order = np.arange(len(fed))
         return cls(model, forest.token[fed], forest.depth[fed], forest.fed_end, order, chunk, route, needed)
 

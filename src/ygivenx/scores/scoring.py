@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, nearest
 from ..forest import Forest
-from ..models.families import decoder_of, vocabulary
+from ..models.families import config_of, decoder_of, unstretched, vocabulary
 from ..sequence import Sequence
 from .questions import NO_CONTEXT, WINDOW, Question, Questioner, windows
 from .values import Floats, Ints, node_values
@@ -173,13 +173,18 @@ def questioner_for(
         raise ConfigError(f"unknown border {border!r}{nearest(border, BORDERS)}", fix="joint or split")
     # Weights don't matter to scores; with all tokens weighed an empty y isn't refused.
     encoder = Encoder(tokenizer, "all", control=control, border=BORDERS[border], bos=bos, eos=False)
-    limit, known = max_length or context_window(model), vocabulary(decoder_of(model))
-    return Questioner(encoder, limit, overflow, unconditional, known)
+    limit = context_window(model) if max_length is None else max_length
+    return Questioner(encoder, limit, overflow, unconditional, vocabulary(decoder_of(model)))
 
 
 def context_window(model: Any) -> int | None:
-    """Tokens that a model reads at once, by its config; None if that names no number."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    """Tokens that a model reads at once, by its config; None if that names no number.
+
+    Where rotary frequencies depend on the length of a text, no more than those up to which they don't: longer
+    texts can't be computed together.
+    """
+    config = config_of(model)
+    return unstretched(config) or getattr(config, "max_position_embeddings", None)
 
 
 def scores(
