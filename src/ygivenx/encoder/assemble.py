@@ -15,6 +15,8 @@ from ..sequence import Segment, Sequence
 from .policy import Policy
 from .tokens import Encoded, Tokens, across
 
+UNTRAINED_FIRST = "the first token has no context to be predicted from: it isn't trained"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -53,7 +55,7 @@ def made(
     """A sequence; raises RowError `nothing_trained` if no token has a weight."""
     if weights[:1].any():
         weights[:1] = 0
-        notes += ("the first token has no context to be predicted from: it isn't trained",)
+        notes += (UNTRAINED_FIRST,)
     if not weights.any():
         raise RowError(
             "no token of this row is trained",

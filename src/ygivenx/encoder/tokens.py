@@ -61,6 +61,14 @@ class Pieces(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         return (self.text[a:b] for a, b in zip(self.starts.tolist(), self.stops.tolist(), strict=True))
 
+    def text_of(self, chosen: npt.NDArray[np.bool_]) -> str:
+        """The characters of the chosen tokens, bool [T], each once: several tokens may spell one character."""
+        told, done = [], 0
+        for a, b in zip(self.starts[chosen].tolist(), self.stops[chosen].tolist(), strict=True):
+            told.append(self.text[max(a, done) : b])
+            done = max(done, b)
+        return "".join(told)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 

@@ -236,6 +236,8 @@ def _score(question: Question, values: list[tuple[Floats, Ints]], marginal: bool
         for p, (log_p, rank) in zip(question.parts, values, strict=False)
     ]
     y, log_p, rank = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if not marginal:  # what is x here may be y of another question, whose values are no part of this one's
+        log_p, rank = np.where(y, log_p, np.nan), np.where(y, rank, -1)
     first = question.parts[0].sequence
     bos = bool(first.segments) and first.segments[0].kind == "bos"
     log_p_x = float(np.nansum(log_p[~y])) if marginal else math.nan
