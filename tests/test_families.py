@@ -260,7 +260,9 @@ def test_frequencies_that_depend_on_the_length_are_never_another_text_s(case):
     told = score_sequences(model, texts[:2]) + score_sequences(model, texts[2:])
     for ids, score in zip((short, fits, long), told, strict=True):
         with torch.no_grad():
-            log_p = model(torch.from_numpy(ids[None, :-1]), use_cache=False).logits[0].double().log_softmax(-1)
+            log_p = (
+                model(torch.from_numpy(ids[None, :-1]), use_cache=False).logits[0].double().log_softmax(-1)
+            )
         expected = log_p.gather(1, torch.from_numpy(ids[1:, None]))[-3:].sum()
         assert score.log_p_y_given_x == pytest.approx(float(expected), abs=1e-4)
     for together, options in ((texts, {}), (texts[2:], {"chunk": 40})):

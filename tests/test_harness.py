@@ -159,7 +159,9 @@ def test_what_the_harness_cuts_and_what_it_fails_on_is_said(tiny_model, caplog):
 
     lm = ForestLM(pretrained=str(tiny_model), device="cpu", max_length=8)
     pairs = [("word " * 20, "end"), ("Well", " then"), ("a b c d e f g", " h i j")]
-    lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True)
+    lm.loglikelihood(
+        [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
+    )
     assert "2 of 3 requests are longer than the 8 tokens" in caplog.text
     assert lm.get_model_info()["ygivenx"]["requests_truncated"] == 2
     with pytest.raises(ModelError, match="a context of no tokens"):

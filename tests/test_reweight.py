@@ -72,7 +72,9 @@ def test_focal_of_a_certain_token_is_zero_and_flat(gamma, slope):
 def test_the_mean_takes_the_indices_that_log_probs_takes(head):
     hidden, weight, _, rows, targets, _ = head
     log_p = log_probs(hidden, weight, rows, targets)
-    told = [mean_log_probs(hidden, weight, rows.to(d), targets.to(d), log_p) for d in (torch.int64, torch.int16)]
+    told = [
+        mean_log_probs(hidden, weight, rows.to(d), targets.to(d), log_p) for d in (torch.int64, torch.int16)
+    ]
     assert torch.equal(*told)
 
 

@@ -52,7 +52,9 @@ class Sequence:
         # Copies: freezing them below leaves the caller's own arrays as they were.
         ids = np.asarray(self.ids)
         if ids.size and ids.dtype.kind not in "iu":
-            raise ValueError(f"ids must be whole numbers, got {ids.dtype}: rounded ones would name other tokens")
+            raise ValueError(
+                f"ids must be whole numbers, got {ids.dtype}: rounded ones would name other tokens"
+            )
         ids = ids.astype(np.int64)
         weights = np.array(self.weights, dtype=np.float32)
         if ids.ndim != 1 or ids.shape != weights.shape:

@@ -108,7 +108,9 @@ class ForestLM(HFLM):
         for start in range(len(whole) - len(ids) + 1):
             if whole[start : start + len(ids)] == ids:
                 return whole[: start + len(ids)]
-        raise ModelError("this tokenizer reads the text otherwise with its special tokens", fix="border=harness")
+        raise ModelError(
+            "this tokenizer reads the text otherwise with its special tokens", fix="border=harness"
+        )
 
     def _compare(self, text: str, ids: list[int]) -> None:
         """Whether the ids that will be read are those of the text."""

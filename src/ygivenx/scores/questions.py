@@ -73,7 +73,9 @@ class Questioner:
             what = f"unknown overflow {self.overflow!r}{nearest(self.overflow, OVERFLOWS)}"
             raise ConfigError(what, fix=f"one of {', '.join(OVERFLOWS)}")
         if self.limit is not None and self.limit < 1:
-            raise ConfigError(f"max_length is {self.limit}", fix="give at least 1, or nothing for the model's own")
+            raise ConfigError(
+                f"max_length is {self.limit}", fix="give at least 1, or nothing for the model's own"
+            )
 
     def __call__(self, item: Any) -> list[Question]:
         """The questions of one item: one, or one per y or per turn that has a rendering of its own."""
