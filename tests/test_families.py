@@ -16,6 +16,8 @@ import ygivenx as yx
 from ygivenx.errors import ModelError
 from ygivenx.models import families
 from ygivenx.models.model import head_of, hidden_states
+from ygivenx.scores.questions import pair_of_ids
+from ygivenx.scores.scoring import context_window, score_sequences
 from ygivenx.scores.values import node_log_probs
 
 COMMON = {
@@ -113,7 +115,7 @@ def test_positions_that_depend_on_the_length_are_refused_where_sequences_differ(
 )
 def test_positions_that_depend_on_the_length_are_exact_on_one_side_of_it(monkeypatch, kind, low, high):
     monkeypatch.setitem(CASES, kind, BY_LENGTH[kind])
-    model, rows = build(kind), [r for r in tree(2, low=low, high=high) if (len(r.ids) > 24) == (low > 24)]
+    model, rows = build(kind), [r for r in tree(2, low=low, high=high) if (len(r.ids) > 25) == (low > 24)]
     assert len(rows) > 2
     expected = alone(model, rows)
     wanted = gradients(model, expected)
@@ -357,3 +359,28 @@ def test_the_real_model(smol):
             ours_off, apart_off = distances(made, exact), distances(apart, exact)
             assert np.median(ours_off) <= 1.25 * np.median(apart_off)
             assert max(ours_off) <= max(3e-5, 3 * max(apart_off))
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_scores_of_texts_that_the_same_frequencies_read(monkeypatch, kind):
+    """A long text would change how a short one beside it is read."""
+    monkeypatch.setitem(CASES, kind, BY_LENGTH[kind])
+    model, rng = build(kind), np.random.default_rng(0)
+    short, fits, long = (rng.integers(1, VOCAB, n) for n in (20, 25, 80))
+    texts = [pair_of_ids(ids[:-3], ids[-3:]) for ids in (short, fits, long)]
+    alone_too = [long] if kind == "longrope" else []
+    told = score_sequences(model, texts[:2]) + [
+        s for _ in alone_too for s in score_sequences(model, texts[2:])
+    ]
+    for ids, score in zip((short, fits, *alone_too), told, strict=True):
+        with torch.no_grad():
+            log_p = (
+                model(torch.from_numpy(ids[None, :-1]), use_cache=False).logits[0].double().log_softmax(-1)
+            )
+        expected = log_p.gather(1, torch.from_numpy(ids[1:, None]))[-3:].sum()
+        assert score.log_p_y_given_x == pytest.approx(float(expected), abs=1e-4)
+    for together, options in ((texts, {}), (texts[2:], {"chunk": 40})):
+        with pytest.raises(ModelError, match="changes beyond 24 tokens") as refused:
+            score_sequences(model, together, **options)
+        assert "max_length=24" in refused.value.fix
+    assert context_window(model) == 24

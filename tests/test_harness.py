@@ -13,6 +13,8 @@ from harness_tasks import write_tasks
 from tiny import llama
 from tokenizers import processors
 
+from ygivenx.errors import ModelError
+
 if find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed", allow_module_level=True)
 
@@ -131,6 +133,39 @@ def test_texts_in_batches_are_those_of_the_hf_class(tiny_model, add_bos):
     assert told == {t: HFLM.tok_encode(lm, t) for t in texts}
     assert (told["Once"][0] == tokenizer.bos_token_id) == (add_bos is not False)
     assert told[texts[3]].count(tokenizer.bos_token_id) == 1
+
+
+def test_an_end_that_the_tokenizer_adds_is_no_part_of_y(tiny_model):
+    """With border=exact a text is scored as it is written."""
+    from transformers import AutoTokenizer
+
+    from ygivenx.scores.harness import ForestLM
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A {eos}", special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in (bos, eos)]
+    )
+    lm = ForestLM(pretrained=str(tiny_model), tokenizer=tokenizer, device="cpu", border="exact")
+    x, y = lm._encode_pair("Paris is", " big")
+    assert tokenizer.convert_ids_to_tokens(x) == [bos, "Paris", "Ġis"]
+    assert tokenizer.convert_ids_to_tokens(y) == ["Ġbig"]
+
+
+def test_what_the_harness_cuts_and_what_it_fails_on_is_said(tiny_model, caplog):
+    from lm_eval.api.instance import Instance
+
+    from ygivenx.scores.harness import ForestLM
+
+    lm = ForestLM(pretrained=str(tiny_model), device="cpu", max_length=8)
+    pairs = [("word " * 20, "end"), ("Well", " then"), ("a b c d e f g", " h i j")]
+    lm.loglikelihood(
+        [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
+    )
+    assert "2 of 3 requests are longer than the 8 tokens" in caplog.text
+    assert lm.get_model_info()["ygivenx"]["requests_truncated"] == 2
+    with pytest.raises(ModelError, match="a context of no tokens"):
+        lm.loglikelihood([Instance("loglikelihood", {}, (" \n", " hello world"), 0)], disable_tqdm=True)
 
 
 def test_requests_are_encoded_once_and_in_batches(tiny_model, monkeypatch):

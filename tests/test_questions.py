@@ -67,6 +67,9 @@ def test_what_does_not_fit_is_refused_with_a_way_out():
     assert len(Questioner(None, limit=25)(with_bos(20, 5))[0].parts) == 1
     with pytest.raises(ConfigError, match="did you mean 'left'"):
         Questioner(None, overflow="lift")
+    for limit in (0, -1):  # not "as many as the model reads", and not a window of all there is
+        with pytest.raises(ConfigError, match=f"max_length is {limit}"):
+            Questioner(None, limit, "roll")
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), max_size=60), st.integers(1, 200))

@@ -59,11 +59,23 @@ def test_focal(head, gamma):
     )
 
 
-def test_focal_of_a_certain_token_is_zero_with_a_finite_gradient():
+@pytest.mark.parametrize(("gamma", "slope"), [(0.0, -1.0), (0.5, 0.0), (1.0, 0.0), (2.0, 0.0)])
+def test_focal_of_a_certain_token_is_zero_and_flat(gamma, slope):
     log_p = torch.zeros(1, requires_grad=True)
-    focal(log_p, torch.ones(1), gamma=0.5).backward()
+    loss = focal(log_p, torch.ones(1), gamma=gamma)
+    loss.backward()
+    assert loss.item() == 0
     assert log_p.grad is not None
-    assert log_p.grad.isfinite().all()
+    assert log_p.grad.item() == slope
+
+
+def test_the_mean_takes_the_indices_that_log_probs_takes(head):
+    hidden, weight, _, rows, targets, _ = head
+    log_p = log_probs(hidden, weight, rows, targets)
+    told = [
+        mean_log_probs(hidden, weight, rows.to(d), targets.to(d), log_p) for d in (torch.int64, torch.int16)
+    ]
+    assert torch.equal(*told)
 
 
 def test_label_smoothing(head):

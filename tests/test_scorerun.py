@@ -180,6 +180,28 @@ def test_another_model_or_other_data_under_the_same_name_is_refused(
     assert f"these differ: {kind} (" in refused.exception.why
 
 
+def test_another_commit_of_a_model_on_the_hub_is_refused(model_dir, pairs, tmp_path, monkeypatch):
+    """The hub's own cache, as it lies after a download, and no network."""
+    import huggingface_hub.constants
+
+    hub = tmp_path / "hub"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    place = hub / "models--some--model"
+    commits = ["a" * 40, "b" * 40]
+    for commit in commits:
+        shutil.copytree(model_dir, place / "snapshots" / commit)
+    (place / "refs").mkdir()
+    command, out = (pairs, "--model", "some/model", "--limit", 3, "-o"), tmp_path / "out.jsonl"
+    for commit in (commits[0], commits[0], commits[1]):
+        (place / "refs" / "main").write_text(commit)
+        done = ygx_score(*command, out)
+        if commit == commits[0]:
+            assert done.exit_code == 0, done.exception
+    assert isinstance(done.exception, ConfigError)
+    assert f"these differ: revision of the model ({commits[0]} → {commits[1]})" in done.exception.why
+
+
 def test_a_finished_parquet_file_without_its_account(tmp_path):
     path = tmp_path / "out.parquet"
     file = ScoreFile(path, {})

@@ -139,6 +139,44 @@ def test_a_bos_that_is_written_in_x_is_one(smol_tokenizer):
         assert cut.token_text == (bos, " is", " big", "?", " Paris")
 
 
+def test_bytes_of_a_reply_count_each_character_once(smol_tokenizer):
+    """Several tokens may spell one character, and each of them stands where that stands."""
+    model, reply = llama(vocab_size=len(smol_tokenizer)), "😀 東京"
+    encoder = yx.Encoder(smol_tokenizer)
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": reply}]}
+    end = smol_tokenizer.eos_token
+    items = [row, encoder(row), encoder({"x": "hi", "y": reply}), ("hi", reply)]
+    told = yx.score(model, smol_tokenizer, items, unconditional="Answer:")
+    assert [s.bytes for s in told] == [len((reply + end).encode())] * 3 + [len(reply.encode())]
+    (alone,) = yx.score(model, smol_tokenizer, [("Answer:", reply + end)])
+    assert told[0].log_p_y == pytest.approx(alone.log_p_y_given_x, abs=1e-4)
+
+
+def test_scores_say_nothing_about_training(smol_tokenizer):
+    model = llama(vocab_size=len(smol_tokenizer))
+    for s in yx.score(model, smol_tokenizer, [("Paris is", " big")], bos=True, unconditional="It is"):
+        assert s.notes == ()
+    for item in ("A", ("A", "")):
+        with pytest.raises(RowError, match="one token, which has no probability") as refused:
+            yx.score(model, smol_tokenizer, [item])
+        assert refused.value.reason == "no_context"
+        assert yx.score(model, smol_tokenizer, [item], bos=True)
+
+
+@pytest.mark.parametrize("item", ["\ud800", ("x", "\ud800"), ("\ud800", ["y"])])
+def test_half_a_character_is_refused(item, smol_tokenizer):
+    with pytest.raises(RowError, match="half a surrogate pair"):
+        yx.score(llama(vocab_size=len(smol_tokenizer)), smol_tokenizer, [item])
+
+
+def test_without_the_marginal_tokens_of_x_have_no_value_whoever_stands_beside(smol_tokenizer):
+    model, item, beside = llama(vocab_size=len(smol_tokenizer)), ("a b", " c d"), ("a", " b c d")
+    for items in ([item], [item, beside]):
+        s = yx.score(model, smol_tokenizer, items, marginal=False, tokens=True)[0]
+        assert np.isnan(s.token_log_p).tolist() == [True, True, False, False]
+        assert (s.token_rank[:2] == -1).all()
+
+
 @pytest.mark.model
 def test_real_text(smol):
     model, tokenizer = smol

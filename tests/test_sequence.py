@@ -32,6 +32,8 @@ def test_it_is_frozen_and_the_callers_arrays_are_not():
         ([1, 2], [1, 1], "first token has no context"),
         ([1, 2], [0, -1], "not negative"),
         ([1, 2], [0, float("nan")], "finite"),
+        ([1.7, 2.2], [0, 1], "whole numbers, got float64"),
+        ([True, False], [0, 1], "whole numbers, got bool"),
     ],
 )
 def test_what_is_refused(ids, weights, message):

@@ -50,7 +50,12 @@ class Sequence:
 
     def __post_init__(self) -> None:
         # Copies: freezing them below leaves the caller's own arrays as they were.
-        ids = np.array(self.ids, dtype=np.int64)
+        ids = np.asarray(self.ids)
+        if ids.size and ids.dtype.kind not in "iu":
+            raise ValueError(
+                f"ids must be whole numbers, got {ids.dtype}: rounded ones would name other tokens"
+            )
+        ids = ids.astype(np.int64)
         weights = np.array(self.weights, dtype=np.float32)
         if ids.ndim != 1 or ids.shape != weights.shape:
             raise ValueError(

@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from .. import __version__
 from ..errors import ConfigError, ModelError, RowError, nearest
+from ..models.places import revision_of
 from ..rows.formats import normalise
 from ..scores.questions import Question, Questioner
 from ..scores.scorefile import ScoreFile, run_before
@@ -237,13 +238,14 @@ MODEL_FILES = (
 
 
 def _identity(model: tuple[str, str | None], data: str) -> dict[str, Any]:
-    """What tells whether model, data and package are still the same; a model on the hub goes by its name."""
+    """What tells whether model, data and package are still the same; a model on the hub goes by its commit."""
     directory, gguf_file = Path(model[0]), model[1]
     patterns = MODEL_FILES if gguf_file is None else (*MODEL_FILES, gguf_file)
     rows = Path(data)
     of_data = (f for f in rows.rglob("*") if not f.name.startswith("cache-")) if rows.is_dir() else [rows]
     return {
         "model": model,
+        "revision of the model": revision_of(*model),
         "files of the model": _listing(f for p in patterns for f in directory.glob(p)),
         "files of the data": _listing(of_data),
         "ygivenx": __version__,

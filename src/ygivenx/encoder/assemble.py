@@ -15,6 +15,8 @@ from ..sequence import Segment, Sequence
 from .policy import Policy
 from .tokens import Encoded, Tokens, across
 
+UNTRAINED_FIRST = "the first token has no context to be predicted from: it isn't trained"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -53,7 +55,7 @@ def made(
     """A sequence; its first token has no weight."""
     if weights[:1].any():
         weights[:1] = 0
-        notes += (_FIRST,)
+        notes += (UNTRAINED_FIRST,)
     return Sequence(ids, weights, tuple(s for s in segments if s.stop > s.start), tokens, notes)
 
 
@@ -84,11 +86,8 @@ def fitted(sequences: list[Sequence], most: int | None, overflow: str) -> list[S
     return cut
 
 
-_FIRST = "the first token has no context to be predicted from: it isn't trained"
-
-
 def _nothing_trained(sequences: list[Sequence]) -> RowError:
-    first = any(_FIRST in s.notes for s in sequences)
+    first = any(UNTRAINED_FIRST in s.notes for s in sequences)
     return RowError(
         "no token of this row is trained",
         reason="nothing_trained",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, RowError, nearest
-from ..models.places import located, quiet_loading
+from ..models.places import file_of, located, quiet_loading
 from ..rows.data import Row
 from ..rows.formats import Conversation, Pair, normalise
 from ..sequence import Example, Rejected
@@ -213,14 +213,8 @@ def _is_count(value: Any) -> bool:
 
 def _stops(path: str, tokenizer: Any) -> list[str]:
     """The tokens that end generation by a model's generation config, from its directory, the hub or its cache."""
-    from transformers.utils import cached_file
-
-    absent = {
-        "_raise_exceptions_for_missing_entries": False,
-        "_raise_exceptions_for_connection_errors": False,
-    }
-    file = cached_file(path, "generation_config.json", **absent)
-    ids = json.loads(Path(file).read_text()).get("eos_token_id") if file else None
+    file = file_of(path, "generation_config.json")
+    ids = json.loads(file.read_text()).get("eos_token_id") if file else None
     known = tokenizer.added_tokens_decoder
     return [str(known[i]) for i in (ids if isinstance(ids, list) else [ids]) if i in known]
 

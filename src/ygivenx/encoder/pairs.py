@@ -85,8 +85,8 @@ class Pairs:
         encoded, border, notes = self._bordered(row, parts, cuts)
         if self.options.control != "parse":
             refuse_alike(self.tokens, encoded, {"x": row.x, "y": row.y})
-        ids = self.tokens.tokenizer.convert_tokens_to_ids
-        head, tail = ids(list(ends.bos)), ids(list(ends.eos))
+        head, tail = ([self._end(token) for token in some] for some in (ends.bos, ends.eos))
+        whole = joined([*head, encoded, *tail])
         n, m = len(head), len(head) + len(encoded.ids)
         stop = m - (ends.has_eos and m > n + border)
         # A BOS that x itself begins with is one, too.
@@ -100,11 +100,15 @@ class Pairs:
         weights = np.zeros(m + len(tail), np.float32)
         for s in segments:
             weights[s.start : s.stop] = weight_of(self.options.policy, Part(s.kind, s.output, last=s.output))
-        texts = (*ends.bos, *Pieces(encoded.text, encoded.starts, encoded.stops), *ends.eos)
         if ends.eos:
             notes += (f"{ends.eos[0]} was appended to y",)
-        all_ids = np.concatenate([head, encoded.ids, tail]).astype(np.int64)
-        return made(all_ids, weights, segments, texts, notes)
+        pieces = Pieces(whole.text, whole.starts, whole.stops)
+        return made(whole.ids, weights, segments, pieces, notes)
+
+    def _end(self, token: str) -> Encoded:
+        """A bos or an eos by itself, as one token."""
+        ids = np.array([self.tokens.tokenizer.convert_tokens_to_ids(token)], np.int64)
+        return Encoded(token, ids, np.array([0]), np.array([len(token)]), tiled=True)
 
     def _bordered(
         self, row: Pair, parts: list[Encoded], cuts: tuple[int, ...]

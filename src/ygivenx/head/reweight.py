@@ -29,9 +29,12 @@ def focal(log_p: Tensor, weights: Tensor, *, gamma: float = 2.0) -> Tensor:
     if gamma < 0:
         raise ConfigError(f"gamma {gamma} is negative", fix="0 is the plain loss; 2 is usual")
     rest = -torch.expm1(log_p.double())
-    # At p = 1 the term is 0, and so is its slope for γ > 0; the power's own slope may be infinite there.
-    rest = torch.where(rest == 0, torch.ones_like(rest), rest) if gamma else torch.ones_like(rest)
-    return (weights.double() * rest**gamma * -log_p.double()).sum().to(log_p.dtype)
+    terms = -log_p.double()
+    if gamma:
+        # At p = 1 the term is 0, and so is its slope; the power's own slope may be infinite there.
+        certain = rest == 0
+        terms = torch.where(certain, 0.0, rest.where(~certain, 1.0) ** gamma * terms)
+    return (weights.double() * terms).sum().to(log_p.dtype)
 
 
 def excess_weights(log_p: Tensor, reference_log_p: Tensor, weights: Tensor, *, share: float = 0.6) -> Tensor:
@@ -79,6 +82,7 @@ def mean_log_probs(
     differentiable through `log_p` and two small products. For heads without a soft-cap, which isn't linear.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
+    rows, targets = rows.long(), targets.long()  # `log_probs` takes narrower ones, too
     mean_token = weight.mean(0, dtype=wide)
     step = hidden[rows].to(wide) * (mean_token - weight[targets].to(wide))
     distance = step.sum(-1)

@@ -20,24 +20,24 @@ def refuse_lengths(decoder: nn.Module, forest: Forest, whole: bool) -> None:
 
     whole: whether the forest is computed in one piece. A chunk would get the frequencies of its own positions.
     """
-    lengths = [len(path) for path in forest.paths]
-    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    fed = [len(path) - 1 for path in forest.paths]
+    shortest, longest = min(fed, default=0), max(fed, default=0)
     for kind, limit in _switches(decoder):
-        # The last token of a sequence isn't fed, so the longest one has to be two longer for the switch to be seen.
-        all_beyond = kind == "longrope" and whole and shortest > limit and longest > limit + 1
-        if longest > limit and not all_beyond:
-            raise ModelError(
-                f"its rotary embedding ({kind}) changes beyond {limit:,} tokens, "
-                f"and this forest has sequences of {shortest:,} to {longest:,}",
-                where=type(decoder).__name__,
-                why="a forest gets one embedding for all tokens, so some would get another than alone",
-                fix=f"keep sequences to {limit:,} tokens"
-                + (
-                    ", or have all beyond that and computed in one piece (chunk=)"
-                    if kind == "longrope"
-                    else ""
-                ),
-            )
+        if longest <= limit or (kind == "longrope" and whole and shortest > limit):
+            continue
+        raise ModelError(
+            f"its rotary embedding ({kind}) changes beyond {limit:,} tokens, "
+            f"and of these sequences {shortest:,} to {longest:,} are read",
+            where=type(decoder).__name__,
+            why="a forest gets one embedding for all tokens, so some would get another than alone",
+            fix=f"keep sequences to {limit:,} tokens (max_length={limit})"
+            + (", or have all beyond that, in one piece" if kind == "longrope" else ""),
+        )
+
+
+def unchanged(decoder: nn.Module) -> int | None:
+    """Tokens up to which every sequence has the same frequencies; None where they don't depend on its length."""
+    return min((limit for _, limit in _switches(decoder)), default=None)
 
 
 def _switches(decoder: nn.Module) -> Iterator[tuple[str, int]]:

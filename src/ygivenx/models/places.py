@@ -33,6 +33,29 @@ def sample_model_path() -> tuple[str, str]:
     return str(directory), files[0].name
 
 
+def file_of(path: str, name: str) -> Path | None:
+    """A file of a model's directory, or of the one by this name on the hub or in its cache; None without."""
+    from transformers.utils import cached_file
+
+    absent = {
+        "_raise_exceptions_for_missing_entries": False,
+        "_raise_exceptions_for_connection_errors": False,
+    }
+    found = cached_file(path, name, **absent)
+    return Path(found) if found else None
+
+
+def revision_of(path: str, gguf_file: str | None = None) -> str | None:
+    """The commit of a model on the hub, as it would be loaded now; None for a directory."""
+    from transformers.utils.hub import extract_commit_hash
+
+    if Path(path).is_dir():
+        return None
+    with quiet_loading(path):
+        found = (file_of(path, name) for name in (gguf_file, "config.json", "adapter_config.json") if name)
+        return extract_commit_hash(str(next(filter(None, found), "")), None)
+
+
 @contextmanager
 def quiet_loading(path: str) -> Iterator[None]:
     """No progress bars and no advice from transformers; what it can't find or read is a ModelError."""

@@ -61,7 +61,7 @@ class ForestLM(HFLM):
         self._encoded: dict[str, list[int]] = {}
         self.border, self.window = border, int(window)
         self.tally = Tally()
-        self.requests = 0
+        self.requests = self.truncated = 0
         self.changed: list[tuple[str, str]] = []
 
     def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
@@ -94,16 +94,23 @@ class ForestLM(HFLM):
             x, y = super()._encode_pair(context, continuation)
             self._compare(context + continuation, x + y)
             return x, y
-        whole = self.tok_encode(context + continuation)
-        cut = len(whole) - self._tokens_after(context, continuation)
-        return (whole[:cut], whole[cut:]) if cut else ([self.prefix_token_id], whole)
-
-    def _tokens_after(self, context: str, continuation: str) -> int:
-        """How many of the text's last tokens reach beyond the context's last character."""
         encoded = Tokens(self.tokenizer).encode([context + continuation])[0]
         if not encoded.tiled:
             raise ModelError("this tokenizer doesn't tell where its tokens stand", fix="border=harness")
-        return int((encoded.stops > len(context)).sum())
+        ids = encoded.ids.tolist()
+        whole = self._begun(self.tok_encode(context + continuation), ids)
+        cut = len(whole) - int((encoded.stops > len(context)).sum())
+        return (whole[:cut], whole[cut:]) if cut else ([self.prefix_token_id], whole)
+
+    @staticmethod
+    def _begun(whole: list[int], ids: list[int]) -> list[int]:
+        """`ids` after the special tokens that the tokenizer puts before them; an EOS behind them is no part of y."""
+        for start in range(len(whole) - len(ids) + 1):
+            if whole[start : start + len(ids)] == ids:
+                return whole[: start + len(ids)]
+        raise ModelError(
+            "this tokenizer reads the text otherwise with its special tokens", fix="border=harness"
+        )
 
     def _compare(self, text: str, ids: list[int]) -> None:
         """Whether the ids that will be read are those of the text."""
@@ -113,10 +120,15 @@ class ForestLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log Pr(continuation | context) in nats, whether it is greedy) per request, in their order."""
-        before = len(self.changed)
+        before, cut = len(self.changed), self.truncated
         self._batches = self._encode_ahead([request.args for request in requests])
         answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         self.requests += len(requests)
+        if cut := self.truncated - cut:
+            log.warning(
+                "%d of %d requests are longer than the %d tokens that the model reads: their contexts lost what "
+                "didn't fit on their left, as with hf.", cut, len(requests), self.max_length,
+            )  # fmt: skip
         changed = self.changed[before:]
         if changed:
             log.warning(
@@ -144,7 +156,14 @@ class ForestLM(HFLM):
         _, x, y = request
         if not 0 < len(y) <= self.max_length:
             raise ModelError(f"a continuation of {len(y)} tokens; the model reads {self.max_length}")
+        if not x:
+            raise ModelError(
+                "a context of no tokens: the continuation's first token has no probability",
+                why="its white space was moved into the continuation, and hf fails there, too",
+                fix="border=exact, or a context that isn't white space alone",
+            )
         lost = max(0, len(x) + len(y) - self.max_length - 1)
+        self.truncated += lost > 0
         return Question((Part(pair_of_ids(x[lost:], y)),), 0, truncated=lost)
 
     def get_model_info(self) -> dict[str, Any]:
@@ -154,6 +173,7 @@ class ForestLM(HFLM):
             "border": self.border,
             "requests": self.requests,
             "requests_read_as_another_text": len(self.changed),
+            "requests_truncated": self.truncated,
             "examples": [{"written": a[-80:], "read": b[-80:]} for a, b in self.changed[:SHOWN]],
             **self.tally.to_dict(),
         }

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..encoder.assemble import UNTRAINED_FIRST
 from ..errors import ConfigError, RowError, nearest
 from ..forest import Forest
 from ..rows.formats import Conversation, Pair
+from ..rows.messages import text
 from ..sequence import Segment, Sequence
 
 OVERFLOWS = ("refuse", "left", "roll")
@@ -69,25 +71,44 @@ class Questioner:
         if self.overflow not in OVERFLOWS:
             what = f"unknown overflow {self.overflow!r}{nearest(self.overflow, OVERFLOWS)}"
             raise ConfigError(what, fix=f"one of {', '.join(OVERFLOWS)}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(
+                f"max_length is {self.limit}", fix="give at least 1, or nothing for the model's own"
+            )
 
     def __call__(self, item: Any) -> list[Question]:
         """The questions of one item: one, or one per y or per turn that has a rendering of its own."""
         if isinstance(item, str):
-            item = Pair("", item)
+            item = Pair("", text(item, "y"))
         if isinstance(item, Mapping | Conversation | Pair):
             y = item.y if isinstance(item, Pair) else None
-            return [self._question(s, y) for s in self.encoder(item)]
+            return [self._question(s, y) for s in self._encoded(item)]
         if isinstance(item, Sequence):
             return [self._question(item, None)]
         match item:
             case [str(x), str(y)]:
-                return self(Pair(x, y))
+                return self(Pair(text(x, "x"), text(y, "y")))
             case [str(x), [*ys]] if all(isinstance(y, str) for y in ys):
-                return [q for y in ys for q in self(Pair(x, y))]
+                return [q for y in ys for q in self((x, y))]
         sequences = list(item) if isinstance(item, Iterable) else []
         if not sequences or not all(isinstance(s, Sequence) for s in sequences):
             raise RowError(_told(item), reason="wrong_type", fix=FORMS)
         return [self._question(s, None) for s in sequences]
+
+    def _encoded(self, item: Mapping[str, Any] | Conversation | Pair) -> Iterator[Sequence]:
+        """By the encoder, whose words about training are left out."""
+        try:
+            sequences = self.encoder(item).sequences
+        except RowError as error:
+            if error.reason != "nothing_trained":
+                raise
+            raise RowError(
+                "it is one token, which has no probability: nothing stands before it",
+                reason="no_context",
+                where=error.where,
+                fix="give more text, or bos=True, which puts a BOS there",
+            ) from None
+        return (replace(s, notes=tuple(n for n in s.notes if n != UNTRAINED_FIRST)) for s in sequences)
 
     def _question(self, sequence: Sequence, y: str | None) -> Question:
         self._refuse_unknown(sequence)
@@ -105,9 +126,9 @@ class Questioner:
         if self.unconditional is None:
             return None, ()
         try:
-            alone = self.encoder(Pair(self.unconditional, y)).only
+            (alone,) = self._encoded(Pair(self.unconditional, y))
         except RowError as error:
-            if self.unconditional or error.reason not in ("nothing_trained", "empty_pair"):
+            if self.unconditional or error.reason not in ("no_context", "empty_pair"):
                 raise
             return None, (NO_CONTEXT,)
         self._check(alone, "the unconditional prompt and y are")

@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, nearest
 from ..forest import Forest
-from ..models.families import decoder_of, vocabulary
+from ..models.families import config_of, decoder_of, vocabulary
+from ..models.lengths import unchanged
 from ..sequence import Sequence
 from .questions import NO_CONTEXT, WINDOW, Question, Questioner, windows
 from .values import Floats, Ints, node_values
@@ -175,13 +176,17 @@ def questioner_for(
         raise ConfigError(f"unknown border {border!r}{nearest(border, BORDERS)}", fix="joint or split")
     # Weights don't matter to scores; with all tokens weighed an empty y isn't refused.
     encoder = Encoder(tokenizer, "all", control=control, border=BORDERS[border], bos=bos, eos=False, now=now)
-    limit, known = max_length or context_window(model), vocabulary(decoder_of(model))
-    return Questioner(encoder, limit, overflow, unconditional, known)
+    limit = context_window(model) if max_length is None else max_length
+    return Questioner(encoder, limit, overflow, unconditional, vocabulary(decoder_of(model)))
 
 
 def context_window(model: Any) -> int | None:
-    """Tokens that a model reads at once, by its config; None if that names no number."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    """Tokens that a model reads at once, by its config; None if that names no number.
+
+    Where rotary frequencies depend on the length of a text, no more than those up to which they don't: longer
+    texts can't be computed together.
+    """
+    return unchanged(decoder_of(model)) or getattr(config_of(model), "max_position_embeddings", None)
 
 
 def scores(
@@ -233,6 +238,8 @@ def _score(question: Question, values: list[tuple[Floats, Ints]], marginal: bool
         for p, (log_p, rank) in zip(question.parts, values, strict=False)
     ]
     y, log_p, rank = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if not marginal:  # what is x here may be y of another question, whose values are no part of this one's
+        log_p, rank = np.where(y, log_p, np.nan), np.where(y, rank, -1)
     first = question.parts[0].sequence
     bos = bool(first.segments) and first.segments[0].kind == "bos"
     log_p_x = float(np.nansum(log_p[~y])) if marginal else math.nan
