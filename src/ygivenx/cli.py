@@ -478,8 +478,7 @@ def main() -> None:
         sys.exit(USAGE)
     except BrokenPipeError:
         sys.exit(OK)
-    except (
-        Exception
-    ):  # one that nobody foresaw, or a probed script's own: 1 would say that there are findings
+    except Exception:
+        # One that nobody foresaw, or a probed script's own: an exit with 1 would say that there are findings.
         traceback.print_exc()
         sys.exit(USAGE)

@@ -87,17 +87,11 @@ def fitted(sequences: list[Sequence], most: int | None, overflow: str) -> list[S
 
 
 def _nothing_trained(sequences: list[Sequence]) -> RowError:
-    first = any(UNTRAINED_FIRST in s.notes for s in sequences)
-    return RowError(
-        "no token of this row is trained",
-        reason="nothing_trained",
-        why="the only one with a weight is the first, which has no context to be predicted from"
-        if first
-        else "",
-        fix="put a BOS before it: bos=True (--bos always)"
-        if first
-        else "check train=, the messages' weights, and that the row has a reply",
-    )
+    why, fix = "", "check train=, the messages' weights, and that the row has a reply"
+    if any(UNTRAINED_FIRST in s.notes for s in sequences):
+        why = "the only one with a weight is the first, which has no context to be predicted from"
+        fix = "put a BOS before it: bos=True (--bos always)"
+    return RowError("no token of this row is trained", reason="nothing_trained", why=why, fix=fix)
 
 
 def _truncated(sequence: Sequence, length: int) -> Sequence:

@@ -51,10 +51,8 @@ def everything(part: Part) -> float:
 
 def roles(*names: str) -> Policy:
     """What messages of these roles say; of replies also the end of the turn."""
-    chosen = {
-        *names,
-        *(["tool"] if "function" in names else []),
-    }  # rows with the older name are read as tool's
+    # Rows with the older name are read as tool's.
+    chosen = {*names, *(["tool"] if "function" in names else [])}
     return lambda part: float(part.role in chosen and (part.output or part.role != "assistant"))
 
 

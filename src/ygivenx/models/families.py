@@ -163,9 +163,8 @@ def _compare_hidden(decoder: Any, forest: Forest, rows: list[np.ndarray]) -> Non
     plan = Plan.of(forest.fed_end, forest.depth[forest.fed], device)
     shared = feed(decoder, plan, forest.token[forest.fed])
     for ids, path in zip(rows, forest.paths, strict=True):
-        alone = decoder(
-            input_ids=torch.tensor(ids[:-1], device=device)[None], use_cache=False
-        ).last_hidden_state[0]
+        tokens = torch.tensor(ids[:-1], device=device)
+        alone = decoder(input_ids=tokens[None], use_cache=False).last_hidden_state[0]
         ours = shared[torch.from_numpy(np.searchsorted(forest.fed, path[:-1])).to(alone.device)]
         _refuse_difference(decoder, ours.double(), alone.double(), torch.finfo(alone.dtype).eps)
 

@@ -7,10 +7,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine"}
-SHARDED = {
-    "FullyShardedDataParallel",
-    "FSDPModule",
-}  # the latter is what `fully_shard` makes of the model itself
+SHARDED = {"FullyShardedDataParallel", "FSDPModule"}  # the latter: what `fully_shard` makes of a model
 
 
 def inner_of(model: Any) -> Any:

@@ -28,14 +28,7 @@ if TYPE_CHECKING:
 
 STRIPS = 200  # rows shown token by token on the page
 STREAMED = 4096  # rows of a stream that a step's are looked for among: it may have no end
-COLUMNS = (
-    "messages",
-    "prompt",
-    "completion",
-    "tools",
-    "documents",
-    "chat_template_kwargs",
-)  # rows of a trainer
+COLUMNS = ("messages", "prompt", "completion", "tools", "documents", "chat_template_kwargs")  # of rows
 
 
 @dataclass(frozen=True)

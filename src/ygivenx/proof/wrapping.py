@@ -55,9 +55,9 @@ def head_form(model: Any, head: Any) -> HeadForm:
     from ..models.model import softcap_and_scale
 
     form = HeadForm(head.weight, getattr(head, "bias", None), *softcap_and_scale(model))
-    return (
-        replace(form, weight=_adapted(head), unadapted=head.weight) if hasattr(head, "base_layer") else form
-    )
+    if not hasattr(head, "base_layer"):
+        return form
+    return replace(form, weight=_adapted(head), unadapted=head.weight)
 
 
 @torch.no_grad()
