@@ -168,7 +168,11 @@ def test_ctrl_c_says_where_it_goes_on(settings):
         "--save-total-limit=1",
     ]
     run_dir = Path(settings["output_dir"])
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ})
+    # Where the tests run in the background, SIGINT would be ignored there, too.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while process.poll() is None and not checkpoint.listed(run_dir):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
