@@ -1,8 +1,9 @@
 """Gradients of a forest that is longer than memory: chunk by chunk, the last one first, exact.
 
 Chunks are computed with gradients one at a time, and what flows into the keys and values of a chunk's path is kept
-until the chunk they came from is due. For that the nodes that later chunks see, the trunk, are computed before,
-without gradients; no other node is computed twice, unless its hidden states are asked for before the gradients.
+until the chunk they came from is due. For that the nodes that later chunks see, the trunk, are computed before: with
+gradients, and held, where it fits beside each chunk; else without, and again when their chunk is due. No other node is
+computed twice, unless its hidden states are asked for before the gradients.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ def loss(run: Run, score: Score) -> Tensor:
     parameters = _trained(run.model)
     if not parameters:
         return torch.stack([score(run.order[rows], hidden) for rows, hidden in run.stream()]).sum()
-    run = run.for_gradients()
-    shelf = None if _scaled(run) else _trunk(run)
+    scaled = _scaled(run)
+    run = (None if scaled else run.holding()) or run.for_gradients()
+    shelf = None if scaled else _trunk(run)
     if shelf is None:
         return score(run.order, _Hidden.apply(run, *_trained(run.decoder)))
     value: Tensor = _Loss.apply(run, score, shelf, *parameters)
@@ -109,9 +111,12 @@ def _picked(values: KeysValues, nodes: Ints, chunk: Chunk) -> KeysValues:
 
 @torch.no_grad()
 def _trunk(run: Run) -> _Shelf | None:
-    """The trunk's keys and values; None if random numbers were drawn for them, which can't be drawn so again."""
+    """The trunk's keys and values; None if random numbers were drawn for them, which can't be drawn so again.
+
+    Where the trunk is held, it is computed once, and puts them there itself.
+    """
     shelf, before = _Shelf(run.trunk, run.device), _Surroundings(run.device)
-    if not len(run.trunk):
+    if run.holds or not len(run.trunk):
         return shelf
     trunk = run.only(run.trunk)
     for chunk in trunk.chunks:
@@ -193,14 +198,23 @@ def _descend(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(the loss, the gradients of the parameters)."""
     backward, parts = _Backward(shelf, parameters), list[Tensor]()
+    first = run.chunks[0]
+    held = _held(run, first, shelf) if run.holds else None
     for chunk in reversed(run.chunks):
-        done = _Pass.of(run, chunk, shelf)
+        done = _Pass.of(run, chunk, shelf) if held is None or chunk is not first else held
         with torch.enable_grad():
             part = score(run.order[chunk.start : chunk.stop], done.hidden)
         backward.through(chunk, done, part, torch.ones_like(part))
         parts.append(part.detach())
         del done, part  # before the next chunk is computed
     return torch.stack(parts).sum(), backward.totals
+
+
+def _held(run: Run, chunk: Chunk, shelf: _Shelf) -> _Pass:
+    """The chunk that the others see, computed with gradients before them."""
+    done = _Pass.of(run, chunk, shelf)
+    shelf.add(shelf.own(chunk), {layer: (k.detach(), v.detach()) for layer, (k, v) in done.fresh.items()})
+    return done
 
 
 class _Hidden(torch.autograd.Function):

@@ -23,6 +23,7 @@ from .families import check, config_of, decoder_of, feed
 from .plan import CHAINS, KeysValues, Plan
 
 LEAST = 2048  # fed tokens of a chunk, however little memory there is
+PASS = 64  # tokens, forward and backward, that a further chunk costs as much as
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Run:
 
     token, depth, end: int64 [F], of the fed nodes. order: int64 [F], which of the forest's fed nodes each is. needed:
     see `hidden_states`. longest_last: all chunks are of equal length but the last one, which is as long as chunks may
-    be.
+    be. bounds: where chunks begin, and F, if not there.
     """
 
     model: Any
@@ -52,6 +53,7 @@ class Run:
     route: str = "auto"
     needed: Ints | None = None
     longest_last: bool = False
+    bounds: Ints | None = None
 
     @classmethod
     def of(cls, model: nn.Module, forest: Forest, chunk: int, route: str, needed: Ints | None = None) -> Run:
@@ -70,12 +72,26 @@ class Run:
 
     def for_gradients(self) -> Run:
         """The same in the order and the chunks in which least is computed twice."""
-        order = _largest_last(self.end)
+        return replace(self._ordered(_by_size(self.end, largest="last")), longest_last=True)
+
+    def holding(self) -> Run | None:
+        """The same with a first chunk that is held until the others, which see no node beyond it, are done.
+
+        Nothing is computed twice then. None where no such chunks fit, or more of them would cost more than that.
+        """
+        run = self._ordered(_by_size(self.end, largest="first"))
+        bounds, other = _held_bounds(run.end, self.size), self.for_gradients()
+        if bounds is None or 3 * PASS * (len(bounds) - 1 - len(other.chunks)) > len(other.trunk):
+            return None
+        return replace(run, bounds=bounds)
+
+    def _ordered(self, order: Ints) -> Run:
+        """The same in another preorder."""
         needed = None if self.needed is None else np.sort(np.argsort(order)[self.needed])
         size = (self.end - np.arange(len(order)))[order]
         return replace(
             self, token=self.token[order], depth=self.depth[order], end=np.arange(len(order)) + size,
-            order=self.order[order], needed=needed, longest_last=True,
+            order=self.order[order], needed=needed,
         )  # fmt: skip
 
     def only(self, nodes: Ints) -> Run:
@@ -96,15 +112,22 @@ class Run:
     @cached_property
     def chunks(self) -> list[Chunk]:
         """Of equal length: one of a few tokens would cost as much as it holds."""
-        length = len(self.end)
-        equal = max(0, length - self.size) if self.longest_last else length
-        bounds = np.linspace(0, equal, -(-equal // self.size) + 1).astype(int)
         found, path = list[Chunk](), np.zeros(0, np.int64)
-        for start, stop in pairwise(np.unique((*bounds, length)).tolist()):
+        for start, stop in pairwise((self._equal() if self.bounds is None else self.bounds).tolist()):
             found.append(Chunk(start, stop, path))
             path = np.concatenate((path, np.arange(start, stop)))
             path = path[self.end[path] > stop]
         return found
+
+    def _equal(self) -> Ints:
+        length = len(self.end)
+        equal = max(0, length - self.size) if self.longest_last else length
+        return np.unique((*np.linspace(0, equal, -(-equal // self.size) + 1).astype(int), length))
+
+    @property
+    def holds(self) -> bool:
+        """Whether the first chunk is held until the others, which see it, are done."""
+        return self.bounds is not None and len(self.trunk) > 0
 
     @cached_property
     def trunk(self) -> Ints:
@@ -160,25 +183,56 @@ def stream_hidden(
     return Run.of(model, forest, chunk, route, needed).stream()
 
 
-def _largest_last(end: Ints) -> Ints:
-    """The preorder, int64 [F], in which of siblings the one with the largest subtree comes last.
+def _by_size(end: Ints, largest: str) -> Ints:
+    """The preorder, int64 [F], in which of siblings the one with the largest subtree comes first, or last.
 
-    What small ones need of the path is then done with before most cuts, so that later chunks see less.
+    Last: what small ones need of the path is then done with before most cuts, so that later chunks see less.
     """
     ends, order = end.tolist(), list[int]()
+    sign = 1 if largest == "last" else -1
 
     def siblings(first: int, stop: int) -> list[int]:
         found = []
         while first < stop:
             found.append(first)
             first = ends[first]
-        return sorted(found, key=lambda k: k - ends[k])
+        return sorted(found, key=lambda k: sign * (k - ends[k]))
 
     todo = siblings(0, len(ends))
     while todo:
         order.append(todo.pop())
         todo += siblings(order[-1] + 1, ends[order[-1]])
     return np.array(order, np.int64)
+
+
+def _held_bounds(end: Ints, size: int) -> Ints | None:
+    """Bounds of chunks of which all but the first see only nodes of that one, and fit into `size` together with it.
+
+    end: of a preorder in which the largest subtree comes first, so that it begins with a path, of which the first
+    chunk takes as few nodes as will do. What hangs on it are subtrees, and chunks are made of whole ones.
+    """
+    ends, length = end.tolist(), len(end)
+    second = ends[0]
+    largest = ends[second] - second if second < length else 0  # of all but the one in which the path goes on
+    for held in range(size - size // 4 + 1):
+        if max(largest, ends[held] - held) <= size - held:
+            return _whole_subtrees(ends, held, size - held)
+        if ends[held] == held + 1:  # the path ends here
+            return None
+        second = ends[held + 1]
+        if second < ends[held]:
+            largest = max(largest, ends[second] - second)
+    return None
+
+
+def _whole_subtrees(ends: list[int], held: int, room: int) -> Ints:
+    bounds = [0, held] if held else [0]
+    at = held
+    while at < len(ends):
+        if ends[at] - bounds[-1] > room:
+            bounds.append(at)
+        at = ends[at]
+    return np.array([*bounds, len(ends)])
 
 
 def _reentrant(module: nn.Module) -> bool:
