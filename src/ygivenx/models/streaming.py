@@ -214,7 +214,7 @@ def _held_bounds(end: Ints, size: int) -> Ints | None:
     ends, length = end.tolist(), len(end)
     second = ends[0]
     largest = ends[second] - second if second < length else 0  # of all but the one in which the path goes on
-    for held in range(size - size // 4 + 1):
+    for held in range(size - size // 4 + 1):  # with less than a quarter of the room, chunks would be many
         if max(largest, ends[held] - held) <= size - held:
             return _whole_subtrees(ends, held, size - held)
         if ends[held] == held + 1:  # the path ends here
