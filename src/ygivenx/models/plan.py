@@ -97,6 +97,7 @@ def automatic(device: torch.device, shared: bool = True) -> str:
 
 def _bounds(end: Ints, first: int) -> Ints | None:
     """See `Plan.bounds`; None where a node has several children, or a path leads to the first one."""
+    if first:
+        return None
     bounds = np.concatenate(([0], np.unique(end)))
-    alone = not first and np.array_equal(end, np.repeat(bounds[1:], np.diff(bounds)))
-    return bounds if alone else None
+    return bounds if np.array_equal(end, np.repeat(bounds[1:], np.diff(bounds))) else None
