@@ -38,9 +38,11 @@ def plan_of(forest: yx.Forest, route: str) -> Plan:
 
 
 @pytest.mark.parametrize("block", [1, 3, 16, 256])
+@pytest.mark.parametrize("long", [1, 4, 1000])
 @pytest.mark.parametrize("window", [None, 1, 5, 30])
-def test_blocks_equal_the_twin(block, window, monkeypatch):
+def test_blocks_equal_the_twin(block, long, window, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(blocks, "LONG", long)
     for seed in range(3):
         forest = yx.Forest.of(tree(seed))
         tensors = inputs(len(forest.fed))
@@ -84,6 +86,21 @@ def test_blocks_that_one_path_leads_to_see_it_together():
     tiles = blocks.make_tiles(plan_of(forest, "blocks"), None)
     seen = {sum(k.stop - k.start for k in tile.keys): len(tile.rows) for tile in tiles.far}
     assert seen == {300: 2, 500: 1}  # by length of the path: how many runs of queries see it
+
+
+def test_what_paths_begin_with_alike_is_seen_at_once():
+    """Of five turns whose answers are no history: one product where each block would have had its own."""
+    history, rows = np.arange(600), []
+    for turn in range(1, 6):
+        rows.append(np.concatenate((history, np.arange(200) + 10_000 * turn)))
+        history = np.concatenate((history, np.arange(140) + 20_000 * turn))
+    forest = yx.Forest.of((r, np.zeros(len(r))) for r in rows)
+    far = blocks.make_tiles(plan_of(forest, "blocks"), None).far
+    first = max(far, key=lambda tile: tile.count)
+    assert [(run.start, run.stop) for run in first.keys] == [(0, 600)]
+    assert first.count == len(forest.fed) - 600  # all that stands further back than the beginning
+    rest = [tile for tile in far if tile is not first]
+    assert all(run.start >= 600 for tile in rest for run in tile.keys)
 
 
 def test_the_twin_is_softmax_over_ancestors():

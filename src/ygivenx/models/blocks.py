@@ -19,6 +19,7 @@ from .plan import Plan
 
 BLOCK = 128  # queries of a block that holds more than one segment
 MANY = 192  # queries from which torch's flash kernel takes blocks of 64 of them or more, not of 32
+LONG = 512  # keys with which paths must begin alike for the blocks they lead to to see them together
 
 Runs = tuple[slice, ...]  # nodes, as runs of neighbours
 
@@ -66,8 +67,43 @@ def make_tiles(plan: Plan, window: int | None) -> Tiles:
         near.append(tile)
         if len(path):
             paths.setdefault(path.tobytes(), (path, []))[1].append(np.arange(start, stop) - plan.first)
-    far = [Tile(_runs(np.concatenate(rows)), _runs(path)) for path, rows in paths.values()]
-    return Tiles(near, far)
+    far = [_Far(path, np.concatenate(rows)) for path, rows in paths.values()]
+    if window is None:
+        far = list(_together(far))
+    return Tiles(near, [Tile(_runs(part.rows), _runs(part.path)) for part in far])
+
+
+class _Far(NamedTuple):
+    """Queries that all see a path."""
+
+    path: Ints
+    rows: Ints
+
+
+def _together(parts: list[_Far], seen: int = 0) -> Iterator[_Far]:
+    """The same in larger parts: what paths begin with alike is seen at once, by most queries times keys first.
+
+    Paths lead from the root, so that one begins with another where it has the other's last node. Nodes before `seen`
+    are seen already.
+    """
+
+    def begins(part: _Far, path: Ints) -> bool:
+        return len(part.path) >= len(path) and part.path[len(path) - 1] == path[-1]
+
+    def product(group: list[_Far]) -> int:
+        return (len(group[0].path) - seen) * sum(len(part.rows) for part in group)
+
+    while True:
+        long = [part for part in parts if len(part.path) - seen >= LONG]
+        groups = [[first, *(p for p in long if p is not first and begins(p, first.path))] for first in long]
+        best = max((group for group in groups if len(group) > 1), key=product, default=None)
+        if best is None:
+            break
+        path = best[0].path
+        yield _Far(path[seen:], np.sort(np.concatenate([part.rows for part in best])))
+        yield from _together([part for part in best if len(part.path) > len(path)], len(path))
+        parts = [part for part in parts if not begins(part, path)]
+    yield from (_Far(part.path[seen:], part.rows) for part in parts)
 
 
 def _cuts(plan: Plan, window: int | None) -> list[tuple[int, int]]:
