@@ -118,7 +118,9 @@ def test_the_twin_is_softmax_over_ancestors():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_blocks_in_other_precisions(dtype):
+@pytest.mark.parametrize("long", [8, 512])
+def test_blocks_in_other_precisions(dtype, long, monkeypatch):
+    monkeypatch.setattr(blocks, "LONG", long)
     forest = yx.Forest.of(tree(1))
     exact = inputs(len(forest.fed))
     tensors = [t.detach().to(dtype).requires_grad_() for t in exact]

@@ -222,6 +222,14 @@ def test_processes_change_nothing(smol_tokenizer):
     assert [(r.reason, r.where) for r in alone[1]] == [(r.reason, r.where) for r in apart[1]]
 
 
+def test_a_policy_that_does_not_travel_is_named(smol_tokenizer):
+    enc = Encoder(smol_tokenizer, train=lambda token: 1.0)
+    with pytest.raises(ConfigError, match="other processes") as e:
+        enc.batch([{"messages": CHAT}], processes=2)
+    assert "lambda" in e.value.why
+    assert "processes at 1" in e.value.fix
+
+
 @pytest.mark.parametrize("processes", [0, -1, 1.5])
 def test_a_number_of_processes(smol_tokenizer, processes):
     with pytest.raises(ConfigError, match="processes"):

@@ -98,6 +98,7 @@ def test_rows_in_order_then_nothing_to_do_then_another_run_is_refused(model_dir,
     again = ygx_score(pairs, "--model", model_dir, "-o", out, "--json", "--unconditional", "Text:")
     assert again.exit_code == 0, again.exception
     assert json.loads(again.stdout)["run"]["scores"] == 0
+    assert "no new pairs" in again.stderr
     assert json.loads(again.stdout)["scored"] == 60
     assert lines(out) == told
 

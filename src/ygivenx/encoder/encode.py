@@ -7,6 +7,7 @@ them in batches and weighs them by policy. What can't be proven is refused with 
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -131,7 +132,8 @@ class Encoder:
     def batch(self, rows: Iterable[Any], *, processes: int = 1) -> tuple[list[Example], list[Rejected]]:
         """Examples and rejected rows, each in order; together as many as there were rows.
 
-        With several processes each gets a copy of this encoder, so that policies must be importable functions.
+        With several processes each gets a copy of this encoder, so that policies must be importable functions;
+        raises ConfigError where one isn't.
         """
         if not _is_count(processes):
             raise ConfigError(f"processes={processes!r}", fix="give a number of processes, at least 1")
@@ -142,6 +144,14 @@ class Encoder:
         return examples, [Rejected(_raw(r), e.reason, e.where, str(e)) for r, e in refused]
 
     def _encode_apart(self, rows: list[Any], processes: int) -> list[Example | RowError]:
+        try:
+            pickle.dumps(self)
+        except (pickle.PicklingError, AttributeError, TypeError) as e:
+            raise ConfigError(
+                "this encoder can't be handed to other processes",
+                why=str(e),
+                fix="make the policy a function of a module that can be imported, or leave processes at 1",
+            ) from e
         size = max(1, -(-len(rows) // (4 * processes)))
         chunks = [(first, rows[first : first + size]) for first in range(0, len(rows), size)]
         spawn = get_context("spawn")  # a fork of a process with threads may hang

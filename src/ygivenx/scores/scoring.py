@@ -118,6 +118,8 @@ class Tally:
         }
 
     def __str__(self) -> str:
+        if not self.scores:
+            return "no new pairs"
         told = self.to_dict()
         return (
             f"{told['scores_per_second']:,.1f} pairs/s, {told['distinct_tokens_per_second']:,.0f} distinct "
