@@ -120,8 +120,10 @@ def test_the_twin_is_softmax_over_ancestors():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("long", [8, 512])
 def test_blocks_in_other_precisions(dtype, long, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", 16)  # else so small a forest is one block
     monkeypatch.setattr(blocks, "LONG", long)
     forest = yx.Forest.of(tree(1))
+    assert blocks.make_tiles(plan_of(forest, "blocks"), None).far
     exact = inputs(len(forest.fed))
     tensors = [t.detach().to(dtype).requires_grad_() for t in exact]
     out = attention._routed(plan_of(forest, "blocks"), *tensors, options())

@@ -145,7 +145,7 @@ class Encoder:
 
     def _encode_apart(self, rows: list[Any], processes: int) -> list[Example | RowError]:
         try:
-            pickle.dumps(self)
+            encoder = pickle.dumps(self)
         except (pickle.PicklingError, AttributeError, TypeError) as e:
             raise ConfigError(
                 "this encoder can't be handed to other processes",
@@ -155,7 +155,7 @@ class Encoder:
         size = max(1, -(-len(rows) // (4 * processes)))
         chunks = [(first, rows[first : first + size]) for first in range(0, len(rows), size)]
         spawn = get_context("spawn")  # a fork of a process with threads may hang
-        with ProcessPoolExecutor(processes, spawn, _adopt, (self,)) as pool:
+        with ProcessPoolExecutor(processes, spawn, _adopt, (encoder,)) as pool:
             return [done for chunk in pool.map(_encode_chunk, chunks) for done in chunk]
 
     def _encode(self, rows: list[Any], first: int = 0) -> list[Example | RowError]:
@@ -247,8 +247,8 @@ def _remade(tokenizer: Any, train: Any, options: dict[str, Any]) -> Encoder:
 _adopted: list[Encoder] = []  # in a worker: the encoder that it was started with
 
 
-def _adopt(encoder: Encoder) -> None:
-    _adopted[:] = [encoder]
+def _adopt(encoder: bytes) -> None:
+    _adopted[:] = [pickle.loads(encoder)]
 
 
 def _encode_chunk(chunk: tuple[int, list[Any]]) -> list[Example | RowError]:

@@ -67,9 +67,7 @@ def make_tiles(plan: Plan, window: int | None) -> Tiles:
         near.append(tile)
         if len(path):
             paths.setdefault(path.tobytes(), (path, []))[1].append(np.arange(start, stop) - plan.first)
-    far = [_Far(path, np.concatenate(rows)) for path, rows in paths.values()]
-    if window is None:
-        far = list(_together(far))
+    far = _together([_Far(path, np.concatenate(rows)) for path, rows in paths.values()])
     return Tiles(near, [Tile(_runs(part.rows), _runs(part.path)) for part in far])
 
 
@@ -83,25 +81,26 @@ class _Far(NamedTuple):
 def _together(parts: list[_Far], seen: int = 0) -> Iterator[_Far]:
     """The same in larger parts: what paths begin with alike is seen at once, by most queries times keys first.
 
-    Paths lead from the root, so that one begins with another where it has the other's last node. Nodes before `seen`
-    are seen already.
+    Each path is an unbroken line of descent, so that it begins with another if it has the other's last node in the same
+    place. Of each, what stands before `seen` is seen already.
     """
 
     def begins(part: _Far, path: Ints) -> bool:
         return len(part.path) >= len(path) and part.path[len(path) - 1] == path[-1]
 
-    def product(group: list[_Far]) -> int:
-        return (len(group[0].path) - seen) * sum(len(part.rows) for part in group)
+    def product(shared: tuple[Ints, list[_Far]]) -> int:
+        path, group = shared
+        return (len(path) - seen) * sum(len(part.rows) for part in group)
 
     while True:
-        long = [part for part in parts if len(part.path) - seen >= LONG]
-        groups = [[first, *(p for p in long if p is not first and begins(p, first.path))] for first in long]
-        best = max((group for group in groups if len(group) > 1), key=product, default=None)
-        if best is None:
+        paths = [part.path for part in parts if len(part.path) - seen >= LONG]
+        groups = [(path, [part for part in parts if begins(part, path)]) for path in paths]
+        shared = [(path, group) for path, group in groups if len(group) > 1]
+        if not shared:
             break
-        path = best[0].path
-        yield _Far(path[seen:], np.sort(np.concatenate([part.rows for part in best])))
-        yield from _together([part for part in best if len(part.path) > len(path)], len(path))
+        path, group = max(shared, key=product)
+        yield _Far(path[seen:], np.sort(np.concatenate([part.rows for part in group])))
+        yield from _together([part for part in group if len(part.path) > len(path)], len(path))
         parts = [part for part in parts if not begins(part, path)]
     yield from (_Far(part.path[seen:], part.rows) for part in parts)
 
