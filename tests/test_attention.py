@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from tiny import llama
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trees import alone, assert_same, gradients, tree
 
 import ygivenx as yx
 from ygivenx.errors import ConfigError, ModelError
-from ygivenx.models import attention, blocks, families
+from ygivenx.models import attention, blocks, families, flex
 from ygivenx.models.model import hidden_states
 from ygivenx.models.plan import Plan, automatic
 
@@ -220,8 +222,59 @@ def test_the_mask_function_of_flex_is_the_mask():
         plan = plan_of(forest, "flex")
         i = torch.arange(len(forest.fed))
         zero = torch.zeros((), dtype=torch.int64)
-        allowed = attention.flex_mask(plan, window).mask_mod(zero, zero, i[:, None], i[None, :])
+        allowed = flex.flex_mask(plan, window).mask_mod(zero, zero, i[:, None], i[None, :])
         assert torch.equal(allowed, attention.dense_mask(plan, window))
+
+
+@pytest.mark.parametrize("window", [None, 3, 6, 20, 500])
+@pytest.mark.parametrize("first", [0, 1, 8, 45])
+def test_blocks_of_flex_are_those_that_the_mask_has_something_in(window, first, monkeypatch):
+    """None is left out, and of those that are skipped or taken as a whole there are as many as there may be."""
+    monkeypatch.setattr(flex, "BLOCK", 8)
+    seen = {"some": 0, "every": 0, "needless": 0}
+    for seed in range(6):
+        forest = yx.Forest.of(tree(seed))
+        plan = Plan(forest.fed_end, forest.depth[forest.fed], "flex", torch.device("cpu"), first)
+        mask = attention.dense_mask(plan, window).numpy()
+        some, every = flex.pairs_of_blocks(plan.end, plan.depth, first, window)
+        for i, j in np.ndindex(*some.shape):
+            part = mask[8 * i : 8 * i + 8, 8 * j : 8 * j + 8]
+            assert some[i, j] or not part.any()
+            assert part.all() if every[i, j] else True
+            assert every[i, j] <= some[i, j]
+            seen["needless"] += int(some[i, j] and not part.any())
+            seen["every"] += int(every[i, j])
+            seen["some"] += int(some[i, j])
+        if first == 0 and window is None:
+            made = create_block_mask(flex.flex_mask(plan, None).mask_mod, None, None, *mask.shape, "cpu", 8)
+            ours = flex.flex_mask(plan, None)
+            assert torch.equal(made.to_dense(), ours.to_dense())
+            assert torch.equal(made.full_kv_num_blocks, ours.full_kv_num_blocks)
+            assert torch.equal(made.full_q_num_blocks, ours.full_q_num_blocks)
+    assert seen["every"] or window in (3, 6)
+    assert seen["needless"] <= seen["some"] / 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in torch's compiler
+@torch.no_grad()
+def test_flex_is_compiled_once_for_forests_of_all_lengths():
+    """Traced, without making kernels of it: what is traced again would be compiled again."""
+    from torch._dynamo.utils import counters
+
+    run = torch.compile(flex.flex_attention, dynamic=True, fullgraph=True, backend="eager")
+    for case in ({}, {"window": 40}, {"window": 150, "softcap": 5.0}):
+        before = counters["stats"]["unique_graphs"]
+        for seed, part in ((1, 0.0), (2, 0.5), (3, 0.0), (4, 0.9)):
+            forest = yx.Forest.of(tree(seed, low=20, high=100 + 60 * seed))
+            end, depth = forest.fed_end, forest.depth[forest.fed]
+            plan = Plan(end, depth, "flex", torch.device("cpu"), int(part * len(end)))
+            tensors = [t.detach() for t in inputs(len(end) - plan.first, torch.float32, seen=len(end))]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(flex, "flex_attention", run)
+                ours = attention._routed(plan, *tensors, options(**case))
+            twin = attention._routed(replace(plan, route="dense", made={}), *tensors, options(**case))
+            torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] - before <= 2
 
 
 def test_sinks_take_their_share():

@@ -29,9 +29,9 @@ def alone(model, rows: list[Sequence]) -> torch.Tensor:
     """−Σ w·log p / Σ w from the model's own forward pass over each sequence by itself."""
     total, weight = torch.zeros((), dtype=torch.float64), 0.0
     for s in rows:
-        ids = torch.from_numpy(np.array(s.ids))
+        ids = torch.from_numpy(np.array(s.ids)).to(model.device)
         log_p = model(ids[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
-        w = torch.from_numpy(np.array(s.weights[1:])).double()
+        w = torch.from_numpy(np.array(s.weights[1:])).double().to(model.device)
         total = total - (w * log_p.gather(1, ids[1:, None])[:, 0]).sum()
         weight += float(w.sum())
     return total / weight

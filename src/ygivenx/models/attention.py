@@ -12,16 +12,13 @@ Routes, all with the same numbers:
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nested import nested_tensor_from_jagged
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -29,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
 from .blocks import Blocks, make_tiles
+from .flex import flex, flex_mask
 from .plan import CHAINS, Plan, automatic
 
 PREFIX = (
@@ -110,7 +108,7 @@ def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) 
     if route == "blocks" and simple and same_width:
         return Blocks.apply(query, key, value, plan.once(make_tiles, window), o.scale)
     if route == "flex" and o.sinks is None and not o.dropout:
-        return _flex(query, key, value, plan.once(flex_mask, window), o)
+        return flex(query, key, value, plan.once(flex_mask, window), o.scale, o.softcap)
     return dense(query, key, value, plan.once(dense_mask, window), o)
 
 
@@ -190,39 +188,6 @@ def varlen(
         jagged(query), jagged(key), jagged(value), is_causal=causal, scale=scale
     )
     return out.transpose(1, 2).values().transpose(0, 1)[None]
-
-
-# -- flex: CUDA ------------------------------------------------------------------------------------------
-
-
-def flex_mask(plan: Plan, window: int | None) -> BlockMask:
-    end, depth = (torch.from_numpy(a).to(plan.device) for a in (plan.end, plan.depth))
-
-    def allowed(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        q = q + plan.first
-        seen = (k <= q) & (q < end[k])
-        return seen if window is None else seen & (depth[q] - depth[k] < window)
-
-    return create_block_mask(allowed, None, None, len(end) - plan.first, len(end), device=plan.device)
-
-
-def _flex(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, o: _Options) -> Tensor:
-    run = _compiled_flex() if query.is_cuda else flex_attention
-    score_mod = None if o.softcap is None else _capped(o.softcap)
-    gqa = query.shape[1] != key.shape[1]
-    return run(query, key, value, score_mod=score_mod, block_mask=mask, scale=o.scale, enable_gqa=gqa)
-
-
-def _capped(softcap: float) -> Callable[..., Tensor]:
-    def capped(score: Tensor, _b: Tensor, _h: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
-
-    return capped
-
-
-@cache
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
 
 
 # -- transformers' registry ------------------------------------------------------------------------------

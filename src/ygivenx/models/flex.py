@@ -1,0 +1,100 @@
+"""FlexAttention over a forest, on CUDA: the mask is a function of `end`, and so is which blocks of it are skipped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from ..forest import Ints
+from .plan import Plan
+
+Bools = NDArray[np.bool_]
+
+BLOCK = 128  # queries and keys of a block that the kernel computes or skips as a whole
+SPECIALISED = 64  # compiled variants at most: by dtype, width, window, soft-cap, with gradients or without
+
+
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float, softcap: float | None
+) -> Tensor:
+    """softmax(softcap(scale·q·k)) over what the mask allows; on a CPU slowly, and without gradients."""
+    run = _compiled() if query.is_cuda else flex_attention
+    score_mod = None if softcap is None else _capped(torch.full_like(query[0, :, 0, 0], softcap))
+    gqa = query.shape[1] != key.shape[1]
+    out: Tensor = run(query, key, value, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=gqa)
+    return out
+
+
+def _capped(softcap: Tensor) -> Callable[..., Tensor]:
+    """softcap: [heads], of one value; see `flex_mask` for why it is a tensor."""
+
+    def capped(score: Tensor, _b: Tensor, h: Tensor, _q: Tensor, _k: Tensor) -> Tensor:
+        return softcap[h] * torch.tanh(score / softcap[h])
+
+    return capped
+
+
+@cache
+def _compiled() -> Any:
+    config: Any = torch._dynamo.config
+    limit = (
+        "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    )  # before torch 2.7
+    setattr(config, limit, max(getattr(config, limit), SPECIALISED))
+    # Whole graphs only: beyond the limit torch would otherwise go on with all weights of attention in memory.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+
+
+def flex_mask(plan: Plan, window: int | None) -> BlockMask:
+    """Of queries [K - first] and keys [K]: a function for each of them, and which blocks of them need asking it.
+
+    The function reads tensors alone: numbers would be compiled in, and compiled again where they change.
+    """
+
+    def put(values: Any) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(plan.device)
+
+    end, depth, place = put(plan.end), put(plan.depth), put(np.arange(plan.first, len(plan.end)))
+    beyond = None if window is None else put(plan.depth[plan.first :] - window)
+
+    def allowed(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (k <= place[q]) & (place[q] < end[k])
+        return seen if beyond is None else seen & (depth[k] > beyond[q])
+
+    some, every = pairs_of_blocks(plan.end, plan.depth, plan.first, window)
+    (asked, which), (whole, which_whole) = (map(put, _listed(m)) for m in (some & ~every, every))
+    return BlockMask.from_kv_blocks(
+        asked, which, whole, which_whole,
+        BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(len(place), len(end)),
+    )  # fmt: skip
+
+
+def pairs_of_blocks(end: Ints, depth: Ints, first: int, window: int | None) -> tuple[Bools, Bools]:
+    """bool [query blocks, key blocks] twice: where some query may see some key, and where all see all."""
+    count = len(end)
+    q, k = np.arange(first, count, BLOCK), np.arange(0, count, BLOCK)
+    q_stop, k_stop = np.minimum(q + BLOCK, count), np.minimum(k + BLOCK, count)
+    end_least, end_most = np.minimum.reduceat(end, k), np.maximum.reduceat(end, k)
+    some = (k < q_stop[:, None]) & (end_most > q[:, None])
+    # The kernel asks nothing in these, so they must not reach beyond the last token.
+    complete = (q_stop - q == BLOCK)[:, None] & (k_stop - k == BLOCK)
+    every = complete & (k_stop <= q[:, None] + 1) & (end_least >= q_stop[:, None])
+    if window is not None:
+        q_depth, k_depth = depth[first:], depth
+        q = q - first
+        some &= np.minimum.reduceat(q_depth, q)[:, None] - np.maximum.reduceat(k_depth, k) < window
+        every &= np.maximum.reduceat(q_depth, q)[:, None] - np.minimum.reduceat(k_depth, k) < window
+    return some, every
+
+
+def _listed(chosen: Bools) -> tuple[Any, Any]:
+    """(how many, int32 [1, 1, rows]; which, those first, int32 [1, 1, rows, columns]) of a mask of blocks."""
+    order = np.argsort(~chosen, axis=1, kind="stable")
+    return chosen.sum(1, dtype=np.int32)[None, None], order.astype(np.int32)[None, None]

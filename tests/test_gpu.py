@@ -1,0 +1,203 @@
+"""On a CUDA device: the same numbers as everywhere else, by the routes that only such a device takes."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_attention import inputs, options
+from test_families import CASES, build
+from test_routes import in_packs, one, run, unshared, varlen
+from test_scoring import one_by_one
+from test_trainer import make
+from tiny import VOCAB, llama, sequences
+from transformers import TrainerCallback
+from trees import alone, assert_same, gradients, tree
+
+import ygivenx as yx
+from ygivenx.head import reference
+from ygivenx.head.selective import selective_cross_entropy
+from ygivenx.models import attention, memory
+from ygivenx.models.plan import Plan
+from ygivenx.scores.scoring import score_sequences
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    # What torch falls back to, quietly, when it stops compiling: all weights of attention in memory.
+    pytest.mark.filterwarnings("error:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+CUDA = torch.device("cuda")
+
+
+def close(ours, theirs, dtype, room: float = 16) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype == dtype
+        assert (a - b).double().norm() <= room * torch.finfo(dtype).eps * b.double().norm()
+
+
+def by_routes(plans, tensors, **case):
+    made, g = [], torch.randn_like(tensors[0])
+    for plan in plans:
+        out = attention._routed(plan, *tensors, options(**case))
+        made.append([out, *torch.autograd.grad(out, tensors, g)])
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "case", [{}, {"window": 40}, {"softcap": 2.0}, {"window": 150, "softcap": 5.0}], ids=str
+)
+@pytest.mark.parametrize("width", [16, 64, 128])
+def test_flex_equals_the_twin(case, dtype, width):
+    """Short and long forests, whole and as the chunk of a longer one."""
+    for high, part in ((12, 0.0), (300, 0.0), (300, 0.4), (600, 0.97)):
+        forest = yx.Forest.of(tree(1, low=3, high=high))
+        end, depth = forest.fed_end, forest.depth[forest.fed]
+        first = int(part * len(end))
+        tensors = inputs(len(end) - first, dtype, width=width, seen=len(end))
+        tensors = [t.detach().cuda().requires_grad_() for t in tensors]
+        plans = (Plan.of(end, depth, CUDA, route, first) for route in ("flex", "dense"))
+        close(*by_routes(plans, tensors, **case), dtype, 32)
+
+
+def test_forests_of_any_length_are_compiled_once_or_twice():
+    from torch._dynamo.utils import counters
+
+    before = counters["stats"]["unique_graphs"]
+    for seed in range(12):
+        forest = yx.Forest.of(tree(seed, low=3, high=30 + 40 * seed))
+        tensors = [
+            t.detach().cuda().requires_grad_() for t in inputs(len(forest.fed), torch.float32, width=32)
+        ]
+        plan = Plan.of(forest.fed_end, forest.depth[forest.fed], CUDA, "flex")
+        attention._routed(plan, *tensors, options()).sum().backward()
+    assert counters["stats"]["unique_graphs"] - before <= 3
+
+
+@pytest.mark.parametrize("options", [{}, {"route": "dense"}, {"chunk": 37}, {"chunk": 100}], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_families(case, options):
+    model, rows = build(case).cuda(), tree(2)
+    expected = alone(model, rows)
+    wanted = gradients(model, expected)
+    out = yx.loss(model, rows, **options)
+    assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert_same(gradients(model, out.value), wanted)
+
+
+@pytest.mark.parametrize(
+    "step", [one(), one(chunk=25), in_packs, unshared, varlen],
+    ids=["forest", "in chunks", "in packs", "unshared", "varlen"],
+)  # fmt: skip
+def test_twenty_losses_are_those_of_a_cpu(step, monkeypatch):
+    expected = run(one(route="dense"))
+    monkeypatch.setattr("test_routes.llama", lambda: llama().cuda())
+    assert run(step) == pytest.approx(expected, rel=1e-5)
+
+
+def test_bfloat16_is_as_near_to_float64_as_the_sequences_alone():
+    exact, rows = llama().cuda().double(), tree(3)
+    model = copy.deepcopy(exact).bfloat16()
+    exact.load_state_dict(model.state_dict())  # the same rounded weights
+    wanted = gradients(exact, alone(exact, rows))
+
+    def off(value) -> float:
+        ours = gradients(model, value)
+        return max(float((ours[n].double() - g).norm() / g.norm()) for n, g in wanted.items())
+
+    assert off(yx.loss(model, rows).value) <= 1.5 * off(alone(model, rows)) + 1e-3
+
+
+@torch.no_grad()
+def test_scores_are_those_of_a_cpu():
+    data = sequences(9, seed=6)
+    for window in (24, 10_000):
+        told = score_sequences(llama().cuda(), data, window=window, tokens=True)
+        for s, t in zip(data, told, strict=True):
+            np.testing.assert_allclose(t.token_log_p, one_by_one(llama(), s), atol=3e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_head_equals_its_twin_and_holds_no_logits(dtype, softcap):
+    torch.manual_seed(0)
+    hidden = torch.randn(3000, 128, device=CUDA, dtype=dtype).requires_grad_()
+    weight = (torch.randn(40_000, 128, device=CUDA) / 8).to(dtype).requires_grad_()
+    rows, targets = (
+        torch.randint(0, 3000, (4000,), device=CUDA),
+        torch.randint(0, 40_000, (4000,), device=CUDA),
+    )
+    weights = torch.rand(4000, device=CUDA)
+    made = []
+    for f in (selective_cross_entropy, reference.selective_cross_entropy):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        log_p, loss = f(hidden, weight, rows, targets, weights, softcap=softcap)
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        made.append([log_p.detach(), loss.detach(), *grads])
+        if f is selective_cross_entropy:
+            assert torch.cuda.max_memory_allocated() - before < 300 << 20  # all logits: 960 MB in float32
+    for a, b in zip(*made, strict=True):
+        room = 2e-5 if dtype == torch.float32 or a.dtype == torch.float32 else 1e-2
+        assert float((a.double() - b.double()).norm() / b.double().norm()) <= room
+
+
+class Losses(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if logs and "loss" in logs:
+            self.seen.append(logs["loss"])
+
+
+def losses(path, data, **options) -> list[float]:
+    watch = Losses()
+    trainer = make(path, data, max_steps=6, logging_steps=1, max_tokens=80, save_strategy="no", **options)
+    trainer.add_callback(watch)
+    trainer.train()
+    return watch.seen
+
+
+def test_a_run_of_the_trainer(tmp_path):
+    data = tree(4, count=12)
+    cpu = losses(tmp_path / "cpu", data)
+    assert losses(tmp_path / "gpu", data, use_cpu=False) == pytest.approx(cpu, rel=1e-4)
+    assert losses(tmp_path / "bf16", data, use_cpu=False, bf16=True) == pytest.approx(cpu, rel=3e-2)
+    assert losses(tmp_path / "fp16", data, use_cpu=False, fp16=True) == pytest.approx(cpu, rel=3e-2)
+
+
+def test_a_run_that_is_resumed_goes_on_with_the_same_losses(tmp_path):
+    data = sequences(12, seed=5)
+    settings = {"use_cpu": False, "max_steps": 6, "save_steps": 3, "logging_steps": 1}
+    whole = make(tmp_path / "whole", data, **settings)
+    whole.train()
+    halted = make(tmp_path / "halted", data, **settings | {"save_only_model": False})
+    halted.train()
+    resumed = make(tmp_path / "halted", data, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "halted" / "checkpoint-3"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_peak_memory_is_that_of_the_device():
+    kept = torch.empty(64 << 20, dtype=torch.uint8, device=CUDA)
+    assert memory.peak() >= len(kept)
+    assert memory.total(CUDA) > 1 << 30
+
+
+def test_long_sequences_are_streamed_in_less_memory():
+    model = llama(
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=1024, max_position_embeddings=20_000
+    ).cuda()
+    rows = tree(5, count=6, low=2000, high=4000)
+    peaks, made = [], []
+    for chunk in (1 << 30, 1024):
+        torch.cuda.reset_peak_memory_stats()
+        made.append(gradients(model, yx.loss(model, rows, chunk=chunk).value))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert_same(made[1], made[0])
+    assert peaks[1] < 0.7 * peaks[0]
