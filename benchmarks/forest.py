@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from shapes import random_model
 
 import ygivenx as yx
 from ygivenx.models.places import sample_model_path
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[])
     parser.add_argument("--chunks", nargs="*", type=int, default=[], help="further sizes, as streamed_SIZE")
     parser.add_argument("--once", nargs="*", default=["padded", "dense"])
+    parser.add_argument("--random", action="store_true", help="the model's shape with random weights")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.what == "table":
@@ -117,7 +119,9 @@ def main() -> None:
     print(json.dumps(told))
 
 
-def load() -> Any:
+def load(args: argparse.Namespace) -> Any:
+    if args.random:
+        return random_model("SmolLM2-135M")
     path, gguf_file = sample_model_path()
     return yx.load(path, gguf_file=gguf_file)[0]
 
@@ -155,7 +159,9 @@ def padded(model: Any, rows: list[Sequence]) -> float:
         for j, r in enumerate(part):
             ids[j, : len(r)], labels[j, : len(r)] = torch.from_numpy(r.ids.copy()), torch.from_numpy(r.labels)
             mask[j, : len(r)] = 1
-        loss = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=weight, use_cache=False).loss
+        given = dict(zip(("input_ids", "labels", "attention_mask"), (ids, labels, mask), strict=True))
+        given = {name: t.to(model.device) for name, t in given.items()}
+        loss = model(**given, num_items_in_batch=weight, use_cache=False).loss
         loss.backward()
         total += loss.item()
     return total
@@ -180,7 +186,7 @@ def contestant(name: str) -> Callable[..., float]:
 
 def case(args: argparse.Namespace) -> dict[str, Any]:
     (name,) = args.rest
-    rows, model = CASES[name](), load()
+    rows, model = CASES[name](), load(args)
     names = [n for n in CONTESTANTS if n not in args.without] + [f"streamed_{n}" for n in args.chunks]
     running = {n: contestant(n) for n in names}
     seconds: dict[str, list[float]] = {n: [] for n in running}
@@ -236,7 +242,7 @@ def work(model: Any, forest: yx.Forest) -> float:
 def precise(args: argparse.Namespace) -> dict[str, Any]:
     """The largest relative L2 difference of a tensor's gradient to the one in float64, by contestant."""
     (name,) = args.rest
-    rows, model = CASES[name](), load()
+    rows, model = CASES[name](), load(args)
     made = {n: gradients(CONTESTANTS[n], model, rows) for n in ("forest", "streamed", "per_turn")}
     exact = gradients(streamed, model.double(), rows)
     return {
@@ -271,7 +277,7 @@ def forget_peak() -> None:
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
     name, who = args.rest
-    model, rows = load(), CASES[name]()
+    model, rows = load(args), CASES[name]()
     forget_peak()
     before = peak()
     contestant(who)(model, rows)
