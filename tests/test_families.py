@@ -51,14 +51,19 @@ CASES = {
 OUR_ROUTES = ({"route": "blocks"}, {"route": "dense"}, {"route": "blocks", "chunk": 37})
 
 
-def build(case: str):
+def build(case: str, wide: bool = False):
+    """wide: heads of 16 numbers, not 8."""
     name, extra = CASES[case]
     base = {
         k: v
         for k, v in COMMON.items()
         if name != "GPT2" or not k.startswith(("hidden", "inter", "num_", "max_"))
     }
-    config = getattr(transformers, name + "Config")(**base | extra)
+    settings = base | extra
+    if wide:
+        settings |= {k: 64 for k in ("hidden_size", "n_embd") if k in settings}
+        settings |= {k: 16 for k in ("head_dim", "query_pre_attn_scalar") if k in settings}
+    config = getattr(transformers, name + "Config")(**settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for n, p in model.named_parameters():  # norms of one and biases of zero would hide mistakes

@@ -39,6 +39,7 @@ def close(ours, theirs, dtype, room: float = 16) -> None:
 
 
 def by_routes(plans, tensors, **case):
+    """Of each plan the output and the gradients."""
     made, g = [], torch.randn_like(tensors[0])
     for plan in plans:
         out = attention._routed(plan, *tensors, options(**case))
@@ -46,20 +47,27 @@ def by_routes(plans, tensors, **case):
     return made
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "case", [{}, {"window": 40}, {"softcap": 2.0}, {"window": 150, "softcap": 5.0}], ids=str
+    ("dtype", "heads", "width", "case"),
+    [
+        (torch.float32, 9, 64, {}),
+        (torch.float32, 4, 16, {"window": 40, "softcap": 5.0}),
+        (torch.bfloat16, 9, 64, {}),
+        (torch.bfloat16, 8, 128, {"window": 150}),
+        (torch.bfloat16, 4, 96, {"softcap": 2.0}),
+        (torch.float16, 6, 80, {}),
+    ],
 )
-@pytest.mark.parametrize("width", [16, 64, 128])
-def test_flex_equals_the_twin(case, dtype, width):
+def test_flex_equals_the_twin(dtype, heads, width, case):
     """Short and long forests, whole and as the chunk of a longer one."""
-    for high, part in ((12, 0.0), (300, 0.0), (300, 0.4), (600, 0.97)):
+    kv = 3 if heads == 9 else 2
+    for high, part in ((12, 0.0), (300, 0.0), (300, 0.4), (600, 0.9)):
         forest = yx.Forest.of(tree(1, low=3, high=high))
         end, depth = forest.fed_end, forest.depth[forest.fed]
         first = int(part * len(end))
-        tensors = inputs(len(end) - first, dtype, width=width, seen=len(end))
+        tensors = inputs(len(end) - first, dtype, heads, kv, width, seen=len(end))
         tensors = [t.detach().cuda().requires_grad_() for t in tensors]
-        plans = (Plan.of(end, depth, CUDA, route, first) for route in ("flex", "dense"))
+        plans = [Plan(end, depth, route, CUDA, first) for route in ("flex", "dense")]
         close(*by_routes(plans, tensors, **case), dtype, 32)
 
 
@@ -68,7 +76,7 @@ def test_forests_of_any_length_are_compiled_once_or_twice():
 
     before = counters["stats"]["unique_graphs"]
     for seed in range(12):
-        forest = yx.Forest.of(tree(seed, low=3, high=30 + 40 * seed))
+        forest = yx.Forest.of(tree(seed, low=30, high=60 + 40 * seed))
         tensors = [
             t.detach().cuda().requires_grad_() for t in inputs(len(forest.fed), torch.float32, width=32)
         ]
@@ -77,29 +85,35 @@ def test_forests_of_any_length_are_compiled_once_or_twice():
     assert counters["stats"]["unique_graphs"] - before <= 3
 
 
-@pytest.mark.parametrize("options", [{}, {"route": "dense"}, {"chunk": 37}, {"chunk": 100}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"route": "dense"}, {"chunk": 37}, {"chunk": 200}], ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_families(case, options):
-    model, rows = build(case).cuda(), tree(2)
+    model, rows = build(case, wide=True).cuda(), tree(2, high=120)
     expected = alone(model, rows)
     wanted = gradients(model, expected)
     out = yx.loss(model, rows, **options)
     assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_same(gradients(model, out.value), wanted)
+    assert_same(gradients(model, out.value), wanted, 1e-4)  # Granite alone is off by 4e-5 from float64
+
+
+def wide():
+    return llama(hidden_size=64)
 
 
 @pytest.mark.parametrize(
-    "step", [one(), one(chunk=25), in_packs, unshared, varlen],
+    "step", [one(), one(chunk=150), in_packs, unshared, varlen],
     ids=["forest", "in chunks", "in packs", "unshared", "varlen"],
 )  # fmt: skip
 def test_twenty_losses_are_those_of_a_cpu(step, monkeypatch):
+    monkeypatch.setattr("test_routes.STEPS", [tree(seed, count=6, high=120) for seed in range(20)])
+    monkeypatch.setattr("test_routes.llama", wide)
     expected = run(one(route="dense"))
-    monkeypatch.setattr("test_routes.llama", lambda: llama().cuda())
+    monkeypatch.setattr("test_routes.llama", lambda: wide().cuda())
     assert run(step) == pytest.approx(expected, rel=1e-5)
 
 
 def test_bfloat16_is_as_near_to_float64_as_the_sequences_alone():
-    exact, rows = llama().cuda().double(), tree(3)
+    exact, rows = wide().cuda().double(), tree(3, high=150)
     model = copy.deepcopy(exact).bfloat16()
     exact.load_state_dict(model.state_dict())  # the same rounded weights
     wanted = gradients(exact, alone(exact, rows))

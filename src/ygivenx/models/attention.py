@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
 from .blocks import Blocks, make_tiles
-from .flex import flex, flex_mask
+from .flex import flex, flex_mask, has_kernel
 from .plan import CHAINS, Plan, automatic
 
 PREFIX = (
@@ -107,7 +107,7 @@ def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) 
         return varlen(query, key, value, plan.once(varlen_cuts, None), o.scale)
     if route == "blocks" and simple and same_width:
         return Blocks.apply(query, key, value, plan.once(make_tiles, window), o.scale)
-    if route == "flex" and o.sinks is None and not o.dropout:
+    if route == "flex" and o.sinks is None and not o.dropout and has_kernel(query, value):
         return flex(query, key, value, plan.once(flex_mask, window), o.scale, o.softcap)
     return dense(query, key, value, plan.once(dense_mask, window), o)
 

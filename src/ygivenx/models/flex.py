@@ -18,7 +18,14 @@ from .plan import Plan
 Bools = NDArray[np.bool_]
 
 BLOCK = 128  # queries and keys of a block that the kernel computes or skips as a whole
+NARROWEST = 16  # numbers of a head that tensor cores multiply at least
 SPECIALISED = 64  # compiled variants at most: by dtype, width, window, soft-cap, with gradients or without
+
+
+def has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether there is one for these: on CUDA not for narrow heads; and few queries aren't worth compiling it."""
+    narrow = min(query.shape[-1], value.shape[-1]) < NARROWEST
+    return not query.is_cuda or (query.shape[2] >= BLOCK and not narrow)
 
 
 def flex(
