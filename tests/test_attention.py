@@ -16,6 +16,7 @@ from trees import alone, assert_same, gradients, tree
 import ygivenx as yx
 from ygivenx.errors import ConfigError, ModelError
 from ygivenx.models import attention, blocks, families, flex
+from ygivenx.models import plan as routes
 from ygivenx.models.model import hidden_states
 from ygivenx.models.plan import Plan, automatic
 
@@ -402,9 +403,11 @@ def test_dropout_of_attention_is_drawn_per_node():
     assert first.item() != pytest.approx(yx.loss(model, rows).value.item(), rel=1e-6)
 
 
-def test_explain_says_the_route():
+@pytest.mark.parametrize("compiles", [True, False])
+def test_explain_says_the_route(compiles, monkeypatch):
+    monkeypatch.setattr(routes, "find_spec", lambda name: compiles or None)
     assert families.explain()["one sequence"] == "plain"
     told = families.explain(llama())
     assert told["forest"] == told["sequences that share nothing"] == "blocks"
-    assert automatic(torch.device("cuda")) == "flex"
+    assert automatic(torch.device("cuda")) == ("flex" if compiles else "dense")
     assert automatic(torch.device("cuda"), shared=False) == "varlen"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_attention import inputs, options
 from test_families import CASES, build
+from test_head import check_float32, random_case
 from test_routes import in_packs, one, run, unshared, varlen
 from test_scoring import one_by_one
 from test_trainer import make
@@ -89,6 +90,9 @@ def test_forests_of_any_length_are_compiled_once_or_twice():
 @pytest.mark.parametrize("case", CASES)
 def test_families(case, options):
     model, rows = build(case, wide=True).cuda(), tree(2, high=120)
+    model.config._attn_implementation = (
+        "eager"  # of all that transformers has, the one that keeps soft-caps and sinks
+    )
     expected = alone(model, rows)
     wanted = gradients(model, expected)
     out = yx.loss(model, rows, **options)
@@ -134,28 +138,38 @@ def test_scores_are_those_of_a_cpu():
             np.testing.assert_allclose(t.token_log_p, one_by_one(llama(), s), atol=3e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_cases_of_the_head_agree_with_the_twin():
+    for seed in range(60):
+        case = random_case(seed)
+        for name in ("hidden", "weight", "bias", "rows", "targets", "weights"):
+            t = getattr(case, name)
+            setattr(case, name, t if t is None else t.detach().cuda().requires_grad_(t.requires_grad))
+        case.wanted = [t for t in (case.hidden, case.weight, case.bias) if t is not None and t.requires_grad]
+        check_float32(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_head_equals_its_twin_and_holds_no_logits(dtype, softcap):
     torch.manual_seed(0)
-    hidden = torch.randn(3000, 128, device=CUDA, dtype=dtype).requires_grad_()
-    weight = (torch.randn(40_000, 128, device=CUDA) / 8).to(dtype).requires_grad_()
-    rows, targets = (
-        torch.randint(0, 3000, (4000,), device=CUDA),
-        torch.randint(0, 40_000, (4000,), device=CUDA),
-    )
-    weights = torch.rand(4000, device=CUDA)
+    hidden = torch.randn(2000, 128, device=CUDA, dtype=dtype).requires_grad_()
+    weight = (torch.randn(64_000, 128, device=CUDA) / 8).to(dtype).requires_grad_()
+    rows, targets = (torch.randint(0, n, (2500,), device=CUDA) for n in (2000, 64_000))
+    weights = torch.rand(2500, device=CUDA)
     made = []
-    for f in (selective_cross_entropy, reference.selective_cross_entropy):
+    for f, more in (
+        (selective_cross_entropy, {"memory": 128 << 20}),
+        (reference.selective_cross_entropy, {}),
+    ):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        log_p, loss = f(hidden, weight, rows, targets, weights, softcap=softcap)
+        log_p, loss = f(hidden, weight, rows, targets, weights, softcap=softcap, **more)
         grads = torch.autograd.grad(loss, (hidden, weight))
         made.append([log_p.detach(), loss.detach(), *grads])
-        if f is selective_cross_entropy:
-            assert torch.cuda.max_memory_allocated() - before < 300 << 20  # all logits: 960 MB in float32
+        if more:  # all logits: 512 MB in float32
+            assert torch.cuda.max_memory_allocated() - before < 256 << 20
     for a, b in zip(*made, strict=True):
-        room = 2e-5 if dtype == torch.float32 or a.dtype == torch.float32 else 1e-2
+        room = 2e-5 if torch.float32 in (dtype, a.dtype) else 1e-2
         assert float((a.double() - b.double()).norm() / b.double().norm()) <= room
 
 
@@ -205,7 +219,11 @@ def test_peak_memory_is_that_of_the_device():
 
 def test_long_sequences_are_streamed_in_less_memory():
     model = llama(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=1024, max_position_embeddings=20_000
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=1024,
+        max_position_embeddings=20_000,
+        initializer_range=0.05,
     ).cuda()
     rows = tree(5, count=6, low=2000, high=4000)
     peaks, made = [], []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ygivenx.errors import ModelError
-from ygivenx.head import edges, fused, kernel, pages, reference, sweep
+from ygivenx.head import edges, fused, kernel, pages, reference, sweep, whole
 from ygivenx.head.selective import explain, log_probs, selective_cross_entropy
 from ygivenx.head.tiles import Marks
 
@@ -81,10 +81,14 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(fused, "BLOCK", 1)
     monkeypatch.setattr(sweep, "WORTHWHILE", 16)
     monkeypatch.setattr(sweep, "THIN", 24)
+    monkeypatch.setattr(whole, "LEAST", 16)
 
 
-@pytest.fixture(params=["compiled", "torch", "torch, bfloat16 in float32"])
+@pytest.fixture(params=["compiled", "torch", "torch, bfloat16 in float32", "whole vocabulary"])
 def route(request, monkeypatch):
+    if request.param == "whole vocabulary":  # what GPUs take
+        monkeypatch.setattr(sweep, "launches_cost", lambda device: True)
+        return request.param
     if request.param == "compiled":
         if kernel.why_not():
             pytest.skip(kernel.why_not())

@@ -67,7 +67,7 @@ class Edges:
     def _pick(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logit of every edge's target and the slope of its cap, float64 [E]."""
         picked = torch.empty(len(rows), dtype=self.wide, device=rows.device)
-        for part in parts(len(rows)):
+        for part in gathered(len(rows), rows.device):
             h, w = self.hidden[rows[part]], self.head.weight[targets[part]]
             picked[part] = (h.to(self.wide) * w.to(self.wide)).sum(-1)
         if self.head.bias is not None:
@@ -156,6 +156,11 @@ def multiplies(dtype: torch.dtype) -> bool:
 def parts(count: int, most: int = AT_ONCE) -> list[slice]:
     """Slices of at most `most`, by default as many as are gathered at once: [E, H] would be large."""
     return [slice(a, a + most) for a in range(0, count, most)]
+
+
+def gathered(count: int, device: torch.device) -> list[slice]:
+    """Slices of the edges whose rows are gathered at once: [E, H] would be large, and on a GPU many steps slow."""
+    return parts(count, AT_ONCE if device.type == "cpu" else 32 * AT_ONCE)
 
 
 def even(a: int, b: int, most: int, unit: int = PAD) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import pages
-from .edges import Edges, Head, parts
+from .edges import Edges, Head, gathered
 
 
 class Gradients:
@@ -36,7 +36,7 @@ class Gradients:
         mine, total = slice(edges.starts[a], edges.starts[b]), total[: b - a]
         column, target, head = edges.column[mine] - a, edges.target[mine], edges.head
         total *= factor[:, None].to(total.dtype)
-        for part in parts(len(target)):
+        for part in gathered(len(target), total.device):
             terms = head.weight[target[part]] * (g[part] * head.scale).to(total.dtype)[:, None]
             total.index_add_(0, column[part], terms)
         self.hidden[edges.rows[a:b]] = total.to(self.hidden.dtype)

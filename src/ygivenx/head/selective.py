@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ModelError
 from . import kernel
 from .edges import Head, multiplies
-from .sweep import MEMORY, sweep
+from .sweep import sweep
 
 INDICES = (torch.int64, torch.int32, torch.int16)  # uint8 is what masks were once
 
@@ -38,7 +38,7 @@ def selective_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
     z_loss: float = 0.0,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log p per edge, Σ w·(−log p + z_loss·logsumexp²)) from only the rows that carry an edge.
 
@@ -52,7 +52,8 @@ def selective_cross_entropy(
     `backward(retain_graph=True)`, which computes them anew. Divide the weights rather than the sum: a factor of
     exactly 1 in backward costs no pass over the gradients.
 
-    `memory` bytes may be held beyond the gradients; more makes large vocabularies a little faster in float32.
+    `memory` bytes may be held beyond the gradients: by default 64 MB on a CPU, where more makes large vocabularies a
+    little faster in float32, and 512 MB on a GPU, where 256 rows of logits are held at least.
     Raises ModelError for shapes or indices that don't fit or aren't integers, and for weights that ask for a gradient.
     """
     _check(hidden, weight, bias, rows, targets, weights)
@@ -66,12 +67,12 @@ def selective_cross_entropy(
 @overload
 def log_probs(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
-    softcap: float | None = ..., scale: float = ..., ranks: Literal[False] = ..., memory: int = ...,
+    softcap: float | None = ..., scale: float = ..., ranks: Literal[False] = ..., memory: int | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def log_probs(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
-    softcap: float | None = ..., scale: float = ..., ranks: Literal[True], memory: int = ...,
+    softcap: float | None = ..., scale: float = ..., ranks: Literal[True], memory: int | None = ...,
 ) -> Ranked: ...  # fmt: skip
 @torch.compiler.disable
 def log_probs(
@@ -84,7 +85,7 @@ def log_probs(
     softcap: float | None = None,
     scale: float = 1.0,
     ranks: bool = False,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Tensor | Ranked:
     """log Pr(targets[e] | row rows[e]), float32 [E]; with `ranks` also how many tokens are more probable.
 
@@ -119,7 +120,7 @@ def explain() -> dict[str, str]:
         else "torch: this CPU has no AMX",
         "cpu bfloat16": missing + no_products if reason else "compiled kernel",
         "cpu float16": "torch; its products are float32",
-        "cuda": "torch, the same code as on the CPU",
+        "cuda": "torch: the whole vocabulary at once, for as many rows as 512 MB hold",
         "soft-cap": "torch",
     }
 
@@ -133,7 +134,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
                 weights: Tensor, options: dict[str, Any], wants: Wants,
-                memory: int) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+                memory: int | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         swept = sweep(hidden, Head(weight, bias, **options), rows, targets, weights, wants, memory=memory)
         if any(wants):
             ctx.save_for_backward(hidden, weight, bias, rows, targets, weights)
@@ -163,7 +164,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                options: dict[str, Any], memory: int) -> Tensor:  # fmt: skip
+                options: dict[str, Any], memory: int | None) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, rows, targets)
         ctx.options, ctx.memory = options, memory
         return sweep(hidden, Head(weight, bias, **options), rows, targets).log_p

@@ -15,10 +15,10 @@ terms. The factor k goes to the other side of the products, so exponentials meet
     first sweep    e, S and Σ e[v]·W[v], while the tile of W is in the cache
     second sweep   dW[v] = Σ e[v, column]·(k·h)[column], each tile written once
 
-Where the compiled kernel runs, `fused.py` computes e twice and keeps none. Here, in plain torch, the exponentials wait
-in the memory of dW itself: tile i in the place of tile i - 1, and the second sweep goes backwards. That holds as many
-columns as H, but not in float16. What is beyond is computed again (16 bits, and large vocabularies) or waits in working
-memory (float32).
+On a GPU, `whole.py` takes the whole vocabulary at once. Where the compiled kernel runs, `fused.py` computes e twice and
+keeps none. Here, in plain torch, the exponentials wait in the memory of dW itself: tile i in the place of tile i - 1,
+and the second sweep goes backwards. That holds as many columns as H, but not in float16. What is beyond is computed
+again (16 bits, and large vocabularies) or waits in working memory (float32).
 Columns come in rounds whose rows fit into that memory, and each round after the first adds to dW.
 """
 
@@ -29,12 +29,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import fused, kernel
+from . import fused, kernel, whole
 from .edges import PAD, Edges, Head, even, padded, product_dtype
 from .gradients import Gradients
 from .tiles import Block, Marks, Scratch, shaped
 
-MEMORY = 64 << 20  # bytes beyond the gradients that a call may hold on to
+MEMORY = 64 << 20  # bytes beyond the gradients that a call may hold on to, on a CPU
 BLOCK = 1024  # columns of one first sweep
 WIDEST = 8 << 20  # bytes of Σ e[v]·W[v] of one first sweep
 TILE = 2 << 20  # elements of one tile
@@ -63,7 +63,7 @@ def sweep(
     wants: tuple[bool, bool, bool] = (False, False, False),
     *,
     ranks: bool = False,
-    memory: int = MEMORY,
+    memory: int | None = None,
 ) -> Swept:
     """log p of every edge; with `weights` the loss and the wanted gradients (of hidden, weight, bias)."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -78,21 +78,17 @@ def _sweep(
     weights: Tensor | None,
     wants: tuple[bool, bool, bool],
     ranks: bool,
-    memory: int,
+    memory: int | None,
 ) -> Swept:
     head = replace(head, weight=head.weight.to(torch.promote_types(hidden.dtype, head.weight.dtype)))
     edges = Edges(hidden, head, rows, targets, weights, apart=ranks)
     into = Gradients(hidden, head, edges.wide, wants)
     if into.weight is not None and not len(rows):
         into.weight.zero_()
-    rounds = _rounds(len(edges.rows), head.weight, memory if wants[1] else 0)
-    # What comes first decides whether the kernel is built at all.
-    if (head.weight.dtype == torch.bfloat16 or not _mostly_wait(rounds)) and kernel.usable(head):
-        fused.sweep(edges, into, memory, ranks=ranks)
+    if launches_cost(hidden.device):
+        whole.sweep(edges, into, whole.MEMORY if memory is None else memory, ranks=ranks)
     else:
-        scratch = Scratch(hidden.device)
-        for a, b, room in rounds:
-            _Round(edges, a, b, room, into, scratch).sweep(ranks=ranks)
+        _by_tiles(edges, into, MEMORY if memory is None else memory, ranks)
     return Swept(
         edges.as_given(edges.log_p).to(edges.wide),
         edges.as_given(edges.above[edges.column]) if ranks else None,
@@ -101,6 +97,23 @@ def _sweep(
         into.weight,
         into.bias,
     )
+
+
+def launches_cost(device: torch.device) -> bool:
+    """Whether each operation costs as much as a tile of numbers does."""
+    return device.type != "cpu"
+
+
+def _by_tiles(edges: Edges, into: Gradients, memory: int, ranks: bool) -> None:
+    head = edges.head
+    rounds = _rounds(len(edges.rows), head.weight, memory if into.weight is not None else 0)
+    # What comes first decides whether the kernel is built at all.
+    if (head.weight.dtype == torch.bfloat16 or not _mostly_wait(rounds)) and kernel.usable(head):
+        fused.sweep(edges, into, memory, ranks=ranks)
+        return
+    scratch = Scratch(edges.hidden.device)
+    for a, b, room in rounds:
+        _Round(edges, a, b, room, into, scratch).sweep(ranks=ranks)
 
 
 class _Round:

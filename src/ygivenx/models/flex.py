@@ -35,8 +35,23 @@ def flex(
     run = _compiled() if query.is_cuda else flex_attention
     score_mod = None if softcap is None else _capped(torch.full_like(query[0, :, 0, 0], softcap))
     gqa = query.shape[1] != key.shape[1]
-    out: Tensor = run(query, key, value, score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=gqa)
+    out: Tensor = run(
+        query, key, value,
+        score_mod=score_mod, block_mask=mask, scale=scale, enable_gqa=gqa, kernel_options=_precision(query),
+    )  # fmt: skip
     return out
+
+
+def _precision(query: Tensor) -> dict[str, Any] | None:
+    """float32 as three products of tensor cores: nearer to float64 than one without them, in a third of the time."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    if query.dtype != torch.float32 or not query.is_cuda or torch.version.hip or not exact:
+        return None
+    return (
+        {"FLOAT32_PRECISION": "'tf32x3'"}
+        if torch.cuda.get_device_capability(query.device) >= (8, 0)
+        else None
+    )
 
 
 def _capped(softcap: Tensor) -> Callable[..., Tensor]:

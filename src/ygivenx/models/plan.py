@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,9 @@ def automatic(device: torch.device, shared: bool = True) -> str:
     """The route that forests take on a device; shared: whether some sequences begin alike."""
     if device.type == "cuda" and not shared:
         return "varlen"
-    return {"cpu": "blocks", "cuda": "flex"}.get(device.type, "dense")
+    if device.type == "cuda" and find_spec("triton"):  # what FlexAttention is compiled with
+        return "flex"
+    return "blocks" if device.type == "cpu" else "dense"
 
 
 def _bounds(end: Ints, first: int) -> Ints | None:
