@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ygivenx.errors import ModelError
 from ygivenx.head import edges, fused, kernel, pages, reference, sweep, whole
@@ -192,6 +194,46 @@ def test_few_rows_add_up_a_whole_vocabulary_without_drift(count):
     case = Case(hidden, weight, rows, targets, torch.ones(count), {"softcap": None, "scale": 1.0})
     case.wanted = [hidden]
     assert relative(case.grads(case.ours()[1])[0], case.grads(case.twin()[1])[0]) < 5e-6
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that tensors made within it held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self.known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, Tensor) and t._base is None and t.untyped_storage().data_ptr() not in self.known:
+                self._add(t.untyped_storage())
+        return out
+
+    def _add(self, storage) -> None:
+        place, size = storage.data_ptr(), storage.nbytes()
+        self.known.add(place)
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._freed, place, size)
+
+    def _freed(self, place: int, size: int) -> None:
+        self.known.discard(place)
+        self.now -= size
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_whole_vocabulary_is_held_for_as_many_rows_as_there_is_memory(softcap, monkeypatch):
+    monkeypatch.setattr(sweep, "launches_cost", lambda device: True)
+    monkeypatch.setattr(whole, "LEAST", 16)
+    hidden, weight = torch.randn(400, 16), torch.randn(5000, 16)
+    targets, memory = torch.randint(0, 5000, (400,)), 2 << 20  # all logits: 8 MB
+    with Held() as held:
+        selective_cross_entropy(
+            hidden.requires_grad_(), weight.requires_grad_(), torch.arange(400), targets, torch.ones(400),
+            softcap=softcap, memory=memory,
+        )  # fmt: skip
+    assert memory / 2 < held.most < 1.25 * memory + 2 * weight.nbytes
 
 
 def confident(dtype: torch.dtype = torch.bfloat16) -> Case:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .edges import Edges, even
+from .edges import PAD, Edges, even
 from .gradients import Gradients
 
 MEMORY = 512 << 20  # bytes beyond the gradients that a call may hold on to
@@ -27,11 +27,16 @@ def sweep(edges: Edges, into: Gradients, memory: int, *, ranks: bool) -> None:
         1 if edges.head.softcap is None else 3
     )  # beside z, the slope and its square
     of_a_row = len(weight) * (wide + (weight.itemsize if weight.dtype != edges.wide else 0))
-    for a, b in even(0, len(edges.rows), max(LEAST, memory // of_a_row)):
-        x = edges.hidden[edges.rows[a:b]].to(weight.dtype)
-        e, slope, lift = _exponentials(edges, a, b, x, ranks)
-        if edges.weight is not None:
-            _gradients(edges, into, a, b, x, e if slope is None else e.mul_(slope), lift)
+    for a, b in even(0, len(edges.rows), max(LEAST, memory // of_a_row // PAD * PAD)):
+        _sweep(edges, into, a, b, ranks)
+
+
+def _sweep(edges: Edges, into: Gradients, a: int, b: int, ranks: bool) -> None:
+    """Rows [a, b). What this holds is freed before the next ones come."""
+    x = edges.hidden[edges.rows[a:b]].to(edges.head.weight.dtype)
+    e, slope, lift = _exponentials(edges, a, b, x, ranks)
+    if edges.weight is not None:
+        _gradients(edges, into, a, b, x, e if slope is None else e.mul_(slope), lift)
 
 
 def _exponentials(
