@@ -170,6 +170,19 @@ def head(args: argparse.Namespace) -> dict[str, Any]:
 
 def table(results: Path) -> str:
     lines = [json.loads(line) for line in results.read_text().splitlines()]
+    return f"{_cases(lines)}\n\n{_heads(lines)}"
+
+
+def _heads(lines: list[dict[str, Any]]) -> str:
+    latest = {(r["vocabulary"], r["width"], r["dtype"]): r for r in lines if r["what"] == "head"}
+    rows = ["| vocabulary, H, precision | ours, ms (GB) | all logits, ms (GB) |", "|---|---|---|"]
+    for (vocabulary, width, dtype), r in latest.items():
+        cells = [f"{vocabulary:,}, {width:,}, {dtype}", *map(_cell, r["contestants"].values())]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _cases(lines: list[dict[str, Any]]) -> str:
     latest = {(r["case"], r["times"], r["shape"], r["dtype"]): r for r in lines if r["what"] == "case"}
     names = list(CONTESTANTS)
     rows = [
