@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRAS := gguf,lora,test
 
-.PHONY: setup demo test check slow nightly browser tokenizers clean help
+.PHONY: setup demo test check slow nightly browser tokenizers gpu clean help
 
 help:
-	@echo "make demo | test | check | slow | nightly | browser | tokenizers | setup | clean"
+	@echo "make demo | test | check | slow | nightly | browser | tokenizers | gpu | setup | clean"
 
 setup: $(READY)
 
@@ -46,6 +46,10 @@ browser: setup
 tokenizers: setup
 	bash scripts/fetch_tokenizers.sh
 	$(BIN)/python -m pytest tests/test_tokenizers.py -m 'slow or not slow'
+
+# With whatever torch is there: `setup` pins one for CPUs.
+gpu:
+	PYTHONPATH=src $(PYTHON) -m pytest tests/test_gpu.py tests/test_attention.py
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -176,12 +176,7 @@ def one_rendering(model: Any, rows: list[Sequence]) -> float:
     return forest(model, [Sequence(longest.ids, weights)])
 
 
-def at_once(model: Any, rows: list[Sequence]) -> float:
-    """As `yx.Trainer` does it."""
-    return forest(model, rows, at_once=True)
-
-
-CONTESTANTS = {f.__name__: f for f in (forest, at_once, streamed, dense, per_turn, padded, one_rendering)}
+CONTESTANTS = {f.__name__: f for f in (forest, streamed, dense, per_turn, padded, one_rendering)}
 
 
 def contestant(name: str) -> Callable[..., float]:
@@ -208,7 +203,7 @@ def case(args: argparse.Namespace) -> dict[str, Any]:
                 seconds[n].append(time.perf_counter() - started)
             if run == 0 and n == "per_turn":
                 wanted = {k: p.grad.clone() for k, p in model.named_parameters()}
-            if run == 0 and wanted and n.startswith(("forest", "at_once", "streamed", "dense")):
+            if run == 0 and wanted and n.startswith(("forest", "streamed", "dense")):
                 told[f"{n}_gradient_error"] = max(
                     float((p.grad - wanted[k]).norm() / wanted[k].norm()) for k, p in model.named_parameters()
                 )

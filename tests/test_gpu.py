@@ -90,9 +90,7 @@ def test_forests_of_any_length_are_compiled_once_or_twice():
 @pytest.mark.parametrize("case", CASES)
 def test_families(case, options):
     model, rows = build(case, wide=True).cuda(), tree(2, high=120)
-    model.config._attn_implementation = (
-        "eager"  # of all that transformers has, the one that keeps soft-caps and sinks
-    )
+    model.config._attn_implementation = "eager"  # transformers' one that always keeps soft-caps and sinks
     expected = alone(model, rows)
     wanted = gradients(model, expected)
     out = yx.loss(model, rows, **options)
@@ -201,12 +199,9 @@ def test_a_run_of_the_trainer(tmp_path):
 def test_a_run_that_is_resumed_goes_on_with_the_same_losses(tmp_path):
     data = sequences(12, seed=5)
     settings = {"use_cpu": False, "max_steps": 6, "save_steps": 3, "logging_steps": 1}
-    whole = make(tmp_path / "whole", data, **settings)
+    whole, resumed = (make(tmp_path, data, **settings) for _ in range(2))
     whole.train()
-    halted = make(tmp_path / "halted", data, **settings | {"save_only_model": False})
-    halted.train()
-    resumed = make(tmp_path / "halted", data, **settings)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "halted" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 

@@ -9,7 +9,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 import torch
-from tiny import llama, sequences
+from tiny import llama
 from trees import assert_same, gradients, tree
 
 import ygivenx as yx
@@ -17,7 +17,6 @@ from ygivenx.errors import ConfigError, ModelError
 from ygivenx.models import streaming
 from ygivenx.models.model import hidden_states
 from ygivenx.models.streaming import stream_hidden
-from ygivenx.sequence import Sequence
 
 ROWS = tree(0, count=14)
 
@@ -48,71 +47,6 @@ def test_gradients_are_exact_whatever_the_chunk(chunk, cost, monkeypatch):
     whole, parts = yx.loss(model, ROWS), yx.loss(model, ROWS, chunk=chunk)
     assert parts.value.item() == pytest.approx(whole.value.item(), rel=1e-6)
     assert_same(gradients(model, parts.value), gradients(model, whole.value), 1e-5)
-
-
-def bushy() -> list[Sequence]:
-    """Much that hangs on one path."""
-    rng = np.random.default_rng(0)
-    path = rng.integers(0, 97, 12)
-    return [
-        Sequence(np.concatenate((path, rng.integers(0, 97, 20))), np.repeat([0.0, 1.0], [12, 20]))
-        for _ in range(9)
-    ]
-
-
-@pytest.fixture
-def chunks_fed(monkeypatch) -> list[int]:
-    """Fed tokens of every chunk."""
-    monkeypatch.setattr(streaming, "HELD", 80)
-    fed, feed = [], streaming.feed
-    monkeypatch.setattr(streaming, "feed", lambda *a: (fed.append(len(a[2])), feed(*a))[1])
-    return fed
-
-
-def test_gradients_made_at_once_are_the_same_and_nothing_is_computed_twice(chunks_fed):
-    model, rows = llama(), bushy()
-    whole = yx.loss(model, rows)
-    assert not chunks_fed
-    wanted = gradients(model, whole.value)
-    made = yx.loss(model, rows, at_once=True)
-    assert len(chunks_fed) > 2
-    assert sum(chunks_fed) == len(whole.forest.fed)
-    assert made.value.item() == pytest.approx(whole.value.item(), rel=1e-6)
-    torch.testing.assert_close(made.log_p, whole.log_p)
-    assert_same(gradients(model, made.value * 2), {n: 2 * g for n, g in wanted.items()}, 1e-5)
-
-
-def checkpointed():
-    model = llama().train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
-    return model
-
-
-@pytest.mark.parametrize(
-    ("model", "rows", "options"),
-    [
-        (llama, bushy, {"route": "dense"}),
-        (llama, bushy, {"chunk": 1000}),
-        (lambda: llama().half(), bushy, {}),
-        (lambda: llama().requires_grad_(False), bushy, {}),
-        (checkpointed, bushy, {}),
-        (lambda: llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), bushy, {}),
-        (llama, lambda: bushy()[:2], {}),  # shorter than HELD
-        (llama, lambda: sequences(9, low=20, high=24), {}),  # with nothing to hold
-        (llama, lambda: [tree(0, low=90, high=100)[0]], {}),  # one path
-    ],
-)  # fmt: skip
-def test_all_at_once_where_that_isnt_faster_or_couldnt_be_done_in_chunks(model, rows, options, chunks_fed):
-    model = model()
-    out = yx.loss(model, rows(), at_once=True, **options)
-    assert not chunks_fed
-    assert out.value.item() == yx.loss(model, rows(), **options).value.item()
-
-
-def test_families_that_nobody_proved_are_computed_whole(chunks_fed, monkeypatch):
-    monkeypatch.setattr("ygivenx.models.model.PROVEN", frozenset())
-    yx.loss(llama(), bushy(), at_once=True).value.backward()
-    assert not chunks_fed
 
 
 @pytest.mark.parametrize("chunk", [None, 16])

@@ -19,7 +19,6 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 import ygivenx as yx
 from ygivenx.errors import CheckpointError, ConfigError, LossError
-from ygivenx.models import streaming
 from ygivenx.sequence import Sequence
 from ygivenx.training import checkpoint
 
@@ -80,32 +79,6 @@ def test_loss_is_the_plain_cross_entropy_of_the_trained_tokens(tmp_path):
     trainer = make(tmp_path, data, model=model, max_steps=1, max_tokens=10_000, logging_steps=1)
     trainer.train()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(total / count, abs=1e-4)
-
-
-def test_long_forests_make_their_gradients_at_once_and_the_losses_are_the_same(tmp_path, monkeypatch):
-    x = sequences(1, seed=1, low=30, high=31)[0].ids
-    data = [
-        Sequence(np.concatenate((x, s.ids)), np.repeat([0.0, 1.0], [30, len(s)]))
-        for s in sequences(20, seed=2)
-    ]
-    seen, chunks = [], []
-    for held in (10_000, 96):
-        monkeypatch.setattr(streaming, "HELD", held)
-        real = streaming.Run.__call__
-        monkeypatch.setattr(streaming.Run, "__call__", lambda *a, real=real: (chunks.append(1), real(*a))[1])
-        trainer = make(
-            tmp_path / str(held),
-            data,
-            max_tokens=200,
-            max_steps=6,
-            logging_steps=1,
-            gradient_accumulation_steps=2,
-        )
-        trainer.train()
-        seen.append([h["loss"] for h in trainer.state.log_history if "loss" in h])
-        assert bool(chunks) == (held == 96)
-    assert len(seen[0]) == 6
-    assert seen[1] == pytest.approx(seen[0], rel=1e-5)
 
 
 def test_the_sequence_denominator_is_the_mean_of_means(tmp_path):

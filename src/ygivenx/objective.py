@@ -49,8 +49,7 @@ def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **
 
     `batch` is a Forest, or sequences and examples that become one. `denominator` is W: by default the sum of
     the batch's own weights; give the sum over the whole optimiser step when this batch is only a part of it.
-    Further options go to `hidden_states` (such as `route=`); `at_once=True` says that backward of this very value is
-    sure to follow, so that gradients may be made in this call where that is faster: on a CPU, for long forests.
+    Further options go to `hidden_states` (such as `route=`).
 
     A model in DistributedDataParallel or FullyShardedDataParallel, or after fully_shard, is run through that wrapper,
     so its ranks average their gradients as ever. For the loss of one process `denominator` is then the weight of the

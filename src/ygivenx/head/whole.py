@@ -23,10 +23,9 @@ LEAST = 256  # rows at a time, however many bytes that takes
 def sweep(edges: Edges, into: Gradients, memory: int, *, ranks: bool) -> None:
     """Statistics into `edges`, gradients into `into`."""
     weight = edges.head.weight
-    wide = edges.wide.itemsize * (
-        1 if edges.head.softcap is None else 3
-    )  # beside z, the slope and its square
-    of_a_row = len(weight) * (wide + (weight.itemsize if weight.dtype != edges.wide else 0))
+    logits = 1 if edges.head.softcap is None else 3  # with a cap also their squares and slopes
+    narrowed = weight.itemsize if weight.dtype != edges.wide else 0
+    of_a_row = len(weight) * (logits * edges.wide.itemsize + narrowed)
     for a, b in even(0, len(edges.rows), max(LEAST, memory // of_a_row // PAD * PAD)):
         _sweep(edges, into, a, b, ranks)
 
@@ -97,5 +96,7 @@ def product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
         return left @ right
     if left.is_cuda and hasattr(torch.ops.aten.mm, "dtype"):  # since torch 2.8
         return torch.mm(left, right, out_dtype=wide)
+    if left.dtype == torch.float16:  # in which sums may overflow
+        return left.to(wide) @ right.to(wide)
     made = left @ right
     return made.to(wide).add_(torch.addmm(made, left, right, beta=-1))  # and what rounding it lost

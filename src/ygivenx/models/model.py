@@ -16,7 +16,7 @@ from ..forest import Forest, Ints
 from . import recompute, streaming
 from .adapters import product
 from .families import PROVEN, check, config_of, decoder_of, feed
-from .lengths import refuse_lengths, unchanged
+from .lengths import refuse_lengths
 from .places import located, quiet_loading
 from .plan import Plan
 
@@ -144,40 +144,17 @@ def hidden_states(
 
 def loss_over(
     model: nn.Module, forest: Forest, score: recompute.Score, *,
-    route: str = "auto", chunk: int | None = None, needed: Ints | None = None, at_once: bool = False,
+    route: str = "auto", chunk: int | None = None, needed: Ints | None = None,
 ) -> Tensor:  # fmt: skip
     """The sum of score(rows, hidden states of these rows [n, H]), the loss of rows int64 [n], over all rows.
 
     Where the forest is longer than `chunk`, it is called once per chunk, and less is computed twice than for
-    `hidden_states`. at_once: whether gradients may be made in this call already, since backward is sure to follow,
-    also where the forest isn't longer than memory: on a CPU that is faster, and takes less memory, where much hangs on
-    one path, which is then held (`streaming`). Other arguments and errors are those of `hidden_states`.
+    `hidden_states`. Arguments and errors are those of `hidden_states`.
     """
-    run = _held(model, forest, route, needed) if at_once and chunk is None else None
-    run = run or _longer(model, forest, route, chunk, needed)
+    run = _longer(model, forest, route, chunk, needed)
     if run is None:
         return score(np.arange(len(forest.fed)), _whole(model, forest, route, needed))
     return recompute.loss(run, score)
-
-
-def _held(model: Any, forest: Forest, route: str, needed: Ints | None) -> streaming.Run | None:
-    """The run in which a path is held, where that is faster than the whole forest and known to be exact."""
-    check(model)
-    decoder = decoder_of(model)
-    unfit = (
-        route != "auto"
-        or len(forest.fed) <= streaming.HELD
-        or decoder.get_input_embeddings().weight.device.type != "cpu"
-        or config_of(model).model_type not in PROVEN  # their layers may attend twice
-        or unchanged(decoder) is not None
-        or streaming.reentrant(model)
-        or not recompute.makes_gradients(model)
-    )
-    return (
-        None
-        if unfit
-        else streaming.Run.of(model, forest, streaming.HELD, route, needed).holding(worthwhile=True)
-    )
 
 
 def _longer(

@@ -44,9 +44,8 @@ def loss(run: Run, score: Score) -> Tensor:
     parameters = _trained(run.model)
     if not parameters:
         return torch.stack([score(run.order[rows], hidden) for rows, hidden in run.stream()]).sum()
-    scaled = _scaled(run.model, run.device)
-    if not run.holds:
-        run = (None if scaled else run.holding()) or run.for_gradients()
+    scaled = _scaled(run)
+    run = (None if scaled else run.holding()) or run.for_gradients()
     shelf = None if scaled else _trunk(run)
     if shelf is None:
         return score(run.order, _Hidden.apply(run, *_trained(run.decoder)))
@@ -58,16 +57,11 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
 
 
-def makes_gradients(model: nn.Module) -> bool:
-    """Whether there are gradients to make, and of which the size is known before backward, on a CPU."""
-    return bool(_trained(model)) and not _scaled(model, torch.device("cpu"))
-
-
-def _scaled(model: nn.Module, device: torch.device) -> bool:
+def _scaled(run: Run) -> bool:
     """float16 needs gradients that are scaled before they are made, and by how much is known in backward only."""
-    kind = device.type
+    kind = run.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
-    return autocast or any(p.dtype == torch.float16 for p in model.parameters())
+    return autocast or any(p.dtype == torch.float16 for p in run.model.parameters())
 
 
 class _Shelf:

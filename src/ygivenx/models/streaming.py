@@ -23,7 +23,6 @@ from .families import check, config_of, decoder_of, feed
 from .plan import CHAINS, KeysValues, Plan
 
 LEAST = 2048  # fed tokens of a chunk, however little memory there is
-HELD = 3072  # fed tokens at a time, where gradients are made at once for speed
 PASS = 64  # tokens, forward and backward, that a further chunk costs as much as
 
 
@@ -62,7 +61,7 @@ class Run:
         if chunk < 1:
             raise ConfigError(f"chunk is {chunk}", fix="give at least 1 token; 512 to 4096 is usual")
         check(model)
-        if torch.is_grad_enabled() and reentrant(model):
+        if torch.is_grad_enabled() and model.training and any(map(_reentrant, model.modules())):
             raise ModelError(
                 "reentrant gradient checkpointing loses the gradients of keys and values between chunks",
                 fix='gradient_checkpointing_kwargs={"use_reentrant": False}, which is the better one anyway',
@@ -75,21 +74,16 @@ class Run:
         """The same in the order and the chunks in which least is computed twice."""
         return replace(self._ordered(_by_size(self.end, largest="last")), longest_last=True)
 
-    def holding(self, worthwhile: bool = False) -> Run | None:
+    def holding(self) -> Run | None:
         """The same with a first chunk that is held until the others, which see no node beyond it, are done.
 
-        Nothing is computed twice then. None where no such chunks fit, or more of them would cost more than that;
-        worthwhile: or where they are too many, or hold nothing, to be faster than all at once.
+        Nothing is computed twice then. None where no such chunks fit, or more of them would cost more than that.
         """
         run = self._ordered(_by_size(self.end, largest="first"))
-        bounds = _held_bounds(run.end, self.size)
-        if bounds is None:
+        bounds, other = _held_bounds(run.end, self.size), self.for_gradients()
+        if bounds is None or 3 * PASS * (len(bounds) - 1 - len(other.chunks)) > len(other.trunk):
             return None
-        held = replace(run, bounds=bounds)
-        if worthwhile:
-            return held if held.holds and (len(bounds) - 1) * self.size <= 2 * len(self.end) else None
-        other = self.for_gradients()
-        return None if 3 * PASS * (len(bounds) - 1 - len(other.chunks)) > len(other.trunk) else held
+        return replace(run, bounds=bounds)
 
     def _ordered(self, order: Ints) -> Run:
         """The same in another preorder."""
@@ -239,11 +233,6 @@ def _whole_subtrees(ends: list[int], held: int, room: int) -> Ints:
             bounds.append(at)
         at = ends[at]
     return np.array([*bounds, len(ends)])
-
-
-def reentrant(model: nn.Module) -> bool:
-    """Whether gradient checkpointing runs layers again in a graph of their own, which knows no keys of other chunks."""
-    return model.training and any(map(_reentrant, model.modules()))
 
 
 def _reentrant(module: nn.Module) -> bool:

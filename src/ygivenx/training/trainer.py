@@ -190,7 +190,7 @@ class Trainer(transformers.Trainer):
         with self.accelerator.autocast():
             # Ranks average their gradients, and W already counts all ranks: undo the average.
             weight = None if num_items_in_batch is None else float(num_items_in_batch) / self.args.world_size
-            out = loss(model, forest, denominator=weight, at_once=True)
+            out = loss(model, forest, denominator=weight)
         self._refuse_non_finite(out, inputs["names"])
         self.meter.add(forest)
         return (out.value, {"log_p": out.log_p}) if return_outputs else out.value
