@@ -49,7 +49,7 @@ tokenizers: setup
 
 # With whatever torch is there: `setup` pins one for CPUs.
 gpu:
-	PYTHONPATH=src $(PYTHON) -m pytest tests/test_gpu.py tests/test_attention.py
+	PYTHONPATH=src $(PYTHON) -m pytest tests/test_gpu.py tests/test_auditing.py -k gpu
 
 clean:
 	rm -rf $(VENV) runs build dist

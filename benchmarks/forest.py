@@ -247,8 +247,8 @@ def precise(args: argparse.Namespace) -> dict[str, Any]:
     exact = gradients(streamed, model.double(), rows)
     return {
         "case": name,
-        "to_float64": {n: max(_differences(ours, exact)) for n, ours in made.items()},
-        "forest_to_per_turn": max(_differences(made["forest"], made["per_turn"])),
+        "to_float64": {n: max(differences(ours, exact)) for n, ours in made.items()},
+        "forest_to_per_turn": max(differences(made["forest"], made["per_turn"])),
     }
 
 
@@ -258,7 +258,7 @@ def gradients(run: Callable[..., float], model: Any, rows: list[Sequence]) -> li
     return [p.grad.clone() for p in model.parameters()]
 
 
-def _differences(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
+def differences(ours: list[torch.Tensor], exact: list[torch.Tensor]) -> list[float]:
     return [float((a - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from forest import CASES, dense, forest, padded, per_turn, streamed, work
+from forest import CASES, dense, differences, forest, padded, per_turn, streamed, work
 from shapes import random_model
 
 import ygivenx as yx
@@ -39,7 +39,6 @@ from ygivenx.head.selective import selective_cross_entropy
 from ygivenx.sequence import Sequence
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
-WARM = 1
 
 
 def main() -> None:
@@ -110,8 +109,8 @@ def case(args: argparse.Namespace) -> dict[str, Any]:
     model = random_model(shape, getattr(torch, dtype), "cuda")
     running = {n: f for n, f in CONTESTANTS.items() if n not in args.without}
     told: dict[str, dict[str, Any]] = {n: {"all_seconds": []} for n in running}
-    wanted: dict[str, torch.Tensor] = {}
-    for round_ in range(WARM + args.runs):
+    wanted: list[torch.Tensor] = []
+    for round_ in range(1 + args.runs):  # the first one warms up
         for n, f in running.items():
             model.zero_grad()
             try:
@@ -119,19 +118,16 @@ def case(args: argparse.Namespace) -> dict[str, Any]:
             except torch.OutOfMemoryError:
                 told[n]["out_of_memory"] = True
                 continue
-            if round_ == 0 and n == "per_turn":
-                wanted = {k: p.grad.clone() for k, p in model.named_parameters()}
-            elif round_ == 0 and wanted and n in ("forest", "streamed", "dense"):
-                told[n]["gradient_error"] = max(
-                    float((p.grad - wanted[k]).double().norm() / wanted[k].double().norm())
-                    for k, p in model.named_parameters()
-                )
-            if round_ == 0:
-                told[n]["first"] = once["all_seconds"][0]
-                wanted = wanted if n != "dense" else {}
-            if round_ >= WARM:
+            if round_:
                 told[n]["all_seconds"] += once["all_seconds"]
                 told[n]["bytes"] = once["bytes"]
+                continue
+            told[n]["first"] = once["all_seconds"][0]
+            if n == "per_turn":
+                wanted = [p.grad.clone() for p in model.parameters()]
+            elif wanted and n in ("forest", "streamed", "dense"):
+                told[n]["gradient_error"] = max(differences([p.grad for p in model.parameters()], wanted))
+        wanted = []
     for t in told.values():
         t["seconds"] = statistics.median(t["all_seconds"]) if t["all_seconds"] else None
     made = yx.Forest.of(rows)
@@ -162,7 +158,7 @@ def head(args: argparse.Namespace) -> dict[str, Any]:
 
     told = {}
     for f in (ours, all_logits):
-        measured(f, WARM)
+        measured(f, 1)
         told[f.__name__] = measured(f, args.runs)
         told[f.__name__]["seconds"] = statistics.median(told[f.__name__]["all_seconds"])
     return {"vocabulary": vocabulary, "width": width, "dtype": args.rest[2], "contestants": told}

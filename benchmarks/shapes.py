@@ -26,7 +26,7 @@ SHAPES = {
         num_attention_heads=32, num_key_value_heads=8,
     ),
     "Qwen3-1.7B": _qwen3(
-        vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=308,
+        vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
         num_attention_heads=16, num_key_value_heads=8, head_dim=128,
     ),
 }  # fmt: skip

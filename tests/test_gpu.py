@@ -7,14 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from test_attention import inputs, options
+from test_attention import apart, inputs, options
 from test_families import CASES, build
 from test_head import check_float32, random_case
 from test_routes import in_packs, one, run, unshared, varlen
 from test_scoring import one_by_one
 from test_trainer import make
 from tiny import VOCAB, llama, sequences
-from transformers import TrainerCallback
 from trees import alone, assert_same, gradients, tree
 
 import ygivenx as yx
@@ -70,6 +69,14 @@ def test_flex_equals_the_twin(dtype, heads, width, case):
         tensors = [t.detach().cuda().requires_grad_() for t in tensors]
         plans = [Plan(end, depth, route, CUDA, first) for route in ("flex", "dense")]
         close(*by_routes(plans, tensors, **case), dtype, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_varlen_equals_the_twin(dtype):
+    forest = apart()
+    tensors = [t.detach().cuda().requires_grad_() for t in inputs(len(forest.fed), dtype)]
+    plans = [Plan.of(forest.fed_end, forest.depth[forest.fed], CUDA, route) for route in ("varlen", "dense")]
+    close(*by_routes(plans, tensors), dtype)
 
 
 def test_forests_of_any_length_are_compiled_once_or_twice():
@@ -171,21 +178,10 @@ def test_the_head_equals_its_twin_and_holds_no_logits(dtype, softcap):
         assert float((a.double() - b.double()).norm() / b.double().norm()) <= room
 
 
-class Losses(TrainerCallback):
-    def __init__(self) -> None:
-        self.seen: list[float] = []
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if logs and "loss" in logs:
-            self.seen.append(logs["loss"])
-
-
 def losses(path, data, **options) -> list[float]:
-    watch = Losses()
     trainer = make(path, data, max_steps=6, logging_steps=1, max_tokens=80, save_strategy="no", **options)
-    trainer.add_callback(watch)
     trainer.train()
-    return watch.seen
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_a_run_of_the_trainer(tmp_path):

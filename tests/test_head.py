@@ -285,6 +285,18 @@ def test_targets_far_below_the_rest_are_shifted_by_the_maximum(dtype, route):
         assert relative(got, true) < (1e-5 if dtype == torch.float32 else 0.01)
 
 
+@pytest.mark.usefixtures("route")
+def test_float16_holds_a_target_that_outweighs_all_else():
+    """Of a row with two targets one is certain: beside the other's gradient all other terms are next to nothing."""
+    hidden, weight = torch.eye(1, 4).half() * 8, torch.zeros(50, 4).half()
+    weight[3, 0] = 4.0  # a logit of 32
+    case = Case(hidden.requires_grad_(), weight.requires_grad_(), torch.zeros(2, dtype=torch.int64),
+                torch.tensor([3, 7]), torch.ones(2), {"softcap": None, "scale": 1.0})  # fmt: skip
+    case.wanted = [hidden, weight]
+    for got, true in zip(case.grads(case.ours()[1]), case.grads(case.twin()[1]), strict=True):
+        assert relative(got, true) < 2**-9
+
+
 def test_a_masked_vocabulary_and_not_a_number_come_through():
     hidden, weight = torch.randn(2, 4), torch.randn(5, 4)
     bias = torch.tensor([0, -torch.inf, 0, 0, -torch.inf])

@@ -73,15 +73,18 @@ def _gradients(edges: Edges, into: Gradients, a: int, b: int, x: Tensor, e: Tens
         into.settle(edges, a, b, factor, g, product(e.to(weight.dtype), weight, edges.wide))
     if into.weight is None:
         return
-    # In float16 all is told in units in which neither factors vanish nor what stands at a target is too large.
-    unit = torch.maximum(factor.abs().amax(), at_targets.abs().amax() / 2**14).clamp_min(1e-38)
-    unit = unit if weight.dtype == torch.float16 else torch.ones_like(unit)
+    unit = _unit(factor, at_targets) if weight.dtype == torch.float16 else 1.0
     e *= (factor / unit).to(e.dtype)[:, None]
     e.index_put_((row, token), (at_targets / unit).to(e.dtype), accumulate=True)
     _add(into.weight, e.to(weight.dtype).T, x, unit, first=a == 0)
 
 
-def _add(out: Tensor, left: Tensor, right: Tensor, unit: Tensor, first: bool) -> None:
+def _unit(factor: Tensor, at_targets: Tensor) -> Tensor:
+    """In which neither factors vanish in float16 nor what stands at a target is too large."""
+    return torch.maximum(factor.abs().amax(), at_targets.abs().amax() / 2**14).clamp_min(1e-38)
+
+
+def _add(out: Tensor, left: Tensor, right: Tensor, unit: Tensor | float, first: bool) -> None:
     """unit·(left @ right); `out` is float32 where they are float16."""
     if out.dtype == left.dtype:
         torch.addmm(out, left, right, beta=int(not first), out=out)

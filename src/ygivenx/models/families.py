@@ -119,7 +119,7 @@ def explain(model: Any = None) -> dict[str, str]:
     if config.model_type == "gpt_oss":
         told = dict.fromkeys(told, "dense (attention sinks)")
     elif getattr(config, "attn_logit_softcapping", None):
-        capped = "flex" if told["forest"] == "flex" else "dense (the CPU kernel has no soft-cap)"
+        capped = "flex" if told["forest"] == "flex" else "dense (other routes have no soft-cap)"
         told = dict.fromkeys(told, capped)
     if window := getattr(config, "sliding_window", None):
         told["sliding window"] = f"{window}, and sequences longer than it take the forest's route"

@@ -73,7 +73,8 @@ def _compiled() -> Any:
 def flex_mask(plan: Plan, window: int | None) -> BlockMask:
     """Of queries [K - first] and keys [K]: a function for each of them, and which blocks of them need asking it.
 
-    The function reads tensors alone: numbers would be compiled in, and compiled again where they change.
+    The function reads tensors alone: where sizes are dynamic, numbers are symbols to torch's compiler, and with some,
+    such as a soft-cap, it fails.
     """
 
     def put(values: Any) -> Tensor:
