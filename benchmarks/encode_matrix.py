@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from templates.checker import faults
 from templates.conversations import ALL
-from templates.shelf import shelf, stops_for, tokenizer_for
+from templates.stock import stock_templates, stops_for, tokenizer_for
 
 from ygivenx import Encoder, RowError
 from ygivenx.rows.formats import normalise
@@ -56,7 +56,7 @@ def taken(templates: dict[str, str], repair: str) -> Found:
 
 
 def stock() -> dict[str, str]:
-    return {n: t for n, t in shelf().items() if not n.endswith("_training")}
+    return {n: t for n, t in stock_templates().items() if not n.endswith("_training")}
 
 
 def elsewhere(folder: Path) -> dict[str, str]:

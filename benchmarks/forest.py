@@ -33,7 +33,7 @@ import torch
 from shapes import random_model
 
 import ygivenx as yx
-from ygivenx.models.places import sample_model_path
+from ygivenx.models.resolve import sample_model_path
 from ygivenx.sequence import Sequence
 
 RESULTS = Path(__file__).parent / "results" / "forest.jsonl"

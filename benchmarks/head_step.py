@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ygivenx import load, selective_cross_entropy
-from ygivenx.models.places import sample_model_path
+from ygivenx.models.resolve import sample_model_path
 
 Step = Callable[[], torch.Tensor]
 

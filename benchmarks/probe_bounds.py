@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import ygivenx as yx
-from ygivenx.models.places import sample_model_path
+from ygivenx.models.resolve import sample_model_path
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = (

@@ -88,7 +88,7 @@ SCENARIOS = {
 
 def load(dtype: str) -> tuple[Any, Any]:
     import ygivenx as yx
-    from ygivenx.models.places import sample_model_path
+    from ygivenx.models.resolve import sample_model_path
 
     path, gguf_file = sample_model_path()
     return yx.load(path, gguf_file=gguf_file, dtype=getattr(torch, dtype))
@@ -244,7 +244,7 @@ def score_many(count: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ygivenx.models.memory import keep_freed_memory
-    from ygivenx.scores.questions import Part, Question, pair_of_ids
+    from ygivenx.scores.requests import Part, Question, pair_of_ids
     from ygivenx.scores.scoring import Tally, scores
 
     keep_freed_memory()  # as `ygx score` does

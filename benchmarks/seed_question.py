@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 import ygivenx as yx
-from ygivenx.models.places import sample_model_path
-from ygivenx.scores.values import node_log_probs
+from ygivenx.models.resolve import sample_model_path
+from ygivenx.scores.node_log_probs import node_log_probs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "seed-question.json"

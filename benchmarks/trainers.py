@@ -28,7 +28,7 @@ import transformers
 from transformers import TrainerCallback, TrainingArguments
 
 import ygivenx as yx
-from ygivenx.models.places import sample_model_path
+from ygivenx.models.resolve import sample_model_path
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "trainers.jsonl"

@@ -37,7 +37,7 @@ def smol_tokenizer():
     _need_smol()
     from transformers import AutoTokenizer
 
-    from ygivenx.models.places import sample_model_path
+    from ygivenx.models.resolve import sample_model_path
 
     path, gguf_file = sample_model_path()
     return AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)

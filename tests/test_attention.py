@@ -15,7 +15,7 @@ from trees import alone, assert_same, gradients, tree
 
 import ygivenx as yx
 from ygivenx.errors import ConfigError, ModelError
-from ygivenx.models import attention, blocks, families, flex
+from ygivenx.models import attention, blockwise_attention, families, flex
 from ygivenx.models import plan as routes
 from ygivenx.models.model import hidden_states
 from ygivenx.models.plan import Plan, automatic
@@ -44,8 +44,8 @@ def plan_of(forest: yx.Forest, route: str) -> Plan:
 @pytest.mark.parametrize("long", [1, 4, 1000])
 @pytest.mark.parametrize("window", [None, 1, 5, 30])
 def test_blocks_equal_the_twin(block, long, window, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", block)
-    monkeypatch.setattr(blocks, "LONG", long)
+    monkeypatch.setattr(blockwise_attention, "BLOCK", block)
+    monkeypatch.setattr(blockwise_attention, "LONG", long)
     for seed in range(3):
         forest = yx.Forest.of(tree(seed))
         tensors = inputs(len(forest.fed))
@@ -62,13 +62,13 @@ def test_blocks_equal_the_twin(block, long, window, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2, 7, 64])
 @pytest.mark.parametrize("many", [0, 1000])
 def test_however_heads_are_dealt_to_threads_gradients_are_the_same(heads, kv, threads, many, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 8)
-    monkeypatch.setattr(blocks, "MANY", many)
-    monkeypatch.setattr(blocks.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(blockwise_attention, "BLOCK", 8)
+    monkeypatch.setattr(blockwise_attention, "MANY", many)
+    monkeypatch.setattr(blockwise_attention.torch, "get_num_threads", lambda: threads)
     forest = yx.Forest.of(tree(1))
     tensors = inputs(len(forest.fed), heads=heads, kv=kv)
-    tiles = blocks.make_tiles(plan_of(forest, "blocks"), None)
-    batches = {blocks._Fold.of(t, *tensors[:2]).even(t).batch for part in tiles for t in part}
+    tiles = blockwise_attention.make_tiles(plan_of(forest, "blocks"), None)
+    batches = {blockwise_attention._Fold.of(t, *tensors[:2]).even(t).batch for part in tiles for t in part}
     assert batches == {1} if threads == 1 or heads == kv else max(batches) > 1 or kv == threads
     g = torch.randn_like(tensors[0])
     made = {}
@@ -86,7 +86,7 @@ def test_blocks_that_one_path_leads_to_see_it_together():
         np.concatenate((trunk, ids + 9000))
     ]
     forest = yx.Forest.of((r, np.zeros(len(r))) for r in rows)
-    tiles = blocks.make_tiles(plan_of(forest, "blocks"), None)
+    tiles = blockwise_attention.make_tiles(plan_of(forest, "blocks"), None)
     seen = {sum(k.stop - k.start for k in tile.keys): len(tile.rows) for tile in tiles.far}
     assert seen == {300: 2, 500: 1}  # by length of the path: how many runs of queries see it
 
@@ -98,7 +98,7 @@ def test_what_paths_begin_with_alike_is_seen_at_once():
         rows.append(np.concatenate((history, np.arange(200) + 10_000 * turn)))
         history = np.concatenate((history, np.arange(140) + 20_000 * turn))
     forest = yx.Forest.of((r, np.zeros(len(r))) for r in rows)
-    far = blocks.make_tiles(plan_of(forest, "blocks"), None).far
+    far = blockwise_attention.make_tiles(plan_of(forest, "blocks"), None).far
     first = max(far, key=lambda tile: tile.count)
     assert [(run.start, run.stop) for run in first.keys] == [(0, 600)]
     assert first.count == len(forest.fed) - 600  # all that stands further back than the beginning
@@ -123,10 +123,10 @@ def test_the_twin_is_softmax_over_ancestors():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("long", [8, 512])
 def test_blocks_in_other_precisions(dtype, long, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 16)  # else so small a forest is one block
-    monkeypatch.setattr(blocks, "LONG", long)
+    monkeypatch.setattr(blockwise_attention, "BLOCK", 16)  # else so small a forest is one block
+    monkeypatch.setattr(blockwise_attention, "LONG", long)
     forest = yx.Forest.of(tree(1))
-    assert blocks.make_tiles(plan_of(forest, "blocks"), None).far
+    assert blockwise_attention.make_tiles(plan_of(forest, "blocks"), None).far
     exact = inputs(len(forest.fed))
     tensors = [t.detach().to(dtype).requires_grad_() for t in exact]
     out = attention._routed(plan_of(forest, "blocks"), *tensors, options())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from museum.studio import MARKED, Studio
+from museum.harness import MARKED, Setup
 from templates.conversations import call, calls, reply, user
 from test_chats import CHATML, HEADER_WITH_THE_REPLY
 from test_chats import encoder as chats_encoder
@@ -22,6 +22,7 @@ from ygivenx.encoder.encode import Encoder
 from ygivenx.errors import ConfigError, LossError
 from ygivenx.forest import Forest
 from ygivenx.objective import loss
+from ygivenx.proof.alignment import Library
 from ygivenx.proof.auditing import Finding, Report, _rows_of, audit
 from ygivenx.proof.evidence import (
     Evaluation,
@@ -31,7 +32,6 @@ from ygivenx.proof.evidence import (
     seen_in_batch,
     seen_in_forest,
 )
-from ygivenx.proof.library import Library
 from ygivenx.proof.probing import probe
 from ygivenx.proof.rehearsal import rehearse, untouched
 from ygivenx.proof.rules import RULES, SEVERITIES
@@ -44,17 +44,17 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 @pytest.fixture(scope="module")
-def studio(smol_tokenizer, data_dir):
-    made = Studio(smol_tokenizer, data_dir)
+def setup(smol_tokenizer, data_dir):
+    made = Setup(smol_tokenizer, data_dir)
     yield made
     made.close()
 
 
 @pytest.fixture(scope="module")
-def report(studio):
+def report(setup):
     """TRL's default on chats: loss on x, headers and what follows the end."""
-    rows = studio.chats(6)
-    return studio.audit(studio.sft(rows), rows)
+    rows = setup.chats(6)
+    return setup.audit(setup.sft(rows), rows)
 
 
 def batch_of(sequences, labels=None):
@@ -87,10 +87,10 @@ def test_findings_are_located_and_explained(report):
     assert report.summary["accepted"] + report.summary["quarantined"] == report.summary["rows"]
 
 
-def test_exit_codes(report, studio):
+def test_exit_codes(report, setup):
     assert [report.exit_code(level) for level in SEVERITIES] == [1, 1, 1]
-    rows = studio.chats(3)
-    clean = studio.audit(rows=rows)
+    rows = setup.chats(3)
+    clean = setup.audit(rows=rows)
     assert [clean.exit_code(level) for level in SEVERITIES] == [0, 0, 0]
     with pytest.raises(ConfigError, match="did you mean 'warning'"):
         report.exit_code("warn")
@@ -114,13 +114,13 @@ def test_the_page(report, tmp_path):
     assert "default-src 'none'" in text
 
 
-def test_suppressions_need_a_rule_and_a_reason(studio):
-    rows = studio.chats(3)
+def test_suppressions_need_a_rule_and_a_reason(setup):
+    rows = setup.chats(3)
     batch = batch_of(sequences(2))
     again = [*rows, rows[0]]
-    found = studio.audit(rows=again)
+    found = setup.audit(rows=again)
     assert [f.rule for f in found.findings] == ["duplicates"]
-    quiet_one = studio.audit(rows=again, suppress={"duplicates": "one row is meant twice"})
+    quiet_one = setup.audit(rows=again, suppress={"duplicates": "one row is meant twice"})
     assert quiet_one.findings == ()
     assert quiet_one.suppressed[0][1] == "one row is meant twice"
     assert quiet_one.exit_code("info") == 0
@@ -196,11 +196,11 @@ def test_an_evaluation_loss_of_nothing():
     assert hit.share is None
 
 
-def test_targets_that_are_one_token_are_named(studio):
+def test_targets_that_are_one_token_are_named(setup):
     """A mask of zeros, where the loss ignores −100."""
-    rows = studio.chats(2)
-    features = [{**f, "labels": [0 if t == -100 else t for t in f["labels"]]} for f in studio.encoded(rows)]
-    report = studio.audit(studio.hf(features), rows)
+    rows = setup.chats(2)
+    features = [{**f, "labels": [0 if t == -100 else t for t in f["labels"]]} for f in setup.encoded(rows)]
+    report = setup.audit(setup.hf(features), rows)
     (shifted,) = [f for f in report.findings if f.rule == "shifted-labels"]
     assert "100% of them the one token" in shifted.message
     assert "−100" in shifted.fix
@@ -225,16 +225,16 @@ def test_a_batch_is_judged_by_its_labels():
     assert [f.rule for f in audit(batch=empty, suppress=without_rows).findings] == ["nothing-trained"]
 
 
-def test_a_batch_of_unknown_rows_is_no_clean_bill(studio):
+def test_a_batch_of_unknown_rows_is_no_clean_bill(setup):
     """Token ids alone: nothing can be said of x and y, and that is said."""
-    rows = studio.chats(4)
-    encoder = Encoder(studio.tokenizer)
-    features = [{"input_ids": f["input_ids"], "labels": f["input_ids"]} for f in studio.encoded(rows)]
-    blind = audit(trainer=studio.hf(features))
+    rows = setup.chats(4)
+    encoder = Encoder(setup.tokenizer)
+    features = [{"input_ids": f["input_ids"], "labels": f["input_ids"]} for f in setup.encoded(rows)]
+    blind = audit(trainer=setup.hf(features))
     assert [(f.rule, f.severity) for f in blind.findings] == [("rows-unrecognised", "warning")]
     assert blind.summary["rows recognised"] == "0 of 2"
     assert blind.exit_code() == 1
-    told = audit(rows, encoder, trainer=studio.hf(features))
+    told = audit(rows, encoder, trainer=setup.hf(features))
     assert told.summary["rows recognised"] == "2 of 2"
     assert "loss-on-x" in {f.rule for f in told.findings}
     with pytest.raises(ConfigError, match="no encoder"):
@@ -306,11 +306,11 @@ def test_only_what_was_seen_is_indexed():
     assert {p.example for places in library._places.values() for p in places} == {7}
 
 
-def test_rows_that_the_audit_was_not_given_are_left_alone(studio):
+def test_rows_that_the_audit_was_not_given_are_left_alone(setup):
     """Half of the rows are known; the others are GSM8K too, with the same system prompt and phrases."""
-    rows = studio.chats(24)
-    encoder = Encoder(studio.tokenizer)
-    trainer = studio.hf(studio.encoded(rows), per_device_train_batch_size=12)
+    rows = setup.chats(24)
+    encoder = Encoder(setup.tokenizer)
+    trainer = setup.hf(setup.encoded(rows), per_device_train_batch_size=12)
     report = audit(rows[:12], encoder, trainer=trainer)
     assert [f.rule for f in report.findings] == ["rows-unrecognised"], str(report)
     assert report.exit_code() == 0
@@ -394,30 +394,30 @@ def assert_same(a, b):
             assert value == b[key], key
 
 
-def trainer_of(kind, studio):
+def trainer_of(kind, setup):
     """Set-ups each of which leaves something behind where nobody puts it back."""
-    rows = studio.chats(6)
+    rows = setup.chats(6)
     if kind == "sft":
-        return studio.sft(rows, gradient_accumulation_steps=2)
+        return setup.sft(rows, gradient_accumulation_steps=2)
     if kind == "dropout":  # padded rows, so that leaks are looked for
         peft = pytest.importorskip("peft")
         adapter = peft.LoraConfig(target_modules=["q_proj"], r=2, lora_dropout=0.5, task_type="CAUSAL_LM")
-        return studio.sft(rows, peft_config=adapter, gradient_accumulation_steps=2)
-    features, options = studio.encoded(rows), {"gradient_accumulation_steps": 2}
+        return setup.sft(rows, peft_config=adapter, gradient_accumulation_steps=2)
+    features, options = setup.encoded(rows), {"gradient_accumulation_steps": 2}
     if kind == "mixed":
         options |= {"bf16": True, "bf16_full_eval": True, "gradient_checkpointing": True}
         options["eval_dataset"] = Dataset.from_list(features[:2])
-    trainer = studio.hf(features, **options)
+    trainer = setup.hf(features, **options)
     if kind == "scaler":
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     return trainer
 
 
 @pytest.mark.parametrize("kind", ["sft", "hf", "mixed", "dropout", "scaler"])
-def test_an_audit_leaves_no_trace(studio, kind):
-    trainer = trainer_of(kind, studio)
+def test_an_audit_leaves_no_trace(setup, kind):
+    trainer = trainer_of(kind, setup)
     before = state_of(trainer)
-    report = audit(studio.chats(6), Encoder(studio.tokenizer), trainer=trainer)
+    report = audit(setup.chats(6), Encoder(setup.tokenizer), trainer=trainer)
     assert len(report.evidence.probe.micro_batches) == 2
     assert report.evidence.probe.weight_sum == pytest.approx(1, rel=2e-2 if kind == "mixed" else 1e-3)
     assert_same(before, state_of(trainer))
@@ -437,13 +437,13 @@ class Recorded(Trainer):
         return loss
 
 
-def test_the_rehearsed_step_is_the_one_of_train(studio):
+def test_the_rehearsed_step_is_the_one_of_train(setup):
     """Checkpointing, autocast and the flag that keeps an evaluation from casting: the same in either."""
-    features = studio.encoded(studio.chats(4))
+    features = setup.encoded(setup.chats(4))
     seen = []
     for act in (rehearse, lambda trainer: trainer.train()):
         options = {"bf16": True, "gradient_checkpointing": True, "max_steps": 1, "save_strategy": "no"}
-        trainer = studio.hf(features, kind=Recorded, **options)
+        trainer = setup.hf(features, kind=Recorded, **options)
         act(trainer)
         seen.append(trainer.args.seen)
     assert seen[0] == seen[1]
@@ -461,14 +461,14 @@ class Guarded(Trainer):
         return sum(model(**h, num_items_in_batch=num_items_in_batch).loss for h in halves)
 
 
-def test_micro_batches_keep_their_numbers_whatever_passes_they_make(studio):
-    rows = studio.chats(6)
-    features = studio.encoded(rows)
+def test_micro_batches_keep_their_numbers_whatever_passes_they_make(setup):
+    rows = setup.chats(6)
+    features = setup.encoded(rows)
     for f in features[2:4]:
         f["labels"] = [-100] * len(f["labels"])
     options = {"gradient_accumulation_steps": 3, "train_sampling_strategy": "sequential"}
-    trainer = studio.hf(features, kind=Guarded, **options)
-    report = audit(rows, Encoder(studio.tokenizer), trainer=trainer)
+    trainer = setup.hf(features, kind=Guarded, **options)
+    report = audit(rows, Encoder(setup.tokenizer), trainer=trainer)
     assert [len(b.ids) for b in report.evidence.probe.micro_batches] == [2, 0, 2]
     assert [s.where for s in report.evidence.steps] == [
         f"micro-batch {i}, row {j}" for i in (0, 2) for j in (0, 1)
@@ -503,10 +503,10 @@ def test_batches_on_a_device_are_read():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}])
-def test_an_audit_on_a_gpu(studio, options):
-    rows = studio.chats(6)
-    trainer = studio.hf(studio.encoded(rows), use_cpu=False, gradient_accumulation_steps=2, **options)
-    report = audit(rows, Encoder(studio.tokenizer), trainer=trainer)
+def test_an_audit_on_a_gpu(setup, options):
+    rows = setup.chats(6)
+    trainer = setup.hf(setup.encoded(rows), use_cpu=False, gradient_accumulation_steps=2, **options)
+    report = audit(rows, Encoder(setup.tokenizer), trainer=trainer)
     assert report.findings == (), str(report)
     assert report.evidence.probe.weight_sum == pytest.approx(1, rel=2e-2)
 
@@ -526,13 +526,13 @@ def test_one_rank_may_audit_a_probe_alone():
     assert [d.rank for d in report.evidence.denominators] == [0]
 
 
-def test_a_run_after_an_audit_is_the_run_without_one(studio):
+def test_a_run_after_an_audit_is_the_run_without_one(setup):
     """Bitwise: the same weights after training, audited first or not."""
-    rows = studio.chats(6)
+    rows = setup.chats(6)
     results = []
     for audited in (False, True):
         torch.manual_seed(3)
-        trainer = studio.hf(studio.encoded(rows), max_steps=2, save_strategy="no")
+        trainer = setup.hf(setup.encoded(rows), max_steps=2, save_strategy="no")
         if audited:
             audit(trainer=trainer)
         trainer.train()
@@ -540,8 +540,8 @@ def test_a_run_after_an_audit_is_the_run_without_one(studio):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_what_breaks_inside_is_put_back(studio):
-    trainer = studio.hf(studio.encoded(studio.chats(3)))
+def test_what_breaks_inside_is_put_back(setup):
+    trainer = setup.hf(setup.encoded(setup.chats(3)))
     before = state_of(trainer)
 
     def breaks():
@@ -556,74 +556,74 @@ def test_what_breaks_inside_is_put_back(studio):
     assert_same(before, state_of(trainer))
 
 
-def test_a_model_in_which_nothing_is_trained_is_no_clean_bill(studio):
+def test_a_model_in_which_nothing_is_trained_is_no_clean_bill(setup):
     """A PEFT model loaded without is_trainable=True: train() fails, and the rehearsal says so."""
-    rows = studio.chats(2)
+    rows = setup.chats(2)
     with pytest.raises(LossError, match="nothing that is trained"):
-        studio.audit(studio.hf(studio.encoded(rows), model=studio.model().requires_grad_(False)), rows)
+        setup.audit(setup.hf(setup.encoded(rows), model=setup.model().requires_grad_(False)), rows)
 
 
-def test_the_tokenizer_of_the_collator_reads_the_rows(studio):
+def test_the_tokenizer_of_the_collator_reads_the_rows(setup):
     """`Trainer` asks for no processing_class."""
-    rows = studio.chats(2)
-    trainer = studio.hf(studio.encoded(rows))
+    rows = setup.chats(2)
+    trainer = setup.hf(setup.encoded(rows))
     trainer.processing_class = None
     report = audit(rows, trainer=trainer)
     assert report.summary["rows recognised"] == "2 of 2"
 
 
-def test_the_arguments_of_a_rows_template_are_kept(studio):
+def test_the_arguments_of_a_rows_template_are_kept(setup):
     """TRL renders each row with its own chat_template_kwargs."""
     loud = "{%- if shout -%}{{- 'LOUD\n' -}}{%- endif -%}"
     header = "{{- '<|im_start|>assistant\\n' -}}"
     template = MARKED.replace(header, header + loud)
     assert template.count("LOUD") == 2
-    rows = [{**row, "chat_template_kwargs": {"shout": True}} for row in studio.chats(4)]
-    trainer = studio.sft(rows, tokenizer=studio.tok(template), assistant_only_loss=True)
-    assert studio.audit(trainer).findings == ()
+    rows = [{**row, "chat_template_kwargs": {"shout": True}} for row in setup.chats(4)]
+    trainer = setup.sft(rows, tokenizer=setup.tok(template), assistant_only_loss=True)
+    assert setup.audit(trainer).findings == ()
 
 
-def test_a_stream_without_end_is_read_so_far(studio, monkeypatch):
+def test_a_stream_without_end_is_read_so_far(setup, monkeypatch):
     monkeypatch.setattr("ygivenx.proof.auditing.STREAMED", 12)
 
-    trainer = studio.sft(studio.pairs(2))
-    trainer.train_dataset = Dataset.from_list(studio.pairs()).to_iterable_dataset().repeat(None)
-    assert _rows_of(trainer) == studio.pairs()
+    trainer = setup.sft(setup.pairs(2))
+    trainer.train_dataset = Dataset.from_list(setup.pairs()).to_iterable_dataset().repeat(None)
+    assert _rows_of(trainer) == setup.pairs()
 
 
-def test_what_is_not_rehearsed_is_said(studio):
-    rows = studio.chats(2)
-    report = studio.audit(studio.hf(studio.encoded(rows), neftune_noise_alpha=5.0), rows)
+def test_what_is_not_rehearsed_is_said(setup):
+    rows = setup.chats(2)
+    report = setup.audit(setup.hf(setup.encoded(rows), neftune_noise_alpha=5.0), rows)
     assert report.summary["not rehearsed"] == "NEFTune's noise"
-    assert "not rehearsed" not in studio.audit(studio.hf(studio.encoded(rows)), rows).summary
+    assert "not rehearsed" not in setup.audit(setup.hf(setup.encoded(rows)), rows).summary
 
 
-def test_a_batch_of_a_loop_is_looked_at_for_leaks(studio):
+def test_a_batch_of_a_loop_is_looked_at_for_leaks(setup):
     """Rows concatenated under a plain causal mask, in a loop of one's own."""
-    rows, model = studio.chats(3), studio.model()
-    features = studio.encoded(rows)
+    rows, model = setup.chats(3), setup.model()
+    features = setup.encoded(rows)
     packed = {k: torch.tensor([[t for f in features for t in f[k]]]) for k in ("input_ids", "labels")}
     with probe(model) as step:
         model(**packed).loss.backward()
-    report = studio.audit(rows=rows, probe=step, batch=packed, model=model)
+    report = setup.audit(rows=rows, probe=step, batch=packed, model=model)
     assert [f.rule for f in report.findings] == ["packing-leak"]
-    padded = dict(DataCollatorForSeq2Seq(studio.tok())(features))
-    assert studio.audit(rows=rows, batch=padded, model=model).findings == ()
+    padded = dict(DataCollatorForSeq2Seq(setup.tok())(features))
+    assert setup.audit(rows=rows, batch=padded, model=model).findings == ()
 
 
-def test_a_trainer_that_generates_is_read_at_its_temperature(studio):
+def test_a_trainer_that_generates_is_read_at_its_temperature(setup):
     """GRPO collates a list of prompts, and divides its logits."""
     trl = pytest.importorskip("trl")
     options = {"num_generations": 2, "max_completion_length": 12, "temperature": 0.5}
     trainer = trl.GRPOTrainer(
-        model=studio.model(),
-        args=studio.arguments(trl.GRPOConfig, **options),
-        train_dataset=Dataset.from_list([{"prompt": r["messages"][:1]} for r in studio.chats(4)]),
-        processing_class=studio.tok(),
+        model=setup.model(),
+        args=setup.arguments(trl.GRPOConfig, **options),
+        train_dataset=Dataset.from_list([{"prompt": r["messages"][:1]} for r in setup.chats(4)]),
+        processing_class=setup.tok(),
         reward_funcs=lambda completions, **_: [float(i) for i, _ in enumerate(completions)],
     )
     logs = copy.deepcopy(trainer._logs)
-    report = studio.audit(trainer)
+    report = setup.audit(trainer)
     assert [f.rule for f in report.findings] == ["rows-unrecognised"]
     (batch,) = report.evidence.probe.micro_batches
     assert len(batch.found) == 24
@@ -631,31 +631,31 @@ def test_a_trainer_that_generates_is_read_at_its_temperature(studio):
     assert trainer._logs == logs
 
 
-def test_a_learned_prompt_is_no_text(studio):
+def test_a_learned_prompt_is_no_text(setup):
     """PEFT puts virtual tokens before the row, at inference too."""
     peft = pytest.importorskip("peft")
-    rows = studio.chats(2)
+    rows = setup.chats(2)
     prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
-    model = peft.get_peft_model(studio.model(), prompt)
-    batch = dict(DataCollatorForSeq2Seq(studio.tok())(studio.encoded(rows)))
+    model = peft.get_peft_model(setup.model(), prompt)
+    batch = dict(DataCollatorForSeq2Seq(setup.tok())(setup.encoded(rows)))
     with probe(model) as step:
         model(**batch).loss.backward()
-    assert studio.audit(rows=rows, probe=step).findings == ()
+    assert setup.audit(rows=rows, probe=step).findings == ()
 
 
-def test_a_trainer_without_data_is_refused(studio):
-    trainer = studio.hf(studio.encoded(studio.chats(3)))
+def test_a_trainer_without_data_is_refused(setup):
+    trainer = setup.hf(setup.encoded(setup.chats(3)))
     trainer.train_dataset = None
     with pytest.raises(ConfigError, match="no train_dataset"):
         rehearse(trainer)
 
 
-def test_labels_and_gradient_agree_on_a_sound_batch(studio):
+def test_labels_and_gradient_agree_on_a_sound_batch(setup):
     """Both ways of seeing what is trained, on the same batch of two."""
-    rows = studio.chats(2)
-    encoder = Encoder(studio.tokenizer)
-    trainer = studio.hf(studio.encoded(rows))
+    rows = setup.chats(2)
+    encoder = Encoder(setup.tokenizer)
+    trainer = setup.hf(setup.encoded(rows))
     live = audit(rows, encoder, trainer=trainer)
-    static = audit(rows, encoder, batch=trainer.data_collator(studio.encoded(rows)))
+    static = audit(rows, encoder, batch=trainer.data_collator(setup.encoded(rows)))
     assert live.findings == static.findings == ()
     assert live.summary["trained"] == static.summary["trained"]

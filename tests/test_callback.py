@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 
 from ygivenx.errors import ConfigError
 from ygivenx.proof.callback import Watch, XTrainedWarning
-from ygivenx.scores.values import node_log_probs
+from ygivenx.scores.node_log_probs import node_log_probs
 from ygivenx.sequence import Segment, Sequence
 
 

@@ -9,7 +9,7 @@ from datetime import date, datetime
 import numpy as np
 import pytest
 from templates.conversations import ALL, call, calls, reply, result, system, user
-from templates.shelf import shelf, tokenizer_for
+from templates.stock import stock_templates, tokenizer_for
 from tokenizers import AddedToken
 
 from ygivenx import Encoder, Example, Forest, RowError
@@ -253,7 +253,7 @@ def test_a_header_after_other_white_space_is_the_prompts():
 @pytest.mark.parametrize("rows", [[user(), reply("")], [user(), reply(""), user(), reply("yes")]])
 def test_an_empty_reply_is_its_frame_and_its_end(rows):
     """As gpt-oss's: of what stands around no words, the last token that all replies share isn't the end."""
-    example = Encoder(tokenizer_for("gptoss", shelf()["gptoss"]))({"messages": rows})
+    example = Encoder(tokenizer_for("gptoss", stock_templates()["gptoss"]))({"messages": rows})
     first = "<|channel|>final<|message|><|return|>"
     assert trained(example) == first + ("<|channel|>final<|message|>yes<|return|>" if rows[2:] else "")
 
@@ -566,7 +566,7 @@ def test_a_dropped_system_message_is_told():
 
 def test_what_a_user_says_is_not_dropped_where_it_is_trained():
     """Even where no reply is: a template that takes contents as lists of parts is given them so."""
-    tokenizer = tokenizer_for("smolvlm", shelf()["smolvlm"])
+    tokenizer = tokenizer_for("smolvlm", stock_templates()["smolvlm"])
     row = {"messages": [user("Hello there"), reply("Yes.")]}
     assert trained(Encoder(tokenizer, train="roles=user")(row)) == "Hello there"
     without = CHATML.replace("m['content'] +", "(m['content'] if m['role'] != 'system' else '') +")
@@ -648,7 +648,7 @@ def test_a_reply_with_nothing_to_train_costs_no_other_reply():
 
 def test_torn_replies_do_not_count_what_an_earlier_sequence_has_weighed():
     messages = [user(), reply("  one"), user("And?"), reply("  two"), user("And then?"), reply("three")]
-    tokenizer = tokenizer_for("qwen2_5", shelf()["qwen2_5"])
+    tokenizer = tokenizer_for("qwen2_5", stock_templates()["qwen2_5"])
     example = Encoder(tokenizer, train="all", border="split")({"messages": messages})
     assert len(example.sequences) == 3
     weighed: dict[tuple[int, ...], int] = {}
@@ -819,9 +819,9 @@ def test_named_templates_and_kwargs():
     assert "<|user|>" in with_tools.tokens
 
 
-@pytest.mark.skipif(not shelf(), reason="TRL is not installed")
+@pytest.mark.skipif(not stock_templates(), reason="TRL is not installed")
 def test_template_kwargs_reach_the_template():
-    tokenizer = tokenizer_for("qwen3", shelf()["qwen3"])
+    tokenizer = tokenizer_for("qwen3", stock_templates()["qwen3"])
     row = {"messages": [user(), reply()], "chat_template_kwargs": {"enable_thinking": False}}
     assert trained(Encoder(tokenizer)(row)) == "It is 4.<|im_end|>"
     assert trained(
@@ -835,9 +835,9 @@ def test_unknown_choices(name):
         encoder(**{name: "refused"})
 
 
-@pytest.mark.skipif(not shelf(), reason="TRL is not installed")
+@pytest.mark.skipif(not stock_templates(), reason="TRL is not installed")
 def test_the_marks_around_thoughts_and_calls_belong_to_them():
-    tokenizer = tokenizer_for("qwen3", shelf()["qwen3"])
+    tokenizer = tokenizer_for("qwen3", stock_templates()["qwen3"])
     row = {"messages": [user(), calls(call(), reasoning_content="Look it up.")]}
     assert (
         trained(Encoder(tokenizer, train="tool_calls=0")(row))
@@ -848,10 +848,10 @@ def test_the_marks_around_thoughts_and_calls_belong_to_them():
     assert "think" not in without
 
 
-@pytest.mark.skipif(not shelf(), reason="TRL is not installed")
+@pytest.mark.skipif(not stock_templates(), reason="TRL is not installed")
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "phi3", "llama3_1", "glm4moe"])
 def test_known_words_give_what_tracing_gives(name):
-    tokenizer = tokenizer_for(name, shelf()[name])
+    tokenizer = tokenizer_for(name, stock_templates()[name])
     warm = Encoder(tokenizer)
     for _ in range(2):
         examples, _ = warm.batch(ALL.values())

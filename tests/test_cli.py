@@ -14,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from ygivenx.cli import app
-from ygivenx.commands import intake
+from ygivenx.commands import inputs
 from ygivenx.errors import ConfigError
 
 ROWS = [
@@ -42,7 +42,7 @@ def test_a_dtype_that_this_cpu_does_not_multiply_is_said(tmp_path, monkeypatch, 
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     monkeypatch.setattr("ygivenx.head.edges.multiplies", lambda dtype: has_products)
-    intake.open_model(str(tmp_path), None, "bfloat16")
+    inputs.open_model(str(tmp_path), None, "bfloat16")
     assert ("no products in bfloat16" in capsys.readouterr().err) is not has_products
 
 
@@ -274,7 +274,7 @@ def test_doctor():
 
 def test_options_of_the_encoder_by_name():
     told = ["repair=append_end,history", "max_length=40", 'stops=["</s>"]', "bos=false"]
-    assert intake.encoder_options(told, train="last") == {
+    assert inputs.encoder_options(told, train="last") == {
         "train": "last", "repair": "append_end,history", "max_length": 40, "stops": ["</s>"], "bos": False,
     }  # fmt: skip
     for wrong, said in (
@@ -283,7 +283,7 @@ def test_options_of_the_encoder_by_name():
         ("train=all", "unknown option"),
     ):
         with pytest.raises(ConfigError, match=said):
-            intake.encoder_options([wrong])
+            inputs.encoder_options([wrong])
 
 
 @pytest.mark.model

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import VOCAB, llama
 
-from ygivenx.scores.questions import Questioner, pair_of_ids
+from ygivenx.scores.requests import Questioner, pair_of_ids
 from ygivenx.scores.scoring import Tally, scores
 
 if find_spec("ray") is None:

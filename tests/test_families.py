@@ -16,9 +16,9 @@ import ygivenx as yx
 from ygivenx.errors import ModelError
 from ygivenx.models import families
 from ygivenx.models.model import head_of, hidden_states
-from ygivenx.scores.questions import pair_of_ids
+from ygivenx.scores.node_log_probs import node_log_probs
+from ygivenx.scores.requests import pair_of_ids
 from ygivenx.scores.scoring import context_window, score_sequences
-from ygivenx.scores.values import node_log_probs
 
 COMMON = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from templates.shelf import tokenizer_for
+from templates.stock import tokenizer_for
 from test_chats import CHATML
 from tiny import llama
 

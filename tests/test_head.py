@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ygivenx.errors import ModelError
-from ygivenx.head import edges, fused, kernel, pages, reference, sweep, whole
+from ygivenx.head import edges, full_vocab, fused, kernel, pages, reference, sweep
 from ygivenx.head.selective import explain, log_probs, selective_cross_entropy
 from ygivenx.head.tiles import Marks
 
@@ -83,7 +83,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(fused, "BLOCK", 1)
     monkeypatch.setattr(sweep, "WORTHWHILE", 16)
     monkeypatch.setattr(sweep, "THIN", 24)
-    monkeypatch.setattr(whole, "LEAST", 16)
+    monkeypatch.setattr(full_vocab, "LEAST", 16)
 
 
 @pytest.fixture(params=["compiled", "torch", "torch, bfloat16 in float32", "whole vocabulary"])
@@ -225,7 +225,7 @@ class Held(TorchDispatchMode):
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_whole_vocabulary_is_held_for_as_many_rows_as_there_is_memory(softcap, monkeypatch):
     monkeypatch.setattr(sweep, "launches_cost", lambda device: True)
-    monkeypatch.setattr(whole, "LEAST", 16)
+    monkeypatch.setattr(full_vocab, "LEAST", 16)
     hidden, weight = torch.randn(400, 16), torch.randn(5000, 16)
     targets, memory = torch.randint(0, 5000, (400,)), 2 << 20  # all logits: 8 MB
     with Held() as held:

@@ -7,13 +7,13 @@ from collections import Counter
 import pytest
 from templates.checker import faults
 from templates.conversations import ALL
-from templates.shelf import ends_for, shelf, tokenizer_for
+from templates.stock import ends_for, stock_templates, tokenizer_for
 
 from ygivenx import Encoder, RowError
 from ygivenx.rows.formats import normalise
 
-SHELF = shelf()
-STOCK = [n for n in SHELF if not n.endswith("_training")]
+TEMPLATES = stock_templates()
+STOCK = [n for n in TEMPLATES if not n.endswith("_training")]
 # One template of each manner of ending turns, opening thoughts and rewriting history.
 SLICE = [
     "qwen3",
@@ -45,7 +45,7 @@ def outcome(encoder: Encoder, row: dict, ends: tuple[str, ...]) -> str:
 def outcomes(names: list[str]) -> dict[tuple[str, str], str]:
     found = {}
     for name in names:
-        encoder = Encoder(tokenizer_for(name, SHELF[name]))
+        encoder = Encoder(tokenizer_for(name, TEMPLATES[name]))
         for title, row in ALL.items():
             try:
                 found[name, title] = outcome(encoder, row, ends_for(name))
@@ -65,7 +65,7 @@ def test_at_least_forty_conversations():
     assert len(ALL) >= 40
 
 
-@pytest.mark.skipif(not SHELF, reason="TRL is not installed")
+@pytest.mark.skipif(not TEMPLATES, reason="TRL is not installed")
 def test_a_slice_of_the_matrix():
     found = outcomes(SLICE)
     kinds = Counter(found.values())
@@ -75,7 +75,7 @@ def test_a_slice_of_the_matrix():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not SHELF, reason="TRL is not installed")
+@pytest.mark.skipif(not TEMPLATES, reason="TRL is not installed")
 def test_the_matrix(record_property):
     found = outcomes(STOCK)
     shares = summary(found)
@@ -99,10 +99,10 @@ EXPECTED = {
 }
 
 
-@pytest.mark.skipif(not SHELF, reason="TRL is not installed")
+@pytest.mark.skipif(not TEMPLATES, reason="TRL is not installed")
 @pytest.mark.parametrize(("name", "title"), EXPECTED)
 def test_known_outcomes(name, title):
     assert (
-        outcome(Encoder(tokenizer_for(name, SHELF[name])), ALL[title], ends_for(name))
+        outcome(Encoder(tokenizer_for(name, TEMPLATES[name])), ALL[title], ends_for(name))
         == EXPECTED[name, title]
     )

@@ -571,7 +571,7 @@ def test_the_real_model(smol, route):
 @pytest.mark.parametrize("route", ["logits", "hidden"])
 def test_the_real_model_in_bfloat16(route, smol_tokenizer):
     from ygivenx.models.model import load
-    from ygivenx.models.places import sample_model_path
+    from ygivenx.models.resolve import sample_model_path
 
     path, gguf_file = sample_model_path()
     model, _ = load(path, gguf_file=gguf_file, dtype=torch.bfloat16)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from templates.checker import faults
 from templates.conversations import call
-from templates.shelf import shelf, tokenizer_for
+from templates.stock import stock_templates, tokenizer_for
 
 from ygivenx import Encoder, RowError
 from ygivenx.encoder.origins import Text, join
@@ -18,7 +18,7 @@ from ygivenx.encoder.writing import percent
 from ygivenx.errors import YgivenxError
 from ygivenx.rows.formats import normalise
 
-SHELF = shelf()
+SHELF = stock_templates()
 TEMPLATES = [
     n for n in ("qwen3", "llama3_1", "gemma3", "glm4moe", "gptoss", "phi3", "qwen3_5_think") if n in SHELF
 ]

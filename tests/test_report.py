@@ -188,11 +188,11 @@ def test_a_strip_from_a_sequence() -> None:
 
 
 def test_a_ledger_from_accounts() -> None:
-    from ygivenx.scores import accounts
+    from ygivenx.scores.ledger import Ledger, LedgerRow
 
-    user = accounts.LedgerRow("user", 2, 0.0, -3.0, 1.5, 0.0)
-    rows = (user, accounts.LedgerRow("answer", 1, 1.0, -0.5, 0.5, 1.0))
-    ledger = accounts.Ledger(rows, rows[0], -3.5, -3.0, -0.5, -0.5, 1e-5, (), (), ("a note",))
+    user = LedgerRow("user", 2, 0.0, -3.0, 1.5, 0.0)
+    rows = (user, LedgerRow("answer", 1, 1.0, -0.5, 0.5, 1.0))
+    ledger = Ledger(rows, rows[0], -3.5, -3.0, -0.5, -0.5, 1e-5, (), (), ("a note",))
     data = Document(Page("t", ledgers=[LedgerTable.of(ledger, "seed")]).html()).data["ledgers"][0]
     answer = {
         "kind": "answer",

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import ygivenx as yx
-from ygivenx.scores.questions import pair_of_ids
+from ygivenx.scores.node_log_probs import node_log_probs
+from ygivenx.scores.requests import pair_of_ids
 from ygivenx.scores.scoring import questioner_for, score_sequences, scores
-from ygivenx.scores.values import node_log_probs
 
 pytestmark = pytest.mark.model
 

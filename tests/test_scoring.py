@@ -9,7 +9,7 @@ from tiny import llama, sequences
 
 import ygivenx as yx
 from ygivenx.errors import ModelError, RowError
-from ygivenx.scores.questions import NO_CONTEXT
+from ygivenx.scores.requests import NO_CONTEXT
 from ygivenx.scores.scoring import score_sequences
 from ygivenx.sequence import Segment, Sequence
 

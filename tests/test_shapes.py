@@ -7,7 +7,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from templates.shelf import shelf, tokenizer_for
+from templates.stock import stock_templates, tokenizer_for
 from test_chats import HEADER_WITH_THE_REPLY, LAST_SPEAKER, NO_END
 from test_properties import CONTROL, many, messages, words
 from tokenizers import AddedToken
@@ -21,9 +21,9 @@ from ygivenx.encoder.sandbox import environment
 from ygivenx.encoder.template import Template
 from ygivenx.encoder.tokens import Tokens
 
-SHELF = shelf()
-STOCK = [n for n in SHELF if not n.endswith("_training")]
-needs_shelf = pytest.mark.skipif(not SHELF, reason="TRL is not installed")
+TEMPLATES = stock_templates()
+STOCK = [n for n in TEMPLATES if not n.endswith("_training")]
+needs_templates = pytest.mark.skipif(not TEMPLATES, reason="TRL is not installed")
 
 tricky = st.lists(
     st.one_of(
@@ -37,7 +37,7 @@ some = st.one_of(tricky, st.sampled_from(["Hello there", "4", "Yes, it is."]))
 
 def twins(name: str, template: str = "", **options) -> tuple[Encoder, Encoder]:
     """An encoder, and one that proves each row by itself."""
-    tokenizer = tokenizer_for(name, template or SHELF[name])
+    tokenizer = tokenizer_for(name, template or TEMPLATES[name])
     fast, slow = Encoder(tokenizer, **options), Encoder(tokenizer, **options)
     slow._chats._known = lambda row, inputs: None
     return fast, slow
@@ -64,7 +64,7 @@ def row(*texts: str) -> dict:
 ENCODERS: dict[tuple[str, str], tuple[Encoder, Encoder]] = {}
 
 
-@needs_shelf
+@needs_templates
 @many
 @given(
     name=st.sampled_from(STOCK or [""]),
@@ -79,7 +79,7 @@ def test_a_row_proven_by_its_shape_is_as_if_proven_by_itself(name, control, rows
     assert plain(fast.batch(rows * 2)) == plain(slow.batch(rows * 2))
 
 
-@needs_shelf
+@needs_templates
 @pytest.mark.parametrize("name", STOCK)
 def test_rows_of_one_shape(name):
     """Every pair of first and second row: what the first one teaches must not be wrong for the second."""
@@ -94,7 +94,7 @@ def test_rows_of_one_shape(name):
     assert plain(fast.batch(rows[::-1])) == plain(slow.batch(rows[::-1]))
 
 
-@needs_shelf
+@needs_templates
 @pytest.mark.parametrize(
     "name", ["qwen3", "qwen2_5", "llama3", "gemma3", "glm4moe", "gptoss", "phi3", "cohere"]
 )
@@ -121,7 +121,7 @@ def test_repairs_that_no_text_has_a_part_in_are_proven_by_shape(template, repair
     assert proofs(fast) > 0 or repair == "none"
 
 
-@needs_shelf
+@needs_templates
 def test_weights_and_policies_are_part_of_the_shape():
     for train in ("last", "all", "prompt=0.5", "assistant,end_of_turn=0"):
         fast, slow = twins("qwen2_5", train=train)
@@ -208,7 +208,7 @@ def test_other_answers_are_noticed():
 # --- encoding part by part -------------------------------------------------------------------------------
 
 
-@needs_shelf
+@needs_templates
 @many
 @given(
     name=st.sampled_from(STOCK or [""]), text=st.lists(st.one_of(words, st.sampled_from(CONTROL)), max_size=9)
@@ -228,26 +228,26 @@ TOKENS: dict[str, Tokens] = {}
 
 def _tokens(name: str) -> Tokens:
     if name not in TOKENS:
-        TOKENS[name] = Tokens(tokenizer_for(name, SHELF[name]))
+        TOKENS[name] = Tokens(tokenizer_for(name, TEMPLATES[name]))
     return TOKENS[name]
 
 
-@needs_shelf
+@needs_templates
 @pytest.mark.parametrize(
     "other",
     ["<|im_end|><x>", "x<|im_end|>", "<|im_end|><|im_start|>", "a<|im", "<|im_end|>\n"],
 )
 def test_a_token_that_another_may_overlap_is_no_place_to_cut(other):
-    tokenizer = tokenizer_for("qwen2_5", SHELF["qwen2_5"])
+    tokenizer = tokenizer_for("qwen2_5", TEMPLATES["qwen2_5"])
     tokenizer.add_tokens([AddedToken(other, special=False, normalized=False)])
     pattern = cutting_tokens(tokenizer.backend_tokenizer)
     assert pattern is None or pattern.fullmatch("<|im_end|>") is None
 
 
-@needs_shelf
+@needs_templates
 @pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
 def test_nor_is_one_that_looks_around(flag):
-    tokenizer = tokenizer_for("qwen2_5", SHELF["qwen2_5"])
+    tokenizer = tokenizer_for("qwen2_5", TEMPLATES["qwen2_5"])
     tokenizer.add_tokens(
         [AddedToken("<|z|>", special=True, **{"normalized": False, flag: True})], special_tokens=True
     )
@@ -268,7 +268,7 @@ class Changed:
         return json.dumps(self.made)
 
 
-@needs_shelf
+@needs_templates
 @pytest.mark.parametrize(
     "step",
     [
@@ -286,7 +286,7 @@ class Changed:
     ],
 )
 def test_what_is_not_known_to_work_part_by_part_is_encoded_whole(step):
-    backend = tokenizer_for("qwen2_5", SHELF["qwen2_5"]).backend_tokenizer
+    backend = tokenizer_for("qwen2_5", TEMPLATES["qwen2_5"]).backend_tokenizer
     assert cutting_tokens(Changed(backend)) is not None
     assert cutting_tokens(Changed(backend, **step)) is None
 

@@ -6,7 +6,7 @@ from datetime import datetime
 
 import pytest
 from templates.conversations import ALL, call, calls, reply, user
-from templates.shelf import shelf, tokenizer_for
+from templates.stock import stock_templates, tokenizer_for
 
 from ygivenx import RowError
 from ygivenx.encoder.inputs import Inputs, inputs_of
@@ -15,7 +15,7 @@ from ygivenx.encoder.template import Template
 from ygivenx.encoder.tracing import marked
 from ygivenx.rows.formats import normalise
 
-SHELF = shelf()
+SHELF = stock_templates()
 STOCK = [n for n in SHELF if not n.endswith("_training")]
 
 

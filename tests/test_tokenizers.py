@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from templates.conversations import ALL
-from templates.shelf import ends_for
+from templates.stock import ends_for
 from test_matrix import CONTRACT, outcome
 from transformers import AutoTokenizer
 

@@ -16,12 +16,12 @@ from functools import cache
 
 import pytest
 from templates.conversations import ALL
-from templates.shelf import shelf, tokenizer_for
+from templates.stock import stock_templates, tokenizer_for
 
 from ygivenx import Encoder, RowError, Sequence
 from ygivenx.rows.formats import normalise
 
-SHELF = shelf()
+SHELF = stock_templates()
 TWINS = [n for n in SHELF if n.endswith("_training") and n.removesuffix("_training") in SHELF]
 KNOWN = {
     "supplied by the prompt", "after the end of the turn", "without weight", "end of the turn", "half a character",

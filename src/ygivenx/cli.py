@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .commands.intake import (
+from .commands.inputs import (
     Accepted,
     encoded,
     encoder_options,
@@ -23,9 +23,9 @@ from .commands.intake import (
     say,
     the_row,
 )
-from .commands.intake import console as err
+from .commands.inputs import console as err
 from .errors import ConfigError, YgivenxError, nearest
-from .models.places import located
+from .models.resolve import located
 from .report.parts import finite
 from .show import visible, visible_json
 
@@ -200,7 +200,7 @@ def ledger(
 
     Example: `ygx ledger data.jsonl --model sample --row 3`
     """
-    from .scores.accounts import ledger as account_for
+    from .scores.ledger import ledger as account_for
 
     options = encoder_options(encoder, train=train, control=control)
     reader = open_rows(data, fmt, x, y, plain, row + 1, split)
@@ -336,7 +336,7 @@ def probe(
 
     Example: `ygx probe --data rows.jsonl --html probe.html train.py --epochs 3`
     """
-    from .commands.onlooker import at_train, output_aside
+    from .commands.probe_script import at_train, output_aside
     from .proof.auditing import audit as examine_trainer
 
     reader = None if data is None else open_rows(data, fmt, x, y, plain, None, split)

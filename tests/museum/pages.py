@@ -15,7 +15,7 @@ from ygivenx.proof.auditing import Report
 from ygivenx.proof.rules import RULES
 
 from .exhibits import EXHIBITS, Exhibit, run
-from .studio import Studio, quiet
+from .harness import Setup, quiet
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "museum"
@@ -126,19 +126,19 @@ def main(data: str, *names: str) -> None:
     import trl
     from transformers import AutoTokenizer
 
-    from ygivenx.models.places import sample_model_path
+    from ygivenx.models.resolve import sample_model_path
 
     datasets.disable_progress_bars()
     versions = f"trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
     path, gguf_file = sample_model_path()
-    studio = Studio(AutoTokenizer.from_pretrained(path, gguf_file=gguf_file), Path(data))
+    setup = Setup(AutoTokenizer.from_pretrained(path, gguf_file=gguf_file), Path(data))
     DOCS.mkdir(parents=True, exist_ok=True)
     known = json.loads(RESULTS.read_text())["exhibits"] if names else []
     by_name = {row["name"]: row for row in known}
     for exhibit in EXHIBITS:
         if names and exhibit.name not in names:
             continue
-        report = run(exhibit, studio)
+        report = run(exhibit, setup)
         by_name[exhibit.name] = record(exhibit, report)
         (DOCS / f"{exhibit.name}.md").write_text(page(exhibit, report, versions))
         print(exhibit.name, [f.rule for f in report.findings], flush=True)

@@ -7,8 +7,8 @@ import pytest
 from ygivenx.proof.rules import RULES
 
 from .exhibits import EXHIBITS, Exhibit, run
+from .harness import Setup
 from .pages import DOCS, title
-from .studio import Studio
 
 # Trainers of other libraries warn of their own plans.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -22,23 +22,23 @@ def cases(exhibits):
 
 
 @pytest.fixture(scope="module")
-def studio(smol_tokenizer, data_dir):
-    made = Studio(smol_tokenizer, data_dir)
+def setup(smol_tokenizer, data_dir):
+    made = Setup(smol_tokenizer, data_dir)
     yield made
     made.close()
 
 
 @pytest.mark.parametrize("exhibit", cases(FAULTS))
-def test_a_fault_is_found_by_its_rule(exhibit: Exhibit, studio: Studio):
-    report = run(exhibit, studio)
+def test_a_fault_is_found_by_its_rule(exhibit: Exhibit, setup: Setup):
+    report = run(exhibit, setup)
     found = {f.rule: f.severity for f in report.findings}
     assert found.get(exhibit.rule) in ("error", "warning"), str(report)
     assert report.exit_code("warning") == 1
 
 
 @pytest.mark.parametrize("exhibit", cases(SOUND))
-def test_a_sound_set_up_has_no_finding_above_info(exhibit: Exhibit, studio: Studio):
-    report = run(exhibit, studio)
+def test_a_sound_set_up_has_no_finding_above_info(exhibit: Exhibit, setup: Setup):
+    report = run(exhibit, setup)
     assert report.exit_code("warning") == 0, str(report)
 
 

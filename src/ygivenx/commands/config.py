@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ..errors import ConfigError, nearest
-from .intake import check_options
+from .inputs import check_options
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..models.families import routes_told
 from ..proof.limits import Limits
 from ..training import checkpoint, runs
 from .config import TrainConfig
-from .intake import open_encoder, open_model, open_rows, say, take
+from .inputs import open_encoder, open_model, open_rows, say, take
 from .progress import RichProgress, trained
 
 SHOWN_ROWS = 20  # on the page
@@ -135,7 +135,7 @@ def write_page(
     """
     from ..forest import Forest
     from ..report import TokenStrip, run_page
-    from ..scores.values import node_log_probs
+    from ..scores.node_log_probs import node_log_probs
     from ..training.packs import flatten
 
     sequences, names = flatten(examples[:SHOWN_ROWS])

@@ -18,13 +18,13 @@ from rich.progress import Progress
 
 from .. import __version__
 from ..errors import ConfigError, ModelError, RowError, nearest
-from ..models.places import revision_of
+from ..models.resolve import revision_of
 from ..rows.formats import normalise
-from ..scores.questions import Question, Questioner
+from ..scores.requests import Question, Questioner
 from ..scores.scorefile import ScoreFile, run_before
 from ..sequence import Rejected
 from ..show import visible_json
-from .intake import open_model, say, say_account
+from .inputs import open_model, say, say_account
 from .progress import bar
 
 # What scores questions: it may read ahead, and answers in order.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..scores.accounts import Ledger
+from ..scores.ledger import Ledger
 from ..sequence import Example
 
 

@@ -14,10 +14,10 @@ from transformers import set_seed
 
 from ..commands.config import TrainConfig
 from ..commands.finetune import build
-from ..commands.intake import open_model
+from ..commands.inputs import open_model
 from ..commands.progress import bar
 from ..encoder.encode import Encoder
-from ..scores.accounts import ledger
+from ..scores.ledger import ledger
 from ..sequence import Example
 from ..training.evaluation import evaluate, rates
 from .measured import Arm, State

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, RowError, nearest
-from ..models.places import file_of, located, quiet_loading
+from ..models.resolve import file_of, located, quiet_loading
 from ..rows.data import Row
 from ..rows.formats import Conversation, Pair, normalise
 from ..sequence import Example, Rejected

@@ -15,10 +15,10 @@ terms. The factor k goes to the other side of the products, so exponentials meet
     first sweep    e, S and Σ e[v]·W[v], while the tile of W is in the cache
     second sweep   dW[v] = Σ e[v, column]·(k·h)[column], each tile written once
 
-On a GPU, `whole.py` takes the whole vocabulary at once. Where the compiled kernel runs, `fused.py` computes e twice and
-keeps none. Here, in plain torch, the exponentials wait in the memory of dW itself: tile i in the place of tile i - 1,
-and the second sweep goes backwards. That holds as many columns as H, but not in float16. What is beyond is computed
-again (16 bits, and large vocabularies) or waits in working memory (float32).
+On a GPU, `full_vocab.py` takes the whole vocabulary at once. Where the compiled kernel runs, `fused.py` computes e
+twice and keeps none. Here, in plain torch, the exponentials wait in the memory of dW itself: tile i in the place of
+tile i - 1, and the second sweep goes backwards. That holds as many columns as H, but not in float16. What is
+beyond is computed again (16 bits, and large vocabularies) or waits in working memory (float32).
 Columns come in rounds whose rows fit into that memory, and each round after the first adds to dW.
 """
 
@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import fused, kernel, whole
+from . import full_vocab, fused, kernel
 from .edges import PAD, Edges, Head, even, padded, product_dtype
 from .gradients import Gradients
 from .tiles import Block, Marks, Scratch, shaped
@@ -86,7 +86,7 @@ def _sweep(
     if into.weight is not None and not len(rows):
         into.weight.zero_()
     if launches_cost(hidden.device):
-        whole.sweep(edges, into, whole.MEMORY if memory is None else memory, ranks=ranks)
+        full_vocab.sweep(edges, into, full_vocab.MEMORY if memory is None else memory, ranks=ranks)
     else:
         _by_tiles(edges, into, MEMORY if memory is None else memory, ranks)
     return Swept(

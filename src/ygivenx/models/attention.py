@@ -25,7 +25,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import ModelError
-from .blocks import Blocks, make_tiles
+from .blockwise_attention import Blocks, make_tiles
 from .flex import flex, flex_mask, has_kernel
 from .plan import CHAINS, Plan, automatic
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..forest import Forest, Ints
-from . import attention, lastlayer, memory
+from . import attention, last_layer, memory
 from .adapters import refuse_unread
 from .plan import Plan, automatic
 from .wrappers import inner_of
@@ -95,7 +95,7 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None 
     )
     # A 4-D mask stops the model from making one of its own; our attention doesn't look at it.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.device)
-    with lastlayer.only(decoder, needed, len(token)):
+    with last_layer.only(decoder, needed, len(token)):
         out = decoder(
             input_ids=ids[None], attention_mask=mask, position_ids=depth[None], use_cache=False, ygx=plan
         )

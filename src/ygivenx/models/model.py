@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..forest import Forest, Ints
-from . import recompute, streaming
+from . import chunked_backward, streaming
 from .adapters import product
 from .families import PROVEN, check, config_of, decoder_of, feed
-from .lengths import refuse_lengths
-from .places import located, quiet_loading
 from .plan import Plan
+from .resolve import located, quiet_loading
+from .rope_limits import refuse_lengths
 
 
 class Head(NamedTuple):
@@ -139,11 +139,11 @@ def hidden_states(
     aren't part of it. Raises ModelError for a model that can't attend along a forest.
     """
     run = _longer(model, forest, route, chunk, needed)
-    return _whole(model, forest, route, needed) if run is None else recompute.hidden_states(run)
+    return _whole(model, forest, route, needed) if run is None else chunked_backward.hidden_states(run)
 
 
 def loss_over(
-    model: nn.Module, forest: Forest, score: recompute.Score, *,
+    model: nn.Module, forest: Forest, score: chunked_backward.Score, *,
     route: str = "auto", chunk: int | None = None, needed: Ints | None = None,
 ) -> Tensor:  # fmt: skip
     """The sum of score(rows, hidden states of these rows [n, H]), the loss of rows int64 [n], over all rows.
@@ -154,7 +154,7 @@ def loss_over(
     run = _longer(model, forest, route, chunk, needed)
     if run is None:
         return score(np.arange(len(forest.fed)), _whole(model, forest, route, needed))
-    return recompute.loss(run, score)
+    return chunked_backward.loss(run, score)
 
 
 def _longer(

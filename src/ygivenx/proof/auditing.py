@@ -15,8 +15,8 @@ from ..errors import ConfigError, nearest
 from ..report.parts import Finding, finite
 from ..sequence import Example, Rejected
 from ..show import visible
+from .alignment import Library
 from .evidence import Evidence, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
-from .library import Library
 from .limits import Limits
 from .rules import RULES, SEVERITIES, Hit, Rule
 from .rules.shared import places

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from ..errors import ConfigError
 from ..forest import Forest
-from ..scores.values import node_log_probs
+from ..scores.node_log_probs import node_log_probs
 from ..sequence import Example, Sequence
 from .probing import Probe, probe
 from .wrapping import unwrap

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..models.places import located
+from ..models.resolve import located
 
 
 class Limits(NamedTuple):

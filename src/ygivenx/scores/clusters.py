@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import MissingExtra, RowError
 from ..rows.data import Row
 from ..sequence import Example, Rejected
-from .questions import Question
+from .requests import Question
 
 try:
     import pyarrow as pa

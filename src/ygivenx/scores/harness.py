@@ -29,7 +29,7 @@ except ImportError as error:
 from ..encoder.tokens import Tokens
 from ..errors import ConfigError, ModelError, nearest
 from ..models.memory import keep_freed_memory
-from .questions import WINDOW, Part, Question, pair_of_ids
+from .requests import WINDOW, Part, Question, pair_of_ids
 from .scoring import Tally, scores
 
 Request = tuple[Any, list[int], list[int]]

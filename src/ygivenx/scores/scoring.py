@@ -15,10 +15,10 @@ import numpy.typing as npt
 from ..errors import ConfigError, nearest
 from ..forest import Forest
 from ..models.families import config_of, decoder_of, vocabulary
-from ..models.lengths import unchanged
+from ..models.rope_limits import unchanged
 from ..sequence import Sequence
-from .questions import NO_CONTEXT, WINDOW, Question, Questioner, windows
-from .values import Floats, Ints, node_values
+from .node_log_probs import Floats, Ints, node_values
+from .requests import NO_CONTEXT, WINDOW, Question, Questioner, windows
 
 if TYPE_CHECKING:
     from torch import nn

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..forest import Forest, pack
 from ..models.wrappers import sharded, through
-from ..scores.values import Floats, node_log_probs
+from ..scores.node_log_probs import Floats, node_log_probs
 from ..sequence import Sequence
 from .packs import flatten
 

@@ -47,7 +47,7 @@ _CORPUS = [
 ] * 4
 
 
-def shelf() -> dict[str, str]:
+def stock_templates() -> dict[str, str]:
     """The shipped templates by name; empty without TRL."""
     found = find_spec("trl")
     if found is None or found.origin is None:

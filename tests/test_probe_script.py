@@ -10,7 +10,7 @@ import sys
 import pytest
 import transformers
 
-from ygivenx.commands.onlooker import at_train
+from ygivenx.commands.probe_script import at_train
 from ygivenx.errors import ConfigError
 
 SCRIPT = """

@@ -76,7 +76,7 @@ TOOLS = """{%- if tools -%}{{- '<|im_start|>system\\nTools: ' + tools | tojson +
 
 
 @dataclass
-class Studio:
+class Setup:
     """Real rows and a real tokenizer; every trainer is made anew on a tiny random model with all its words."""
 
     tokenizer: Any

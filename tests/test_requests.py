@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ygivenx.errors import ConfigError, RowError
 from ygivenx.forest import Forest
-from ygivenx.scores.questions import MOST, Part, Question, Questioner, pair_of_ids, rolling, windows
+from ygivenx.scores.requests import MOST, Part, Question, Questioner, pair_of_ids, rolling, windows
 from ygivenx.sequence import Segment, Sequence
 
 

@@ -14,8 +14,8 @@ from ..errors import ModelError
 from ..forest import Forest
 from ..head.selective import Ranked, log_probs
 from ..models.families import decoder_of
-from ..models.lengths import refuse_lengths
 from ..models.model import head_of
+from ..models.rope_limits import refuse_lengths
 from ..models.streaming import stream_hidden
 
 CHUNK = 4096  # nodes; without gradients little is held per node, and few chunks read their paths seldom

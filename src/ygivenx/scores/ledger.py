@@ -13,7 +13,7 @@ import torch
 from ..objective import as_forest
 from ..report.parts import LedgerRow
 from ..sequence import Example, Sequence
-from .values import node_log_probs
+from .node_log_probs import node_log_probs
 
 if TYPE_CHECKING:
     from torch import nn
