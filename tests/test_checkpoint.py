@@ -33,6 +33,8 @@ def test_a_sealed_one_holds_and_is_found(sealed):
         (lambda d: (d / checkpoint.MANIFEST).unlink(), "no manifest"),
         (lambda d: (d / checkpoint.MANIFEST).write_text("{"), "unreadable manifest"),
         (lambda d: (d / checkpoint.MANIFEST).write_text("[]"), "unreadable manifest"),
+        (lambda d: (d / checkpoint.MANIFEST).write_text('{"files": {}}'), "unreadable manifest"),
+        (lambda d: (d / checkpoint.MANIFEST).write_text('{"files": {"a": {}}}'), "unreadable manifest"),
         (lambda d: (d / "sub" / "rng_state.pth").unlink(), "missing"),
         (lambda d: (d / "model.safetensors").write_bytes(b"weightz"), "altered"),
         (lambda d: (d / "model.safetensors").write_bytes(b"short"), "altered"),
@@ -45,10 +47,26 @@ def test_a_spoiled_one_is_refused_and_passed_over(sealed, spoil, what):
     assert checkpoint.newest(sealed.parent) is None
 
 
+def test_any_damaged_bit_of_a_manifest_falls_back_to_the_older_one_by_name(sealed, caplog):
+    shutil.copytree(sealed, sealed.with_name("checkpoint-4"))
+    manifest = sealed.with_name("checkpoint-4") / checkpoint.MANIFEST
+    whole = manifest.read_bytes()
+    at = whole.index(b'"files"')  # what comes before is the version
+    for bit in range(8 * at, 8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        if bytes(damaged).split() == whole.split():  # white space for white space
+            continue
+        manifest.write_bytes(bytes(damaged))
+        assert checkpoint.newest(sealed.parent) == sealed, bytes(damaged)
+    assert "checkpoint-4 is passed over: unreadable manifest" in caplog.text
+
+
 def test_newest_means_most_steps_not_latest_name(tmp_path):
     for n in (9, 10, 2):
         d = tmp_path / f"checkpoint-{n}"
         d.mkdir()
+        (d / "model.safetensors").write_bytes(b"weights")
         checkpoint.seal(d)
     assert checkpoint.newest(tmp_path).name == "checkpoint-10"
     (tmp_path / "checkpoint-11").mkdir()  # begun, never sealed

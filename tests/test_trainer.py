@@ -103,6 +103,81 @@ def test_what_was_just_evaluated_is_not_evaluated_again(tmp_path):
         assert told["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("denominator", ["tokens", "sequence"])
+def test_evaluation_divides_as_training_does(tmp_path, denominator):
+    data = sequences(5, seed=3)
+    settings = {"max_steps": 1, "max_tokens": 10_000, "logging_steps": 1, "denominator": denominator}
+    trainer = make(tmp_path, data, eval_dataset=data, **settings)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(before, abs=1e-4)
+
+
+def test_the_last_step_is_logged(tmp_path):
+    trainer = make(tmp_path, sequences(4), max_steps=3, logging_steps=5)
+    trainer.train()
+    assert [e["step"] for e in trainer.state.log_history if "loss" in e] == [3]
+
+
+def test_the_gradient_is_right_whoever_divides(tmp_path):
+    """transformers 5.2 divides a loss that is divided already by the number of micro-batches."""
+    data = sequences(4, seed=5)
+    settings = {"max_steps": 1, "max_tokens": 60, "max_grad_norm": 0.0, "logging_steps": 1}
+    right, wrong = (make(tmp_path / n, data, gradient_accumulation_steps=2, **settings) for n in "ab")
+    wrong.loss_is_scaled_for_ga = False
+    assert torch.equal(gradient(wrong), gradient(right))
+    assert wrong.state.log_history[0]["loss"] == right.state.log_history[0]["loss"]
+
+
+def test_float16_weights_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"would be trained in float16(.|\n)*--dtype fp16"):
+        make(tmp_path, sequences(2), model=llama(dtype=torch.float16))
+
+
+@pytest.mark.parametrize(("rate", "lost"), [(1e-6, True), (10.0, False)])
+def test_updates_that_round_away_are_counted(tmp_path, caplog, rate, lost):
+    settings = {"max_steps": 3, "warmup_steps": 1, "lr_scheduler_type": "constant_with_warmup"}
+    model = llama(dtype=torch.bfloat16)
+    make(tmp_path, sequences(4), model=model, learning_rate=rate, **settings).train()
+    assert ("of the updates round away" in caplog.text) is lost
+    caplog.clear()
+    make(tmp_path / "mixed", sequences(4), bf16=True, **settings).train()
+    assert "round away" not in caplog.text
+
+
+def test_mixed_precision_keeps_its_weights_in_float32(tmp_path):
+    data = sequences(6)
+    losses = {}
+    for bf16 in (False, True):
+        trainer = make(
+            tmp_path / str(bf16), data, max_steps=4, logging_steps=1, bf16=bf16, learning_rate=1e-3
+        )
+        trainer.train()
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        losses[bf16] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
+@pytest.mark.parametrize("spoil", ["a bit", "the folder"])
+def test_the_best_model_is_the_one_that_was_written(tmp_path, spoil):
+    class Spoil(TrainerCallback):
+        def on_save(self, args, state, control, **_):
+            best = Path(state.best_model_checkpoint)
+            if spoil == "the folder":
+                shutil.rmtree(best, ignore_errors=True)
+            else:
+                file = best / "model.safetensors"
+                file.write_bytes(file.read_bytes()[:-1] + b"!")
+
+    data = sequences(4)
+    settings = {"max_steps": 2, "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = make(tmp_path, data, eval_dataset=data, load_best_model_at_end=True, **settings)
+    trainer.add_callback(Spoil())
+    with pytest.raises(CheckpointError, match="no such checkpoint" if spoil == "the folder" else "altered"):
+        trainer.train()
+
+
 def test_evaluation_tells_y_from_x(tmp_path):
     data = sequences(5, seed=3)
     trainer = make(tmp_path, data, eval_dataset=data)
@@ -320,6 +395,7 @@ def test_a_fresh_run_does_not_mix_its_checkpoints_with_another_s(tmp_path):
         ({"lr_scheduler_kwargs": {"last_epoch": -1}}, "lr_scheduler_kwargs None → "),
         ({"max_steps": 4}, "length 2 steps → 4 steps"),  # the rate of a linear schedule depends on it
         ({"model": llama(dtype=torch.bfloat16)}, "dtypes .*float32.* → .*bfloat16"),
+        ({"model": llama(rms_norm_eps=1e-3)}, "the model's rms_norm_eps 1e-06 → 0.001"),
         ({"model": llama().requires_grad_(False)}, r"trained_parameters \d+ → 0"),
     ],
 )
@@ -423,20 +499,24 @@ def test_lora_trains_its_adapters_alone_on_the_same_loss(tmp_path):
         ({"lora_alpha": 32}, "lora_alpha 8 → 32"),
         ({"lora_dropout": 0.5}, "lora_dropout"),
         ({"base": 7}, "base_model"),
+        ({"edited": True}, "base_model"),
     ],
 )
 def test_adapters_are_resumed_on_the_model_and_with_the_settings_that_they_had(tmp_path, changed, said):
     """Checkpoints of adapters hold neither."""
     peft = pytest.importorskip("peft", reason="the extra lora is not installed")
 
-    def run(base=0, **options):
+    def run(base=0, edited=False, **options):
         settings = {
             "r": 4,
             "lora_alpha": 8,
             "target_modules": "all-linear",
             "task_type": "CAUSAL_LM",
         } | options
-        model = peft.get_peft_model(llama(seed=base), peft.LoraConfig(**settings))
+        model = llama(seed=base)
+        if edited:  # one value in the last row
+            model.model.embed_tokens.weight.data[-1, -1] += 1e-3
+        model = peft.get_peft_model(model, peft.LoraConfig(**settings))
         return make(
             tmp_path, sequences(4), model=model, max_steps=steps, save_steps=1, lr_scheduler_type="constant"
         )

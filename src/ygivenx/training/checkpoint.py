@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 
+logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 STAGING = "_staging"  # uploads to the hub leave out what begins with an underscore
 _ASIDE = ".replaced"  # behind the name of a checkpoint that makes room for another of its name
@@ -123,25 +125,37 @@ def verify(directory: Path) -> None:
             "no manifest", where=str(directory), why="it was not written to its end", fix=fix
         )
     try:
-        files = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError("unreadable manifest", where=str(manifest), why=str(error), fix=fix) from error
-    for name, told in files.items():
+        files = _entries(manifest.read_bytes())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError("unreadable manifest", where=str(manifest), why=repr(error), fix=fix) from error
+    for name, (size, sha256) in files.items():
         path = directory / name
         if not path.is_file():
             raise CheckpointError("a file is missing", where=str(path), why="the manifest lists it", fix=fix)
-        if path.stat().st_size != told["size"] or _hash(path) != told["sha256"]:
+        if path.stat().st_size != size or _hash(path) != sha256:
             raise CheckpointError(
                 "a file was altered", where=str(path), why="its hash differs from the manifest", fix=fix
             )
 
 
+def _entries(manifest: bytes) -> dict[str, tuple[int, str]]:
+    """(size, SHA-256) by name. Raises one of four errors of Python for whatever damage there is."""
+    entries = {
+        str(name): (int(file["size"]), str(file["sha256"]))
+        for name, file in json.loads(manifest)["files"].items()
+    }
+    if not entries:
+        raise ValueError("it lists no file")
+    return entries
+
+
 def newest(run_dir: Path) -> Path | None:
-    """The complete checkpoint with the most steps, None if there is none."""
+    """The complete checkpoint with the most steps, None if there is none. Those that it passes over are logged."""
     for path in reversed(listed(run_dir)):
         try:
             verify(path)
-        except CheckpointError:
+        except CheckpointError as error:
+            logger.warning("%s is passed over: %s (%s)", path.name, error.what, error.where)
             continue
         return path
     return None

@@ -14,15 +14,26 @@ from ..forest import Forest, pack
 from ..models.wrappers import sharded, through
 from ..scores.node_log_probs import Floats, node_log_probs
 from ..sequence import Sequence
-from .packs import flatten
+from .packs import flatten, per_sequence
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, data: Iterable[Any], *, max_tokens: int, rank: int = 0, ranks: int = 1
+    model: nn.Module,
+    data: Iterable[Any],
+    *,
+    max_tokens: int,
+    rank: int = 0,
+    ranks: int = 1,
+    denominator: str = "tokens",
 ) -> torch.Tensor:
-    """Sums over the data, float64 [6]: Σ log p and tokens of y, of x, Σ w·log p and Σ w."""
+    """Sums over the data, float64 [6]: Σ log p and tokens of y, of x, Σ w·log p and Σ w.
+
+    denominator: as in training, so that the two losses are one quantity.
+    """
     sequences, _ = flatten(data)
+    if denominator == "sequence":
+        sequences = per_sequence(sequences)
     packs = pack(sequences, max_tokens=max_tokens)
     own = packs[rank::ranks]
     sums = np.zeros(6)
@@ -43,8 +54,8 @@ def evaluate(
 def rates(sums: torch.Tensor) -> dict[str, float]:
     """Nats per token from the sums of `evaluate`; a role without tokens is left out."""
     y, n_y, x, n_x, weighted, weight = sums.tolist()
-    told = {"loss": (-weighted, weight), "conditional_nats": (-y, n_y), "marginal_nats": (-x, n_x)}
-    return {name: total / count for name, (total, count) in told.items() if count}
+    parts = {"loss": (-weighted, weight), "conditional_nats": (-y, n_y), "marginal_nats": (-x, n_x)}
+    return {name: total / count for name, (total, count) in parts.items() if count}
 
 
 def _log_p(model: nn.Module, forest: Forest) -> Floats:

@@ -28,21 +28,37 @@ _ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 def settings(args: Any) -> dict[str, Any]:
     """The settings of a run by name; its length too, where the learning rate depends on that."""
-    told = {name: _plain(getattr(args, name)) for name in _SETTINGS}
-    if told["lr_scheduler_type"] in _ENDLESS and not 0 < args.warmup_steps < 1:
-        return told
+    values = {name: _plain(getattr(args, name)) for name in _SETTINGS}
+    if values["lr_scheduler_type"] in _ENDLESS and not 0 < args.warmup_steps < 1:
+        return values
     length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-    return {**told, "length": length}
+    return {**values, "length": length}
 
 
 def trained(model: nn.Module) -> dict[str, Any]:
-    """How many parameters are trained, the types of all, and what checkpoints of adapters don't hold."""
+    """How many parameters are trained, the types of all, the model's config, and what adapters' checkpoints lack."""
     parameters = list(model.parameters())
     return {
         "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in parameters}),
+        **_config(model),
         **_adapters(model),
     }
+
+
+# Of a model's config, what says nothing about what it computes.
+_NAMES = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "id2label",
+    "label2id", "output_attentions", "output_hidden_states", "return_dict", "task_specific_params",
+}  # fmt: skip
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """Every key of the model's config by name: heads, activation, dropout, rotary frequencies."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_dict"):
+        return {}
+    return {f"the model's {k}": _plain(v) for k, v in config.to_dict().items() if k not in _NAMES}
 
 
 # Of an adapter's config, what says nothing about how it is trained.
@@ -57,11 +73,11 @@ _ASIDE = {
 
 
 def _adapters(model: nn.Module) -> dict[str, Any]:
-    """The settings of PEFT's adapters, and a hash of a few values of each frozen tensor: which model they stand on."""
+    """The settings of PEFT's adapters, and a hash of every frozen value: which model they stand on."""
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping):
         return {}
-    told: dict[str, Any] = {
+    settings: dict[str, Any] = {
         f"{name} adapter's {key}": _plain(value)
         for name, config in configs.items()
         for key, value in config.to_dict().items()
@@ -69,26 +85,30 @@ def _adapters(model: nn.Module) -> dict[str, Any]:
     }
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if not any(p.is_meta for p in frozen):  # as they are on ranks that are sent their weights
-        digest = hashlib.sha256()
-        for p in frozen:
-            digest.update(p.detach().flatten()[:64].cpu().view(torch.uint8).numpy().tobytes())
-        told["base_model"] = digest.hexdigest()[:16]
-    return told
+        settings["base_model"] = _hash(frozen)
+    return settings
 
 
-def remember(directory: Path, told: Mapping[str, Any]) -> None:
+def _hash(tensors: list[nn.Parameter]) -> str:
+    """SHA-256 over all bytes of the tensors, one tensor at a time on the CPU: two seconds for a gigabyte."""
+    digest = hashlib.sha256()
+    for t in tensors:
+        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def remember(directory: Path, run: Mapping[str, Any]) -> None:
     """Write them beside a checkpoint's other files."""
-    (directory / FILE).write_text(json.dumps(told))
+    (directory / FILE).write_text(json.dumps(run))
 
 
 def recalled(directory: Path) -> dict[str, Any]:
     """What `remember` wrote. Raises CheckpointError if that isn't there."""
     try:
-        told = json.loads((directory / FILE).read_text())
-    except (OSError, ValueError) as error:
+        return dict(json.loads((directory / FILE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
         why = "another trainer wrote this checkpoint" if isinstance(error, OSError) else str(error)
         raise CheckpointError("its run isn't known", where=str(directory / FILE), why=why) from error
-    return dict(told)
 
 
 def steps_done(directory: Path) -> int:
@@ -96,13 +116,13 @@ def steps_done(directory: Path) -> int:
     return int(json.loads((directory / STATE).read_text())["global_step"])
 
 
-def same(told: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+def same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
     """Raise CheckpointError, naming what changed, unless a checkpoint with these settings belongs to this run."""
     now = json.loads(json.dumps(now))  # as the others came back
-    changed = [k for k, v in now.items() if told.get(k) != v]
+    changed = [k for k, v in now.items() if before.get(k) != v]
     if not changed:
         return
-    said = [k if k == "packs" else f"{k} {told.get(k)} → {now[k]}" for k in changed]
+    said = [k if k == "packs" else f"{k} {before.get(k)} → {now[k]}" for k in changed]
     raise CheckpointError(
         f"it belongs to another run: {', '.join(said)} changed",
         where=str(where),
@@ -112,9 +132,9 @@ def same(told: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
     )
 
 
-def refuse_model_alone(told: Mapping[str, Any], where: Path) -> None:
+def refuse_model_alone(run: Mapping[str, Any], where: Path) -> None:
     """Raise CheckpointError for a checkpoint that has no optimiser to go on with."""
-    if told.get(MODEL_ALONE):
+    if run.get(MODEL_ALONE):
         raise CheckpointError(
             "it holds the model alone (save_only_model)",
             where=str(where),

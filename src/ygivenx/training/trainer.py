@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.utils.data import Sampler
 from transformers.trainer_utils import TrainOutput
@@ -25,6 +26,7 @@ from ..objective import Loss, loss
 from . import checkpoint, runs
 from .evaluation import evaluate, rates
 from .packs import EpochOrder, Packs, flatten
+from .precision import RoundedUpdates, refuse_float16_weights
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +52,14 @@ class Meter:
         seconds = time.perf_counter() - self.since
         if not self.total:
             return {}
-        told = {
+        readings = {
             "y_tokens_per_second": round(self.trained / seconds, 1),
             "trained_share": round(self.trained / self.total, 4),
             "sharing": round(self.total / self.distinct, 3),
             "peak_memory_mib": round(memory.peak() / 2**20),
         }
         self.__init__()  # type: ignore[misc]
-        return told
+        return readings
 
 
 # Settings that forests have no place for: what leaves each alone, why it could do nothing here, and what does.
@@ -78,6 +80,20 @@ _UNUSED: dict[str, tuple[tuple[Any, ...], str, str]] = {
         ("random",), "packs are shuffled by (seed, epoch), and padding there is none", "leave it out"
     ),
 }  # fmt: skip
+
+
+class _LastStepIsLogged(transformers.TrainerCallback):
+    """A run that ends between two log entries says how it ended."""
+
+    def on_step_end(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        **_: Any,
+    ) -> None:
+        if args.logging_strategy != "no" and state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 def _refuse_unused(args: transformers.TrainingArguments, given: Mapping[str, Any]) -> None:
@@ -136,8 +152,11 @@ class Trainer(transformers.Trainer):
         _refuse_unused(args, kwargs)
         args.remove_unused_columns = False
         if args.per_device_train_batch_size not in (1, 8):  # 8 is the default
-            told = "per_device_train_batch_size=%d has no meaning here: a pack of max_tokens=%d is one micro-batch"
-            logger.warning(told, args.per_device_train_batch_size, max_tokens)
+            logger.warning(
+                "per_device_train_batch_size=%d has no meaning here: a pack of max_tokens=%d is one micro-batch",
+                args.per_device_train_batch_size,
+                max_tokens,
+            )
         args.per_device_train_batch_size = 1
         args.logging_nan_inf_filter = False
         args.restore_callback_states_from_checkpoint = True  # early stopping counts
@@ -151,6 +170,9 @@ class Trainer(transformers.Trainer):
             eval_dataset=None if eval_dataset is None else _held_out(eval_dataset),
             **kwargs,
         )
+        refuse_float16_weights(self.model)
+        self.add_callback(_LastStepIsLogged)
+        self.add_callback(RoundedUpdates)
         self.meter = Meter()
         self.control: transformers.TrainerControl
         self._staging: Path | None = None
@@ -193,7 +215,27 @@ class Trainer(transformers.Trainer):
             out = loss(model, forest, denominator=weight)
         self._refuse_non_finite(out, inputs["names"])
         self.meter.add(forest)
+        self._value = out.value.detach()
+        if out.value.requires_grad and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
+            out.value.register_hook(self._undivided)
         return (out.value, {"log_p": out.log_p}) if return_outputs else out.value
+
+    def _undivided(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient of a micro-batch's loss, which is divided already: 1, or the scale of float16.
+
+        Some releases of transformers (5.2) divide it again by the number of micro-batches. What arrives here is
+        measured in each backward pass, so it is right whoever divides.
+        """
+        scaler = self.accelerator.scaler
+        wanted = torch.full_like(grad, 1.0 if scaler is None else scaler.get_scale())
+        return grad if torch.equal(grad, wanted) else wanted
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """As transformers'; the loss that is logged is the one that was computed, whoever divides afterwards."""
+        super().training_step(model, inputs, num_items_in_batch)
+        return self._value
 
     def _refuse_non_finite(self, out: Loss, names: list[str]) -> None:
         bad = (~torch.isfinite(out.value.detach())).to(torch.float32)
@@ -243,6 +285,7 @@ class Trainer(transformers.Trainer):
             max_tokens=self.max_tokens,
             rank=self.args.process_index,
             ranks=self.args.world_size,
+            denominator=self.denominator,
         )
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
@@ -293,17 +336,24 @@ class Trainer(transformers.Trainer):
         logger.info("%s; %s", self.train_dataset, routes_told(self.accelerator.unwrap_model(self.model)))
         if path is None:
             return super().train(**kwargs)
-        told = runs.recalled(path)
-        runs.same(told, self._run, path)
+        before = runs.recalled(path)
+        runs.same(before, self._run, path)
         done = transformers.TrainerState.load_from_json(str(path / runs.STATE))
         if done.global_step >= self.steps:  # transformers looks at its limit after a step
             return self._finished(path, done)
-        runs.refuse_model_alone(told, path)
+        runs.refuse_model_alone(before, path)
         self._epoch = done.global_step // self._steps_of_an_epoch
         return super().train(resume_from_checkpoint=str(path), **kwargs)
 
+    def _load_best_model(self) -> None:
+        """As transformers', from a checkpoint whose files are what was written. Raises CheckpointError."""
+        checkpoint.verify(Path(str(self.state.best_model_checkpoint)))
+        super()._load_best_model()
+
     def _finished(self, path: Path, state: transformers.TrainerState) -> TrainOutput:
         best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        if best:
+            checkpoint.verify(Path(best))
         self._load_from_checkpoint(best or str(path))
         self.state = state
         logger.warning("%s: step %d of %d, nothing is left to train", path, state.global_step, self.steps)
