@@ -55,7 +55,7 @@ _NAMES = {
 
 def _config(model: nn.Module) -> dict[str, Any]:
     """Every key of the model's config by name: heads, activation, dropout, rotary frequencies."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
         return {}
     return {f"the model's {k}": _plain(v) for k, v in config.to_dict().items() if k not in _NAMES}
