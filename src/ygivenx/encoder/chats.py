@@ -59,6 +59,8 @@ class Chats:
             except RowError as e:
                 if e.reason == "too_long" and self.options.overflow == "drop_turns":
                     return self._shorter(row, e)
+                if e.reason == "straddling_token" and self.options.border == "refuse":
+                    return self._repaired(row, inputs, notes, e)
                 raise
 
         return Job([(outline.text, cuts) for outline, cuts in texts], finish)
@@ -139,6 +141,22 @@ class Chats:
                 continue
             return [replace(d, notes=d.notes + notes) for d in drafts] if notes else drafts
         assert refusal is not None
+        raise refusal
+
+    def _repaired(
+        self, row: Conversation, inputs: Inputs, notes: tuple[str, ...], refusal: RowError
+    ) -> list[Sequence]:
+        """The row by the first repair under which the ids of each prompt begin those of its reply, too."""
+        template, wanted = self._template(inputs), self._wanted(row)
+        for tried, told, repairs in self._attempts(template, inputs):
+            try:
+                drafts = self._proven(Row(template, tried), wanted, repairs, row)
+                control = self.options.control
+                texts = [(outline_of(d, row.messages), control_cuts(self.tokens, d, control)) for d in drafts]
+                encoded = self.tokens.encode_cut([(outline.text, cuts) for outline, cuts in texts])
+                return self._finish(row, texts, encoded, (*notes, *told))
+            except RowError:
+                continue
         raise refusal
 
     def _attempts(

@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError, nearest
-from .inputs import Inputs
+from .inputs import REASONING_FIELDS, Inputs
 from .template import Template
 
 IN_ROWS = ("template_kwargs", "arguments_as_text", "content_as_parts")  # other inputs that say the same
@@ -70,9 +70,30 @@ def alternatives(
             for name in sorted(
                 n for n in template.undeclared if _SWITCH.search(n) and n not in inputs.kwargs
             ):
-                for value in (False, True):
+                for value in _values(name, inputs):
                     note = f"rendered with {name}={value}: use the same at inference"
                     yield replace(base, kwargs={**base.kwargs, name: value}), (*notes, note)
+
+
+_LENGTH = re.compile(
+    "clear|truncate|preserve|keep|history|previous"
+)  # of how much history shows, not whether to think
+
+
+def _values(name: str, inputs: Inputs) -> tuple[bool, ...]:
+    """What a switch may be set to: thinking is switched off for replies without a thought alone, on for others."""
+    replies = [m for m in inputs.messages if m.get("role") == "assistant"]
+    if _LENGTH.search(name) or not replies:
+        return False, True
+    thoughts = {thinks(m) for m in replies}
+    return (thoughts.pop(),) if len(thoughts) == 1 else ()
+
+
+def thinks(message: Mapping[str, Any]) -> bool:
+    """Whether a reply has a thought, in a field of its own or in its content."""
+    content = message.get("content")
+    written = isinstance(content, str) and "</think>" in content
+    return written or any(str(message.get(name) or "").strip() for name in REASONING_FIELDS)
 
 
 def _has_arguments(message: Mapping[str, Any]) -> bool:
