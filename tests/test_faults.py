@@ -1,6 +1,7 @@
-"""Faults that users met, each with its right value: templates of today on a real vocabulary, SmolLM2's.
+"""Faults that users met, each with its right value: templates of today on a real vocabulary.
 
-In every real BPE `\\n\\n` is one token, so that what fits by text may not fit by ids.
+The vocabulary is SmolLM2's, split as Qwen's tokenizer splits: in every real BPE `\\n\\n` is one token, so that what
+fits by text may not fit by ids.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import copy
 import pytest
 from templates.conversations import call, calls, reply, result, system, tool, user
 from templates.stock import stock_templates
+from tokenizers import Regex, pre_tokenizers
 
 from ygivenx import Encoder, Example, RowError
 
@@ -17,10 +19,20 @@ SHELF = stock_templates()
 THINKERS = [n for n in ("qwen3_5_think", "qwen3_6", "qwen3_8") if n in SHELF]
 needs_templates = pytest.mark.skipif(not THINKERS, reason="TRL is not installed")
 
+QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 
 @pytest.fixture
 def tokenizer(smol_tokenizer):
-    return copy.deepcopy(smol_tokenizer)
+    made = copy.deepcopy(smol_tokenizer)
+    words = pre_tokenizers.Split(Regex(QWEN), "isolated")
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.add_tokens(["<think>", "</think>", "<tool_call>", "</tool_call>"])
+    return made
 
 
 def made(tokenizer, template: str, **options) -> Encoder:
