@@ -19,9 +19,7 @@ SHELF = stock_templates()
 THINKERS = [n for n in ("qwen3_5_think", "qwen3_6", "qwen3_8") if n in SHELF]
 needs_templates = pytest.mark.skipif(not THINKERS, reason="TRL is not installed")
 
-QWEN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 @pytest.fixture
