@@ -212,7 +212,8 @@ def _log_probs(
     count = len(edges.rows)
     more = describe(hidden, head, rows[:count], ids[:count], wants) if wants else Description()
     others = None if candidates is None else log_p[count:].view(len(targets), -1)
-    return LogProbs(log_p[:count][edge], targets, *(None if v is None else v[edge] for v in more), others)
+    entropy, rank, top_ids, top_log_p = (None if v is None else v[edge] for v in more)
+    return LogProbs(log_p[:count][edge], targets, entropy, rank, top_ids, top_log_p, others)
 
 
 def _without_adapters(model: nn.Module) -> AbstractContextManager[None]:
