@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from head import LOSSES, Cell
 
-from ygivenx.head import reference
+from ygivenx import reference
 
 
 def confident_cell(rows: int, size: int, vocabulary: int, dtype: str) -> Cell:

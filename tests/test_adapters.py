@@ -14,9 +14,10 @@ from peft import (
 )
 from tiny import llama
 from torch import nn
-from trees import alone, assert_same, gradients, tree
+from trees import assert_same, gradients, tree
 
 import ygivenx as yx
+from ygivenx import reference
 from ygivenx.errors import ModelError
 from ygivenx.models.model import head_of
 from ygivenx.scores.scoring import score_sequences
@@ -34,7 +35,7 @@ def adapted(**options):
 
 def assert_equal_to_the_model(model, **options) -> None:
     """Loss, gradients and scores are those of the model's own logits."""
-    wanted = gradients(model, alone(model, ROWS))
+    wanted = gradients(model, reference.loss(model, ROWS))
     found = yx.loss(model, ROWS, **options)
     assert_same(gradients(model, found.value), wanted)
     assert any("lm_head" in name for name in wanted)

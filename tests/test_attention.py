@@ -11,9 +11,10 @@ import torch
 from tiny import llama
 from torch.nn.attention.flex_attention import create_block_mask
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from trees import alone, assert_same, gradients, tree
+from trees import assert_same, gradients, tree
 
 import ygivenx as yx
+from ygivenx import reference
 from ygivenx.errors import ConfigError, ModelError
 from ygivenx.models import attention, blockwise_attention, families, flex
 from ygivenx.models import plan as routes
@@ -358,7 +359,7 @@ def test_eager_models_are_not_misled_by_a_boolean_mask():
     rows = tree(4)
     model = llama()
     model.set_attn_implementation("eager")
-    assert_same(gradients(model, yx.loss(model, rows).value), gradients(model, alone(model, rows)))
+    assert_same(gradients(model, yx.loss(model, rows).value), gradients(model, reference.loss(model, rows)))
 
 
 def test_sliding_windows_survive_the_mask():
@@ -371,7 +372,9 @@ def test_sliding_windows_survive_the_mask():
     assert config.layer_types == ["full_attention", "sliding_attention"]
     model, rows = Qwen2ForCausalLM(config).eval(), tree(6)
     with torch.no_grad():
-        assert yx.loss(model, rows).value.item() == pytest.approx(alone(model, rows).item(), rel=1e-6)
+        assert yx.loss(model, rows).value.item() == pytest.approx(
+            reference.loss(model, rows).item(), rel=1e-6
+        )
         full = copy.deepcopy(config)
         full.layer_types = ["full_attention"] * 2
         without = Qwen2ForCausalLM(full).eval()
@@ -391,7 +394,7 @@ def test_positions_of_a_tree_are_not_taken_for_packed_sequences():
     model = llama()
     with torch.no_grad():
         value = yx.loss(model, rows).value.item()
-        expected = alone(model, [yx.Sequence(*r) for r in rows]).item()
+        expected = reference.loss(model, [yx.Sequence(*r) for r in rows]).item()
     assert value == pytest.approx(expected, rel=1e-6)
 
 

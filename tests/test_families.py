@@ -10,9 +10,10 @@ import torch
 import transformers
 from tiny import VOCAB, llama
 from transformers import AutoModelForCausalLM
-from trees import alone, assert_same, distances, gradients, tree
+from trees import assert_same, distances, gradients, tree
 
 import ygivenx as yx
+from ygivenx import reference
 from ygivenx.errors import ModelError
 from ygivenx.models import families
 from ygivenx.models.model import head_of, hidden_states
@@ -75,7 +76,7 @@ def build(case: str, wide: bool = False):
 @pytest.mark.parametrize("case", CASES)
 def test_shared_equals_alone(case):
     model, rows = build(case), tree(2)
-    expected = alone(model, rows)
+    expected = reference.loss(model, rows)
     wanted = gradients(model, expected)
     for options in OUR_ROUTES:
         out = yx.loss(model, rows, **options)
@@ -122,7 +123,7 @@ def test_positions_that_depend_on_the_length_are_exact_on_one_side_of_it(monkeyp
     monkeypatch.setitem(CASES, kind, BY_LENGTH[kind])
     model, rows = build(kind), [r for r in tree(2, low=low, high=high) if (len(r.ids) > 25) == (low > 24)]
     assert len(rows) > 2
-    expected = alone(model, rows)
+    expected = reference.loss(model, rows)
     wanted = gradients(model, expected)
     out = yx.loss(model, rows)
     assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -145,7 +146,7 @@ def test_windows_that_only_the_mask_knows_are_refused(monkeypatch, name, extra):
     model, rows = build(name), tree(2)
     short = [r for r in rows if len(r.ids) <= 30]
     assert len(short) > 2
-    assert yx.loss(model, short).value.item() == pytest.approx(alone(model, short).item(), rel=1e-5)
+    assert yx.loss(model, short).value.item() == pytest.approx(reference.loss(model, short).item(), rel=1e-5)
     for options in OUR_ROUTES:
         with pytest.raises(ModelError, match="sliding window of 30 tokens can't be kept"):
             yx.loss(model, rows, **options)
@@ -154,7 +155,7 @@ def test_windows_that_only_the_mask_knows_are_refused(monkeypatch, name, extra):
 def test_layers_that_attend_twice_are_computed_whole_and_refused_in_chunks(monkeypatch):
     monkeypatch.setitem(CASES, "diffllama", ("DiffLlama", {}))
     model, rows = build("diffllama"), tree(2)
-    expected = alone(model, rows)
+    expected = reference.loss(model, rows)
     wanted = gradients(model, expected)
     out = yx.loss(model, rows)
     assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -181,7 +182,7 @@ def test_layers_of_several_widths_and_with_shared_keys_are_exact(monkeypatch):
     }
     monkeypatch.setitem(CASES, "gemma3n", ("Gemma3nText", {**layers, **narrow, "sliding_window": 6}))
     model, rows = build("gemma3n"), tree(2)
-    expected = alone(model, rows)
+    expected = reference.loss(model, rows)
     wanted = gradients(model, expected)
     for options in ({}, *OUR_ROUTES):
         out = yx.loss(model, rows, **options)
@@ -341,7 +342,7 @@ def test_adapters(chunk):
         llama(), LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     ).eval()
     rows = tree(3)
-    wanted = gradients(model, alone(model, rows))
+    wanted = gradients(model, reference.loss(model, rows))
     assert wanted
     assert all("lora" in name for name in wanted)
     assert_same(gradients(model, yx.loss(model, rows, chunk=chunk).value), wanted)
@@ -357,8 +358,8 @@ def test_the_real_model(smol):
     for seed in (7, 9):
         rows = tree(seed, count=4, low=8, high=24)
         ours = [gradients(model, yx.loss(model, rows, chunk=c).value) for c in (None, 37)]
-        apart = gradients(model, alone(model, rows))
-        exact = gradients(model.double(), alone(model, rows))
+        apart = gradients(model, reference.loss(model, rows))
+        exact = gradients(model.double(), reference.loss(model, rows))
         model.float()
         for made in ours:
             ours_off, apart_off = distances(made, exact), distances(apart, exact)

@@ -14,10 +14,10 @@ from test_routes import in_packs, one, run, unshared, varlen
 from test_scoring import one_by_one
 from test_trainer import make
 from tiny import VOCAB, llama, sequences
-from trees import alone, assert_same, gradients, tree
+from trees import assert_same, gradients, tree
 
 import ygivenx as yx
-from ygivenx.head import reference
+from ygivenx import reference
 from ygivenx.head.selective import selective_cross_entropy
 from ygivenx.models import attention, memory
 from ygivenx.models.plan import Plan
@@ -98,7 +98,7 @@ def test_forests_of_any_length_are_compiled_once_or_twice():
 def test_families(case, options):
     model, rows = build(case, wide=True).cuda(), tree(2, high=120)
     model.config._attn_implementation = "eager"  # transformers' one that always keeps soft-caps and sinks
-    expected = alone(model, rows)
+    expected = reference.loss(model, rows)
     wanted = gradients(model, expected)
     out = yx.loss(model, rows, **options)
     assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -125,13 +125,13 @@ def test_bfloat16_is_as_near_to_float64_as_the_sequences_alone():
     exact, rows = wide().cuda().double(), tree(3, high=150)
     model = copy.deepcopy(exact).bfloat16()
     exact.load_state_dict(model.state_dict())  # the same rounded weights
-    wanted = gradients(exact, alone(exact, rows))
+    wanted = gradients(exact, reference.loss(exact, rows))
 
     def off(value) -> float:
         ours = gradients(model, value)
         return max(float((ours[n].double() - g).norm() / g.norm()) for n, g in wanted.items())
 
-    assert off(yx.loss(model, rows).value) <= 1.5 * off(alone(model, rows)) + 1e-3
+    assert off(yx.loss(model, rows).value) <= 1.5 * off(reference.loss(model, rows)) + 1e-3
 
 
 @torch.no_grad()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ygivenx import reference
 from ygivenx.errors import ModelError
-from ygivenx.head import edges, full_vocab, fused, kernel, pages, reference, sweep
+from ygivenx.head import edges, full_vocab, fused, kernel, pages, sweep
 from ygivenx.head.selective import explain, log_probs, selective_cross_entropy
 from ygivenx.head.tiles import Marks
 

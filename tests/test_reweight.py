@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ygivenx.errors import ConfigError
-from ygivenx.head.reference import all_logits
 from ygivenx.head.reweight import dft_weights, excess_weights, focal, mean_log_probs, smoothed
 from ygivenx.head.selective import log_probs, selective_cross_entropy
+from ygivenx.reference import all_logits
 
 
 @pytest.fixture

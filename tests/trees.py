@@ -1,4 +1,4 @@
-"""Random branching sequences, and their slow twin: every sequence alone, every logit, float64 sums."""
+"""Random branching sequences, and what compares gradients of two ways to compute the same."""
 
 from __future__ import annotations
 
@@ -23,18 +23,6 @@ def tree(seed: int = 0, count: int = 10, low: int = 3, high: int = 40, vocab: in
         weights[0] = 0
         rows.append(Sequence(ids, weights))
     return [*rows, rows[0]]
-
-
-def alone(model, rows: list[Sequence]) -> torch.Tensor:
-    """−Σ w·log p / Σ w from the model's own forward pass over each sequence by itself."""
-    total, weight = torch.zeros((), dtype=torch.float64), 0.0
-    for s in rows:
-        ids = torch.from_numpy(np.array(s.ids)).to(model.device)
-        log_p = model(ids[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
-        w = torch.from_numpy(np.array(s.weights[1:])).double().to(model.device)
-        total = total - (w * log_p.gather(1, ids[1:, None])[:, 0]).sum()
-        weight += float(w.sum())
-    return total / weight
 
 
 def gradients(model, value: torch.Tensor) -> dict[str, torch.Tensor]:

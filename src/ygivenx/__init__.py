@@ -33,11 +33,14 @@ _HOME = {
     "Watch": "proof.callback",
     "YgivenxError": "errors",
     "RowError": "errors",
+    "reference": "",  # a module: the definitions
 }
 __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "reference":
+        return import_module(f"{__name__}.reference")
     if name in _HOME:
         return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
