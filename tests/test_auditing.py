@@ -163,9 +163,7 @@ def test_a_refusal_of_the_contract_has_a_rule_with_its_fix(rule, template, messa
 
 
 def test_an_unnamed_refusal_says_what_to_do():
-    (finding,) = audit(
-        [{"messages": [{"role": "robot", "content": "x"}, reply()]}, {"nonsense": 1}], chats_encoder()
-    ).findings
+    (finding,) = audit([{"messages": [user(), reply()]}, {"nonsense": 1}], chats_encoder()).findings
     assert finding.rule == "rows-quarantined"
     assert "(fix: " in finding.examples[0]["text"]
 

@@ -7,11 +7,13 @@ import json
 import pytest
 
 from ygivenx.errors import ConfigError, DataError, RowError
-from ygivenx.rows.data import Conversation, Pair, normalise
+from ygivenx.rows.data import Conversation, Pair, Preference, normalise
 from ygivenx.rows.formats import recognise
+from ygivenx.rows.messages import unread_keys
 
 USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+DETAIL = {"begin_offset": 0, "end_offset": 0}  # without `train`
 HUMAN, GPT = {"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}
 PLAIN = Conversation((USER, REPLY))
 
@@ -140,13 +142,161 @@ def test_openais_older_functions():
     [
         ({"weight": 0}, 0.0),
         ({"loss_weight": 0.5}, 0.5),
+        ({"loss_scale": 2.0}, 2.0),
         ({"train": True}, 1.0),
         ({"training": False, "weight": 0}, 0.0),
+        ({"trainable": False}, 0.0),
+        ({"learnable": 1}, 1.0),
+        ({"loss": False}, 0.0),
+        ({"loss_mask": 0}, 0.0),
+        ({"loss_mask": 1.0}, 1.0),
+        ({"mask": True}, 0.0),
+        ({"masked": False}, 1.0),
+        ({"loss": None, "weight": 0.5}, 0.5),
     ],
 )
 def test_weights_under_every_name(keys, weight):
     message = normalise({"messages": [USER, REPLY | keys]}).messages[1]
     assert message == REPLY | {"weight": weight}
+
+
+@pytest.mark.parametrize(
+    ("columns", "weight"),
+    [({"weight": 0.0}, 0.0), ({"loss_weight": "0.5"}, 0.5), ({"sample_weight": 2}, 2.0), ({"train": False}, 0.0),
+     ({"loss": 2.31}, 1.0), ({"masked": True}, 0.0), ({"weight": None, "train": "true"}, 1.0)],
+)  # fmt: skip
+def test_the_weight_of_a_row(columns, weight):
+    """A logged loss of 2.31 is no weight."""
+    for row in ({"messages": [USER, REPLY]}, {"x": "2+2=", "y": "4"}, {"question": "2+2?", "answer": "4"}):
+        assert normalise(row | columns).weight == weight
+
+
+def test_axolotls_details_and_weights_of_parts_become_spans():
+    detail = [
+        {"begin_offset": 9, "end_offset": 18, "train": True},
+        {"begin_offset": 0, "end_offset": 8, "train": False},
+        {"begin_offset": 19, "end_offset": 31, "train": False},  # one past the content, taken for its end
+    ]
+    said = {"role": "assistant", "content": "I'm doing very well, thank you!"}
+    spans = [
+        {"start": 0, "stop": 9, "weight": 0.0}, {"start": 9, "stop": 19, "weight": 1.0},
+        {"start": 19, "stop": 31, "weight": 0.0},
+    ]  # fmt: skip
+    for key in ("training_detail", "train_detail"):
+        assert normalise({"messages": [USER, said | {key: detail}]}).messages[1] == said | {"spans": spans}
+    parts = [
+        {"type": "text", "text": "I'm doing", "loss_mask": 0},
+        {"type": "text", "text": " very well", "weight": 1},
+        {"type": "text", "text": ", thank you!", "loss": False},
+    ]
+    assert normalise({"messages": [USER, said | {"content": parts}]}).messages[1] == said | {"spans": spans}
+    nothing = said | {"spans": [{"start": 0, "stop": 3, "weight": 0}]}
+    assert normalise({"messages": [USER, nothing]}).messages[1]["weight"] == 0.0, "nor is its end"
+
+
+@pytest.mark.parametrize(
+    ("role", "known"),
+    [("Assistant", "assistant"), ("gpt", "assistant"), ("human", "user"), ("model", "assistant"), ("USER", "user"),
+     ("observation", "tool"), ("tool_response", "tool"), ("developer", "developer"), ("ipython", "ipython")],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["role", "from"])
+def test_roles_by_any_plain_name(key, role, known):
+    message = normalise({"messages": [{key: role, "content": "a"}, REPLY]}).messages[0]
+    assert message == {"role": known, "content": "a"}
+
+
+def test_a_call_under_a_role_of_its_own():
+    said = {"role": "tool_call", "content": json.dumps(CALL["function"]), "loss": False}
+    message = normalise({"messages": [USER, said]}).messages[1]
+    assert message == {"role": "assistant", "content": "", "tool_calls": [CALL], "weight": 0.0}
+
+
+def test_further_roles_by_name():
+    row = {"messages": [{"role": "critic", "content": "a"}, REPLY]}
+    assert normalise(row, roles=["critic"]).messages[0]["role"] == "critic"
+    with pytest.raises(RowError, match="roles="):
+        normalise(row)
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [USER, REPLY | {"prefix": True}]},
+    {"messages": [USER, REPLY | {"partial": True}]},
+    {"messages": [USER, REPLY], "continue_final_message": True},
+])  # fmt: skip
+def test_a_reply_that_is_left_open(row):
+    noun = normalise(row)
+    assert noun == Conversation((USER, REPLY), continue_final_message=True)
+
+
+def test_a_completion_continues_the_prompts_reply():
+    begun, rest = REPLY | {"content": "It is "}, REPLY | {"content": "4."}
+    whole = REPLY | {"content": "It is 4.", "spans": [{"start": 6, "stop": 8, "weight": 1.0}]}
+    noun = normalise({"prompt": [USER, begun | {"prefix": True}], "completion": [rest]})
+    assert noun == Conversation((USER, whole))
+    with pytest.raises(RowError, match="doesn't continue it"):
+        normalise({"prompt": [USER, begun | {"prefix": True}], "completion": [USER, rest]})
+
+
+def test_columns_that_hold_nothing_or_a_class_change_nothing():
+    assert (
+        normalise({"messages": [USER, REPLY], "images": [], "rejected": None, "label": "arithmetic"}) == PLAIN
+    )
+    assert normalise({"text": "2+2=4", "label": 1}) == Pair("", "2+2=4")
+    assert normalise({"image": "2+2=", "label": "4"}, columns=("image", "label"), as_text=True) == Pair(
+        "2+2=", "4"
+    )
+
+
+def test_keys_that_nobody_reads():
+    messages = [USER | {"mood": "glad", "id": 7, "name": "A"}, REPLY | {"weight": 1.0}]
+    assert unread_keys(messages, "{{ m.content }}{{ m['mood'] }}") == ["id"]
+
+
+# --- preferences -----------------------------------------------------------------------------------------
+
+WORSE = {"role": "assistant", "content": "5"}
+OPENAI = {"preferred_output": [REPLY], "non_preferred_output": [WORSE]}
+TWO = Preference(PLAIN, Conversation((USER, WORSE)))
+
+
+@pytest.mark.parametrize(
+    ("row", "noun"),
+    [
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [WORSE]}, TWO),
+        ({"prompt": [USER], "chosen": REPLY, "rejected": WORSE}, TWO),
+        ({"chosen": [USER, REPLY], "rejected": [USER, WORSE]}, TWO),
+        ({"conversations": [HUMAN], "chosen": GPT, "rejected": {"from": "gpt", "value": "5"}}, TWO),
+        ({"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"}, TWO),
+        ({"messages": [USER, REPLY], "rejected_response": "5"}, TWO),
+        ({"messages": [USER, REPLY], "rejected_messages": [WORSE]}, TWO),
+        ({"input": {"messages": [USER], "tools": []}, **OPENAI}, TWO),
+        ({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, Preference(Pair("2+2=", "4"), Pair("2+2=", "5"))),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "weight": 2}, Preference(Pair("a", "b"), Pair("a", "c"), 2.0)),
+        (
+            {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"},
+            Preference(*(Pair("\n\nHuman: 2+2?\n\nAssistant:", y) for y in (" 4", " 5"))),
+        ),
+    ],
+)  # fmt: skip
+def test_preferences_in_every_form(row, noun):
+    assert normalise(row) == noun
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "field"),
+    [
+        ({"chosen": [REPLY], "rejected": [WORSE]}, "conflict", "rejected"),
+        ({"chosen": [USER, REPLY], "rejected": [{"role": "user", "content": "3"}, WORSE]}, "conflict", "rejected"),
+        ({"messages": [USER], "rejected_response": "5"}, "conflict", "messages"),
+        ({"input": {}, **OPENAI}, "missing_field", "input.messages"),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": []}, "empty_messages", "rejected"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "images": ["a"]}, "not_text", "images"),
+    ],
+)  # fmt: skip
+def test_preferences_that_are_none(row, reason, field):
+    with pytest.raises(RowError) as caught:
+        normalise(row)
+    assert (caught.value.reason, caught.value.field) == (reason, field)
 
 
 def test_further_columns_reach_the_template():
@@ -213,6 +363,35 @@ def call_fault(call, reason, field):
         message_fault(REPLY | {"weight": float("nan")}, "bad_weight", ".weight"),
         message_fault(REPLY | {"weight": 10**400}, "bad_weight", ".weight"),
         message_fault(REPLY | {"train": 1}, "bad_weight", ".train"),
+        message_fault(REPLY | {"loss": 0.5}, "bad_weight", ".loss"),
+        message_fault(REPLY | {"loss_mask": [1]}, "bad_weight", ".loss_mask"),
+        message_fault(REPLY | {"mask": 1}, "bad_weight", ".mask"),
+        message_fault(REPLY | {"masked": "true"}, "bad_weight", ".masked"),
+        message_fault(REPLY | {"masked": True, "loss": True}, "conflict", ".weight"),
+        message_fault(REPLY | {"spans": [{"start": 0, "stop": 2}]}, "bad_span", ".spans[0].stop"),
+        message_fault(REPLY | {"spans": [{"start": -1, "stop": 1}]}, "bad_span", ".spans[0].start"),
+        message_fault(REPLY | {"spans": [{"start": 0, "stop": 1}] * 2}, "bad_span", ".spans"),
+        message_fault(REPLY | {"spans": [], "train_detail": []}, "conflict", ".spans"),
+        message_fault(REPLY | {"train_detail": [DETAIL]}, "bad_weight", ".train_detail[0].train"),
+        message_fault({"role": "assistant", "tool_calls": [CALL], "spans": []}, "bad_span", ".spans"),
+        message_fault(REPLY | {"content": [{"type": "reasoning", "value": "a", "loss": 0}]}, "bad_weight", ".content"),
+        message_fault(REPLY | {"prefix": "yes"}, "wrong_type", ".prefix"),
+        message_fault(USER | {"prefix": True}, "conflict", ".prefix"),
+        ({"messages": [REPLY | {"prefix": True}, USER, REPLY]}, "conflict", "messages[0].prefix"),
+        ({"messages": [USER], "continue_final_message": True}, "conflict", "continue_final_message"),
+        ({"messages": [USER, REPLY], "weight": -1}, "bad_weight", "weight"),
+        ({"messages": [USER, REPLY], "weight": "heavy"}, "bad_weight", "weight"),
+        ({"messages": [USER, REPLY], "weight": 1, "sample_weight": 2}, "conflict", "weight"),
+        ({"messages": [USER, REPLY], "loss_mask": [0, 1]}, "bad_weight", "loss_mask"),
+        ({"messages": [USER, REPLY], "label": False}, "judged_row", "label"),
+        ({"prompt": "x", "completion": "y", "label": True}, "judged_row", "label"),
+        ({"instruction": "x", "output": "y", "kto_tag": "true"}, "judged_row", "kto_tag"),
+        ({"messages": [USER, REPLY], "rejected": "5"}, "preference_row", "rejected"),
+        ({"prompt": "x", "completion": "y", "rejected_response": "5"}, "preference_row", "rejected_response"),
+        ({"messages": [USER, REPLY], "images": ["a.png"]}, "not_text", "images"),
+        ({"question": "x", "answer": "y", "image": "a.png"}, "not_text", "image"),
+        message_fault({"role": "assitant", "content": "4"}, "unknown_role", ".role"),
+        message_fault({"role": "robot", "content": "4"}, "unknown_role", ".role"),
         message_fault(REPLY | {"train": True, "loss_weight": 0}, "conflict", ".weight"),
         message_fault(REPLY | {"tool_calls": CALL}, "wrong_type", ".tool_calls"),
         message_fault(REPLY | {"tool_calls": [CALL], "function_call": CALL}, "conflict", ".function_call"),

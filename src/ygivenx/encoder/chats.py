@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RowError
-from ..rows.formats import Conversation
+from ..rows.messages import unread_keys
+from ..rows.nouns import Conversation
 from ..sequence import Segment, Sequence
 from .assemble import Job, Options, fitted, made, straddle
 from .contract import Contract
@@ -23,6 +24,7 @@ from .policy import Part, weight_of
 from .renderings import Draft, Row
 from .repair import IN_TURNS, alternatives
 from .shapes import Shapes
+from .spans import apply_spans, left_open
 from .template import Template
 from .tokens import Encoded, Pieces, across
 
@@ -52,6 +54,12 @@ class Chats:
         texts = self._known(row, inputs)
         if texts is None:
             texts = self._made(row, inputs)
+        if row.continue_final_message:
+            texts = [(left_open(o, len(row.messages) - 1), cuts) for o, cuts in texts]
+        if unread := unread_keys(row.messages, self._template(inputs).source):
+            notes += tuple(
+                f"the message key {key!r} is read by neither the template nor ygivenx" for key in unread
+            )
 
         def finish(parts: list[Encoded]) -> list[Sequence]:
             try:
@@ -229,12 +237,13 @@ class Chats:
             borders = self._borders(outline, encoded, cuts)
             segments = segments_of(outline, encoded, borders)
             weights = self._weights(row, segments, len(encoded.ids))
+            of_spans = apply_spans(weights, segments, encoded, row.messages)
             if sequences:
                 # What an earlier sequence has already weighed: no reply of this one, even if it begins alike.
                 own = min((borders[start] for _, start, _, _ in outline.turns), default=len(weights))
                 known = max(_common(s.ids, encoded.ids) for s in sequences)
                 weights[: min(own, known)] = 0
-            told = (*notes, *outline.notes, *([_AS_TEXT] if cuts else []))
+            told = (*notes, *outline.notes, *of_spans, *([_AS_TEXT] if cuts else []))
             pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
             sequences.append(made(encoded.ids, weights, segments, pieces, told))
         return fitted(sequences, self.options.max_length, self.options.overflow)
@@ -289,7 +298,7 @@ class Chats:
                 message.get("weight", 1.0),
             )
             weights[s.start : s.stop] = weight_of(self.options.policy, part)
-        return weights
+        return weights * np.float32(row.weight)
 
     # --- length ------------------------------------------------------------------------------------------
 

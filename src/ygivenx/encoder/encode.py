@@ -19,8 +19,9 @@ from typing import Any
 
 from ..errors import ConfigError, RowError, nearest
 from ..models.resolve import file_of, located, quiet_loading
+from ..rows.columns import preference
 from ..rows.data import Row
-from ..rows.formats import Conversation, Pair, normalise
+from ..rows.formats import Conversation, Pair, Preference, TokenRow, normalise
 from ..sequence import Example, Rejected
 from .assemble import Job, Options
 from .chats import Chats
@@ -28,6 +29,7 @@ from .control import headers_of
 from .pairs import Pairs
 from .policy import Policy, policy_of
 from .repair import chosen
+from .token_jobs import token_job
 from .tokens import Tokens
 
 CHOICES = {
@@ -99,7 +101,7 @@ class Encoder:
             self.tokens, policy_of(train), **choice, repairs=chosen(repair), max_length=max_length, bos=bos, eos=eos,
             template_kwargs=dict(template_kwargs or {}), now=self.now,
         )  # fmt: skip
-        self._chats, self._pairs = Chats(options), Pairs(options)
+        self._options, self._chats, self._pairs = options, Chats(options), Pairs(options)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, gguf_file: str | None = None, **options: Any) -> Encoder:
@@ -178,8 +180,12 @@ class Encoder:
     def _try(self, number: int, row: Any) -> Job | RowError:
         try:
             value = row.value if isinstance(row, Row) else row
-            if not isinstance(value, Conversation | Pair):
+            if not isinstance(value, Conversation | Pair | Preference | TokenRow):
                 value = normalise(value)
+            if isinstance(value, Preference):
+                raise preference("a preference row: a better and a worse reply to one prompt", "")
+            if isinstance(value, TokenRow):
+                return token_job(value, self._options)
             return self._pairs.job(value) if isinstance(value, Pair) else self._chats.job(value)
         except RowError as e:
             return _located(e, number, row)

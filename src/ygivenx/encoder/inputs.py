@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from ..rows.messages import WEIGHT_KEYS
+from ..rows.weights import WEIGHT_KEYS
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the names that transformers unites
 # A template may build a header from a role's name, such as '<|' + role + '|>'.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ConfigError, RowError
-from ..rows.formats import Pair
+from ..rows.nouns import Pair
 from ..sequence import Segment, Sequence
 from .assemble import Job, Options, control_text, fitted, made, straddle
 from .control import refuse_alike
@@ -36,7 +36,7 @@ class Pairs:
             raise RowError("x and y are both empty", reason="empty_pair")
         bos = self.tokens.tokenizer.bos_token
         if bos and not row.x and row.y.startswith(bos):  # no model says it: it is x
-            row = Pair(bos, row.y[len(bos) :])
+            row = Pair(bos, row.y[len(bos) :], row.weight)
         ends = self._ends(row)
         cuts = self._controlled(row, ends)
         if self.options.border == "split" and row.x and row.y:
@@ -100,6 +100,7 @@ class Pairs:
         weights = np.zeros(m + len(tail), np.float32)
         for s in segments:
             weights[s.start : s.stop] = weight_of(self.options.policy, Part(s.kind, s.output, last=s.output))
+        weights *= np.float32(row.weight)
         if ends.eos:
             notes += (f"{ends.eos[0]} was appended to y",)
         pieces = Pieces(whole.text, whole.starts, whole.stops)

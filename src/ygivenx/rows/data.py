@@ -9,7 +9,9 @@ Reasons of `Rejected`:
 - the file: invalid_utf8, broken_json, cut_off (half a row at the end), not_a_number (NaN, Infinity),
   duplicate_key, too_deep, too_long, broken_csv, wrong_field_count, unreadable_value (Arrow);
 - the row: not_an_object, missing_column, wrong_type, lone_surrogate, conflict, missing_field;
-- messages: empty_messages, missing_role, unknown_role, null_content, unknown_part, part_order, bad_weight.
+- the row's kind: judged_row (KTO's label), not_text (images, audio, video);
+- messages: empty_messages, missing_role, unknown_role, null_content, unknown_part, part_order, bad_weight, bad_span;
+- token ids: bad_token, wrong_length, empty_tokens, packed_row.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from typing import Any
 from ..errors import ConfigError, DataError, RowError
 from ..sequence import Rejected
 from .files import open_source
-from .formats import Conversation, Format, Pair, normalise, recognise
+from .formats import Conversation, Format, Noun, Pair, Preference, TokenRow, normalise, recognise
 from .raw import RawRow, Source
 
-__all__ = ["Conversation", "Pair", "Reader", "Row", "normalise", "read"]
+__all__ = ["Conversation", "Pair", "Preference", "Reader", "Row", "TokenRow", "normalise", "read"]
 
 MAX_ROW_BYTES = 64 << 20
 _PEEK = 20  # rows whose columns decide the format
@@ -40,7 +42,7 @@ class Row:
 
     index: int
     where: str
-    value: Conversation | Pair
+    value: Noun
     raw: Mapping[str, Any]
 
 
@@ -54,11 +56,13 @@ def read(
     split: str | None = None,
     limit: int | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
+    roles: Iterable[str] = (),
 ) -> Reader:
     """A Reader over the rows of a file, a saved dataset's directory or `hf:NAME[:CONFIG]`.
 
     The columns of the first rows decide the format, unless `fmt` names it or `x` and `y` name two text
     columns (a user's and an assistant's message; with `as_text` a Pair of texts as the model reads them).
+    `roles`: what messages may have as a role beside the known ones.
     `split` picks one of a dataset's splits. `limit` stops after so many rows, accepted or not. A line longer
     than `max_row_bytes` is quarantined without being held.
 
@@ -68,7 +72,7 @@ def read(
     """
     if limit is not None and limit < 0:
         raise ConfigError(f"limit is {limit}", fix="give a number of rows, or None for all")
-    format_of = partial(recognise, fmt=fmt, x=x, y=y, as_text=as_text)
+    format_of = partial(recognise, fmt=fmt, x=x, y=y, as_text=as_text, roles=roles)
     source = open_source(str(path), split, max_row_bytes, partial(_fits, format_of))
     return Reader(str(path), partial(_guarded, source, str(path)), format_of, limit)
 

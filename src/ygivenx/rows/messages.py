@@ -2,36 +2,40 @@
 
 Text parts are joined; typed parts become `content`, `reasoning_content` and `tool_calls`; ShareGPT's
 from/value become role/content; arguments are objects, functions wrapped as `{"type": "function",
-"function": ...}`; and whatever a row calls the weight of a message (`WEIGHT_KEYS`) is a float `weight`. Other
-keys stay as they are. Everything raises RowError with the field at fault.
+"function": ...}`; roles have one name each; what a row calls the weight of a message or of a part of it becomes
+`weight` and `spans` (weights.py). Other keys stay as they are. Everything raises RowError with the field at fault.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from itertools import pairwise
+import re
+from collections.abc import Iterable, Mapping
+from itertools import accumulate, pairwise
 from typing import Any
 
 from ..errors import RowError, nearest
-from .strictjson import Strict
+from .nouns import Message
+from .values import as_list, as_object, encodable, from_json, json_value, text
+from .weights import WEIGHT_KEYS, take_weight, weighted
 
-Message = dict[str, Any]
-
-WEIGHT_KEYS = ("weight", "loss_weight", "train", "training")
-_FLAGS = ("train", "training")
-_MAX_WEIGHT = 3.4e38  # of float32
 _TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+# Encodable by other checks; of other keys all that is in them is looked at.
+_CHECKED = {"role", "content", *WEIGHT_KEYS, *_TEXT_KEYS}
+# What ygivenx itself reads of a message, or gives to the template under the name that it reads.
+READ_KEYS = frozenset({"role", "content", "tool_calls", "prefix", *WEIGHT_KEYS, *_TEXT_KEYS})
 
-_CHECKED = {"role", "content", "weight", *_TEXT_KEYS}  # by name; of other keys all that is in them
-MAX_DEPTH = 64
+# Mistral and DeepSeek call the reply that generation goes on with `prefix`, Kimi `partial`.
+_PREFIX_KEYS = ("prefix", "partial", "continue_final_message")
 
-_SHAREGPT_CALLS = ("function_call", "tool_call", "tool_calls")
-_SHAREGPT_ROLES = {
-    "system": "system",
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model", *_SHAREGPT_CALLS), "assistant"),
-    **dict.fromkeys(("observation", "tool", "function_response", "tool_response", "function"), "tool"),
+_CALL_ROLES = ("function_call", "tool_call", "tool_calls")
+_ALIASES = {
+    "user": ("human",),
+    "assistant": ("gpt", "chatgpt", "bing", "bard", "model", "bot", "ai", *_CALL_ROLES),
+    "tool": ("observation", "function_response", "tool_response", "function"),
+}
+# `ipython` is Llama 3's name for tool, and its template reads it.
+_ROLES = {role: role for role in ("system", "user", "assistant", "tool", "developer", "ipython")} | {
+    alias: role for role, aliases in _ALIASES.items() for alias in aliases
 }
 
 _FIELD_OF_PART = {
@@ -41,20 +45,37 @@ _FIELD_OF_PART = {
 }
 # The order in which templates write a message's fields; parts in another order have no faithful form.
 _FIELD_ORDER = ("reasoning_content", "content", "tool_calls")
+_MEDIA = (
+    "image",
+    "image_url",
+    "input_image",
+    "audio",
+    "input_audio",
+    "audio_url",
+    "video",
+    "video_url",
+    "file",
+)
 
 
-def message_list(value: Any, column: str) -> list[Message]:
-    """The messages of a column, a list or the JSON of one; at least one."""
+def message_list(value: Any, column: str, roles: Iterable[str] = ()) -> list[Message]:
+    """The messages of a column, a list or the JSON of one; at least one. `roles`: further ones that are allowed."""
     messages = as_list(from_json(value, column), column)
     if not messages:
         raise RowError("there are no messages", reason="empty_messages", field=column)
-    return [_message(m, f"{column}[{i}]") for i, m in enumerate(messages)]
+    return [one_message(m, f"{column}[{i}]", roles) for i, m in enumerate(messages)]
 
 
 def tool_list(value: Any, column: str = "tools") -> list[dict[str, Any]] | None:
     """Tools as a list of {"type": "function", "function": ...}, from a list or its JSON; None for none."""
     tools = as_list(from_json(value, column), column) if value is not None else []
     return json_value([_tool(t, f"{column}[{i}]") for i, t in enumerate(tools)], column) or None
+
+
+def unread_keys(messages: Iterable[Message], template: str) -> list[str]:
+    """Keys of messages that neither ygivenx nor a template of this source reads, in alphabetical order."""
+    keys = {key for m in messages for key in m} - READ_KEYS
+    return sorted(key for key in keys if not re.search(rf"\b{re.escape(key)}\b", template))
 
 
 def _tool(value: Any, at: str) -> dict[str, Any]:
@@ -71,87 +92,152 @@ def _tool(value: Any, at: str) -> dict[str, Any]:
     raise RowError("a tool without a name", reason="missing_field", field=f"{at}.name")
 
 
-def _message(value: Any, at: str) -> Message:
+def one_message(value: Any, at: str, roles: Iterable[str] = ()) -> Message:
     # Columnar files fill every key that any other message has with null.
     m = {k: v for k, v in as_object(value, at).items() if v is not None or k in ("content", "value")}
-    if "from" in m and "role" not in m:
-        m = _from_sharegpt(m, at)
-    if "role" not in m:
-        raise RowError("the message has no role", reason="missing_role", field=f"{at}.role")
-    text(m["role"], f"{at}.role")
+    m = _with_role(m, at, roles)
     for key in _TEXT_KEYS:
         if key in m:
             text(m[key], f"{at}.{key}")
     if isinstance(m.get("content"), list):
         m = _join_parts(m, at)
-    m = _weighted(_with_calls(m, at), at)
-    if m.get("content") is not None:
-        text(m["content"], f"{at}.content")
-    elif "tool_calls" not in m:
-        why = "only a message that calls tools may have none"
-        raise RowError(
-            "the content is null or missing", reason="null_content", field=f"{at}.content", why=why
-        )
+    m = _with_prefix(weighted(_with_calls(m, at), at), at)
+    _check_content(m, at)
     for key in m.keys() - _CHECKED:
         encodable({key: m[key]}, at)
     return m
 
 
-def _from_sharegpt(m: Message, at: str) -> Message:
-    """{from, value} as {role, content}; a function call's JSON, one or a list of them, as tool calls."""
-    name, value = text(m.pop("from"), f"{at}.from"), m.pop("value", None)
-    if name not in _SHAREGPT_ROLES:
-        what, fix = (
-            f"unknown role {name!a}{nearest(name, _SHAREGPT_ROLES)}",
-            f"known: {', '.join(_SHAREGPT_ROLES)}",
-        )
-        raise RowError(what, reason="unknown_role", field=f"{at}.from", fix=fix)
-    if value is None:
-        raise RowError("the value is null or missing", reason="null_content", field=f"{at}.value")
-    text(value, f"{at}.value")
-    m |= {"role": _SHAREGPT_ROLES[name], "content": value}
-    if name in _SHAREGPT_CALLS:
-        calls = from_json(value, f"{at}.value")
+def _check_content(m: Message, at: str) -> None:
+    if m.get("content") is not None:
+        text(m["content"], f"{at}.content")
+    elif "tool_calls" not in m:
+        what, why = "the content is null or missing", "only a message that calls tools may have none"
+        raise RowError(what, reason="null_content", field=f"{at}.content", why=why)
+
+
+# --- roles -----------------------------------------------------------------------------------------------
+
+
+def _with_role(m: Message, at: str, roles: Iterable[str]) -> Message:
+    """The message with a role that templates know, from `role` and `content` or ShareGPT's `from` and `value`."""
+    role_key = "role" if "role" in m or "from" not in m else "from"
+    if role_key not in m:
+        raise RowError("the message has no role", reason="missing_role", field=f"{at}.role")
+    name = text(m.pop(role_key), f"{at}.{role_key}")
+    content_key = "value" if "value" in m and "content" not in m else "content"
+    if role_key == "from" and m.get(content_key) is None:
+        raise RowError("the value is null or missing", reason="null_content", field=f"{at}.{content_key}")
+    if content_key == "value":
+        m["content"] = text(m.pop("value"), f"{at}.value")
+    m = {"role": _role(name, f"{at}.{role_key}", roles), **m}
+    if name.lower() in _CALL_ROLES and "tool_calls" not in m:
+        calls = from_json(m.get("content"), f"{at}.{content_key}")
         m |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
     return m
+
+
+def _role(name: str, at: str, roles: Iterable[str]) -> str:
+    if name in roles:
+        return name
+    role = _ROLES.get(name.strip().lower())
+    if role is None:
+        what = f"unknown role {name!a:.60}{nearest(name.strip().lower(), _ROLES)}"
+        fix = f"known: {', '.join(_ROLES)}; a template's own role is allowed by read(..., roles=[...])"
+        why = "its message would become context that no model was trained on"
+        raise RowError(what, reason="unknown_role", field=at, why=why, fix=fix)
+    return role
+
+
+def _with_prefix(m: Message, at: str) -> Message:
+    """The message with `prefix: True` if it is a reply that generation goes on with."""
+    given = {k: m.pop(k) for k in _PREFIX_KEYS if k in m}
+    for key, value in given.items():
+        if not isinstance(value, bool):
+            raise RowError(f"{value!a:.60} isn't true or false", reason="wrong_type", field=f"{at}.{key}")
+    if not any(given.values()):
+        return m
+    if m["role"] != "assistant":
+        what, why = f"{next(iter(given))} in a message of the {m['role']}", "only a reply can be continued"
+        raise RowError(what, reason="conflict", field=f"{at}.{next(iter(given))}", why=why)
+    return {**m, "prefix": True}
+
+
+# --- parts -----------------------------------------------------------------------------------------------
 
 
 def _join_parts(m: Message, at: str) -> Message:
     """A list of typed parts as reasoning_content, content and tool_calls; without text the content is ""."""
     found: dict[str, list[Any]] = {"content": []}
-    order = []
-    for i, part in enumerate(m["content"]):
+    order, weights = [], []
+    for i, given in enumerate(m["content"]):
         here = f"{at}.content[{i}]"
-        kind = as_object(part, here).get("type")
-        if not isinstance(kind, str) or kind not in _FIELD_OF_PART:
-            fix = f"known: {', '.join(_FIELD_OF_PART)}"
-            raise RowError(f"unknown part of type {kind!a}", reason="unknown_part", field=here, fix=fix)
-        value = next((part[k] for k in ("value", "text", kind) if part.get(k) is not None), None)
-        name = _FIELD_OF_PART[kind]
-        found.setdefault(name, []).append(
-            from_json(value, here) if name == "tool_calls" else text(value, here)
-        )
+        part = as_object(given, here)
+        name, value = _part(part, here)
+        weights.append((name, take_weight(part, here)))
+        found.setdefault(name, []).append(value)
         order.append(_FIELD_ORDER.index(name))
     if any(a > b for a, b in pairwise(order)):
-        why = "a template writes a message as reasoning, text, tool calls"
-        raise RowError(
-            "parts in an order that no message has", reason="part_order", field=f"{at}.content", why=why
+        what, why = (
+            "parts in an order that no message has",
+            "a template writes a message as reasoning, text, tool calls",
         )
+        raise RowError(what, reason="part_order", field=f"{at}.content", why=why)
     if clash := [n for n in found if n != "content" and n in m]:
+        what = f"{clash[0]} both as a part and as a field"
+        raise RowError(what, reason="conflict", field=f"{at}.{clash[0]}")
+    spans = _spans_of_parts(weights, found["content"], m, at)
+    return m | {n: v if n == "tool_calls" else "".join(v) for n, v in found.items()} | spans
+
+
+def _part(part: dict[str, Any], at: str) -> tuple[str, Any]:
+    """The field of a message that a part belongs to, and its value."""
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in _FIELD_OF_PART:
+        if kind in _MEDIA:
+            raise not_text(f"a part of type {kind!r}", at, "unknown_part")
+        fix = f"known: {', '.join(_FIELD_OF_PART)}"
+        raise RowError(f"unknown part of type {kind!a:.60}", reason="unknown_part", field=at, fix=fix)
+    value = next((part[k] for k in ("value", "text", kind) if part.get(k) is not None), None)
+    name = _FIELD_OF_PART[kind]
+    return name, from_json(value, at) if name == "tool_calls" else text(value, at)
+
+
+def _spans_of_parts(
+    weights: list[tuple[str, float | None]], texts: list[str], m: Message, at: str
+) -> dict[str, Any]:
+    """Parts with weights of their own as `spans` of the joined content."""
+    if not any(weight is not None for _, weight in weights):
+        return {}
+    if any(weight is not None and name != "content" for name, weight in weights):
+        fix = "give the message a weight, or leave reasoning or tool calls out by train="
         raise RowError(
-            f"{clash[0]} both as a part and as a field", reason="conflict", field=f"{at}.{clash[0]}"
+            "only parts of text may have a weight", reason="bad_weight", field=f"{at}.content", fix=fix
         )
-    return m | {n: v if n == "tool_calls" else "".join(v) for n, v in found.items()}
+    if clash := [k for k in ("spans", "training_detail", "train_detail") if k in m]:
+        raise RowError(f"{clash[0]} beside weights of parts", reason="conflict", field=f"{at}.{clash[0]}")
+    stops = list(accumulate(map(len, texts)))
+    of_text = [1.0 if weight is None else weight for name, weight in weights if name == "content"]
+    starts = [0, *stops[:-1]]
+    spans = zip(starts, stops, of_text, strict=True)
+    return {"spans": [{"start": a, "stop": b, "weight": w} for a, b, w in spans]}
+
+
+def not_text(what: str, at: str, reason: str = "not_text") -> RowError:
+    """Images, audio and video: a text model can't be trained on what it isn't shown."""
+    why = "only text is encoded: the model would be trained to answer without having seen it"
+    return RowError(what, reason=reason, field=at, why=why, fix="keep such rows for a multimodal trainer")
+
+
+# --- tool calls ------------------------------------------------------------------------------------------
 
 
 def _with_calls(m: Message, at: str) -> Message:
-    """Tool calls in one form; OpenAI's older `function_call` and role `function` become today's."""
+    """Tool calls in one form; OpenAI's older `function_call` becomes today's."""
     if "function_call" in m:
         if "tool_calls" in m:
             raise RowError("function_call beside tool_calls", reason="conflict", field=f"{at}.function_call")
         m["tool_calls"] = [m.pop("function_call")]
-    if m["role"] == "function":
-        m["role"] = "tool"
     field = f"{at}.tool_calls"
     calls = as_list(from_json(m.pop("tool_calls", []), field), field)
     return m | {"tool_calls": [_call(c, f"{field}[{i}]") for i, c in enumerate(calls)]} if calls else m
@@ -171,93 +257,3 @@ def _call(value: Any, at: str) -> dict[str, Any]:
     function["arguments"] = json_value(arguments, f"{at}.arguments")
     outside = call if wrapped else {k: call[k] for k in ("id",) if k in call}
     return {**outside, "type": "function", "function": function}
-
-
-def _weighted(m: Message, at: str) -> Message:
-    """The weight of a message, whatever the row calls it, as a float `weight` ≥ 0."""
-    weights = {}
-    for key in [k for k in WEIGHT_KEYS if k in m]:
-        value = m.pop(key)
-        right = isinstance(value, bool) == (key in _FLAGS) and isinstance(value, int | float)
-        if not right or not 0 <= value <= _MAX_WEIGHT:
-            wanted = "true or false" if key in _FLAGS else "a number ≥ 0"
-            raise RowError(f"{value!a} isn't {wanted}", reason="bad_weight", field=f"{at}.{key}")
-        weights[key] = float(value)
-    if len(set(weights.values())) > 1:
-        raise RowError(
-            f"{' and '.join(weights)} contradict each other", reason="conflict", field=f"{at}.weight"
-        )
-    return {**m, "weight": next(iter(weights.values()))} if weights else m
-
-
-# --- values ----------------------------------------------------------------------------------------------
-
-_NAMES = {dict: "an object", list: "a list", str: "text", type(None): "null"}
-
-
-def as_object(value: Any, at: str) -> dict[str, Any]:
-    """A copy of an object."""
-    if not isinstance(value, Mapping):
-        raise _wrong_type(value, "an object", at)
-    return dict(value)
-
-
-def as_list(value: Any, at: str) -> list[Any]:
-    """A copy of a list."""
-    if not isinstance(value, list | tuple):
-        raise _wrong_type(value, "a list", at)
-    return list(value)
-
-
-def text(value: Any, at: str) -> str:
-    """A text that can be encoded."""
-    if not isinstance(value, str):
-        raise _wrong_type(value, "text", at)
-    try:
-        value.isascii() or value.encode()
-    except UnicodeEncodeError as e:
-        raise RowError("half a surrogate pair", reason="lone_surrogate", field=at, why=e.reason) from None
-    return value
-
-
-def encodable(value: Any, at: str, depth: int = MAX_DEPTH) -> Any:
-    """A value as it is, if its texts can be encoded (half a surrogate pair is no character) and it isn't nested deeper.
-
-    A template may write any of it, and Python's stack bounds what can be followed through one.
-    """
-    if isinstance(value, str):
-        return text(value, at)
-    if not isinstance(value, Mapping | list | tuple):
-        return value
-    if not depth:
-        why = f"more than {MAX_DEPTH} levels"
-        raise RowError("nested too deeply", reason="too_deep", field=at.split(".", 1)[0], why=why)
-    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-        encodable(key, at)
-        encodable(item, f"{at}.{key}" if isinstance(value, Mapping) else f"{at}[{key}]", depth - 1)
-    return value
-
-
-def json_value(value: Any, at: str) -> Any:
-    """An encodable value as it is, if JSON has such values: templates write it as JSON."""
-    encodable(value, at)
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise RowError("not a JSON value", reason="wrong_type", field=at, why=str(e)) from None
-    return value
-
-
-def from_json(value: Any, at: str) -> Any:
-    """The value of a text that holds JSON, as CSV cells and many `tools` columns do; others as they are."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return Strict().whole(value)
-    except RowError as e:
-        raise RowError(e.what, reason=e.reason, field=at, why=e.why) from None
-
-
-def _wrong_type(value: Any, wanted: str, at: str) -> RowError:
-    kind = _NAMES.get(type(value), type(value).__name__)
-    return RowError(f"{kind} where {wanted} belongs", reason="wrong_type", field=at)

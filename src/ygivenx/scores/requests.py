@@ -14,7 +14,7 @@ from ..encoder.assemble import UNTRAINED_FIRST
 from ..errors import ConfigError, RowError, nearest
 from ..forest import Forest
 from ..rows.formats import Conversation, Pair
-from ..rows.messages import text
+from ..rows.values import text
 from ..sequence import Segment, Sequence
 
 OVERFLOWS = ("refuse", "left", "roll")

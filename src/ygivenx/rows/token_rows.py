@@ -1,0 +1,253 @@
+"""Rows of token ids, as samplers and trainers log them. The ids stay as they are: nothing is encoded again.
+
+Two shapes, each with columns of many names:
+
+| shape           | ids                                     | which tokens are y                        |
+|-----------------|-----------------------------------------|-------------------------------------------|
+| prompt and reply | a prompt's ids, a reply's ids           | the reply, or what its mask leaves of it  |
+| one list        | input_ids (tokens with response_length) | labels, weights or a mask of equal length |
+
+| written by              | ids                                 | mask                    | log-probabilities     |
+|-------------------------|-------------------------------------|-------------------------|-----------------------|
+| vLLM                    | prompt_token_ids, token_ids         |                         | logprobs              |
+| SGLang                  | prompt_ids or input_ids, output_ids |                         | output_token_logprobs |
+| verl                    | prompt_ids, response_ids            | response_mask           | response_logprobs     |
+| SkyRL                   | prompt_token_ids, response_ids      | loss_masks              | rollout_logprobs      |
+| TRL, prime-rl           | prompt_ids, completion_ids          | completion_mask         | logprobs              |
+| slime                   | tokens, response_length             | loss_mask               | rollout_log_probs     |
+| TRL, axolotl, torchtune | input_ids                           | labels, assistant_masks |                       |
+| ygx encode              | input_ids                           | weights                 |                       |
+
+Padding that `attention_mask` marks at either end is left out. Several documents in one list, by `position_ids` or
+`seq_lengths`, are refused: what one of them shows the other isn't known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import RowError
+from .columns import Record, given
+from .nouns import TokenRow
+from .values import as_list, from_json
+from .weights import row_weight
+
+PROMPTS = ("prompt_token_ids", "prompt_ids")
+REPLIES = (
+    "token_ids", "response_ids", "response_token_ids", "completion_ids", "completion_token_ids", "output_ids",
+)  # fmt: skip
+WHOLE = ("input_ids", "tokens")
+MASKS = (
+    "loss_mask", "loss_masks", "response_mask", "completion_mask", "assistant_masks", "assistant_mask", "tool_mask",
+)  # fmt: skip
+LOG_PROBS = (
+    "logprobs", "log_probs", "response_logprobs", "completion_logprobs", "rollout_logprobs", "rollout_log_probs",
+    "old_log_probs", "old_per_token_logps", "sampling_per_token_logps", "output_token_logprobs", "token_logprobs",
+)  # fmt: skip
+ADVANTAGES = ("advantages", "advantage")
+REWARDS = ("reward", "rewards", "score")
+_STRUCTURE = ("attention_mask", "position_ids", "seq_lengths", "response_length", "prompt_mask")
+OPTIONAL = ("labels", "weights", *MASKS, *LOG_PROBS, *ADVANTAGES, *REWARDS, *_STRUCTURE)
+
+_MAX_ID = 2**31 - 1
+_ALL_TRAINED = "the row has no mask: every token is trained"
+_FIRST = "the first token has no context to be predicted from: it isn't trained"
+
+
+def token_columns(columns: Iterable[str]) -> tuple[str, ...] | None:
+    """The columns that hold ids: (prompt, reply) or (whole,); None where these columns hold none."""
+    columns = set(columns)
+    prompt, reply, whole = (
+        next((c for c in names if c in columns), None) for names in (PROMPTS, REPLIES, WHOLE)
+    )
+    if whole == "tokens" and "response_length" not in columns:  # of that name there are lists of texts, too
+        whole = None
+    if reply and (prompt or whole == "input_ids") and "attention_mask" not in columns:
+        return (prompt or "input_ids", reply)
+    if whole:
+        return (whole,)
+    return (prompt, reply) if prompt and reply else None
+
+
+def of_tokens(row: Record, required: tuple[str, ...], roles: Iterable[str] = ()) -> TokenRow:
+    """A row of ids with the weights, log-probabilities and advantages that it has for them."""
+    parts = [_ids(row[c], c) for c in required]
+    ids = np.concatenate(parts)
+    prompt_length = len(parts[0]) if len(parts) == 2 else _prompt_length(row, len(ids))
+    rows = _PerToken(row, ids, prompt_length)
+    weights, notes = _weights(rows, ids)
+    weights *= row_weight({k: v for k, v in row.items() if k not in MASKS})
+    log_probs, advantages = rows.first(LOG_PROBS, np.nan), _advantages(rows)
+    kept = _unpadded(rows)
+    if not kept.stop:
+        raise RowError("the row has no tokens", reason="empty_tokens", field=required[-1])
+    _refuse_several(rows, kept)
+    weights = weights[kept]
+    if weights[:1].any():
+        weights[:1], notes = 0, (*notes, _FIRST)
+    return TokenRow(
+        ids[kept], weights, max(prompt_length - kept.start, 0), _cut(log_probs, kept), _cut(advantages, kept),
+        _reward(row), notes,
+    )  # fmt: skip
+
+
+def _cut(values: npt.NDArray[np.float32] | None, kept: slice) -> npt.NDArray[np.float32] | None:
+    return None if values is None else values[kept]
+
+
+def _ids(value: Any, column: str) -> npt.NDArray[np.int64]:
+    items = as_list(from_json(value, column), column)
+    if len(items) == 1 and isinstance(items[0], list | tuple):  # a batch of one
+        items = list(items[0])
+    for i, item in enumerate(items):
+        if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= _MAX_ID:
+            what = f"{item!a:.60} is no token id"
+            raise RowError(what, reason="bad_token", field=f"{column}[{i}]", fix="give whole numbers ≥ 0")
+    return np.array(items, np.int64)
+
+
+def _prompt_length(row: Record, length: int) -> int:
+    reply = row.get("response_length")
+    if reply is None:
+        return 0
+    if not isinstance(reply, int) or isinstance(reply, bool) or not 0 <= reply <= length:
+        what = f"response_length is {reply!a:.60} of {length} tokens"
+        raise RowError(what, reason="conflict", field="response_length")
+    return length - reply
+
+
+class _PerToken:
+    """Columns with a value for each token: of all of them, or of the reply alone."""
+
+    def __init__(self, row: Record, ids: npt.NDArray[np.int64], prompt_length: int) -> None:
+        self.row, self.ids, self.length, self.prompt_length = row, ids, len(ids), prompt_length
+
+    def first(self, names: Iterable[str], outside: float) -> npt.NDArray[np.float32] | None:
+        """float32 [T] of the first of these columns that the row has; `outside` the reply where it is shorter."""
+        column = next((c for c in names if given(self.row, c) is not None), None)
+        return None if column is None else self.column(column, outside)
+
+    def items(self, column: str) -> list[Any]:
+        """The values of a column, of all tokens or of the reply's."""
+        items = as_list(from_json(self.row[column], column), column)
+        if len(items) == 1 and isinstance(items[0], list):
+            items = items[0]
+        missing = self.length - len(items)
+        if missing not in (0, self.prompt_length):
+            what = f"{len(items)} values for {self.length} tokens"
+            what += f", {self.length - self.prompt_length} of them the reply's" if self.prompt_length else ""
+            raise RowError(what, reason="wrong_length", field=column)
+        return items
+
+    def column(self, column: str, outside: float) -> npt.NDArray[np.float32]:
+        """float32 [T] of a column; `outside` the reply where it is shorter."""
+        items = self.items(column)
+        missing = self.length - len(items)
+        tokens = self.ids[missing:].tolist()
+        values = [_number(v, f"{column}[{i}]", t) for i, (v, t) in enumerate(zip(items, tokens, strict=True))]
+        return np.array([outside] * missing + values, np.float32)
+
+
+def _number(item: Any, at: str, token: int = -1) -> float:
+    """A number; of vLLM's and SGLang's richer entries the token's own log-probability."""
+    if (
+        isinstance(item, Mapping) and "logprob" not in item
+    ):  # vLLM: {id: {"logprob": …, "rank": …}}, of several ids
+        item = item.get(str(token), item.get(token))
+    if isinstance(item, Mapping):
+        item = item.get("logprob")
+    elif isinstance(item, list | tuple) and item:  # SGLang: (log-probability, id, text)
+        item = item[0]
+    if item is None:  # there is none for a first token
+        return float("nan")
+    if not isinstance(item, int | float):
+        raise RowError(f"{item!a:.60} is no number", reason="wrong_type", field=at)
+    return float(item)
+
+
+def _weights(rows: _PerToken, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], tuple[str, ...]]:
+    """The weight of each token by labels, weights and masks, which must all agree to train it, and notes."""
+    weights, notes = np.ones(rows.length, np.float32), ()
+    weights[: rows.prompt_length] = 0
+    columns = [c for c in ("labels", "weights", *MASKS) if given(rows.row, c) is not None]
+    if not columns and not rows.prompt_length and len(ids):
+        return weights, (_ALL_TRAINED,)
+    for column in columns:
+        if column == "labels":
+            weights *= _of_labels(rows.items(column), ids)
+            continue
+        values = rows.column(column, 0.0)
+        if not np.isfinite(values).all() or (values < 0).any():
+            raise RowError("a weight that isn't finite and ≥ 0", reason="bad_weight", field=column)
+        if column != "weights" and not np.isin(values, (0, 1)).all():
+            raise RowError("a mask of other values than 0 and 1", reason="bad_weight", field=column)
+        weights *= values
+    return weights, notes
+
+
+def _of_labels(labels: list[Any], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """1 where the label is the token itself, 0 at −100; labels of the reply alone are its last tokens'."""
+    trained = np.zeros(len(ids), np.float32)
+    before = len(ids) - len(labels)
+    for i, (label, token) in enumerate(zip(labels, ids[before:].tolist(), strict=True)):
+        if label not in (-100, token) or isinstance(label, bool):
+            what = f"the label {label!a:.60} is another one than its token, {token}"
+            why = "a label stands at its own token; shifted by one, or of another text, it would train something else"
+            raise RowError(what, reason="conflict", field=f"labels[{i}]", why=why)
+        trained[before + i] = label != -100
+    return trained
+
+
+def _advantages(rows: _PerToken) -> npt.NDArray[np.float32] | None:
+    column = next((c for c in ADVANTAGES if rows.row.get(c) is not None), None)
+    if column is None:
+        return None
+    if not isinstance(value := from_json(rows.row[column], column), int | float):
+        return rows.column(column, 0.0)
+    advantages = np.full(rows.length, value, np.float32)
+    advantages[: rows.prompt_length] = 0
+    return advantages
+
+
+def _reward(row: Record) -> float | None:
+    """A row's reward, where it is one number; rewards of single tokens add up to it."""
+    column = next((c for c in REWARDS if isinstance(row.get(c), int | float | list) and row[c] != []), None)
+    if column is None:
+        return None
+    value = row[column]
+    return float(
+        sum(_number(v, f"{column}[{i}]") for i, v in enumerate(value)) if isinstance(value, list) else value
+    )
+
+
+def _unpadded(rows: _PerToken) -> slice:
+    """The tokens between the padding at both ends, by the attention mask."""
+    if given(rows.row, "attention_mask") is None:
+        return slice(0, rows.length)
+    shown = np.flatnonzero(rows.column("attention_mask", 1.0))
+    if not len(shown):
+        return slice(0, 0)
+    kept = slice(int(shown[0]), int(shown[-1]) + 1)
+    if kept.stop - kept.start != len(shown):
+        why = "tokens after it would be shown another context than these ids"
+        raise RowError("padding in the middle of the row", reason="conflict", field="attention_mask", why=why)
+    return kept
+
+
+def _refuse_several(rows: _PerToken, kept: slice) -> None:
+    """Raise RowError for a list of several documents, each with positions of its own."""
+    lengths = rows.row.get("seq_lengths")
+    several = isinstance(lengths, list) and len(lengths) > 1
+    if not several and given(rows.row, "position_ids") is not None:
+        positions = rows.column("position_ids", 0.0)[kept]
+        several = bool((np.diff(positions) != 1).any())
+    if several:
+        column = "seq_lengths" if isinstance(lengths, list) else "position_ids"
+        why = "each document is trained without the others in its context"
+        raise RowError(
+            "several documents in one row", reason="packed_row", field=column, why=why, fix="give them apart"
+        )

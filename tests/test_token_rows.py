@@ -1,0 +1,145 @@
+"""Rows of token ids: every tool's columns, bitwise the ids given, and no call of the tokenizer."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from templates.conversations import reply, user
+from test_chats import CHATML, encoder
+
+from ygivenx.errors import RowError
+from ygivenx.rows.data import TokenRow, normalise
+
+X, Y = [11, 12, 13], [14, 15]
+WHOLE = X + Y
+LOGGED = [-0.5, -0.25]
+RANKED = [
+    {"7": {"logprob": -0.1}, "14": {"logprob": -0.5, "rank": 2}},
+    {"15": {"logprob": -0.25}},
+]  # vLLM's top k
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt_token_ids": X, "token_ids": Y, "logprobs": LOGGED},
+        {"prompt_token_ids": X, "token_ids": Y, "logprobs": RANKED},
+        {"input_ids": X, "output_ids": Y, "output_token_logprobs": [[-0.5, 14, "a"], [-0.25, 15, None]]},
+        {"prompt_ids": X, "response_ids": Y, "response_mask": [1, 1], "response_logprobs": LOGGED},
+        {"prompt_token_ids": X, "response_ids": Y, "loss_masks": [1, 1], "rollout_logprobs": LOGGED},
+        {"prompt_ids": X, "completion_ids": Y, "completion_mask": [1, 1], "logprobs": LOGGED},
+        {"prompt_ids": [X], "completion_ids": [Y], "logprobs": [LOGGED]},  # a batch of one
+        {"tokens": WHOLE, "response_length": 2, "loss_mask": [1, 1], "rollout_log_probs": LOGGED},
+        {"input_ids": WHOLE, "labels": [-100, -100, -100, 14, 15], "log_probs": [None, None, None, *LOGGED]},
+        {"input_ids": WHOLE, "assistant_masks": [0, 0, 0, 1, 1]},
+        {"input_ids": WHOLE, "weights": [0, 0, 0, 1, 1], "position_ids": [0, 1, 2, 3, 4]},
+        {"input_ids": [0, *WHOLE, 0], "attention_mask": [0, 1, 1, 1, 1, 1, 0], "labels": [-100] * 4 + Y + [-100]},
+    ],
+)  # fmt: skip
+def test_every_tools_columns_give_the_same_row(row):
+    noun = normalise(row)
+    assert noun.ids.tolist() == WHOLE
+    assert noun.weights.tolist() == [0, 0, 0, 1, 1]
+    if noun.log_probs is not None:
+        np.testing.assert_array_equal(noun.log_probs, np.float32([np.nan] * 3 + LOGGED))
+    assert [(s.start, s.stop, s.output) for s in noun.sequence().segments] == [(0, 3, False), (3, 5, True)]
+
+
+def test_results_of_tools_between_the_models_own_tokens_are_context():
+    noun = normalise({"prompt_ids": [1], "response_ids": [2, 3, 4], "response_mask": [1, 0, 1]})
+    assert noun.weights.tolist() == [0, 1, 0, 1]
+    assert [(s.kind, s.start, s.stop) for s in noun.segments()] == [
+        ("prompt", 0, 1), ("answer", 1, 2), ("prompt", 2, 3), ("answer", 3, 4),
+    ]  # fmt: skip
+
+
+def test_advantages_of_any_sign_rewards_and_weights():
+    noun = normalise({"prompt_ids": X, "completion_ids": Y, "advantages": -1.5, "reward": 2, "weight": 0.5})
+    assert noun.advantages.tolist() == [0, 0, 0, -1.5, -1.5]
+    assert (noun.reward, noun.weights.tolist()) == (2.0, [0, 0, 0, 0.5, 0.5])
+    each = normalise({"prompt_ids": X, "completion_ids": Y, "advantages": [-1, 2], "rewards": [0.5, 1]})
+    assert (each.advantages.tolist(), each.reward) == ([0, 0, 0, -1, 2], 1.5)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "field"),
+    [
+        ({"input_ids": WHOLE, "labels": [-100, 12, 13, 14, 16]}, "conflict", "labels[4]"),
+        ({"input_ids": WHOLE, "labels": [12, 13, 14, 15, -100]}, "conflict", "labels[0]"),  # shifted by one
+        ({"input_ids": WHOLE, "loss_mask": [1, 1]}, "wrong_length", "loss_mask"),
+        ({"prompt_ids": X, "response_ids": Y, "response_mask": [1]}, "wrong_length", "response_mask"),
+        ({"input_ids": WHOLE, "loss_mask": [0, 0, 0, 0.5, 1]}, "bad_weight", "loss_mask"),
+        ({"input_ids": WHOLE, "weights": [0, 0, 0, -1, 1]}, "bad_weight", "weights"),
+        ({"input_ids": [1, 2.0], "labels": [1, 2]}, "bad_token", "input_ids[1]"),
+        ({"input_ids": [1, -1], "labels": [1, -1]}, "bad_token", "input_ids[1]"),
+        ({"input_ids": [], "labels": []}, "empty_tokens", "input_ids"),
+        ({"input_ids": "1 2", "labels": []}, "broken_json", "input_ids"),
+        ({"input_ids": WHOLE, "labels": WHOLE, "attention_mask": [1, 0, 1, 1, 1]}, "conflict", "attention_mask"),
+        ({"input_ids": WHOLE, "labels": WHOLE, "position_ids": [0, 1, 2, 0, 1]}, "packed_row", "position_ids"),
+        ({"input_ids": WHOLE, "labels": WHOLE, "seq_lengths": [3, 2]}, "packed_row", "seq_lengths"),
+        ({"tokens": WHOLE, "response_length": 6}, "conflict", "response_length"),
+        ({"prompt_ids": X, "completion_ids": Y, "logprobs": ["a", "b"]}, "wrong_type", "logprobs[0]"),
+    ],
+)  # fmt: skip
+def test_every_fault_names_its_field(row, reason, field):
+    with pytest.raises(RowError) as caught:
+        normalise(row)
+    assert (caught.value.reason, caught.value.field) == (reason, field)
+
+
+class Counting:
+    """A tokenizer that counts how often it is asked to encode."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.calls = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __len__(self):
+        return len(self._tokenizer)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        return self._tokenizer(*args, **kwargs)
+
+    def encode(self, *args, **kwargs):
+        self.calls += 1
+        return self._tokenizer.encode(*args, **kwargs)
+
+
+def test_ids_reach_the_sequence_bitwise_without_a_call_of_the_tokenizer(monkeypatch):
+    enc, calls = encoder(CHATML), []
+    monkeypatch.setattr(type(enc.tokens), "encode_cut", lambda self, texts: calls.extend(texts) or iter(()))
+    counting = Counting(enc.tokenizer)
+    monkeypatch.setattr(enc.tokens, "tokenizer", counting)
+    rng = np.random.default_rng(0)
+    drawn = [(rng.integers(0, 300, 9).tolist(), rng.integers(0, 300, 5).tolist()) for _ in range(20)]
+    rows = [{"prompt_ids": x, "completion_ids": y} for x, y in drawn]
+    examples, rejected = enc.batch(rows)
+    assert (rejected, calls, counting.calls) == ([], [], 0)
+    for row, example in zip(rows, examples, strict=True):
+        assert example.ids.tolist() == row["prompt_ids"] + row["completion_ids"]
+        assert example.weights.tolist() == [0] * 9 + [1] * 5
+
+
+def test_what_an_encoder_wrote_is_read_back(tmp_path):
+    enc = encoder(CHATML)
+    s = enc({"messages": [user(), reply(weight=0.5)]}).only
+    again = enc(
+        {"input_ids": s.ids.tolist(), "labels": s.labels.tolist(), "weights": s.weights.tolist()}
+    ).only
+    assert (again.ids.tolist(), again.weights.tolist()) == (s.ids.tolist(), s.weights.tolist())
+
+
+def test_a_policy_weighs_the_prompt_and_never_what_the_row_masks():
+    row = {"prompt_ids": [1, 2], "response_ids": [3, 4, 5], "response_mask": [1, 0, 1]}
+    assert encoder(CHATML, train="all")(row).weights.tolist() == [0, 1, 1, 0, 1]
+    assert encoder(CHATML, train="prompt=0.5")(row).weights.tolist() == [0, 0.5, 1, 0, 1]
+
+
+def test_an_id_of_another_tokenizer_is_refused():
+    enc = encoder(CHATML)
+    with pytest.raises(RowError, match="vocabulary"):
+        enc({"prompt_ids": [1], "completion_ids": [10**6]})
+    assert isinstance(normalise({"prompt_ids": [1], "completion_ids": [10**6]}), TokenRow)
