@@ -1,19 +1,22 @@
-"""`ygx` end to end, in real processes where the exit code matters."""
+"""`ygx` end to end: its entry point, called as a shell would."""
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from unittest.mock import patch
 
 import pytest
 from test_finetune import model_in
 from tiny import llama
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from ygivenx.cli import app
+from ygivenx.cli import app, main
 from ygivenx.commands import inputs
 from ygivenx.errors import ConfigError
 
@@ -31,9 +34,27 @@ def rows(tmp_path):
     return path
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small random model whose template and control tokens are SmolLM2's."""
+    return model_in(tmp_path_factory.mktemp("model"))
+
+
 def ygx(*args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ygivenx", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    """In this process, as starting another one takes seconds; `test_a_process` starts one."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        redirect_stdout(out), redirect_stderr(err),
+        patch.object(sys, "argv", ["ygx", *map(str, args)]), pytest.raises(SystemExit) as end,
+    ):  # fmt: skip
+        main()
+    return subprocess.CompletedProcess(args, int(end.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def test_a_process():
+    command = [sys.executable, "-m", "ygivenx", "show", "absent.jsonl", "--model", "absent"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, "absent" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
 
 
 @pytest.mark.parametrize("has_products", [True, False])
@@ -56,17 +77,15 @@ def test_every_command_has_help_with_an_example():
         assert "--json" in shown.output
 
 
-@pytest.mark.model
-def test_show(smol_tokenizer, rows):
-    done = ygx("show", rows, "--model", "sample")
+def test_show(model, rows):
+    done = ygx("show", rows, "--model", model)
     assert done.returncode == 0, done.stderr
     assert "⟦4<|im_end|>⟧" in done.stdout
     assert "messages" in done.stderr
 
 
-@pytest.mark.model
-def test_show_refuses_with_place_and_reason(smol_tokenizer, rows):
-    done = ygx("show", rows, "--model", "sample", "--row", 1)
+def test_show_refuses_with_place_and_reason(model, rows):
+    done = ygx("show", rows, "--model", model, "--row", 1)
     assert done.returncode == 2
     assert "<|im_end|>" in done.stderr
     assert "Traceback" not in done.stderr
@@ -87,9 +106,8 @@ def test_no_escape_of_a_row_s_reaches_the_terminal(tmp_path):
         assert not set("\x1b\x07\x9b\u202e") & set(done.stdout + done.stderr)
 
 
-@pytest.mark.model
-def test_score_counts_every_row(smol_tokenizer, rows, tmp_path):
-    done = ygx("score", rows, "--model", "sample", "-o", tmp_path / "out.jsonl", "--json")
+def test_score_counts_every_row(model, rows, tmp_path):
+    done = ygx("score", rows, "--model", model, "-o", tmp_path / "out.jsonl", "--json")
     assert done.returncode == 0, done.stderr
     account = json.loads(done.stdout)
     assert (account["read"], account["accepted"], account["quarantined"]) == (3, 1, 2)
@@ -98,11 +116,10 @@ def test_score_counts_every_row(smol_tokenizer, rows, tmp_path):
     assert json.loads(line)["log_p_xy"] <= json.loads(line)["log_p_x"] < 0
 
 
-@pytest.mark.model
-def test_encode_hands_over_what_other_trainers_read(smol_tokenizer, rows, tmp_path):
+def test_encode_hands_over_what_other_trainers_read(model, rows, tmp_path):
     import pyarrow.parquet as pq
 
-    done = ygx("encode", rows, "--model", "sample", "-o", tmp_path / "out.parquet", "--json")
+    done = ygx("encode", rows, "--model", model, "-o", tmp_path / "out.parquet", "--json")
     assert done.returncode == 0, done.stderr
     account = json.loads(done.stdout)
     assert (account["read"], account["accepted"], account["quarantined"], account["sequences"]) == (
@@ -113,18 +130,19 @@ def test_encode_hands_over_what_other_trainers_read(smol_tokenizer, rows, tmp_pa
     )
     (row,) = pq.read_table(tmp_path / "out.parquet").to_pylist()
     trained = [i for i, label in enumerate(row["labels"]) if label != -100]
-    assert smol_tokenizer.decode([row["input_ids"][i] for i in trained]) == "4<|im_end|>"
+    assert (
+        AutoTokenizer.from_pretrained(model).decode([row["input_ids"][i] for i in trained]) == "4<|im_end|>"
+    )
     assert [row["weights"][i] for i in trained] == [1, 1]
 
 
-@pytest.mark.model
-def test_audit_counts_what_the_reader_rejected(smol_tokenizer, rows):
-    done = ygx("audit", rows, "--model", "sample", "--json")
+def test_audit_counts_what_the_reader_rejected(model, rows):
+    done = ygx("audit", rows, "--model", model, "--json")
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
     assert report["summary"] == report["summary"] | {"rows": 3, "accepted": 1, "quarantined": 2}
     assert {f["rule"] for f in report["findings"]} >= {"control-text", "rows-quarantined"}
-    assert ygx("audit", rows, "--model", "sample", "--limit", 1).returncode == 0
+    assert ygx("audit", rows, "--model", model, "--limit", 1).returncode == 0
 
 
 def made_model(folder, rows, eos="<eos>"):
@@ -213,20 +231,18 @@ def test_sarif_makes_its_directory_as_the_page_does(tmp_path):
     assert "format: messages" in done.stderr
 
 
-@pytest.mark.model
-def test_ledger(smol_tokenizer, rows):
-    done = ygx("ledger", rows, "--model", "sample", "--json")
+def test_ledger(model, rows):
+    done = ygx("ledger", rows, "--model", model, "--json")
     assert done.returncode == 0, done.stderr
     book = json.loads(done.stdout)
     assert book["balanced"]
     assert sum(r["log_p"] for r in book["rows"]) == pytest.approx(book["joint"])
 
 
-@pytest.mark.model
-def test_train_then_the_model_is_there(smol_tokenizer, rows, tmp_path):
+def test_train_then_the_model_is_there(model, rows, tmp_path):
     done = ygx(
-        "train", "--data", rows, "--model", "sample", "--output-dir", tmp_path / "run", "--max-steps", 2,
-        "--learning-rate", 1e-4, "--logging-steps", 1, "--json",
+        "train", "--data", rows, "--model", model, "--output-dir", tmp_path / "run", "--max-steps", 2,
+        "--learning-rate", 1e-2, "--logging-steps", 1, "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -288,12 +304,24 @@ def test_options_of_the_encoder_by_name():
 
 @pytest.mark.model
 def test_a_refusal_s_repair_can_be_asked_for(smol_tokenizer, tmp_path):
+    smol_tokenizer.save_pretrained(tmp_path / "model")
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"x": "def f():\n", "y": "    return 4"}) + "\n")
-    refused = ygx("show", path, "--model", "sample", "--plain", "--x", "x", "--y", "y")
+    refused = ygx("show", path, "--model", tmp_path / "model", "--plain", "--x", "x", "--y", "y")
     assert (refused.returncode, "border='split'" in refused.stderr) == (2, True), refused.stderr
     done = ygx(
-        "show", path, "--model", "sample", "--plain", "--x", "x", "--y", "y", "-e", "border=split", "--json"
+        "show",
+        path,
+        "--model",
+        tmp_path / "model",
+        "--plain",
+        "--x",
+        "x",
+        "--y",
+        "y",
+        "-e",
+        "border=split",
+        "--json",
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sequences"][0]["tokens"][-1] == "<|im_end|>"

@@ -29,7 +29,7 @@ def model_in(directory: Path, template: str = CHATML) -> str:
     tokenizer = tokenizer_for("x", template + "<|im_start|><|im_end|>")
     tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
-    llama(vocab_size=len(tokenizer)).save_pretrained(directory)
+    llama(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained(directory)
     return str(directory)
 
 
