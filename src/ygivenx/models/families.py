@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..forest import Forest, Ints
-from . import attention, last_layer, memory
+from . import attention, last_layer, memory, recurrent
 from .adapters import refuse_unread
 from .plan import Plan, automatic
 from .wrappers import inner_of
@@ -58,20 +58,22 @@ def check(model: Any) -> None:
     refuse_unread(model)
     decoder, config = decoder_of(model), config_of(model)
     strange = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-    if strange:
+    if strange and not recurrent.mixers(decoder):
         raise ModelError(
             f"its layers of type {', '.join(sorted(strange))} can't be computed over a forest",
             where=type(decoder).__name__,
             why="such a layer carries a state from token to token, and branches would mix theirs",
             fix="use a model whose layers are full or sliding-window attention",
         )
-    if not {"position_ids", "attention_mask"} <= inspect.signature(decoder.forward).parameters.keys():
+    accepted = inspect.signature(decoder.forward).parameters.keys()
+    if "attention_mask" not in accepted or ("position_ids" not in accepted and not recurrent.mixers(decoder)):
         raise ModelError(
             f"{type(decoder).__name__} takes no positions or no mask",
             why="without them a token can't be told which path it stands on",
             fix="use a decoder-only transformer",
         )
     attention.prepare(config)
+    recurrent.prepare(decoder)
     if config.model_type not in PROVEN and decoder not in _compared:
         _compare(decoder, config)
         _compared.add(decoder)
@@ -95,11 +97,12 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None 
     )
     # A 4-D mask stops the model from making one of its own; our attention doesn't look at it.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.device)
+    positions = {"position_ids": depth[None]}
+    if "position_ids" not in inspect.signature(decoder.forward).parameters:
+        positions = {}
     with last_layer.only(decoder, needed, len(token)):
-        out = decoder(
-            input_ids=ids[None], attention_mask=mask, position_ids=depth[None], use_cache=False, ygx=plan
-        )
-    layers = config_of(decoder).num_hidden_layers
+        out = decoder(input_ids=ids[None], attention_mask=mask, use_cache=False, ygx=plan, **positions)
+    layers = recurrent.expected_layers(decoder, config_of(decoder))
     if len(plan.layers) != layers:
         raise ModelError(
             f"{len(plan.layers)} of its {layers} layers use transformers' attention interface",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
 from ..forest import Forest, Ints
-from . import memory
+from . import memory, recurrent
 from .families import check, config_of, decoder_of, feed
 from .plan import CHAINS, KeysValues, Plan
 
@@ -61,6 +61,13 @@ class Run:
         if chunk < 1:
             raise ConfigError(f"chunk is {chunk}", fix="give at least 1 token; 512 to 4096 is usual")
         check(model)
+        if chunk < len(forest.fed) and recurrent.mixers(decoder_of(model)):
+            raise ModelError(
+                f"a forest of {len(forest.fed):,} tokens can't be computed in chunks of {chunk:,}",
+                where=type(model).__name__,
+                why="its recurrent layers keep their states within one pass",
+                fix=f"give chunk={len(forest.fed)}, or smaller packs",
+            )
         if torch.is_grad_enabled() and model.training and any(map(_reentrant, model.modules())):
             raise ModelError(
                 "reentrant gradient checkpointing loses the gradients of keys and values between chunks",
