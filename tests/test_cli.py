@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 from ygivenx.cli import app, main
 from ygivenx.commands import inputs
+from ygivenx.commands.config import EncoderSection, Source
+from ygivenx.commands.options import check_options, named_values
 from ygivenx.errors import ConfigError
 
 ROWS = [
@@ -63,7 +65,7 @@ def test_a_dtype_that_this_cpu_does_not_multiply_is_said(tmp_path, monkeypatch, 
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     monkeypatch.setattr("ygivenx.head.edges.multiplies", lambda dtype: has_products)
-    inputs.open_model(str(tmp_path), None, "bfloat16")
+    inputs.open_model(Source(str(tmp_path)), "bfloat16")
     assert ("no products in bfloat16" in capsys.readouterr().err) is not has_products
 
 
@@ -290,8 +292,10 @@ def test_doctor():
 
 def test_options_of_the_encoder_by_name():
     told = ["repair=append_end,history", "max_length=40", 'stops=["</s>"]', "bos=false"]
-    assert inputs.encoder_options(told, train="last") == {
-        "train": "last", "repair": "append_end,history", "max_length": 40, "stops": ["</s>"], "bos": False,
+    section = EncoderSection(train="last", further=named_values(told, "-e"))
+    assert inputs.options_of(section) == {
+        "train": "last", "control": "refuse", "overflow": "refuse",
+        "repair": "append_end,history", "max_length": 40, "stops": ["</s>"], "bos": False,
     }  # fmt: skip
     for wrong, said in (
         ("repairs=all", "did you mean 'repair'"),
@@ -299,7 +303,7 @@ def test_options_of_the_encoder_by_name():
         ("train=all", "unknown option"),
     ):
         with pytest.raises(ConfigError, match=said):
-            inputs.encoder_options([wrong])
+            check_options(named_values([wrong], "-e"), "-e")
 
 
 @pytest.mark.model
@@ -308,7 +312,7 @@ def test_a_refusal_s_repair_can_be_asked_for(smol_tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"x": "def f():\n", "y": "    return 4"}) + "\n")
     refused = ygx("show", path, "--model", tmp_path / "model", "--plain", "--x", "x", "--y", "y")
-    assert (refused.returncode, "border='split'" in refused.stderr) == (2, True), refused.stderr
+    assert (refused.returncode, "-e border=split" in refused.stderr) == (2, True), refused.stderr
     done = ygx(
         "show",
         path,

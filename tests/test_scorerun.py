@@ -263,8 +263,8 @@ def test_a_text_of_probability_zero_is_written_counted_and_read_again(smol_token
     for scored in (2, 0):
         tally = Tally()
         rows = Rows(read(str(data)), questioner_for(model, smol_tokenizer))
-        teller = partial(scores, model, tally=tally)
-        account = run(rows, teller, tally, ScoreFile(out, {}), Console(quiet=True))
+        scorer = partial(scores, model, tally=tally)
+        account = run(rows, scorer, tally, ScoreFile(out, {}), Console(quiet=True))
         assert tally.scores == scored
         assert (account["scored"], account["impossible"]) == (2, 1)
         assert account["conditional_nats_per_token"] is None

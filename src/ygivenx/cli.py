@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -13,23 +14,42 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from .commands.config import (
+    Columns,
+    DataSection,
+    EncodedRows,
+    EncoderSection,
+    LoraSection,
+    ModelSection,
+    OutputSection,
+    Rows,
+    Sampling,
+    Scoring,
+    Source,
+    TrainConfig,
+    TrainingSection,
+    Weights,
+    template,
+)
 from .commands.inputs import (
     Accepted,
     encoded,
-    encoder_options,
+    in_flags,
     open_encoder,
     open_model,
     open_rows,
+    options_of,
     say,
     the_row,
 )
 from .commands.inputs import console as err
+from .commands.options import with_sections
 from .errors import ConfigError, YgivenxError, nearest
 from .models.resolve import located
 from .report.parts import finite
 from .show import visible, visible_json
 
-OK, FINDINGS, USAGE = 0, 1, 2
+OK, FINDINGS, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,31 +59,11 @@ app = typer.Typer(
 )
 
 Data = Annotated[str, typer.Argument(help="JSONL, JSON, CSV, Parquet, Arrow, or a saved dataset's directory")]
-Model = Annotated[str, typer.Option("--model", "-m", help="a model's directory or name; `sample` is SmolLM2")]
-Gguf = Annotated[str | None, typer.Option("--gguf-file", help="the GGUF file inside the model's directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
-Format = Annotated[
-    str | None, typer.Option("--format", help="name the row format where columns are ambiguous")
-]
-ColX = Annotated[str | None, typer.Option("--x", help="the column of the input")]
-ColY = Annotated[str | None, typer.Option("--y", help="the column of the output")]
-Plain = Annotated[
-    bool, typer.Option("--plain", help="x and y are text as the model reads it: no chat template")
-]
-Split = Annotated[str | None, typer.Option("--split", help="which of a dataset's splits")]
-Limit = Annotated[int | None, typer.Option("--limit", min=1, help="read at most so many rows")]
 RowNumber = Annotated[int, typer.Option("--row", min=0, help="which row, from 0")]
-Control = Annotated[
-    str, typer.Option("--control", help="control tokens in a row's text: refuse, text or parse")
+Suppress = Annotated[
+    list[str] | None, typer.Option("--suppress", help="rule=reason: findings that are meant; may be repeated")
 ]
-Policy = Annotated[str, typer.Option("--train", help="what is trained: assistant, last, all, or a role")]
-Encoding = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--encoder", "-e", help="name=value of a further option of Encoder, such as repair=append_end"
-    ),
-]
-Suppress = Annotated[list[str] | None, typer.Option("--suppress", help="rule=reason; may be repeated")]
 
 
 def _severity(name: str) -> str:
@@ -86,7 +86,17 @@ SarifFile = Annotated[Path | None, typer.Option("--sarif", help="write SARIF 2.1
 RayWorkers = Annotated[
     int, typer.Option("--ray", min=0, help="workers of a Ray cluster (extra: ray); 0: none")
 ]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16")]
+
+
+def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command of `ygx` whose parameters may be sections of options."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        unset = settings.pop("unset", False)
+        app.command(**settings)(with_sections(function, unset))
+        return function
+
+    return register
 
 
 # -- commands ----------------------------------------------------------------------------------------------
@@ -98,29 +108,17 @@ def emit(document: Any) -> None:
     print(visible_json(text))
 
 
-@app.command()
+@command()
 def show(
-    data: Data,
-    model: Model,
-    row: RowNumber = 0,
-    gguf_file: Gguf = None,
-    fmt: Format = None,
-    x: ColX = None,
-    y: ColY = None,
-    plain: Plain = False,
-    split: Split = None,
-    train: Policy = "assistant",
-    control: Control = "refuse",
-    encoder: Encoding = None,
+    data: Data, source: Source, columns: Columns, encoder: EncoderSection, row: RowNumber = 0,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Print one row as the model reads it, its trained tokens coloured.
 
     Example: `ygx show data.jsonl --model sample --row 3`
     """
-    reader = open_rows(data, fmt, x, y, plain, row + 1, split)
-    options = encoder_options(encoder, train=train, control=control)
-    example = the_row(reader, open_encoder(model, gguf_file, **options), row)
+    reader = open_rows(data, columns, row + 1)
+    example = the_row(reader, open_encoder(source, encoder), row)
     if as_json:
         return emit({"format": reader.format, "sequences": [_sequence_json(s) for s in example.sequences]})
     say(f"format: {reader.format}")
@@ -138,39 +136,27 @@ def _sequence_json(s: Any) -> dict[str, Any]:
     }
 
 
-@app.command()
+@command()
 def encode(
-    data: Data,
-    model: Model,
+    data: Data, source: Source, rows: EncodedRows, encoder: EncoderSection,
     output: Annotated[Path, typer.Option("--output", "-o", help="a Parquet file")],
-    gguf_file: Gguf = None,
-    fmt: Format = None,
-    x: ColX = None,
-    y: ColY = None,
-    plain: Plain = False,
-    split: Split = None,
-    limit: Limit = None,
-    train: Policy = "assistant",
-    control: Control = "refuse",
-    encoder: Encoding = None,
-    ray: RayWorkers = 0,
-    as_json: AsJson = False,
-) -> None:
+    ray: RayWorkers = 0, as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Ids, weights, labels, positions and segments of every row as Parquet, for TRL, axolotl or a plain loop.
 
     Example: `ygx encode data.jsonl --model sample -o encoded.parquet`
     """
     from .encoder.handover import write_parquet
 
-    reader = open_rows(data, fmt, x, y, plain, limit, split)
-    options = encoder_options(encoder, train=train, control=control)
+    reader = open_rows(data, rows)
     if ray:
         from .scores.clusters import encoded_on_ray
 
-        items = encoded_on_ray(*located(model, gguf_file), iter(reader), workers=ray, **options)
+        place = located(str(source.path), source.gguf_file)
+        items = encoded_on_ray(*place, iter(reader), workers=ray, **options_of(encoder))
     else:
-        items = encoded(reader, open_encoder(model, gguf_file, **options))
-    accepted = Accepted(reader, items)
+        items = encoded(reader, open_encoder(source, encoder), rows.processes)
+    accepted = Accepted(reader, items, rows.quarantine)
     with err.status("encoding"):
         sequences = write_parquet(accepted, output)
     account = accepted.account() | {"sequences": sequences, "output": str(output)}
@@ -178,34 +164,20 @@ def encode(
         emit(account)
 
 
-@app.command()
+@command()
 def ledger(
-    data: Data,
-    model: Model,
-    row: RowNumber = 0,
-    gguf_file: Gguf = None,
-    fmt: Format = None,
-    x: ColX = None,
-    y: ColY = None,
-    plain: Plain = False,
-    split: Split = None,
-    train: Policy = "assistant",
-    control: Control = "refuse",
-    encoder: Encoding = None,
-    dtype: Dtype = "float32",
-    html: HtmlFile = None,
-    as_json: AsJson = False,
-) -> None:
+    data: Data, weights: Weights, columns: Columns, encoder: EncoderSection, row: RowNumber = 0,
+    html: HtmlFile = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
     """Where the log-probability of one row goes, by segment; marginal + conditional = joint.
 
     Example: `ygx ledger data.jsonl --model sample --row 3`
     """
     from .scores.ledger import ledger as account_for
 
-    options = encoder_options(encoder, train=train, control=control)
-    reader = open_rows(data, fmt, x, y, plain, row + 1, split)
-    loaded, _ = open_model(model, gguf_file, dtype)
-    book = account_for(loaded, the_row(reader, open_encoder(model, gguf_file, **options), row))
+    reader = open_rows(data, columns, row + 1)
+    loaded, _ = open_model(weights, weights.dtype)
+    book = account_for(loaded, the_row(reader, open_encoder(weights, encoder), row))
     if html is not None:
         _ledger_page(book, row).write(html)
     if as_json:
@@ -226,71 +198,30 @@ def _ledger_page(book: Any, row: int) -> Any:
     return Page(title=f"Ledger of row {row}", ledgers=[LedgerTable.of(book, f"row {row}")], rows=strips)
 
 
-@app.command()
+@command()
 def score(
-    data: Data,
-    model: Model,
+    data: Data, weights: Weights, rows: Rows, scoring: Scoring,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=".jsonl or .parquet; standard output if left out")
     ] = None,
-    gguf_file: Gguf = None,
-    fmt: Format = None,
-    x: ColX = None,
-    y: ColY = None,
-    plain: Plain = False,
-    split: Split = None,
-    limit: Limit = None,
-    control: Control = "refuse",
-    dtype: Dtype = "float32",
-    border: Annotated[
-        str, typer.Option(help="joint: one text, a straddling token is y; split: tokenised apart")
-    ] = "joint",
-    bos: Annotated[str, typer.Option(help="auto (as the tokenizer does), always or never")] = "auto",
-    overflow: Annotated[
-        str, typer.Option(help="more than the model reads: refuse, left (cut x) or roll (a window)")
-    ] = "refuse",
-    max_length: Annotated[int | None, typer.Option(min=1, help="tokens read at once")] = None,
-    unconditional: Annotated[
-        str | None, typer.Option(help="a prompt in the place of x, for log Pr(y) and PMI")
-    ] = None,
-    marginal: Annotated[bool, typer.Option(help="log Pr(x) too; without it scoring is cheaper")] = True,
-    tokens: Annotated[bool, typer.Option("--tokens", help="add value, rank and text of each token")] = False,
-    ray: RayWorkers = 0,
-    as_json: AsJson = False,
-) -> None:
+    ray: RayWorkers = 0, as_json: AsJson = False,
+) -> None:  # fmt: skip
     """log Pr(x), log Pr(y|x) and log Pr([x,y]) of every row, in nats. Run it again to go on where it ended.
 
     Example: `ygx score pairs.jsonl --model sample -o scores.jsonl`
     """
-    flags = {k: v for k, v in locals().items() if k not in ("model", "gguf_file", "output", "as_json")}
     from .commands.scorerun import score_file
 
-    reader = open_rows(data, fmt, x, y, plain, limit, split)
-    account = score_file(reader, located(model, gguf_file), output, flags, console=err, silent=as_json)
+    account = score_file(data, weights, rows, scoring, output, ray=ray, console=err, silent=as_json)
     if as_json:
         emit(account)
 
 
-@app.command()
+@command()
 def audit(
-    data: Data,
-    model: Model,
-    gguf_file: Gguf = None,
-    fmt: Format = None,
-    x: ColX = None,
-    y: ColY = None,
-    plain: Plain = False,
-    split: Split = None,
-    limit: Limit = None,
-    train: Policy = "assistant",
-    control: Control = "refuse",
-    encoder: Encoding = None,
-    suppress: Suppress = None,
-    fail_on: FailOn = "warning",
-    html: HtmlFile = None,
-    sarif: SarifFile = None,
-    as_json: AsJson = False,
-) -> None:
+    data: Data, source: Source, rows: EncodedRows, encoder: EncoderSection, suppress: Suppress = None,
+    fail_on: FailOn = "warning", html: HtmlFile = None, sarif: SarifFile = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
     """What is wrong with rows and a tokenizer, before a run: findings with places, reasons and fixes.
 
     Example: `ygx audit data.jsonl --model sample --fail-on error --html audit.html`
@@ -298,15 +229,15 @@ def audit(
     from .proof.auditing import audit as examine_rows
     from .proof.limits import read_limits
 
-    reader = open_rows(data, fmt, x, y, plain, limit, split)
+    reader = open_rows(data, rows)
     say(f"format: {reader.format}")
-    made = open_encoder(model, gguf_file, **encoder_options(encoder, train=train, control=control))
-    limits = read_limits(model, gguf_file)
+    made = open_encoder(source, encoder)
+    limits = read_limits(str(source.path), source.gguf_file)
     report = examine_rows(rows=list(reader), encoder=made, model=limits, suppress=reasons(suppress))
     finish(report, fail_on, html, sarif, as_json)
 
 
-@app.command(
+@command(
     context_settings={
         "allow_extra_args": True,
         "ignore_unknown_options": True,
@@ -316,20 +247,13 @@ def audit(
 def probe(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="a training script; its own arguments follow it")],
+    columns: Columns,
     data: Annotated[
         str | None, typer.Option(help="the rows that it trains on, where its dataset holds token ids alone")
     ] = None,
-    fmt: Format = None,
-    x: ColX = None,
-    y: ColY = None,
-    plain: Plain = False,
-    split: Split = None,
-    suppress: Suppress = None,
-    fail_on: FailOn = "warning",
-    html: HtmlFile = None,
-    sarif: SarifFile = None,
+    suppress: Suppress = None, fail_on: FailOn = "warning", html: HtmlFile = None, sarif: SarifFile = None,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Run a training script up to train(), and read from the gradient of one step what it really trains.
 
     For transformers and TRL trainers; options of ours come before the script. Nothing of the run changes.
@@ -339,7 +263,7 @@ def probe(
     from .commands.probe_script import at_train, output_aside
     from .proof.auditing import audit as examine_trainer
 
-    reader = None if data is None else open_rows(data, fmt, x, y, plain, None, split)
+    reader = None if data is None else open_rows(data, columns)
     if reader is not None:
         say(f"format: {reader.format}")
     rows = None if reader is None else list(reader)
@@ -368,66 +292,87 @@ def finish(report: Any, fail_on: str, html: Path | None, sarif: Path | None, as_
     raise typer.Exit(report.exit_code(fail_on))
 
 
-@app.command()
+@command(unset=True)
 def train(
+    data: DataSection, model: ModelSection, output: OutputSection, encoder: EncoderSection, lora: LoraSection,
+    training: TrainingSection,
     config: Annotated[
-        Path | None, typer.Argument(help="a YAML file with the keys below; flags override it")
+        Path | None, typer.Argument(help="a YAML file, see --init; flags override it", show_default=False)
     ] = None,
-    data: Annotated[str | None, typer.Option(help="the rows to train on")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="directory or name; `sample` is SmolLM2")
+    init: Annotated[
+        Path | None, typer.Option(help="write a commented YAML file of all options there, and do nothing else")
     ] = None,
-    gguf_file: Gguf = None,
-    output_dir: Annotated[str | None, typer.Option(help="checkpoints and the final model")] = None,
-    fmt: Format = None,
-    x: ColX = None,
-    y: ColY = None,
-    plain: Annotated[
-        bool | None, typer.Option("--plain", help="x and y are text as the model reads it")
-    ] = None,
-    split: Split = None,
-    limit: Limit = None,
-    eval_data: Annotated[str | None, typer.Option(help="held-out rows of the same format")] = None,
-    eval_split: Annotated[str | None, typer.Option(help="which of its splits")] = None,
-    eval_limit: Annotated[int | None, typer.Option(min=1)] = None,
-    eval_steps: Annotated[int | None, typer.Option(min=1, help="evaluate every so many steps")] = None,
-    policy: Annotated[str | None, typer.Option("--train", help="assistant, last, all, or a role")] = None,
-    control: Annotated[str | None, typer.Option(help="control tokens in text: refuse, text or parse")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2)] = None,
-    overflow: Annotated[str | None, typer.Option(help="refuse, drop_turns or truncate")] = None,
-    encoder: Encoding = None,
-    max_tokens: Annotated[int | None, typer.Option(min=2, help="distinct tokens in one micro-batch")] = None,
-    denominator: Annotated[str | None, typer.Option(help="tokens or sequence")] = None,
-    epochs: Annotated[float | None, typer.Option()] = None,
-    max_steps: Annotated[int | None, typer.Option(min=1)] = None,
-    gradient_accumulation_steps: Annotated[int | None, typer.Option(min=1)] = None,
-    learning_rate: Annotated[float | None, typer.Option()] = None,
-    lr_scheduler: Annotated[str | None, typer.Option()] = None,
-    warmup_steps: Annotated[int | None, typer.Option(min=0)] = None,
-    weight_decay: Annotated[float | None, typer.Option()] = None,
-    max_grad_norm: Annotated[float | None, typer.Option()] = None,
-    gradient_checkpointing: Annotated[bool | None, typer.Option("--gradient-checkpointing")] = None,
-    lora: Annotated[int | None, typer.Option(min=1, help="the rank of LoRA adapters (extra: lora)")] = None,
-    dtype: Annotated[str | None, typer.Option()] = None,
-    logging_steps: Annotated[int | None, typer.Option(min=1)] = None,
-    save_steps: Annotated[int | None, typer.Option(min=1)] = None,
-    save_total_limit: Annotated[int | None, typer.Option(min=1)] = None,
-    resume: Annotated[str | None, typer.Option(help="auto, or a checkpoint's directory")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
     as_json: AsJson = False,
-) -> None:
+) -> None:  # fmt: skip
     """Fine-tune on log Pr(y|x): loss on the tokens of y alone.
 
     Example: `ygx train --data train.jsonl --x question --y answer --model sample --output-dir runs/a`
     """
-    told = {"format": fmt, "train": policy, "encoder": encoder_options(encoder) or None}
-    flags = {k: v for k, v in locals().items() if k not in ("config", "as_json", "fmt", "policy", "told")}
-    from .commands.config import TrainConfig
+    if init is not None:
+        return _write_template(init)
+    flags = {"data": data, "model": model, "output": output, "encoder": encoder, "lora": lora}
+    checked = TrainConfig.of(config, flags | {"training": training})
     from .commands.finetune import finetune
 
-    result = finetune(TrainConfig.of(config, flags | told), err)
+    result = finetune(checked, err)
     if as_json:
         emit(result)
+
+
+def _write_template(path: Path) -> None:
+    if path.exists():
+        raise ConfigError("the file exists", where=f"--init {path}", fix="name another one")
+    path.write_text(template(), encoding="utf-8")
+    say(f"wrote {path}: edit it, then `ygx train {path}`")
+
+
+@command()
+def generate(
+    weights: Weights, sampling: Sampling,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="a user's message; may be repeated", show_default="a chat"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """What the model writes, as it writes it: after the template's own prompt, up to its stop tokens.
+
+    Without --prompt, each line of standard input is the next message of one chat.
+
+    Example: `ygx generate --model runs/a/final --prompt "What is 2+2?"`
+    """
+    from .commands.generate import replies
+
+    found = replies(weights, sampling, prompt, silent=as_json)
+    if as_json:
+        emit(found)
+
+
+@command()
+def merge(
+    adapter: Annotated[str, typer.Argument(help="a folder with an adapter, such as a run's `final`")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the plain model's folder")],
+    dtype: Annotated[
+        str, typer.Option(help="of the merged weights: float32, bfloat16 or float16")
+    ] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Merge a LoRA adapter into its base: a plain model that every program loads.
+
+    Example: `ygx merge runs/a/final -o runs/a/merged`
+    """
+    import torch
+
+    from .commands import adapters
+    from .commands.quiet import quiet
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"unknown dtype {dtype!r}", fix="float32, bfloat16 or float16")
+    with quiet():
+        adapters.merge(adapter, output, getattr(torch, dtype))
+    say(f"merged: {output}")
+    if as_json:
+        emit({"model": str(output), "dtype": dtype})
 
 
 @app.command()
@@ -436,7 +381,7 @@ def demo(
         "runs/demo"
     ),
     control: Annotated[bool, typer.Option("--control", help="also train on all tokens, and compare")] = False,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="of the task and of the training")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a real model on y only and show what that did, in a few minutes on a CPU.
@@ -452,29 +397,31 @@ def demo(
 
 @app.command()
 def doctor(
-    model: Annotated[str | None, typer.Option("--model", "-m")] = None,
-    gguf_file: Gguf = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="what would run for this model, too")
+    ] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="the GGUF file inside the model's directory")] = None,
     as_json: AsJson = False,
 ) -> None:
     """What is installed, which routes and dtype will run, and what is missing for what.
 
     Example: `ygx doctor --model sample`
     """
-    from .commands.doctor import examine, told
+    from .commands.doctor import as_text, examine
 
     found = examine((model, gguf_file) if model else None)
     if as_json:
         emit(found)
     else:
-        print(told(found))
+        print(as_text(found))
 
 
 def main() -> None:
-    """Entry point: errors of ours are told in full on standard error, with exit code 2."""
+    """Entry point: errors of ours are printed in full on standard error, with exit code 2."""
     try:
         app(standalone_mode=True)
     except YgivenxError as error:
-        err.print(f"error: {error}", style="bold red", highlight=False, markup=False)
+        err.print(f"error: {in_flags(str(error))}", style="bold red", highlight=False, markup=False)
         sys.exit(USAGE)
     except BrokenPipeError:
         sys.exit(OK)

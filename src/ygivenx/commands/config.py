@@ -1,166 +1,443 @@
-"""What `ygx train` can be told, by flags or a YAML file; an unknown key is an error with the nearest name."""
+"""What commands can be told: sections of options, each of which stands here and nowhere else.
+
+`ygx train` has all of them in one `TrainConfig`, from a YAML file, flags, or both. The other commands take the
+sections that they need.
+"""
 
 from __future__ import annotations
 
-import math
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_type_hints
 
 import yaml
 
 from ..errors import ConfigError, nearest
-from .inputs import check_options
+from .options import (
+    COUNT,
+    PAIR,
+    Bounds,
+    check_options,
+    checked,
+    choices,
+    default_of,
+    fields_by_name,
+    fit,
+    flags_of,
+    key_of,
+    option,
+)
+
+CORES = os.cpu_count() or 1
+
+
+# -- sections ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a file mean."""
+
+    format: str | None = option(None, "the row format, where columns fit several")
+    x: str | None = option(None, "the column of the input")
+    y: str | None = option(None, "the column of the output")
+    plain: bool = option(False, "x and y are text as the model reads it: no chat template", flags="--plain")
+    split: str | None = option(None, "which of a dataset's splits")
+
+
+@dataclass(frozen=True)
+class Rows(Columns):
+    """Rows of a file."""
+
+    limit: int | None = option(None, "read at most so many rows", bounds=COUNT, default_text="all")
+    quarantine: str | None = option(None, "write rows that can't be used there, with reasons, as JSON Lines")
+
+
+@dataclass(frozen=True)
+class EncodedRows(Rows):
+    """Rows of a file that are encoded, in several processes where they are many."""
+
+    processes: int = option(
+        CORES, "processes that encode large files", bounds=COUNT, default_text="one per core"
+    )
+
+
+@dataclass(frozen=True)
+class DataSection(EncodedRows):
+    """The rows of a run."""
+
+    path: str | None = option(None, "the rows to train on", flags="--data", required=True)
+    eval_path: str | None = option(None, "held-out rows of the same format", flags="--eval-data")
+    eval_split: str | None = option(None, "which of the held-out dataset's splits")
+    eval_limit: int | None = option(
+        None, "read at most so many held-out rows", bounds=COUNT, default_text="all"
+    )
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies."""
+
+    path: str | None = option(
+        None, "a model's directory or name; `sample` is SmolLM2", flags="--model -m", required=True
+    )
+    gguf_file: str | None = option(None, "the GGUF file inside the model's directory")
+    trust_remote_code: bool = option(
+        False, "run Python code that comes with the model; never otherwise", flags="--trust-remote-code"
+    )
+
+
+@dataclass(frozen=True)
+class Weights(Source):
+    """A model that is computed with."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the weights and products")
+
+
+@dataclass(frozen=True)
+class ModelSection(Source):
+    """The model that is trained."""
+
+    dtype: Literal["auto", "float32", "bf16", "fp16", "bfloat16", "float16"] = option(
+        "auto",
+        "auto: float32 weights, and products in bfloat16 where this machine has them; bf16, fp16: mixed precision "
+        "with float32 weights; bfloat16: weights too, which loses small updates",
+    )
+
+
+@dataclass(frozen=True)
+class EncoderSection:
+    """How rows become tokens with weights: these, and any other option of `yx.Encoder` by name."""
+
+    train: str = option("assistant", "what is trained: assistant, last, all, or a role")
+    control: Literal["refuse", "text", "parse"] = option("refuse", "control tokens in a row's text")
+    max_length: int | None = option(None, "tokens of a sequence", bounds=PAIR, default_text="no limit")
+    overflow: Literal["refuse", "drop_turns", "truncate"] = option("refuse", "what happens to a longer one")
+    further: dict[str, Any] = option(
+        {}, "name=value of a further option of Encoder, such as repair=append_end", flags="--encoder -e"
+    )
+
+
+@dataclass(frozen=True)
+class LoraSection:
+    """Adapters in the place of full training: the rank, and any other field of PEFT's `LoraConfig`."""
+
+    further: dict[str, Any] = option(
+        {}, "the rank of LoRA adapters, or name=value of a field of LoraConfig; may be repeated",
+        flags="--lora", bare="r",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingSection:
+    """The steps of a run: these, and any other field of transformers' `TrainingArguments`."""
+
+    max_tokens: int = option(1024, "distinct tokens in one micro-batch", bounds=PAIR)
+    denominator: Literal["tokens", "sequence"] = option("tokens", "what the sum of a step is divided by")
+    num_train_epochs: float = option(1.0, "passes over the rows", flags="--epochs", bounds=Bounds(open=True))
+    max_steps: int | None = option(None, "optimiser steps, whatever epochs says", bounds=COUNT)
+    gradient_accumulation_steps: int = option(1, "micro-batches of one optimiser step", bounds=COUNT)
+    learning_rate: float | None = option(
+        None, "the highest learning rate", bounds=Bounds(), default_text="2e-5, with LoRA 2e-4"
+    )
+    lr_scheduler_type: Literal[
+        "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial",
+        "inverse_sqrt",
+    ] = option("cosine", "the learning rate over the run", flags="--lr-scheduler")  # fmt: skip
+    warmup_steps: float = option(
+        0, "steps with a rising learning rate; below 1: share of the run", bounds=Bounds()
+    )
+    weight_decay: float = option(0.0, "weight decay of the optimiser", bounds=Bounds())
+    max_grad_norm: float = option(1.0, "the norm that gradients are clipped to; 0: never", bounds=Bounds())
+    optim: str = option("adamw_torch_fused", "the optimiser, by transformers' names")
+    gradient_checkpointing: bool = option(False, "compute activations twice to save memory")
+    logging_steps: int = option(5, "steps between log lines", bounds=COUNT)
+    report_to: str = option("none", "tensorboard, wandb, trackio, mlflow, ..., as in transformers")
+    eval_steps: int | None = option(
+        None, "evaluate every so many steps", bounds=COUNT, default_text="at the ends"
+    )
+    save_steps: int | None = option(
+        None, "a checkpoint every so many steps", bounds=COUNT, default_text="when interrupted"
+    )
+    save_total_limit: int | None = option(2, "checkpoints that are kept", bounds=COUNT)
+    load_best_model_at_end: bool = option(False, "end with the checkpoint of the lowest held-out loss")
+    push_to_hub: bool = option(False, "upload the model, as in transformers")
+    seed: int = option(
+        0, "of the order of the rows and of dropout", bounds=Bounds(0, 2**32 - 1)
+    )  # NumPy's limit
+    further: dict[str, Any] = option(
+        {},
+        "name=value of a further field of TrainingArguments, such as adam_beta2=0.95",
+        flags="--training -t",
+    )
+
+
+@dataclass(frozen=True)
+class OutputSection:
+    """Where a run is written."""
+
+    dir: str | None = option(
+        None, "checkpoints, the final model and the report", flags="--output-dir", required=True
+    )
+    resume: str | None = option(None, "auto: go on from the newest checkpoint; or a checkpoint's directory")
+    verbose: bool = option(False, "show what other libraries say")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How rows are scored."""
+
+    control: Literal["refuse", "text", "parse"] = option("refuse", "control tokens in a row's text")
+    border: Literal["joint", "split"] = option(
+        "joint", "joint: one text, a straddling token is y; split: tokenised apart"
+    )
+    bos: Literal["auto", "always", "never"] = option("auto", "auto: as the tokenizer does")
+    overflow: Literal["refuse", "left", "roll"] = option(
+        "refuse", "more than the model reads: refuse, left (cut x) or roll (a window)"
+    )
+    max_length: int | None = option(None, "tokens read at once", bounds=COUNT, default_text="the model's")
+    unconditional: str | None = option(None, "a prompt in the place of x, for log Pr(y) and PMI")
+    marginal: bool = option(
+        True, "log Pr(x) too; without it scoring is cheaper", flags="--marginal/--no-marginal"
+    )
+    tokens: bool = option(False, "add value, rank and text of each token", flags="--tokens")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    system: str | None = option(None, "a system message before the prompt")
+    max_new_tokens: int = option(256, "tokens of a reply", bounds=COUNT)
+    temperature: float = option(0.0, "0: always the most probable token", bounds=Bounds(most=100))
+    top_p: float = option(
+        1.0, "sample from the most probable tokens with this share", bounds=Bounds(most=1, open=True)
+    )
+    seed: int = option(0, "of the sampling", bounds=Bounds(0, 2**32 - 1))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. Paths are as given; None leaves a choice to the default of the part that it goes to."""
+    """One run of `ygx train`."""
 
-    data: str
-    model: str
-    output_dir: str
-    gguf_file: str | None = None
-    dtype: str = "float32"
-    format: str | None = None
-    x: str | None = None
-    y: str | None = None
-    plain: bool = False
-    split: str | None = None
-    limit: int | None = None
-    eval_data: str | None = None
-    eval_split: str | None = None
-    eval_limit: int | None = None
-    eval_steps: int | None = None
-    train: str = "assistant"
-    control: str = "refuse"
-    max_length: int | None = None
-    overflow: str = "refuse"
-    encoder: dict[str, Any] | None = None
-    max_tokens: int = 1024
-    denominator: str = "tokens"
-    epochs: float = 1.0
-    max_steps: int = -1
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 2e-5
-    lr_scheduler: str = "cosine"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    gradient_checkpointing: bool = False
-    lora: int | None = None
-    logging_steps: int = 5
-    save_steps: int | None = None
-    save_total_limit: int | None = 2
-    resume: str | None = None
-    seed: int = 0
+    data: DataSection = field(default_factory=DataSection)
+    encoder: EncoderSection = field(default_factory=EncoderSection)
+    model: ModelSection = field(default_factory=ModelSection)
+    lora: LoraSection = field(default_factory=LoraSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    output: OutputSection = field(default_factory=OutputSection)
 
     @classmethod
-    def of(cls, path: Path | None, flags: dict[str, Any]) -> TrainConfig:
-        """The keys of a YAML file, overridden by the flags that are not None."""
-        told = {} if path is None else _read(path)
-        given = {k: v for k, v in flags.items() if v is not None}
-        merged = {**told, **given}
-        where = dict.fromkeys(told, str(path)) | dict.fromkeys(given, "flags")
-        known = {f.name: f for f in fields(cls)}
-        for key in merged:
-            if key not in known:
-                raise ConfigError(
-                    f"unknown key {key!r}{nearest(key, known)}",
-                    where=where[key],
-                    fix=f"known keys: {', '.join(known)}",
-                )
-        missing = [n for n in ("data", "model", "output_dir") if merged.get(n) is None]
-        if missing:
-            raise ConfigError(
-                f"missing: {', '.join(missing)}",
-                fix=" ".join(f"--{m.replace('_', '-')} ..." for m in missing),
-            )
-        config = cls(**{k: _typed(k, v, str(known[k].type), where[k]) for k, v in merged.items()})
-        _check(config, where)
-        return config
+    def of(cls, path: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
+        """The keys of a YAML file, overridden by flags that are not None; both may be flat or in sections."""
+        read = {} if path is None else _read(path)
+        placed = _Placed()
+        placed.add(read, str(path))
+        placed.add({k: v for k, v in flags.items() if v is not None}, "flags")
+        return placed.config()
 
 
-Fits = tuple[Callable[[Any], bool], str]  # whether a value fits, and what would
+# -- from keys to sections ---------------------------------------------------------------------------------
 
-
-def _at_least(least: int, most: float = math.inf) -> Fits:
-    wanted = f"a number ≥ {least}" if most == math.inf else f"a number from {least} to {most}"
-    return lambda v: least <= v <= most and v != math.inf, wanted
-
-
-def _one_of(*names: str) -> Fits:
-    return lambda v: v in names, f"one of {', '.join(names)}"
-
-
-# What runs on a schedule that needs no settings of its own.
-_SCHEDULES = (
-    "cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "polynomial", "inverse_sqrt",
-)  # fmt: skip
-_COUNTS = (
-    "limit", "eval_limit", "eval_steps", "max_steps", "gradient_accumulation_steps", "lora", "logging_steps",
-    "save_steps", "save_total_limit",
-)  # fmt: skip
-_FITS: dict[str, Fits] = {
-    **dict.fromkeys(_COUNTS, _at_least(1)),
-    **dict.fromkeys(("max_length", "max_tokens"), _at_least(2)),
-    **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "learning_rate"), _at_least(0)),
-    "epochs": (lambda v: 0 < v < math.inf, "a number > 0"),
-    "seed": _at_least(0, 2**32 - 1),  # NumPy's limit
-    "lr_scheduler": _one_of(*_SCHEDULES),
-    "denominator": _one_of("tokens", "sequence"),
-    "dtype": _one_of("float32", "bfloat16", "float16"),
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(TrainConfig)}
+# Every option by its key in a flat file, which is that of its flag: the section and the field.
+_FLAT = {key_of(f): (name, f.name) for name, section in SECTIONS.items() for f in fields(section)}
+# Fields of TrainingArguments that are said otherwise here, or that forests have no place for.
+_ELSEWHERE = {
+    "output_dir": "--output-dir",
+    "resume_from_checkpoint": "--resume",
+    "bf16": "--dtype bf16",
+    "fp16": "--dtype fp16",
+    "activation_checkpointing": "--gradient-checkpointing",
+    "per_device_train_batch_size": "--max-tokens: a pack is one micro-batch",
+    "per_device_eval_batch_size": "--max-tokens: a pack is one micro-batch",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "--data and --eval-data"),
+    **dict.fromkeys(
+        ("remove_unused_columns", "label_names", "length_column_name"), "nothing: rows are encoded"
+    ),
+    **dict.fromkeys(("include_for_metrics", "batch_eval_metrics"), "nothing: evaluation makes no logits"),
 }
 
 
-def _check(config: TrainConfig, where: Mapping[str, str]) -> None:
-    """Raise ConfigError for what couldn't run: before a model is loaded and rows are encoded for nothing.
+class _Placed:
+    """Values by section and field, and where each was said."""
 
-    where: which file, or "flags", each key comes from.
-    """
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if f.name not in _FITS or value == f.default:
-            continue
-        fits, wanted = _FITS[f.name]
-        if not fits(value):
-            raise ConfigError(f"{f.name} is {value!r}", where=where[f.name], fix=f"give {wanted}")
-    if config.eval_data is None:
-        for name in ("eval_split", "eval_limit", "eval_steps"):
-            if getattr(config, name) is not None:
-                what = f"{name} without eval_data"
-                raise ConfigError(what, where=where[name], fix="--eval-data names the rows")
-    check_options(config.encoder or {}, where.get("encoder", ""))
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        self.further: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+        self.where: dict[tuple[str, str], str] = {}
+
+    def add(self, given: Mapping[str, Any], where: str) -> None:
+        """Take in keys of a file or flags; later ones override earlier ones."""
+        for key, value in given.items():
+            if key in SECTIONS and isinstance(value, Mapping):
+                for name, inner in value.items():
+                    self._put(key, str(name), inner, where)
+            elif key == "lora":  # the rank alone
+                self._put("lora", "r", value, where)
+            elif key in _FLAT:
+                self._put(*_FLAT[key], value, where)
+            else:
+                self._refuse(key, where)
+
+    def _put(self, section: str, key: str, value: Any, where: str) -> None:
+        """One key of a section; what isn't a field of ours may be a name of the class that the section stands for."""
+        at, name = _FLAT.get(key, ("", ""))
+        own = {f.name for f in fields(SECTIONS[section])}
+        name = name if at == section else key
+        if name == "further" and "further" in own and isinstance(value, Mapping):
+            for inner, v in value.items():
+                self._put(section, str(inner), v, where)
+        elif name in own:
+            self.values[section][name] = value
+        elif "further" in own:
+            self.further[section][name] = value
+        else:
+            known = [k for k, (s, _) in _FLAT.items() if s == section]
+            raise ConfigError(f"unknown key {key!r}{nearest(key, known)}", where=f"{where}, {section}")
+        self.where[section, name] = where
+
+    def _refuse(self, key: str, where: str) -> None:
+        known = [*SECTIONS, *_FLAT]
+        raise ConfigError(
+            f"unknown key {key!r}{nearest(key, known)}", where=where, fix=f"known keys: {', '.join(known)}"
+        )
+
+    def config(self) -> TrainConfig:
+        """The sections, checked. Raises ConfigError for what couldn't run, before anything is loaded."""
+        made = {name: self._section(name) for name in SECTIONS}
+        config = TrainConfig(**made)
+        required = {"data": config.data.path, "model": config.model.path, "output_dir": config.output.dir}
+        missing = [key for key, value in required.items() if value is None]
+        if missing:
+            fix = " ".join(f"--{key.replace('_', '-')} ..." for key in missing)
+            raise ConfigError(f"missing: {', '.join(missing)}", fix=fix)
+        self._check(config)
+        return config
+
+    def _section(self, name: str) -> Any:
+        section, values = SECTIONS[name], self.values[name]
+        hints, made = get_type_hints(section), {}
+        for f in fields(section):
+            if f.name in values:
+                where = self.where[name, f.name]
+                made[f.name] = checked(key_of(f), values[f.name], f, hints[f.name], where)
+        if self.further[name]:
+            made["further"] = self._checked_further(name, self.further[name])
+        return section(**made)
+
+    def _checked_further(self, section: str, values: dict[str, Any]) -> dict[str, Any]:
+        where = self.where[section, next(iter(values))]
+        if section == "encoder":
+            check_options(values, where)
+            return values
+        hints = _lora_hints(values, where) if section == "lora" else _training_hints(values, where)
+        return {k: fit(k, v, hints[k], self.where[section, k]) for k, v in values.items() if v is not None}
+
+    def _check(self, config: TrainConfig) -> None:
+        if config.data.eval_path is None:
+            for section, name in (("data", "eval_split"), ("data", "eval_limit"), ("training", "eval_steps")):
+                if self.values[section].get(name) is not None:
+                    where = self.where[section, name]
+                    raise ConfigError(
+                        f"{name} without eval_data", where=where, fix="--eval-data names the rows"
+                    )
+        if config.training.load_best_model_at_end and config.data.eval_path is None:
+            raise ConfigError("load_best_model_at_end without eval_data", fix="--eval-data names the rows")
+        if config.lora.further.get("r", 1) < 1:
+            where = self.where["lora", "r"]
+            raise ConfigError(f"lora is {config.lora.further['r']}", where=where, fix="give a rank ≥ 1")
+
+
+def _lora_hints(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    try:
+        from peft import LoraConfig
+    except ImportError:  # said with its extra when the adapters are made
+        return dict.fromkeys(values, Any)
+    return fields_by_name(values, LoraConfig, "field of LoraConfig", where)
+
+
+def _training_hints(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    for name in values:
+        if name in _ELSEWHERE:
+            raise ConfigError(f"{name} isn't said here", where=where, fix=f"use {_ELSEWHERE[name]}")
+    return fields_by_name(values, TrainingArguments, "field of TrainingArguments", where)
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-        told, tree = yaml.safe_load(text), yaml.compose(text)
+        values, tree = yaml.safe_load(text), yaml.compose(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError("unreadable config", where=str(path), why=str(error)) from error
-    if not isinstance(told, dict) or not all(isinstance(k, str) for k in told):
+    if not isinstance(values, dict) or not all(isinstance(k, str) for k in values):
         raise ConfigError("a config is a mapping of keys to values", where=str(path))
-    for name, times in Counter(key.value for key, _ in getattr(tree, "value", ())).items():
-        if times > 1:  # YAML would take the last one
-            raise ConfigError(f"{name} stands there {times} times", where=str(path), fix="leave one of them")
-    return told
+    for mapping in _mappings(tree):
+        for name, times in Counter(key.value for key, _ in mapping.value).items():
+            if times > 1:  # YAML would take the last one
+                raise ConfigError(
+                    f"{name} stands there {times} times", where=str(path), fix="leave one of them"
+                )
+    return {k: {} if v is None and k in SECTIONS else v for k, v in values.items()}
 
 
-def _typed(key: str, value: Any, declared: str, where: str) -> Any:
-    """`value` as the declared type; YAML reads 2e-5 as text, and a bool is not a number."""
-    if value is None and "None" in declared:
-        return None
-    kind = declared.split(" |")[0]
-    kinds: dict[str, type] = {"str": str, "int": int, "float": float, "bool": bool, "dict[str, Any]": dict}
-    wanted = kinds[kind]
-    try:
-        if wanted is float and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool)):
-            return value
-    except (TypeError, ValueError):
-        pass
-    raise ConfigError(f"{key} must be {kind}, got {value!r}", where=where)
+def _mappings(node: Any) -> Iterator[Any]:
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for _, value in node.value:
+            yield from _mappings(value)
+
+
+# -- a commented file, and the reference -------------------------------------------------------------------
+
+
+def template() -> str:
+    """Every option of a run as YAML, commented: what isn't uncommented has its default."""
+    lines = ["# A run of `ygx train`. What is commented out has the value that stands there."]
+    for name, section in SECTIONS.items():
+        lines += ["", f"# {section.__doc__}", f"{name}:"]
+        for f in fields(section):
+            lines += _entry(name, f)
+    return "\n".join(lines) + "\n"
+
+
+def _entry(section: str, f: Any) -> list[str]:
+    if f.name == "further":
+        example = {"lora": "r: 16", "encoder": "repair: append_end", "training": "adam_beta2: 0.95"}[section]
+        return [f"  # {SECTIONS[section].__doc__}", f"  # {example}"]
+    value = yaml.safe_dump(default_of(f)).removesuffix("...\n").strip()
+    mark = "" if f.metadata["required"] else "# "
+    return [f"  # {_meaning(section, f)}{_default(f, ' [', ']')}", f"  {mark}{f.name}: {value}"]
+
+
+def _meaning(section: str, f: Any) -> str:
+    found = choices(get_type_hints(SECTIONS[section])[f.name])
+    named = [] if all(str(c) in f.metadata["help"] for c in found) else [f" ({', '.join(found)})"]
+    return "".join([f.metadata["help"], *named])
+
+
+def _default(f: Any, before: str, after: str) -> str:
+    text = "required" if f.metadata["required"] else f.metadata["default_text"]
+    return f"{before}{text}{after}" if text else ""
+
+
+def reference() -> str:
+    """docs/reference/train.md: every option with its flag, its key and its default."""
+    lines = ["# Options of `ygx train`", "", "Made by `python -m ygivenx.commands.config`; don't edit.", ""]
+    for name, section in SECTIONS.items():
+        lines += [f"## {name}", "", f"{section.__doc__}", "", "| flag | meaning | default |", "|---|---|---|"]
+        for f in fields(section):
+            default = default_of(f)
+            shown = _default(f, "", "") or ("" if default in (None, {}) else f"`{default}`")
+            lines.append(f"| `{flags_of(f)[0]}` | {_meaning(name, f)} | {shown} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -58,7 +58,7 @@ def examine(model: tuple[str, str | None] | None = None) -> dict[str, Any]:
     return found
 
 
-def told(found: dict[str, Any]) -> str:
+def as_text(found: dict[str, Any]) -> str:
     """The document as indented text."""
     return "\n".join(_lines(found, 0))
 

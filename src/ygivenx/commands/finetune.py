@@ -2,53 +2,86 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import torch
 from rich.console import Console
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from ..errors import ConfigError, MissingExtra
+from ..errors import ConfigError
+from ..locks import locked
 from ..models.families import routes_told
 from ..proof.limits import Limits
+from ..sequence import Example
 from ..training import checkpoint, runs
-from .config import TrainConfig
+from ..training.interrupts import Interrupts
+from ..training.precision import multiplies_bfloat16
+from ..training.trainer import Trainer, refuse_unused
+from . import adapters
+from .config import DataSection, TrainConfig, TrainingSection
 from .inputs import open_encoder, open_model, open_rows, say, take
+from .modelcard import write_card
 from .progress import RichProgress, trained
+from .quiet import quiet
 
 SHOWN_ROWS = 20  # on the page
-INTERRUPTED = 130  # what shells call a program that Ctrl-C ended
+RATE, RATE_OF_ADAPTERS = 2e-5, 2e-4  # adapters start at 0 and have few weights: they bear ten times the rate
+KEPT = "training"  # the lock of an output directory
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype of the weights, and the mixed precision that products run in."""
+
+    weights: str
+    bf16: bool = False
+    fp16: bool = False
 
 
 def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
-    """Run it, saying aloud what is read and trained; returns the counts and the last metrics.
+    """Run it, printing what is read and trained; returns the counts and the last metrics.
 
     What can be wrong with the config, the output directory and the rows is found before the model is loaded.
     """
+    directory = Path(str(config.output.dir))
+    _refuse_unwritable(directory)
+    with quiet(config.output.verbose):
+        args = arguments_of(config)
+        console.quiet = console.quiet or args.process_index > 0
+        with locked(directory / KEPT, "ygx train", args.process_index == 0):
+            return _finetune(config, args, console)
+
+
+def _finetune(config: TrainConfig, args: TrainingArguments, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
-    _refuse_unwritable(Path(config.output_dir))
-    start = checkpoint.start(Path(config.output_dir), config.resume)
+    directory = Path(args.output_dir)
+    start = checkpoint.start(directory, config.output.resume)
     encoder = encoder_of(config, start)
-    examples, account = examples_of(config, encoder, config.data, config.split, config.limit)
-    held_out = None
-    if config.eval_data:
-        told = config.eval_data, config.eval_split, config.eval_limit
-        held_out, _ = examples_of(config, encoder, *told)
-    model, tokenizer = open_model(config.model, config.gguf_file, config.dtype)
+    examples, account = examples_of(config.data, encoder)
+    held_out = examples_of(config.data, encoder, held_out=True)[0] if config.data.eval_path else None
+    model, tokenizer = open_model(config.model, precision_of(config.model.dtype).weights)
+    if config.lora.further and args.process_index == 0:
+        adapters.write_base(model, config.model, directory)
     notes = {"now": encoder.now.isoformat()}
-    trainer = build(config, adapted(model, config), tokenizer, examples, held_out, console, notes)
+    trainer = build(
+        config, args, adapters.adapted(model, config.lora), tokenizer, examples, held_out, console, notes
+    )
     say(str(trainer.train_dataset), console)
     _say_too_long(examples, model, console)
     say(routes_told(model), console)
     before = trainer.evaluate() if held_out else {}
     outcome = run(trainer, start, console)
     after = evaluation(trainer) if held_out else {}
-    final = Path(config.output_dir) / "final"
-    with checkpoint.writing(final):
-        trainer.save_model(str(final))
+    final = save(config, trainer, account, after)
     page = write_page(config, trainer, held_out or examples, account, before)
     say(f"saved: {final}, and what was trained: {page}", console)
+    _say_what_next(config, final, console)
     # The ranks' threads end here: a process that leaves them to the interpreter's exit may abort there.
     trainer.accelerator.end_training()
     return {
@@ -75,26 +108,118 @@ def _refuse_unwritable(directory: Path) -> None:
         raise ConfigError(what, where=str(directory), why=str(error.strerror)) from error
 
 
+# -- arguments ---------------------------------------------------------------------------------------------
+
+
+def precision_of(dtype: str) -> Precision:
+    """What a dtype of `ygx train` means on this machine. Raises ConfigError for float16 without a GPU."""
+    if dtype in ("bfloat16", "float32"):
+        return Precision(dtype)
+    if dtype in ("fp16", "float16"):
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"--dtype {dtype} needs a GPU",
+                why="gradients in float16 have to be scaled, which torch does on GPUs alone",
+                fix="--dtype auto takes what this machine is good at",
+            )
+        return Precision("float32", fp16=True)
+    return Precision("float32", bf16=dtype == "bf16" or multiplies_bfloat16())
+
+
+def arguments_of(config: TrainConfig) -> TrainingArguments:
+    """transformers' arguments of a config; with torchrun the ranks find each other here.
+
+    Raises ConfigError for values that transformers refuses, and for settings that forests have no place for.
+    """
+    own = {f.name for f in fields(TrainingArguments)}
+    section = config.training
+    named = {f.name: getattr(section, f.name) for f in fields(section) if f.name in own}
+    precision = precision_of(config.model.dtype)
+    settings: dict[str, Any] = {
+        **{k: v for k, v in named.items() if v is not None and k != "gradient_checkpointing"},
+        "output_dir": config.output.dir,
+        "learning_rate": _rate(config),
+        "bf16": precision.bf16,
+        "fp16": precision.fp16,
+        **_checkpointing(section.gradient_checkpointing),
+        **_when(section, config.data.eval_path is not None),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": not torch.accelerator.is_available(),  # else accelerate sees no ranks without GPUs
+        "disable_tqdm": True,
+        **section.further,
+    }
+    try:
+        args = TrainingArguments(**settings)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError("transformers refuses these settings", where="training", why=str(error)) from error
+    refuse_unused(args)
+    _refuse_lone_ranks(args)
+    return args
+
+
+def _rate(config: TrainConfig) -> float:
+    if config.training.learning_rate is not None:
+        return config.training.learning_rate
+    return RATE_OF_ADAPTERS if config.lora.further else RATE
+
+
+def _when(section: TrainingSection, held_out: bool) -> dict[str, Any]:
+    """When there are evaluations and checkpoints; the best of these needs both at the same steps."""
+    save, evaluate = section.save_steps, section.eval_steps
+    if section.load_best_model_at_end:
+        save = evaluate = save or evaluate or 500
+    return {
+        "eval_strategy": "steps" if held_out and evaluate else "no",
+        "eval_steps": evaluate,
+        "save_strategy": "steps" if save else "no",
+        "save_steps": save or 500,
+        "max_steps": section.max_steps or -1,
+    }
+
+
+def _checkpointing(wanted: bool) -> dict[str, bool]:
+    """transformers 5.23 renamed `gradient_checkpointing`, and warns about the old name."""
+    new = "activation_checkpointing"
+    return {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": wanted}
+
+
+def _refuse_lone_ranks(args: TrainingArguments) -> None:
+    """Raise ConfigError where a launcher started several processes that don't know of each other."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size != started:
+        raise ConfigError(
+            f"{started} processes were started, and accelerate found {args.world_size}",
+            why="each would train alone and write into the same directory",
+            fix="torchrun --nproc_per_node N -m ygivenx train ..., or one process",
+        )
+
+
+# -- rows and the trainer ----------------------------------------------------------------------------------
+
+
 def encoder_of(config: TrainConfig, start: Path | None) -> Any:
     """The encoder of a config; its time is that of the run which is resumed from checkpoint `start`."""
-    told = {} if start is None else runs.recalled(start)
-    options = {"max_length": config.max_length, "overflow": config.overflow, "now": told.get("now")}
-    options |= {"train": config.train, "control": config.control, **(config.encoder or {})}
-    return open_encoder(config.model, config.gguf_file, **options)
+    before = {} if start is None else runs.recalled(start)
+    return open_encoder(config.model, config.encoder, now=before.get("now"))
 
 
 def examples_of(
-    config: TrainConfig, encoder: Any, data: str, split: str | None, limit: int | None
-) -> tuple[list[Any], dict[str, Any]]:
-    """The examples of some data, at least one, and the account of its rows."""
-    reader = open_rows(data, config.format, config.x, config.y, config.plain, limit, split)
-    examples, account = take(reader, encoder)
+    data: DataSection, encoder: Any, *, held_out: bool = False
+) -> tuple[list[Example], dict[str, Any]]:
+    """The examples of the rows, at least one, and their account."""
+    from dataclasses import replace
+
+    path, quarantine = str(data.path), data.quarantine
+    if held_out:
+        path, quarantine = str(data.eval_path), None
+        data = replace(data, split=data.eval_split, limit=data.eval_limit)
+    examples, account = take(open_rows(path, data), encoder, data.processes, quarantine)
     if not examples:
-        raise ConfigError("no row was accepted", where=data, fix="the reasons are above; try `ygx show`")
+        raise ConfigError("no row was accepted", where=path, fix="the reasons are above; try `ygx show`")
     return examples, account
 
 
-def _say_too_long(examples: list[Any], model: Any, console: Console) -> None:
+def _say_too_long(examples: list[Example], model: Any, console: Console) -> None:
     most = Limits.of(model.config, None).context_length
     lengths = [len(s) for example in examples for s in example]
     if most and max(lengths) > most:
@@ -105,20 +230,53 @@ def _say_too_long(examples: list[Any], model: Any, console: Console) -> None:
         )
 
 
-def run(trainer: Any, start: Path | None, console: Console) -> Any:
+def build(
+    config: TrainConfig, args: TrainingArguments, model: Any, tokenizer: Any, examples: list[Example],
+    held_out: list[Example] | None, console: Console, notes: dict[str, Any] | None = None,
+) -> Trainer:  # fmt: skip
+    """The Trainer of a config, with one progress bar and no other output; `notes` go into its checkpoints."""
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=examples,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        max_tokens=config.training.max_tokens,
+        denominator=config.training.denominator,
+        notes=notes,
+        callbacks=[RichProgress(console)],
+    )
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    return trainer
+
+
+# -- the run -----------------------------------------------------------------------------------------------
+
+
+def run(trainer: Trainer, start: Path | None, console: Console) -> Any:
     """Train, from a checkpoint if there is one; an interrupted run says where it can be taken up, and exits."""
     if start is not None:
         say(f"resumed from {start} (step {runs.steps_done(start)} of {trainer.steps})", console)
+    interrupts = Interrupts(lambda text: say(text, console))
+    trainer.add_callback(interrupts)
+    interrupts.begin()
     try:
-        return trained(trainer, start)
+        outcome = trained(trainer, start)
     except KeyboardInterrupt:
-        last = checkpoint.newest(Path(trainer.args.output_dir))
-        kept = f"--resume auto goes on from {last}" if last else "no checkpoint was saved (--save-steps)"
-        say(f"interrupted at step {trainer.state.global_step} of {trainer.steps}: {kept}", console)
-        raise SystemExit(INTERRUPTED) from None
+        interrupts.received = interrupts.received or signal.SIGINT
+    finally:
+        interrupts.end()
+    if not interrupts.received:
+        return outcome
+    last = checkpoint.newest(Path(trainer.args.output_dir))
+    kept = f"--resume auto goes on from {last}" if last else "no checkpoint was saved"
+    say(f"interrupted at step {trainer.state.global_step} of {trainer.steps}: {kept}", console)
+    trainer.accelerator.end_training()
+    raise SystemExit(128 + interrupts.received)  # what shells call a program that a signal ended
 
 
-def evaluation(trainer: Any) -> dict[str, float]:
+def evaluation(trainer: Trainer) -> dict[str, float]:
     """What evaluation gives, or gave if nothing was trained since."""
     logged = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     if logged and logged[-1]["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
@@ -126,9 +284,26 @@ def evaluation(trainer: Any) -> dict[str, float]:
     return dict(trainer.evaluate())
 
 
+# -- what is left ------------------------------------------------------------------------------------------
+
+
+def save(config: TrainConfig, trainer: Trainer, account: dict[str, Any], after: dict[str, float]) -> Path:
+    """`final` in the output directory: a model, or an adapter with its base, and a card."""
+    directory = Path(trainer.args.output_dir)
+    final = directory / "final"
+    with checkpoint.writing(final):
+        trainer.save_model(str(final))
+        if trainer.is_world_process_zero():
+            if config.lora.further:
+                adapters.embed_base(final, config.model, directory)
+            write_card(final, config, trainer, account, after)
+    return final
+
+
 def write_page(
-    config: TrainConfig, trainer: Any, examples: list[Any], account: dict[str, Any], before: dict[str, float]
-) -> Path:
+    config: TrainConfig, trainer: Trainer, examples: list[Example], account: dict[str, Any],
+    before: dict[str, float],
+) -> Path:  # fmt: skip
     """`report.html` in the output directory: the curves of the run, and some rows token by token after it.
 
     before: what evaluation gave before the first step, if there was one.
@@ -145,90 +320,30 @@ def write_page(
         TokenStrip.of(s, log_p[path], title=title)
         for s, title, path in zip(sequences, names, forest.paths, strict=True)
     ]
-    which = "held-out rows" if config.eval_data else "rows"
+    which = "held-out rows" if config.data.eval_path else "rows"
     page = run_page(
         [{**before, "step": 0}, *trainer.state.log_history],
-        title=f"Training on {Path(config.data).name}",
+        title=f"Training on {Path(str(config.data.path)).name}",
         subtitle=f"{trainer.train_dataset}. Below: {which} after training, as the model reads them.",
         summary={
-            "model": config.model,
+            "model": Path(str(config.model.path)).name,
             "steps": trainer.state.global_step,
             "rows read": account["read"],
             "quarantined": account["quarantined"],
         },
         rows=strips,
     )
-    target = Path(config.output_dir) / "report.html"
+    target = Path(trainer.args.output_dir) / "report.html"
     return page.write(target) if trainer.is_world_process_zero() else target
 
 
-def adapted(model: Any, config: TrainConfig) -> Any:
-    """The model with LoRA adapters on every linear layer, if the config asks for them."""
-    if config.lora is None:
-        return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise MissingExtra("peft", "lora", needed_for="lora") from error
-    wanted = LoraConfig(
-        r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, wanted)
-
-
-def build(
-    config: TrainConfig,
-    model: Any,
-    tokenizer: Any,
-    examples: list[Any],
-    held_out: list[Any] | None,
-    console: Console,
-    notes: dict[str, Any] | None = None,
-) -> Any:
-    """The Trainer of a config, with one progress bar and no other output; `notes` go into its checkpoints."""
-    import torch
-    from transformers import PrinterCallback, ProgressCallback, TrainingArguments
-
-    from ..training.trainer import Trainer
-
-    args = TrainingArguments(
-        output_dir=config.output_dir,
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        **_checkpointing(TrainingArguments, config.gradient_checkpointing),
-        logging_steps=config.logging_steps,
-        eval_strategy="steps" if held_out and config.eval_steps else "no",
-        eval_steps=config.eval_steps,
-        save_strategy="steps" if config.save_steps else "no",
-        save_steps=config.save_steps or 500,
-        save_total_limit=config.save_total_limit,
-        seed=config.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-    )
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=examples,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        max_tokens=config.max_tokens,
-        denominator=config.denominator,
-        notes=notes,
-        callbacks=[RichProgress(console)],
-    )
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
-    return trainer
-
-
-def _checkpointing(arguments: Any, wanted: bool) -> dict[str, bool]:
-    """transformers 5.23 renamed `gradient_checkpointing`, and warns about the old name."""
-    new = "activation_checkpointing"
-    return {new if new in arguments.__dataclass_fields__ else "gradient_checkpointing": wanted}
+def _say_what_next(config: TrainConfig, final: Path, console: Console) -> None:
+    say("what to do next:", console)
+    say(f"  ygx generate --model {final} --prompt '...'     # look at what it writes", console)
+    say(f"  ygx score ROWS --model {final} -o scores.jsonl  # log Pr(y|x) of rows", console)
+    if config.lora.further:
+        say(
+            f"  ygx merge {final} -o {final.parent / 'merged'}  # a plain model, for vLLM or llama.cpp",
+            console,
+        )
+    say(f'  AutoModelForCausalLM.from_pretrained("{final}")  # in Python, with transformers', console)

@@ -1,19 +1,32 @@
-"""What every command begins with: a model, an encoder, rows; and the account of the rows, said aloud."""
+"""What every command begins with: a model, an encoder, rows; and the account of the rows."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError
+from ..rows.data import Reader, read
+from ..sequence import Example, Rejected
 from ..show import visible
+from .config import Columns, EncoderSection, Rows, Source
+
+if TYPE_CHECKING:
+    from ..encoder.encode import Encoder
 
 console = Console(stderr=True)
+CHUNK = 256  # rows that are encoded at a time: their texts go to the tokenizer together
+# Starting processes takes seconds, as long as encoding some thousand rows: they begin behind these, with large chunks.
+ALONE, CHUNK_APART = 8192, 32768
 
 
 def say(text: str, to: Console | None = None) -> None:
@@ -21,133 +34,174 @@ def say(text: str, to: Console | None = None) -> None:
     (to or console).print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
 
-def open_model(model: str, gguf_file: str | None, dtype: str) -> tuple[Any, Any]:
+def open_model(source: Source, dtype: str = "float32") -> tuple[Any, Any]:
+    """(model, tokenizer), in this dtype by torch's name."""
     import torch
 
     from ..head.edges import multiplies
     from ..models.memory import keep_freed_memory
     from ..models.model import load
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"unknown dtype {dtype!r}", fix="float32, bfloat16 or float16")
     keep_freed_memory()
     with console.status("loading the model"):
-        loaded = load(model, gguf_file=gguf_file, dtype=getattr(torch, dtype))
+        loaded = load(str(source.path), gguf_file=source.gguf_file, dtype=getattr(torch, dtype))
     if loaded[0].device.type == "cpu" and not multiplies(loaded[0].dtype):
         console.print(f"[yellow]this CPU has no products in {dtype}: float32 takes a fraction of the time[/]")
     return loaded
 
 
-def open_encoder(model: str, gguf_file: str | None, **options: Any) -> Any:
+def options_of(section: EncoderSection) -> dict[str, Any]:
+    """The section as arguments of Encoder."""
+    named = {name: getattr(section, name) for name in ("train", "control", "max_length", "overflow")}
+    return {**named, **section.further}
+
+
+def open_encoder(source: Source, section: EncoderSection, **options: Any) -> Encoder:
+    """The encoder of a model; what the section says of `options` counts."""
     from ..encoder.encode import Encoder
 
     with console.status("loading the tokenizer"):
-        encoder = Encoder.from_pretrained(model, gguf_file=gguf_file, **options)
+        encoder = Encoder.from_pretrained(
+            str(source.path), gguf_file=source.gguf_file, **{**options, **options_of(section)}
+        )
     if encoder.dated:
-        told = encoder.now.isoformat(timespec="seconds")
-        say(f"the chat template writes the time: it is taken to be {told} (--encoder now={told})")
+        now = encoder.now.isoformat(timespec="seconds")
+        say(f"the chat template writes the time: it is taken to be {now} (--encoder now={now})")
     return encoder
 
 
-def encoder_options(named: Iterable[str] | None, **further: Any) -> dict[str, Any]:
-    """Options of Encoder from `name=value`; a value is JSON where it can be, else text. Raises ConfigError."""
-    told: dict[str, Any] = {}
-    for option in named or ():
-        name, given, value = option.partition("=")
-        if not given:
-            raise ConfigError(f"--encoder {option}: no value", fix="name=value, such as repair=append_end")
-        try:
-            told[name] = json.loads(value)
-        except json.JSONDecodeError:
-            told[name] = value
-    check_options(told, "--encoder")
-    return {**further, **told}
+def open_rows(data: str, columns: Columns, limit: int | None = None) -> Reader:
+    """The rows of a file; `limit` counts where the columns bring none."""
+    if isinstance(columns, Rows):
+        limit = columns.limit
+    return read(
+        data,
+        fmt=columns.format,
+        x=columns.x,
+        y=columns.y,
+        as_text=columns.plain,
+        limit=limit,
+        split=columns.split,
+    )
 
 
-def check_options(told: Iterable[str], where: str) -> None:
-    """Raise ConfigError for a name that is no option of Encoder, or one that commands have a flag for."""
-    from ..encoder.encode import OPTIONS
-
-    for name in told:
-        if name not in OPTIONS:
-            what = f"unknown option of the encoder {name!r}{nearest(str(name), OPTIONS)}"
-            raise ConfigError(what, where=where, fix=f"known: {', '.join(OPTIONS)}")
-
-
-def open_rows(
-    data: str,
-    fmt: str | None,
-    x: str | None,
-    y: str | None,
-    plain: bool,
-    limit: int | None,
-    split: str | None = None,
-) -> Any:
-    from ..rows.data import read
-
-    return read(data, fmt=fmt, x=x, y=y, as_text=plain, limit=limit, split=split)
-
-
-def encoded(reader: Any, encoder: Any) -> Iterator[Any]:
+def encoded(reader: Iterable[Any], encoder: Any, processes: int = 1) -> Iterator[Example | Rejected]:
     """An Example or a Rejected per row read; what the reader quarantined passes through."""
-    from ..sequence import Rejected
-
-    for chunk in _chunks(reader, 256):
-        examples, rejected = encoder.batch([r for r in chunk if not isinstance(r, Rejected)])
-        yield from (r for r in chunk if isinstance(r, Rejected))
-        yield from examples
-        yield from rejected
+    rows = iter(reader)
+    for chunk in _chunks(islice(rows, ALONE) if processes > 1 else rows, CHUNK):
+        yield from _encoded(chunk, encoder, 1)
+    for chunk in _chunks(rows, CHUNK_APART):
+        yield from _encoded(chunk, encoder, processes)
 
 
-def _chunks(items: Any, size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
+def _encoded(chunk: list[Any], encoder: Any, processes: int) -> Iterator[Example | Rejected]:
+    options = {} if processes == 1 else {"processes": processes}
+    examples, rejected = encoder.batch([r for r in chunk if not isinstance(r, Rejected)], **options)
+    yield from (r for r in chunk if isinstance(r, Rejected))
+    yield from examples
+    yield from rejected
+
+
+def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while chunk := list(islice(items, size)):
         yield chunk
 
 
-class Accepted:
-    """Iterates over the examples that a reader's rows became, and keeps count of what was rejected.
+@dataclass
+class Account:
+    """What became of the rows: accepted + quarantined = read. Notes on accepted ones are counted by kind.
 
-    items: an Example or a Rejected per row of the reader, as from `encoded`.
+    quarantine: a file that gets each rejected row with its reason, as JSON Lines.
     """
 
-    def __init__(self, reader: Any, items: Iterable[Any]) -> None:
-        self.reader, self.items = reader, items
-        self.accepted, self.reasons, self.first = 0, Counter[str](), ""
+    format: str
+    quarantine: str | None = None
+    accepted: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    first: str = ""
+    notes: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    _open: ExitStack = field(default_factory=ExitStack)
+    _file: Any = None
 
-    def __iter__(self) -> Iterator[Any]:
-        from ..sequence import Rejected
+    def accept(self, example: Example | None = None) -> None:
+        """Count an accepted row and what its sequences note."""
+        self.accepted += 1
+        for note in dict.fromkeys(n for s in example or () for n in s.notes):
+            kind = re.sub(r"\d+", "N", note)
+            self.notes[kind] += 1
+            self.examples.setdefault(kind, f"row {example.index}: {note}" if example else note)
 
-        for item in self.items:
-            if isinstance(item, Rejected):
-                self.reasons[item.reason] += 1
-                self.first = self.first or item.message
-            else:
-                self.accepted += 1
-                yield item
+    def reject(self, row: Rejected) -> None:
+        """Count a quarantined row, and write it down where that is asked for."""
+        self.reasons[row.reason] += 1
+        self.first = self.first or row.message
+        if self.quarantine:
+            self._file = self._file or self._open.enter_context(_quarantine_file(self.quarantine))
+            record = {"reason": row.reason, "where": row.where, "message": row.message, "row": row.row}
+            self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
-    def account(self) -> dict[str, Any]:
-        """Accepted + quarantined = read; said aloud too."""
+    def document(self) -> dict[str, Any]:
+        """Plain types: the counts."""
         quarantined = self.reasons.total()
-        account = {
-            "format": self.reader.format,
+        return {
+            "format": self.format,
             "read": self.accepted + quarantined,
             "accepted": self.accepted,
             "quarantined": quarantined,
             "reasons": dict(self.reasons.most_common()),
+            "notes": dict(self.notes.most_common()),
         }
-        say_account(account, self.first)
-        return account
+
+    def close(self) -> dict[str, Any]:
+        """Print the counts and close the file; the same as a document."""
+        self._open.close()
+        document = self.document()
+        say_account(document, self.first, self.examples)
+        if self.quarantine and document["quarantined"]:
+            say(f"quarantined rows: {self.quarantine}")
+        return document
 
 
-def take(reader: Any, encoder: Any) -> tuple[list[Any], dict[str, Any]]:
-    """All examples of a reader, and the account of its rows."""
-    accepted = Accepted(reader, encoded(reader, encoder))
+def _quarantine_file(path: str) -> Any:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "w", encoding="utf-8")  # the account closes it
+    except OSError as error:
+        raise ConfigError("it can't be written", where=f"--quarantine {path}", why=str(error)) from error
+
+
+class Accepted:
+    """Iterates over the examples that a reader's rows became, and keeps the account of all of them.
+
+    items: an Example or a Rejected per row of the reader, as from `encoded`.
+    """
+
+    def __init__(self, reader: Reader, items: Iterable[Any], quarantine: str | None = None) -> None:
+        self.items, self._account = items, Account(reader.format, quarantine)
+
+    def __iter__(self) -> Iterator[Example]:
+        for item in self.items:
+            if isinstance(item, Rejected):
+                self._account.reject(item)
+            else:
+                self._account.accept(item)
+                yield item
+
+    def account(self) -> dict[str, Any]:
+        """Accepted + quarantined = read; printed too."""
+        return self._account.close()
+
+
+def take(reader: Reader, encoder: Any, processes: int = 1, quarantine: str | None = None) -> Any:
+    """(all examples of a reader, the account of its rows)."""
+    accepted = Accepted(reader, encoded(reader, encoder, processes), quarantine)
     examples = list(accepted)
     return examples, accepted.account()
 
 
-def say_account(account: dict[str, Any], first: str) -> None:
+def say_account(account: dict[str, Any], first: str, examples: dict[str, str] | None = None) -> None:
+    """Print the counts of an account, the first rejected row, and one row for each kind of note."""
     say(f"format: {account['format']}")
     say(
         f"{account['accepted']:,} accepted + {account['quarantined']:,} quarantined = {account['read']:,} read"
@@ -155,16 +209,44 @@ def say_account(account: dict[str, Any], first: str) -> None:
     for reason, count in account["reasons"].items():
         say(f"  {count:>7,}  {reason}")
     if first:
-        say(f"first of them: {first}")
+        say(f"first of them: {in_flags(first)}")
+    for kind, count in account.get("notes", {}).items():
+        say(f"  {count:>7,}  accepted with a note, such as {(examples or {}).get(kind, kind)}")
 
 
-def the_row(reader: Any, encoder: Any, number: int) -> Any:
+def the_row(reader: Reader, encoder: Any, number: int) -> Example:
     """The example of one row; raises what the row was quarantined for."""
-    from ..sequence import Rejected
-
     item = next(islice(reader, number, number + 1), None)
     if item is None:
         raise ConfigError(f"there is no row {number}", where=reader.name, fix="--row counts from 0")
     if isinstance(item, Rejected):
         raise ConfigError(f"row {number} is quarantined ({item.reason})", why=item.message)
-    return encoder(item)
+    example: Example = encoder(item)
+    return example
+
+
+_FLAGS = {
+    "control": "--control ",
+    "train": "--train ",
+    "max_length": "--max-length ",
+    "overflow": "--overflow ",
+}
+_IN_PYTHON = re.compile(r"\b([a-z_]+)=(?:(['\"])(.*?)\2|(\d+|True|False)\b)")
+
+
+def in_flags(text: str) -> str:
+    """A message whose fixes name options of Encoder as Python does, in the spelling of commands.
+
+    `dropped='warn'` becomes `-e dropped=warn`, `control="text"` `--control text`.
+    """
+    from ..encoder.encode import OPTIONS
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match[1], match[3] if match[2] else match[4].lower()
+        if name in _FLAGS:
+            return _FLAGS[name] + value
+        return f"-e {name}={value}" if name in OPTIONS else match[0]
+
+    return "\n".join(
+        _IN_PYTHON.sub(flag, line) if line.lstrip().startswith("fix:") else line for line in text.split("\n")
+    )

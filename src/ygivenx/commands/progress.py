@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +11,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-# What a log line shows, in this order: key of the log entry, label, format.
+# What a log line shows, in this order: key of the log entry, label, format, sign. Log-probabilities are never
+# positive; losses, which entries hold as nats, never negative.
 SHOWN = (
-    ("loss", "nats/weight", ".4f"),
-    ("eval_conditional_nats", "log Pr(y|x) nats/token", ".4f"),
-    ("eval_marginal_nats", "log Pr(x) nats/token", ".4f"),
-    ("grad_norm", "grad", ".3g"),
-    ("learning_rate", "lr", ".2e"),
-    ("y_tokens_per_second", "y tokens/s", ".0f"),
-    ("trained_share", "trained", ".1%"),
-    ("sharing", "sharing", ".2f"),
-    ("peak_memory_mib", "peak MiB", ".0f"),
+    ("loss", "loss", ".4f", 1),
+    ("eval_conditional_nats", "log Pr(y|x)/token", ".4f", -1),
+    ("eval_marginal_nats", "log Pr(x)/token", ".4f", -1),
+    ("eval_token_accuracy", "accuracy of y", ".1%", 1),
+    ("grad_norm", "grad", ".3g", 1),
+    ("learning_rate", "lr", ".2e", 1),
+    ("y_tokens_per_second", "y tokens/s", ".0f", 1),
+    ("tokens_per_second", "tokens/s", ".0f", 1),
+    ("trained_share", "trained", ".1%", 1),
+    ("sharing", "sharing", ".2f", 1),
+    ("peak_memory_mib", "peak MiB", ".0f", 1),
 )
+SILENCE = 10.0  # seconds after which a run without a terminal says that it is alive
 
 
 def bar(console: Console) -> Progress:
@@ -36,29 +42,58 @@ def bar(console: Console) -> Progress:
 
 
 class RichProgress(TrainerCallback):
-    """A bar over optimiser steps, and the log entries that people look at. Only rank 0 speaks."""
+    """A bar over optimiser steps, and the log entries that people look at. Only rank 0 speaks.
+
+    Without a terminal there is no bar: a line every few seconds says how far the run is and what remains.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self.progress = bar(console)
+        self._began = self._spoke = time.monotonic()
+        self._first = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
+            self._began = self._spoke = time.monotonic()
+            self._first = state.global_step
             self.task = self.progress.add_task("train", total=state.max_steps, completed=state.global_step)
             self.progress.start()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._break_silence(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.progress.update(self.task, completed=state.global_step)
+        self._break_silence(state)
+
+    def _break_silence(self, state: Any) -> None:
+        now = time.monotonic()
+        if state.is_world_process_zero and not self.console.is_terminal and now - self._spoke > SILENCE:
+            self.console.print(f"step {state.global_step:>5} of {state.max_steps}{self._remaining(state)}")
+            self._spoke = now
+
+    def _remaining(self, state: Any) -> str:
+        """How long the rest takes if its steps take as long as those so far."""
+        done = state.global_step - self._first
+        if not done:
+            return ""
+        seconds = (time.monotonic() - self._began) / done * (state.max_steps - state.global_step)
+        return f"  {timedelta(seconds=round(seconds))} left"
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        told = [f"{label} {logs[key]:{fmt}}" for key, label, fmt in SHOWN if logs and key in logs]
-        if state.is_world_process_zero and told:
-            self.console.print(
-                f"step {state.global_step:>5}  " + "  ".join(told), highlight=False, soft_wrap=True
-            )
+        parts = [
+            f"{label} {sign * logs[key]:{fmt}}" for key, label, fmt, sign in SHOWN if logs and key in logs
+        ]
+        if not state.is_world_process_zero or not parts:
+            return
+        left = self._remaining(state) if logs and "loss" in logs and not self.console.is_terminal else ""
+        line = f"step {state.global_step:>5}  " + "  ".join(parts) + left
+        self.console.print(line, highlight=False, soft_wrap=True)
+        self._spoke = time.monotonic()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, deque
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import partial
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,18 +19,23 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import __version__
-from ..errors import ConfigError, ModelError, RowError, nearest
-from ..models.resolve import revision_of
+from ..errors import ModelError, RowError
+from ..locks import locked
+from ..models.resolve import located, revision_of
 from ..rows.formats import normalise
 from ..scores.requests import Question, Questioner
-from ..scores.scorefile import ScoreFile, run_before
+from ..scores.scorefile import ScoreFile, run_before, writing
 from ..sequence import Rejected
 from ..show import visible_json
-from .inputs import open_model, say, say_account
-from .progress import bar
+from .config import Rows as RowsSection
+from .config import Scoring, Weights
+from .inputs import Account, open_model, open_rows, say
+from .progress import SILENCE, bar
+from .quiet import quiet
 
+INTERRUPTED = 130  # what shells call a program that Ctrl-C ended
 # What scores questions: it may read ahead, and answers in order.
-Teller = Callable[[Iterator[Question]], Iterator[Any]]
+Scorer = Callable[[Iterator[Question]], Iterator[Any]]
 
 
 class Numbered(NamedTuple):
@@ -41,7 +48,7 @@ class Numbered(NamedTuple):
 
 @dataclass
 class Rows:
-    """The questions of a reader's rows. Each row is accepted or quarantined; the counts add up to `read`.
+    """The questions of a reader's rows. Each row is accepted or quarantined, and the account counts them.
 
     columns: the names of x and y, and whether they are plain text, as the reader was opened with; a row
     whose y is a list of texts asks a question for each.
@@ -50,21 +57,19 @@ class Rows:
     reader: Any
     questioner: Questioner
     columns: tuple[str | None, str | None, bool] = (None, None, False)
-    accepted: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    first: list[Rejected] = field(default_factory=list)
+    account: Account = field(default_factory=lambda: Account(""))
 
     def __iter__(self) -> Iterator[Numbered]:
-        self.accepted, self.reasons, self.first = 0, Counter(), []
+        self.account = Account(self.reader.format, self.account.quarantine)
         for number, item in enumerate(self.reader):
             try:
                 questions = [q for value in self._values(item) for q in self.questioner(value)]
             except RowError as error:
                 error.where = error.where or item.where
-                self._quarantine(Rejected(None, error.reason, error.where, str(error)))
+                self.account.reject(Rejected(_raw(item), error.reason, error.where, str(error)))
                 continue
             if questions:
-                self.accepted += 1
+                self.account.accept()
             for k, question in enumerate(questions):
                 yield Numbered(number, k, question)
 
@@ -76,28 +81,18 @@ class Rows:
         column = y or next((c for c in ("y", "completion", "answer") if c in (item.row or ())), "")
         several = item.row.get(column) if isinstance(item.row, dict) else None
         if not isinstance(several, list) or not all(isinstance(v, str) for v in several) or not several:
-            self._quarantine(item)
+            self.account.reject(item)
             return []
         named = {"columns": (x, y), "as_text": plain} if x and y else {}
         return [normalise(item.row | {column: v}, **named) for v in several]  # type: ignore[arg-type]
 
-    def _quarantine(self, item: Rejected) -> None:
-        self.reasons[item.reason] += 1
-        self.first = self.first or [item]
 
-    def account(self) -> dict[str, Any]:
-        """Plain types: the counts so far; accepted + quarantined = read."""
-        return {
-            "format": self.reader.format,
-            "read": self.accepted + self.reasons.total(),
-            "accepted": self.accepted,
-            "quarantined": self.reasons.total(),
-            "reasons": dict(self.reasons.most_common()),
-        }
+def _raw(item: Any) -> Any:
+    return item.row if isinstance(item, Rejected) else item.raw
 
 
-def records(numbered: Iterable[Numbered], told: Teller) -> Iterator[dict[str, Any]]:
-    """One record per question, in order; `told` makes Scores of questions, reading ahead as it likes."""
+def records(numbered: Iterable[Numbered], scorer: Scorer) -> Iterator[dict[str, Any]]:
+    """One record per question, in order; `scorer` makes Scores of questions, reading ahead as it likes."""
     waiting: deque[tuple[int, int]] = deque()
 
     def questions() -> Iterator[Question]:
@@ -106,7 +101,7 @@ def records(numbered: Iterable[Numbered], told: Teller) -> Iterator[dict[str, An
             yield n.question
 
     try:
-        for score in told(questions()):
+        for score in scorer(questions()):
             row, sequence = waiting.popleft()
             yield {"row": row, "sequence": sequence, **score.to_dict()}
     except ModelError as error:
@@ -128,12 +123,16 @@ class Means:
     def over(self, stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The same records, added up."""
         for r in stream:
-            self.scored += 1
-            self.tokens_y += r["scored"]
-            self.log_p_y += r["log_p_y_given_x"] or 0.0
-            self.greedy += r["greedy"]
-            self.impossible += r["log_p_y_given_x"] is None
+            self.add(r)
             yield r
+
+    def add(self, r: dict[str, Any]) -> None:
+        """Add one record up."""
+        self.scored += 1
+        self.tokens_y += r["scored"]
+        self.log_p_y += r["log_p_y_given_x"] or 0.0
+        self.greedy += r["greedy"]
+        self.impossible += r["log_p_y_given_x"] is None
 
     def to_dict(self) -> dict[str, Any]:
         finite = self.tokens_y and not self.impossible
@@ -147,87 +146,157 @@ class Means:
 
 
 def run(
-    rows: Rows, told: Teller, tally: Any, file: ScoreFile | None, console: Console, silent: bool = False
+    rows: Rows, scorer: Scorer, tally: Any, file: ScoreFile | None, console: Console, silent: bool = False
 ) -> dict[str, Any]:
     """Score all rows, into a file or on standard output as JSON Lines unless `silent`; the account of the run.
 
     What the file holds already isn't scored again. Progress goes to the console.
     """
     means = Means()
+    numbered = iter(rows)
     if file is not None:
-        deque(means.over(file.records()), maxlen=0)
-    fresh = records(islice(iter(rows), means.scored, None), told)
+        numbered = _after(file, numbered, means, console)
+    fresh = records(numbered, scorer)
     with bar(console) as progress:
-        shown = means.over(_shown(fresh, progress, sum(1 for _ in rows.reader), tally))
+        shown = means.over(_shown(fresh, progress, console, sum(1 for _ in rows.reader), tally))
         if file is not None:
             file.write(shown)
         else:
             for record in shown:
                 if not silent:
                     print(visible_json(json.dumps(record, ensure_ascii=False, allow_nan=False)), flush=True)
-    account = rows.account() | means.to_dict() | {"run": tally.to_dict()}
+    account = rows.account.close() | means.to_dict() | {"run": tally.to_dict()}
     if file is not None:
         file.finish(account)
     return account
 
 
+def _after(
+    file: ScoreFile, numbered: Iterator[Numbered], means: Means, console: Console
+) -> Iterator[Numbered]:
+    """The questions behind those that the file has scores of, matched by row and sequence.
+
+    Where a score is missing in between, what follows it is cut off and computed again.
+    """
+    for kept, record in enumerate(file.records()):
+        question = next(numbered, None)
+        if question is None or (record["row"], record["sequence"]) != (question.row, question.sequence):
+            gap = "behind the last row" if question is None else f"of row {question.row}"
+            say(
+                f"the score {gap} isn't where it belongs: {file.done - kept:,} scores are computed again",
+                console,
+            )
+            file.keep(kept)
+            return numbered if question is None else chain([question], numbered)
+        means.add(record)
+    return numbered
+
+
 def _shown(
-    stream: Iterator[dict[str, Any]], progress: Progress, total: int, tally: Any
+    stream: Iterator[dict[str, Any]], progress: Progress, console: Console, total: int, tally: Any
 ) -> Iterator[dict[str, Any]]:
+    """The same records, with a bar; without a terminal a line every few seconds."""
     task = progress.add_task("scoring", total=total)
+    spoke = time.monotonic()
     for record in stream:
-        progress.update(task, completed=record["row"] + 1, description=f"scoring: {tally}")
+        row = record["row"] + 1
+        progress.update(task, completed=row, description=f"scoring: {tally}")
+        if not console.is_terminal and time.monotonic() - spoke > SILENCE:
+            console.print(f"scoring: row {row:,} of {total:,}, {tally}", highlight=False)
+            spoke = time.monotonic()
         yield record
 
 
 def score_file(
-    reader: Any, model: tuple[str, str | None], output: Path | None, flags: dict[str, Any], *, console: Console,
-    silent: bool = False,
+    data: str, weights: Weights, columns: RowsSection, scoring: Scoring, output: Path | None, *, ray: int = 0,
+    console: Console, silent: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """`ygx score` with its flags: a reader's rows by the model at (directory, GGUF file); the account, also aloud.
+    """`ygx score`: the rows of a file by a model; the account, which is printed too.
 
     `silent` keeps the records off standard output where there is no file for them.
     """
+    with ExitStack() as stack:
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(output, "ygx score"))
+            stack.enter_context(writing(output))
+        stack.enter_context(quiet())
+        try:
+            return _score_file(data, weights, columns, scoring, output, ray, console, silent)
+        except KeyboardInterrupt:
+            kept = (
+                f"{_lines_in(output):,} scores are in {output}: run it again to go on"
+                if output
+                else "nothing is kept"
+            )
+            say(f"interrupted: {kept}", console)
+            raise SystemExit(INTERRUPTED) from None
+
+
+def _lines_in(output: Path) -> int:
+    lines = output.with_name(output.name + ".jsonl") if output.suffix == ".parquet" else output
+    if not lines.exists():
+        return 0
+    with lines.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _score_file(
+    data: str, weights: Weights, columns: RowsSection, scoring: Scoring, output: Path | None, ray: int,
+    console: Console, silent: bool,
+) -> dict[str, Any]:  # fmt: skip
     from ..scores.scoring import Tally, questioner_for, scores
 
+    reader = open_rows(data, columns)
+    place = located(str(weights.path), weights.gguf_file)
     # What a chat template may write is that of the run which is gone on with.
     now = (run_before(output).get("now") if output else None) or datetime.now().isoformat(timespec="seconds")
-    run_of = {k: v for k, v in flags.items() if k != "ray"} | {"now": now} | _identity(model, reader.name)
-    file = None if output is None else ScoreFile(output, run_of)
+    file = None if output is None else ScoreFile(output, _run_of(data, weights, columns, scoring, place, now))
     if file is not None and file.finished:
         console.print(f"{output} is complete: nothing to do", highlight=False)
         return file.account
-    loaded, tokenizer = open_model(*model, flags["dtype"])
-    asked = {k: flags[k] for k in ("border", "control", "overflow", "max_length", "unconditional")}
-    asked |= {"bos": _bos(flags["bos"]), "now": now}
-    told = {"marginal": flags["marginal"], "tokens": flags["tokens"], "tally": Tally()}
-    questioner = questioner_for(loaded, tokenizer, **asked)
+    loaded, tokenizer = open_model(weights, weights.dtype)
+    questions = {
+        k: getattr(scoring, k) for k in ("border", "control", "overflow", "max_length", "unconditional")
+    }
+    questioner = questioner_for(loaded, tokenizer, bos=_BOS[scoring.bos], now=now, **questions)
     if questioner.encoder.dated:
         say(f"the chat template writes the time: it is taken to be {now}", console)
-    rows = Rows(reader, questioner, (flags["x"], flags["y"], flags["plain"]))
-    teller: Teller = partial(scores, loaded, **told)
-    if flags["ray"]:
+    account = Account(reader.format, columns.quarantine)
+    rows = Rows(reader, questioner, (columns.x, columns.y, columns.plain), account)
+    settings: dict[str, Any] = {"marginal": scoring.marginal, "tokens": scoring.tokens, "tally": Tally()}
+    scorer: Scorer = partial(scores, loaded, **settings)
+    if ray:
         from ..scores.clusters import scores_on_ray
 
         del loaded
-        teller = partial(scores_on_ray, (*model, flags["dtype"]), workers=flags["ray"], **told)
-    account = run(rows, teller, told["tally"], file, console, silent)
-    say_account(account, rows.first[0].message if rows.first else "")
-    console.print(f"{told['tally']}; {_mean(account)} nats per token of y", highlight=False)
-    return account
+        scorer = partial(scores_on_ray, (*place, weights.dtype), workers=ray, **settings)
+    found = run(rows, scorer, settings["tally"], file, console, silent)
+    console.print(f"{settings['tally']}; log Pr(y|x) {_mean(found)} per token of y", highlight=False)
+    return found
+
+
+_BOS: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
+
+
+def _run_of(
+    data: str,
+    weights: Weights,
+    columns: RowsSection,
+    scoring: Scoring,
+    place: tuple[str, str | None],
+    now: str,
+) -> dict[str, Any]:
+    """What the scores depend on: a file of another run isn't gone on with."""
+    facts = asdict(columns) | asdict(scoring) | {"data": data, "dtype": weights.dtype, "now": now}
+    facts.pop("quarantine")
+    return facts | _identity(place, data)
 
 
 def _mean(account: dict[str, Any]) -> str:
     if account["impossible"]:
-        return f"{account['impossible']:,} y's of probability 0, so ∞"
-    return f"{account['conditional_nats_per_token'] or 0:.4f}"
-
-
-def _bos(flag: str) -> bool | str:
-    known: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
-    if flag not in known:
-        raise ConfigError(f"unknown bos {flag!r}{nearest(flag, known)}", fix="auto, always or never")
-    return known[flag]
+        return f"−∞ ({account['impossible']:,} y's of probability 0)"
+    return f"{-(account['conditional_nats_per_token'] or 0):.4f}"
 
 
 # What a model and its tokenizer are read from; a directory may hold other files, such as these scores.
@@ -255,5 +324,5 @@ def _identity(model: tuple[str, str | None], data: str) -> dict[str, Any]:
 def _listing(files: Iterable[Path]) -> str:
     """A short hash of the names, sizes and times of the files; empty for none."""
     stats = {str(f): f.stat() for f in files if f.is_file()}
-    told = sorted((name, s.st_size, s.st_mtime_ns) for name, s in stats.items())
-    return hashlib.sha256(repr(told).encode()).hexdigest()[:12] if told else ""
+    facts = sorted((name, s.st_size, s.st_mtime_ns) for name, s in stats.items())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12] if facts else ""

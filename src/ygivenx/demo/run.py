@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 
-from ..commands.config import TrainConfig
-from ..commands.finetune import build
+from ..commands.config import Source, TrainConfig
+from ..commands.finetune import arguments_of, build
 from ..commands.inputs import open_model
 from ..commands.progress import bar
 from ..encoder.encode import Encoder
@@ -25,6 +25,7 @@ from .page import write_page
 from .task import splits
 
 TRAIN_ROWS, HELD_OUT_ROWS, WATCHED_ROWS = 240, 100, 12
+STEPS = 16  # of 512 tokens: the task is learned by then
 MAX_NEW_TOKENS, BATCH = 80, 50
 # What each arm trains. Measured with the same held-out tokens of y and x in both.
 ARMS = {"y": "assistant", "all": "all"}
@@ -57,7 +58,7 @@ def run_arm(arm: str, before: State | None, output_dir: Path, seed: int, console
     set_seed(seed)
     started = time.perf_counter()
     train_rows, held_out = splits(TRAIN_ROWS, HELD_OUT_ROWS, seed)
-    model, tokenizer = open_model("sample", None, "float32")
+    model, tokenizer = open_model(Source("sample"))
     encoder = Encoder(tokenizer, train=ARMS[arm])
     examples, rejected = encoder.batch(train_rows)
     console.print(
@@ -83,11 +84,14 @@ def fit(
     console: Console,
 ) -> list[dict[str, float]]:
     """Train in place; the log has nats per token of y and of x on some held-out rows."""
-    config = TrainConfig(
-        data="the demo's own", model="sample", output_dir=str(output_dir), seed=seed,
-        max_tokens=512, learning_rate=3e-4, warmup_steps=4, eval_steps=8, logging_steps=8,
-    )  # fmt: skip
-    trainer = build(config, model, tokenizer, examples, ruler[:WATCHED_ROWS], console)
+    settings = {
+        "data": "the demo's own", "model": "sample", "output_dir": str(output_dir), "seed": seed,
+        "eval_data": "the demo's own", "max_tokens": 512, "learning_rate": 3e-4, "warmup_steps": 4,
+        "max_steps": STEPS, "eval_steps": 8, "logging_steps": 4,
+    }  # fmt: skip
+    config = TrainConfig.of(None, settings)
+    args = arguments_of(config)
+    trainer = build(config, args, model, tokenizer, examples, ruler[:WATCHED_ROWS], console)
     console.print(str(trainer.train_dataset), highlight=False, soft_wrap=True)
     start = {"step": 0.0, **trainer.evaluate()}  # train() begins a new log
     trainer.train()

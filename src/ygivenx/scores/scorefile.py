@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from ..errors import ConfigError, DataError
 
 BATCH = 4096  # rows of one Parquet row group
+SYNC = 5.0  # seconds of work that a loss of power may cost
 
 
 class ScoreFile:
@@ -49,7 +52,7 @@ class ScoreFile:
             return
         if not self.note.exists():
             raise ConfigError("the file exists and isn't a run's", where=str(self.path), fix=_OTHER)
-        before = json.loads(self.note.read_text(encoding="utf-8"))["run"]
+        before = _note(self.note)["run"]
         differs = [k for k in run.keys() | before.keys() if run.get(k) != before.get(k)]
         if differs:
             raise ConfigError(
@@ -61,11 +64,24 @@ class ScoreFile:
             )
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Append records as they come; each is in the file when the next is asked for."""
+        """Append records as they come; each is in the file when the next is asked for, and on the disk soon."""
+        synced = time.monotonic()
         with self.lines.open("a", encoding="utf-8") as out:
             for record in records:
                 out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
                 out.flush()
+                if time.monotonic() - synced > SYNC:
+                    os.fsync(out.fileno())
+                    synced = time.monotonic()
+            os.fsync(out.fileno())
+
+    def keep(self, count: int) -> None:
+        """Cut the file off behind its first `count` records."""
+        with self.lines.open("r+b") as file:
+            for _ in range(count):
+                file.readline()
+            file.truncate(file.tell())
+        self.done = count
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The records that are there, in order."""
@@ -76,7 +92,7 @@ class ScoreFile:
     @property
     def account(self) -> dict[str, Any]:
         """What `finish` was given by the run that completed the file. Raises DataError if it is missing."""
-        note = json.loads(self.note.read_text(encoding="utf-8"))
+        note = _note(self.note)
         if "account" not in note:
             raise DataError(
                 "it has no account of the run",
@@ -88,7 +104,7 @@ class ScoreFile:
 
     def finish(self, account: Mapping[str, Any]) -> None:
         """The Parquet file, if that is asked for, and the account of the run beside it."""
-        note = json.loads(self.note.read_text(encoding="utf-8"))
+        note = _note(self.note)
         _replace(self.note, json.dumps(note | {"account": dict(account)}, indent=1, default=str))
         if self.parquet and not self.finished:  # last: where it is, everything is
             _to_parquet(self.lines, self.path)
@@ -102,20 +118,59 @@ def run_before(path: Path) -> dict[str, Any]:
     """What was told of the run that a file of scores belongs to; nothing where there is no such file."""
     file, note = (path.with_name(path.name + suffix) for suffix in (".jsonl", ".run.json"))
     present = note.exists() and (path.exists() or file.exists())
-    return json.loads(note.read_text(encoding="utf-8"))["run"] if present else {}
+    return _note(note)["run"] if present else {}
+
+
+def _note(path: Path) -> dict[str, Any]:
+    """What stands beside a file of scores. Raises DataError where it is damaged."""
+    try:
+        note = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(note["run"], dict):
+            return dict(note)
+        raise TypeError("run is no mapping")
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            "what is known of the run is damaged",
+            where=str(path),
+            why=f"{error!r}: so nobody can say whether the scores beside it belong to this run",
+            fix="delete it and the file of scores, or name another file",
+        ) from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises DataError for what a full disk makes Python raise."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            "it couldn't be written",
+            where=str(path),
+            why=str(error),
+            fix="make room; run it again to go on behind the scores that are there",
+        ) from error
 
 
 def _whole_lines(path: Path) -> int:
-    """Lines of a file; what an interruption left of a last one is cut off."""
+    """Lines of a file; what an interruption or a loss of power left behind the last whole record is cut off."""
     if not path.exists():
         return 0
     count = whole = 0
     with path.open("r+b") as file:
         for line in file:
-            if line.endswith(b"\n"):
-                count, whole = count + 1, whole + len(line)
+            if not line.endswith(b"\n") or not _is_record(line):
+                break
+            count, whole = count + 1, whole + len(line)
         file.truncate(whole)
     return count
+
+
+def _is_record(line: bytes) -> bool:
+    """Whether a line is a record; zeros, which a file system may leave, are none."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _to_parquet(lines: Path, path: Path) -> None:
@@ -136,7 +191,12 @@ def _to_parquet(lines: Path, path: Path) -> None:
 
 def _replace(path: Path, text: str) -> None:
     new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(
+            file.fileno()
+        )  # a name that appears before its content would be an empty file after a power loss
     os.replace(new, path)
 
 

@@ -96,10 +96,10 @@ class _LastStepIsLogged(transformers.TrainerCallback):
             control.should_log = True
 
 
-def _refuse_unused(args: transformers.TrainingArguments, given: Mapping[str, Any]) -> None:
+def refuse_unused(args: transformers.TrainingArguments, given: Mapping[str, Any] | None = None) -> None:
     """Raise ConfigError for what would be ignored and change what is trained."""
     for name in ("data_collator", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
-        if given.get(name) is not None:
+        if (given or {}).get(name) is not None:
             raise ConfigError(
                 f"{name} is not used by ygivenx.Trainer", why="its batches are forests", fix="leave it out"
             )
@@ -149,7 +149,7 @@ class Trainer(transformers.Trainer):
         if denominator not in ("tokens", "sequence"):
             raise ConfigError(f"unknown denominator {denominator!r}", fix='use "tokens" or "sequence"')
         args = args or transformers.TrainingArguments("trainer_output")
-        _refuse_unused(args, kwargs)
+        refuse_unused(args, kwargs)
         args.remove_unused_columns = False
         if args.per_device_train_batch_size not in (1, 8):  # 8 is the default
             logger.warning(
