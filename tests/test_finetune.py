@@ -10,16 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 from templates.stock import tokenizer_for
 from test_chats import CHATML
 from tiny import llama
 
 from ygivenx.commands.config import TrainConfig
-from ygivenx.commands.finetune import finetune
+from ygivenx.commands.finetune import Precision, finetune, precision_of, refuse_lone_ranks
 from ygivenx.errors import CheckpointError, ConfigError, LossError
+from ygivenx.locks import locked
 from ygivenx.training import checkpoint
 
 DATED = "{{ strftime_now('%H:%M:%S.%f') }}" + CHATML
@@ -154,6 +157,104 @@ def test_a_split_is_chosen(settings, tmp_path):
     assert told["after"]["eval_loss"] > 0
     with pytest.raises(ValueError, match=r"--split"):
         train(settings, data=both, output_dir=str(tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights", "bf16"),
+    [("float32", "float32", False), ("bf16", "float32", True), ("bfloat16", "bfloat16", False)],
+)
+def test_a_dtype_says_what_weights_and_products_are(dtype, weights, bf16):
+    assert precision_of(dtype) == Precision(weights, bf16=bf16)
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+def test_products_are_bfloat16_where_the_machine_has_them(monkeypatch, has_products):
+    monkeypatch.setattr("ygivenx.commands.finetune.multiplies_bfloat16", lambda: has_products)
+    assert precision_of("auto") == Precision("float32", bf16=has_products)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "float16"])
+def test_float16_without_a_gpu_is_refused_before_anything_is_loaded(settings, dtype):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ConfigError, match=rf"--dtype {dtype} needs a GPU(.|\n)*--dtype auto"):
+        train(settings, dtype=dtype, model="no such model", data="no such data")
+
+
+def test_cut_rows_are_counted(settings, tmp_path, capsys):
+    told, _ = train(settings, max_length=24, overflow="truncate", max_steps=1)
+    assert told["accepted"] == sum(told["notes"].values()) == 6
+    assert "6  accepted with a note, such as row 0: " in capsys.readouterr().err
+
+
+def test_quarantined_rows_are_written_down(settings, tmp_path):
+    data, file = rows_in(tmp_path / "some.jsonl", count=2, bad=3), tmp_path / "deep" / "bad.jsonl"
+    told, _ = train(settings, data=data, max_steps=1, quarantine=str(file))
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(records) == told["quarantined"] == 3
+    assert records[0]["row"] == {"question": 4, "answer": 4}
+    assert {"reason", "where", "message"} < set(records[0])
+
+
+def test_two_runs_do_not_write_into_one_directory(settings):
+    Path(settings["output_dir"]).mkdir()
+    with (
+        locked(Path(settings["output_dir"]) / "training", "ygx train"),
+        pytest.raises(ConfigError, match=rf"another process \(id {os.getpid()}\) is writing there"),
+    ):
+        train(settings, max_steps=1)
+    assert train(settings, max_steps=1)[0]["steps"] == 1
+
+
+def test_what_transformers_refuses_is_an_error_of_ours(settings):
+    with pytest.raises(ConfigError, match=r"transformers refuses these settings(.|\n)*sgdd"):
+        train(settings, optim="sgdd")
+
+
+def test_ranks_are_one_run(settings, tmp_path):
+    """torchrun, as people start it: two ranks, one writer, the losses of one process."""
+    one, _ = train(settings, max_steps=2, dtype="float32", gradient_accumulation_steps=2)
+    out = str(tmp_path / "ranks")
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in (settings | {"output_dir": out}).items()]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "ygivenx", "train"]
+    done = subprocess.run(
+        [sys.executable, *launch, *options, "--max-steps=2", "--dtype=float32", "--json"],
+        capture_output=True, text=True, check=False, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads(done.stdout)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert done.stderr.count("accepted + 0 quarantined") == 1
+    checkpoint.verify(Path(out) / "checkpoint-2")
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started, and accelerate found 1"):
+        refuse_lone_ranks(SimpleNamespace(world_size=1))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_default_run_that_is_interrupted_can_be_gone_on_with(settings, number):
+    del settings["save_steps"]
+    options = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ygivenx", "train", *options, "--max-steps=100000"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    assert process.stderr is not None
+    said = ""
+    for line in process.stderr:
+        said += line
+        if line.startswith("step "):
+            process.send_signal(number)
+            break
+    said += process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + number, said
+    assert "Traceback" not in said
+    last = checkpoint.newest(Path(settings["output_dir"]))
+    assert f"--resume auto goes on from {last}" in " ".join(said.split())
 
 
 def test_ctrl_c_says_where_it_goes_on(settings):

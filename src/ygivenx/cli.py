@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -315,7 +316,7 @@ def train(
     from .commands.finetune import finetune
 
     result = finetune(checked, err)
-    if as_json:
+    if as_json and not err.quiet:  # of several ranks one speaks
         emit(result)
 
 
@@ -418,6 +419,8 @@ def doctor(
 
 def main() -> None:
     """Entry point: errors of ours are printed in full on standard error, with exit code 2."""
+    if sys.argv[1:2] != ["probe"] and "--verbose" not in sys.argv:  # a probed script has its own bars
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     try:
         app(standalone_mode=True)
     except YgivenxError as error:

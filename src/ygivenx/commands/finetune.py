@@ -153,7 +153,7 @@ def arguments_of(config: TrainConfig) -> TrainingArguments:
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError("transformers refuses these settings", where="training", why=str(error)) from error
     refuse_unused(args)
-    _refuse_lone_ranks(args)
+    refuse_lone_ranks(args)
     return args
 
 
@@ -183,7 +183,7 @@ def _checkpointing(wanted: bool) -> dict[str, bool]:
     return {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": wanted}
 
 
-def _refuse_lone_ranks(args: TrainingArguments) -> None:
+def refuse_lone_ranks(args: Any) -> None:
     """Raise ConfigError where a launcher started several processes that don't know of each other."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if args.world_size != started:
@@ -294,6 +294,7 @@ def save(config: TrainConfig, trainer: Trainer, account: dict[str, Any], after: 
     with checkpoint.writing(final):
         trainer.save_model(str(final))
         if trainer.is_world_process_zero():
+            (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
             if config.lora.further:
                 adapters.embed_base(final, config.model, directory)
             write_card(final, config, trainer, account, after)
