@@ -181,7 +181,7 @@ def measure(spec: str, contestants: list[str], seconds: float, cap: float) -> di
         "milliseconds": {k: round(t * 1e3, 2) for k, t in medians.items()},
         "of_limit": {k: round(t / medians["limit"], 3) for k, t in medians.items()},
         "fastest_of_limit": {k: round(min(t) / min(times["limit"]), 3) for k, t in times.items()},
-        "load": os.getloadavg()[0], "pages": "small" if pages.given_back() else "large",
+        "load": os.getloadavg()[0], "pages": "small" if pages.returns_free_pages() else "large",
         "peak_mb_beyond_gradients": {k: round(m / 2**20) for k, m in memory.items()},
         "left_out": skipped,
     }  # fmt: skip

@@ -38,12 +38,12 @@ def main() -> None:
     args = parser.parse_args()
     told: dict[str, object] = {
         "megabytes": args.megabytes, "pause": args.pause, "threads": torch.get_num_threads(),
-        "the machine gives pages back": pages.given_back(), "milliseconds": [],
+        "the machine gives pages back": pages.returns_free_pages(), "milliseconds": [],
     }  # fmt: skip
     series: list[tuple[str, list[float]]] = []
     for _ in range(4):
         for kind in ("large", "small"):
-            pages.given_back = lambda small=kind == "small": small  # type: ignore[assignment]
+            pages.returns_free_pages = lambda small=kind == "small": small  # type: ignore[assignment]
             series.append((kind, touches(4, args.megabytes << 20)))
             time.sleep(args.pause)
     told["milliseconds"] = [{"pages": kind, "in a row": found} for kind, found in series]

@@ -64,7 +64,7 @@ def test_a_dtype_that_this_cpu_does_not_multiply_is_said(tmp_path, monkeypatch, 
     llama().save_pretrained(tmp_path)
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
-    monkeypatch.setattr("ygivenx.head.edges.multiplies", lambda dtype: has_products)
+    monkeypatch.setattr("ygivenx.head.edges.has_products", lambda dtype: has_products)
     inputs.open_model(Source(str(tmp_path)), "bfloat16")
     assert ("no products in bfloat16" in capsys.readouterr().err) is not has_products
 

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ygivenx import reference
 from ygivenx.errors import ModelError
-from ygivenx.head import edges, full_vocab, fused, kernel, pages, sweep
+from ygivenx.head import edges, full_vocab, fused, kernel, pages, passes, tiled
+from ygivenx.head.logit_head import LogitHead
 from ygivenx.head.selective import explain, log_probs, selective_cross_entropy
 from ygivenx.head.tiles import Marks
 
@@ -33,7 +34,7 @@ class Case:
     options: dict[str, Any]
     bias: Tensor | None = None
     z_loss: float = 0.0
-    memory: int = sweep.MEMORY
+    memory: int = tiled.MEMORY_BYTES
     wanted: list[Tensor] = field(default_factory=list)
 
     @property
@@ -79,25 +80,25 @@ def random_case(seed: int, dtype: torch.dtype = torch.float32) -> Case:
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles, blocks and rounds in small cases."""
-    monkeypatch.setattr(sweep, "TILE", 1)
-    monkeypatch.setattr(sweep, "BLOCK", 32)
-    monkeypatch.setattr(fused, "BLOCK", 1)
-    monkeypatch.setattr(sweep, "WORTHWHILE", 16)
-    monkeypatch.setattr(sweep, "THIN", 24)
-    monkeypatch.setattr(full_vocab, "LEAST", 16)
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 1)
+    monkeypatch.setattr(tiled, "BLOCK_COLUMNS", 32)
+    monkeypatch.setattr(fused, "TOTAL_BYTES", 1)
+    monkeypatch.setattr(tiled, "WAITING_COLUMNS", 16)
+    monkeypatch.setattr(tiled, "THIN_COLUMNS", 24)
+    monkeypatch.setattr(full_vocab, "LEAST_ROWS", 16)
 
 
 @pytest.fixture(params=["compiled", "torch", "torch, bfloat16 in float32", "whole vocabulary"])
 def route(request, monkeypatch):
     if request.param == "whole vocabulary":  # what GPUs take
-        monkeypatch.setattr(sweep, "launches_cost", lambda device: True)
+        monkeypatch.setattr(passes, "launches_are_costly", lambda device: True)
         return request.param
     if request.param == "compiled":
         if kernel.why_not():
             pytest.skip(kernel.why_not())
         return request.param
     monkeypatch.setenv(kernel.SWITCH, "0")
-    monkeypatch.setattr(edges, "multiplies", lambda dtype: request.param == "torch")
+    monkeypatch.setattr(edges, "has_products", lambda dtype: request.param == "torch")
     return request.param
 
 
@@ -225,8 +226,8 @@ class Held(TorchDispatchMode):
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_the_whole_vocabulary_is_held_for_as_many_rows_as_there_is_memory(softcap, monkeypatch):
-    monkeypatch.setattr(sweep, "launches_cost", lambda device: True)
-    monkeypatch.setattr(full_vocab, "LEAST", 16)
+    monkeypatch.setattr(passes, "launches_are_costly", lambda device: True)
+    monkeypatch.setattr(full_vocab, "LEAST_ROWS", 16)
     hidden, weight = torch.randn(400, 16), torch.randn(5000, 16)
     targets, memory = torch.randint(0, 5000, (400,)), 2 << 20  # all logits: 8 MB
     with Held() as held:
@@ -339,8 +340,8 @@ def test_what_lies_otherwise_in_memory_is_read_the_same(dtype):
 
 def test_the_kernel_gets_a_bias_without_gaps():
     marks = Marks(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), torch.zeros(1))
-    head = edges.Head(torch.randn(5, 4), torch.randn(10)[::2])
-    given = kernel.Tiles(head, 0, 64, torch.zeros(64), marks).arguments[2]
+    head = LogitHead(torch.randn(5, 4), torch.randn(10)[::2])
+    given = kernel.SweepInput(head, 0, 64, torch.zeros(64), marks).arguments[2]
     assert given.is_contiguous()
     assert given.equal(head.bias)
 
@@ -433,8 +434,8 @@ def test_second_derivatives_are_refused():
 def test_gradients_are_made_for_whoever_wants_them_only(monkeypatch):
     case = random_case(13)
     made = []
-    real = sweep.sweep
-    monkeypatch.setattr("ygivenx.head.selective.sweep", lambda *a, **k: made.append(a[5]) or real(*a, **k))
+    real = passes.run_head
+    monkeypatch.setattr("ygivenx.head.selective.run_head", lambda *a, **k: made.append(a[5]) or real(*a, **k))
     case.hidden.requires_grad_()
     case.weight.requires_grad_(False)
     loss = case.ours()[1]
@@ -494,7 +495,7 @@ def test_memory_stays_small_whatever_the_number_of_tokens():
 def test_rows_come_in_rounds_that_fit_into_memory(tokens, size, vocabulary, dtype, monkeypatch):
     """Twice in float32, these rows are 128 to 256 MB. Products in bfloat16 have working memory of their own."""
     monkeypatch.setenv(kernel.SWITCH, "0")
-    monkeypatch.setattr(edges, "multiplies", lambda dtype: False)
+    monkeypatch.setattr(edges, "has_products", lambda dtype: False)
     assert_small_memory(tokens, size, vocabulary, dtype)
 
 
@@ -588,8 +589,8 @@ def test_float32_takes_the_kernel_only_on_matrix_units_and_where_most_exponentia
     if kernel.why_not():
         pytest.skip(kernel.why_not())
     taken = []
-    real = fused.sweep
-    monkeypatch.setattr(fused, "sweep", lambda *a, **k: taken.append(True) or real(*a, **k))
+    real = fused.run_fused
+    monkeypatch.setattr(fused, "run_fused", lambda *a, **k: taken.append(True) or real(*a, **k))
     hidden, weight = torch.randn(40, 16, requires_grad=True), torch.randn(300, 16, requires_grad=True)
     amx = {"amx_bf16": True}
     for units, rows, expected in ((amx, 33, 1), (amx, 32, 0), ({}, 33, 0)):
@@ -607,9 +608,9 @@ def test_the_switch_turns_the_kernel_off(monkeypatch):
 
 
 @pytest.mark.parametrize("has_products", [True, False])
-def test_what_multiplies_bfloat16_is_said(monkeypatch, has_products):
+def test_explain_names_the_products_of_bfloat16(monkeypatch, has_products):
     monkeypatch.setenv(kernel.SWITCH, "0")
-    monkeypatch.setattr("ygivenx.head.selective.multiplies", lambda dtype: has_products)
+    monkeypatch.setattr("ygivenx.head.selective.has_products", lambda dtype: has_products)
     assert ("products are float32" in explain()["cpu bfloat16"]) is not has_products
 
 
@@ -622,7 +623,7 @@ def test_a_machine_that_gives_large_pages_back_is_recognised(tmp_path, kind, fea
     (tmp_path / "virtio0" / "device").write_text(kind + "\n")
     (tmp_path / "virtio0" / "features").write_text(features + "\n")
     (tmp_path / "virtio1").mkdir()  # one that can't be read
-    assert pages.given_back.__wrapped__(str(tmp_path)) is expected
+    assert pages.returns_free_pages.__wrapped__(str(tmp_path)) is expected
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

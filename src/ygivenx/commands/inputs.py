@@ -38,14 +38,14 @@ def open_model(source: Source, dtype: str = "float32") -> tuple[Any, Any]:
     """(model, tokenizer), in this dtype by torch's name."""
     import torch
 
-    from ..head.edges import multiplies
+    from ..head.edges import has_products
     from ..models.memory import keep_freed_memory
     from ..models.model import load
 
     keep_freed_memory()
     with console.status("loading the model"):
         loaded = load(str(source.path), gguf_file=source.gguf_file, dtype=getattr(torch, dtype))
-    if loaded[0].device.type == "cpu" and not multiplies(loaded[0].dtype):
+    if loaded[0].device.type == "cpu" and not has_products(loaded[0].dtype):
         console.print(f"[yellow]this CPU has no products in {dtype}: float32 takes a fraction of the time[/]")
     return loaded
 

@@ -5,25 +5,14 @@ Rows come a few at a time, so that no [rows, vocabulary] tensor beyond `MEMORY` 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .logit_head import LogitHead
+
 MEMORY = 64 << 20  # bytes of logits that are held at a time
-
-
-class Head(Protocol):
-    """Logits are z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap)."""
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def bias(self) -> Tensor | None: ...
-    @property
-    def softcap(self) -> float | None: ...
-    @property
-    def scale(self) -> float: ...
 
 
 class Wants(NamedTuple):
@@ -47,7 +36,7 @@ class Description(NamedTuple):
 
 
 @torch.no_grad()
-def describe(hidden: Tensor, head: Head, rows: Tensor, targets: Tensor, wants: Wants) -> Description:
+def describe(hidden: Tensor, head: LogitHead, rows: Tensor, targets: Tensor, wants: Wants) -> Description:
     """Of the distribution that row rows[e] predicts, by edge e. hidden [F, H]; rows, targets int64 [E]."""
     order = rows.argsort(stable=True)
     unique, counts = rows[order].unique_consecutive(return_counts=True)
@@ -65,13 +54,12 @@ def describe(hidden: Tensor, head: Head, rows: Tensor, targets: Tensor, wants: W
     )
 
 
-def _logits(hidden: Tensor, head: Head) -> Tensor:
+def _logits(hidden: Tensor, head: LogitHead) -> Tensor:
     """float32 [n, V]; products run in the head's own precision, as the model's do."""
-    z = (hidden.to(head.weight.dtype) @ head.weight.T).float()
+    product = (hidden.to(head.weight.dtype) @ head.weight.T).float()
     if head.bias is not None:
-        z += head.bias
-    z *= head.scale
-    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+        product += head.bias
+    return head.from_product(product)[0]
 
 
 def _described(z: Tensor, column: Tensor, targets: Tensor, wants: Wants) -> Description:

@@ -1,37 +1,19 @@
-"""The edges of one call to the head, grouped in columns: the small vectors beside the tiles of `sweep.py`."""
+"""The edges of one call to the head, grouped in columns: the small vectors beside the tiles of `tiled.py`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-AT_ONCE = 128  # edges, or tokens of the vocabulary, that are gathered at a time
+from .logit_head import LogitHead
+
+GATHERED = 128  # edges, or tokens of the vocabulary, that are gathered at a time
 PAD = 16  # columns come in multiples of this: the products run on whole vectors
 
 
-@dataclass(frozen=True)
-class Head:
-    """z = scale·(h·Wᵀ + bias), then softcap·tanh(z / softcap). weight [V, H], bias [V]."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-    z_loss: float = 0.0
-
-    def capped(self, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """z in place as softcap·tanh(z / softcap), and its slope 1 - tanh², where there is a cap."""
-        if self.softcap is None:
-            return z, None
-        z.div_(self.softcap).tanh_()
-        slope = 1 - z * z
-        return z.mul_(self.softcap), slope
-
-
-class Edges:
+class EdgeColumns:
     """Edges in the order of their columns, and what is known of each column.
 
     target [E]; weight, picked (the target's logit), log_p float64 [E]; column [E] of each edge, `starts` [C + 1] of
@@ -39,19 +21,19 @@ class Edges:
     rows [C]; shift, sums (S), float64 [C]; above int64 [C].
     """
 
-    def __init__(self, hidden: Tensor, head: Head, rows: Tensor, targets: Tensor, weights: Tensor | None, *,
-                 apart: bool) -> None:  # fmt: skip
-        self.hidden, self.head = hidden, head
+    def __init__(self, hidden: Tensor, head: LogitHead, rows: Tensor, targets: Tensor, weights: Tensor | None, *,
+                 z_loss: float = 0.0, one_each: bool = False) -> None:  # fmt: skip
+        self.hidden, self.head, self.z_loss = hidden, head, z_loss
         self.wide = torch.promote_types(head.weight.dtype, torch.float32)
         self.products = product_dtype(head.weight)
         picked, slope = self._pick(rows, targets)
-        # By row, the highest logit first; with `apart` each edge is a column of its own.
+        # By row, the highest logit first; with `one_each` each edge is a column of its own.
         self.order = torch.argsort(picked, descending=True)
         self.order = self.order[torch.argsort(rows[self.order], stable=True)]
         rows, self.target, self.picked = rows[self.order], targets[self.order], picked[self.order]
         self.slope = None if slope is None else slope[self.order]
         self.weight = None if weights is None else weights[self.order].double()
-        if apart:
+        if one_each:
             self.rows, self.column = rows, torch.arange(len(rows), device=rows.device)
             counts = torch.ones_like(rows)
         else:
@@ -67,21 +49,21 @@ class Edges:
     def _pick(self, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor | None]:
         """The logit of every edge's target and the slope of its cap, float64 [E]."""
         picked = torch.empty(len(rows), dtype=self.wide, device=rows.device)
-        for part in gathered(len(rows), rows.device):
+        for part in gather_slices(len(rows), rows.device):
             h, w = self.hidden[rows[part]], self.head.weight[targets[part]]
             picked[part] = (h.to(self.wide) * w.to(self.wide)).sum(-1)
         if self.head.bias is not None:
             picked += self.head.bias[targets]
-        return self.head.capped(picked.double() * self.head.scale)
+        return self.head.cap_(picked.double() * self.head.scale)
 
-    def as_given(self, values: Tensor) -> Tensor:
+    def in_input_order(self, values: Tensor) -> Tensor:
         """Values per edge in the caller's order."""
         out = torch.empty_like(values)
         out[self.order] = values
         return out
 
-    def settle(self, a: int, b: int, shift: Tensor, sums: Tensor, above: Tensor | None) -> None:
-        """Columns [a, b) and what a sweep found of them, at least [b - a] each: log Z and log p follow."""
+    def set_sums(self, a: int, b: int, shift: Tensor, sums: Tensor, above: Tensor | None) -> None:
+        """Store the sums of columns [a, b), at least [b - a] each, and compute their log Z and log p."""
         self.shift[a:b], self.sums[a:b] = shift[: b - a], sums[: b - a]
         if above is not None:
             self.above[a:b] = above[: b - a]
@@ -92,21 +74,22 @@ class Edges:
         self.log_p[mine] = self.picked[mine] - shift[column] - log_z[column]
         self.log_z[a:b] = log_z
 
-    def highest(self, columns: Tensor) -> Tensor:
+    def highest_logits(self, columns: Tensor) -> Tensor:
         """The highest logit of each of these columns, float64."""
-        x, found = self.hidden[self.rows[columns]].to(self.wide), []
-        for part in parts(len(self.head.weight)):
+        x = self.hidden[self.rows[columns]].to(self.wide)
+        maxima = []
+        for part in slices(len(self.head.weight), GATHERED):
             z = x @ self.head.weight[part].to(self.wide).T
             if self.head.bias is not None:
                 z += self.head.bias[part]
-            found.append(self.head.capped(z * self.head.scale)[0].amax(1))
-        return torch.stack(found).amax(0).double()
+            maxima.append(self.head.cap_(z * self.head.scale)[0].amax(1))
+        return torch.stack(maxima).amax(0).double()
 
     def loss(self) -> Tensor:
         """Σ w·(−log p + z_loss·logsumexp²), float64."""
         assert self.weight is not None
         lse = (self.shift + self.log_z)[self.column]
-        return (self.weight * (self.head.z_loss * lse**2 - self.log_p)).sum()
+        return (self.weight * (self.z_loss * lse**2 - self.log_p)).sum()
 
     def coefficients(self, a: int, b: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Columns [a, b): k·scale [b - a], and of their edges the gradient g at the target's logit less what k·e[v]
@@ -116,18 +99,18 @@ class Edges:
         assert self.weight is not None
         mine = slice(self.starts[a], self.starts[b])
         column, first, weight = self.column[mine] - a, self.first[a:b], self.weight[mine]
-        same = self.target[mine] == self.target[first][column]
+        at_first = self.target[mine] == self.target[first][column]
         on_target = torch.zeros(b - a, dtype=weight.dtype, device=weight.device)
-        elsewhere = on_target.index_add(0, column, weight.where(~same, 0.0))
+        elsewhere = on_target.index_add(0, column, weight.where(~at_first, 0.0))
         size = on_target.index_add(0, column, weight.abs())
-        on_target = on_target.index_add(0, column, weight.where(same, 0.0))
-        lse_part = 2 * self.head.z_loss * (on_target + elsewhere)
-        if self.head.z_loss:
+        on_target = on_target.index_add(0, column, weight.where(at_first, 0.0))
+        lse_part = 2 * self.z_loss * (on_target + elsewhere)
+        if self.z_loss:
             lse_part = lse_part * (self.shift[a:b] + self.log_z[a:b])
         c = on_target + elsewhere + lse_part
         z = self.log_z[a:b].exp()
         at_target = elsewhere + lse_part - c * self.sums[a:b] / z
-        g = -weight.where(~same, 0.0)
+        g = -weight.where(~at_first, 0.0)
         g[first - self.starts[a]] = at_target
         if self.slope is not None:
             g = g * self.slope[mine]
@@ -142,28 +125,28 @@ def product_dtype(weight: Tensor) -> torch.dtype:
     """What tiles are multiplied in: float32 for float16, which can't hold unnormalised exponentials, and for bfloat16
     on a CPU that has no products for it and would take up to a hundred times as long.
     """
-    slow = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not multiplies(weight.dtype)
+    slow = weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and not has_products(weight.dtype)
     return torch.float32 if slow or weight.dtype == torch.float16 else weight.dtype
 
 
 @cache
-def multiplies(dtype: torch.dtype) -> bool:
+def has_products(dtype: torch.dtype) -> bool:
     """Whether torch has products in this dtype for this CPU; 16 bits may go element by element."""
-    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-    return dtype not in asked or bool(getattr(torch.ops.mkldnn, asked[dtype], bool)())
+    probes = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return dtype not in probes or bool(getattr(torch.ops.mkldnn, probes[dtype], bool)())
 
 
-def parts(count: int, most: int = AT_ONCE) -> list[slice]:
-    """Slices of at most `most`, by default as many as are gathered at once: [E, H] would be large."""
+def slices(count: int, most: int) -> list[slice]:
+    """[0, count) in slices of at most `most`."""
     return [slice(a, a + most) for a in range(0, count, most)]
 
 
-def gathered(count: int, device: torch.device) -> list[slice]:
+def gather_slices(count: int, device: torch.device) -> list[slice]:
     """Slices of the edges whose rows are gathered at once: [E, H] would be large, and on a GPU many steps slow."""
-    return parts(count, AT_ONCE if device.type == "cpu" else 32 * AT_ONCE)
+    return slices(count, GATHERED if device.type == "cpu" else 32 * GATHERED)
 
 
-def even(a: int, b: int, most: int, unit: int = PAD) -> list[tuple[int, int]]:
+def even_spans(a: int, b: int, most: int, unit: int = PAD) -> list[tuple[int, int]]:
     """[a, b) in as few parts of at most `most` as possible, about equal and, but for the last, whole units."""
     if a == b:
         return []

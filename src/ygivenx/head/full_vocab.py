@@ -1,9 +1,9 @@
-"""The sweeps of `sweep.py` where memory is wide and every launch costs: on a GPU.
+"""The route on a GPU, where memory is wide and every launch costs: the whole vocabulary at once.
 
-The same sums in the same terms, with the whole vocabulary at once for as many rows as fit into the memory that a call
-may hold. Tiles here are [rows, tokens of the vocabulary], and each is done with before the next one is made. The shift
+The sums and terms of `tiled.py`, for as many rows at a time as fit into the memory that a call may hold. Tiles are
+[rows, tokens of the vocabulary], and each is done with before the next one is made. The shift
 of a row's exponentials is the highest logit m beside its target's, so that the largest of them is 1, whatever the
-precision; statistics are told with s, the highest of all, so that nothing overflows:
+precision; sums are kept relative to s, the highest of all, so that nothing overflows:
 
     e[v] = exp(z[v] - m),  S = lift·sum of e,  lift = exp(m - s),  k = lift·c / Z
 """
@@ -13,24 +13,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .edges import PAD, Edges, even
+from .edges import PAD, EdgeColumns, even_spans
 from .gradients import Gradients
 
-MEMORY = 512 << 20  # bytes beyond the gradients that a call may hold on to
-LEAST = 256  # rows at a time, however many bytes that takes
+MEMORY_BYTES = 512 << 20  # beyond the gradients, that a call may hold on to
+LEAST_ROWS = 256  # at a time, however many bytes that takes: fewer leave a GPU idle
 
 
-def sweep(edges: Edges, into: Gradients, memory: int, *, ranks: bool) -> None:
-    """Statistics into `edges`, gradients into `into`."""
+def run_full_vocab(edges: EdgeColumns, into: Gradients, memory: int, *, ranks: bool) -> None:
+    """Compute the sums of `edges` and add the gradients to `into`."""
     weight = edges.head.weight
     logits = 1 if edges.head.softcap is None else 3  # with a cap also their squares and slopes
     narrowed = weight.itemsize if weight.dtype != edges.wide else 0
     of_a_row = len(weight) * (logits * edges.wide.itemsize + narrowed)
-    for a, b in even(0, len(edges.rows), max(LEAST, memory // of_a_row // PAD * PAD)):
-        _sweep(edges, into, a, b, ranks)
+    for a, b in even_spans(0, len(edges.rows), max(LEAST_ROWS, memory // of_a_row // PAD * PAD)):
+        _run_rows(edges, into, a, b, ranks)
 
 
-def _sweep(edges: Edges, into: Gradients, a: int, b: int, ranks: bool) -> None:
+def _run_rows(edges: EdgeColumns, into: Gradients, a: int, b: int, ranks: bool) -> None:
     """Rows [a, b). What this holds is freed before the next ones come."""
     x = edges.hidden[edges.rows[a:b]].to(edges.head.weight.dtype)
     e, slope, lift = _exponentials(edges, a, b, x, ranks)
@@ -39,16 +39,16 @@ def _sweep(edges: Edges, into: Gradients, a: int, b: int, ranks: bool) -> None:
 
 
 def _exponentials(
-    edges: Edges, a: int, b: int, x: Tensor, ranks: bool
+    edges: EdgeColumns, a: int, b: int, x: Tensor, ranks: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(e [rows, V], 0 at the rows' targets; slope of the cap; lift float64), statistics of rows [a, b) settled."""
+    """(e [rows, V], 0 at the rows' targets; slope of the cap; lift float64). Stores the sums of rows [a, b)."""
     head, target = edges.head, edges.target[edges.first[a:b], None]
     z = product(x, head.weight.T, edges.wide)
     if head.bias is not None:
         z += head.bias
     if head.scale != 1:
         z *= head.scale
-    z, slope = head.capped(z)
+    z, slope = head.cap_(z)
     above = (z > z.gather(1, target)).sum(1) if ranks else None
     z.scatter_(1, target, -torch.inf)
     m = z.amax(1).double()
@@ -56,11 +56,13 @@ def _exponentials(
     lift = (m - shift).exp()
     # With no other token, or only masked ones, m is -inf, and so is z.
     e = z.sub_(m.where(m > -torch.inf, 0.0).to(z.dtype)[:, None]).exp_()
-    edges.settle(a, b, shift, e.sum(1).double() * lift, above)
+    edges.set_sums(a, b, shift, e.sum(1).double() * lift, above)
     return e, slope, lift
 
 
-def _gradients(edges: Edges, into: Gradients, a: int, b: int, x: Tensor, e: Tensor, lift: Tensor) -> None:
+def _gradients(
+    edges: EdgeColumns, into: Gradients, a: int, b: int, x: Tensor, e: Tensor, lift: Tensor
+) -> None:
     """The share of rows [a, b) in the gradients; `e` is overwritten."""
     weight = edges.head.weight
     factor, g, (token, row, _) = edges.coefficients(a, b)
@@ -70,7 +72,7 @@ def _gradients(edges: Edges, into: Gradients, a: int, b: int, x: Tensor, e: Tens
         into.bias += e.T @ factor.to(e.dtype)
         into.bias.index_add_(0, token, at_targets.to(e.dtype))
     if into.hidden is not None:
-        into.settle(edges, a, b, factor, g, product(e.to(weight.dtype), weight, edges.wide))
+        into.add_hidden(edges, a, b, factor, g, product(e.to(weight.dtype), weight, edges.wide))
     if into.weight is None:
         return
     unit = _unit(factor, at_targets) if weight.dtype == torch.float16 else 1.0
@@ -80,7 +82,10 @@ def _gradients(edges: Edges, into: Gradients, a: int, b: int, x: Tensor, e: Tens
 
 
 def _unit(factor: Tensor, at_targets: Tensor) -> Tensor:
-    """In which neither factors vanish in float16 nor what stands at a target is too large."""
+    """The unit in which factors don't vanish in float16, and values at targets don't overflow it.
+
+    float16 ends at 65,504: 2¹⁴ leaves room for one exponential (at most 1) times its factor beside them.
+    """
     return torch.maximum(factor.abs().amax(), at_targets.abs().amax() / 2**14).clamp_min(1e-38)
 
 
@@ -89,8 +94,8 @@ def _add(out: Tensor, left: Tensor, right: Tensor, unit: Tensor | float, first: 
     if out.dtype == left.dtype:
         torch.addmm(out, left, right, beta=int(not first), out=out)
         return
-    made = product(left, right, out.dtype).mul_(unit)
-    out.copy_(made if first else made.add_(out))
+    share = product(left, right, out.dtype).mul_(unit)
+    out.copy_(share if first else share.add_(out))
 
 
 def product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
@@ -101,5 +106,5 @@ def product(left: Tensor, right: Tensor, wide: torch.dtype) -> Tensor:
         return torch.mm(left, right, out_dtype=wide)
     if left.dtype == torch.float16:  # in which sums may overflow
         return left.to(wide) @ right.to(wide)
-    made = left @ right
-    return made.to(wide).add_(torch.addmm(made, left, right, beta=-1))  # and what rounding it lost
+    rounded = left @ right
+    return rounded.to(wide).add_(torch.addmm(rounded, left, right, beta=-1))  # and what rounding it lost

@@ -1,7 +1,7 @@
-"""The sweeps of `sweep.py` in the compiled kernel: no exponential leaves the cache.
+"""The route of the compiled kernel: both sweeps of `tiled.py`, and no exponential leaves the cache.
 
-So none has to wait for the second sweep, which computes them again: in bfloat16 that costs less than writing them
-down. Rows are packed as the matrix kernels read them, x for logits and y = factor·x for dW.
+The second sweep computes the exponentials again: in bfloat16 that costs less than writing them down.
+Rows are packed as the matrix kernels read them, x for logits and y = factor·x for dW.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 from . import kernel
-from .edges import Edges, even, padded
+from .edges import EdgeColumns, even_spans, padded
 from .gradients import Gradients
-from .tiles import HUGE, Marks, Scratch
+from .tiles import HUGE_SUM, Marks, Scratch
 
-BLOCK = 8 << 20  # bytes of Σ e[v]·W[v], float32, of one first sweep
+TOTAL_BYTES = 8 << 20  # of Σ e[v]·W[v], float32, in one first sweep
 WIDTH = kernel.WIDTH
 
 
-def sweep(edges: Edges, into: Gradients, memory: int, *, ranks: bool) -> None:
-    """Statistics into `edges`, gradients into `into`, in rounds of columns of which x and y fit into `memory`."""
+def run_fused(edges: EdgeColumns, into: Gradients, memory: int, *, ranks: bool) -> None:
+    """Compute the sums of `edges` and add the gradients to `into`, in rounds whose x and y fit into `memory`."""
     weight = edges.head.weight
-    block = max(1, BLOCK // (4 * weight.shape[1] * WIDTH)) * WIDTH
+    block = max(1, TOTAL_BYTES // (4 * weight.shape[1] * WIDTH)) * WIDTH
     scratch = Scratch(weight.device)
     fits = memory // 2 // (2 * kernel.bytes_of_column(weight)) // WIDTH * WIDTH
-    for a, b in even(0, len(edges.rows), max(fits, block) if into.second_sweep else block, WIDTH):
-        _Round(edges, a, b, into, scratch).sweep(block, ranks=ranks)
+    for a, b in even_spans(0, len(edges.rows), max(fits, block) if into.second_sweep else block, WIDTH):
+        _FusedRound(edges, a, b, into, scratch).run(block, ranks=ranks)
 
 
-class _Round:
+class _FusedRound:
     """Columns [a, b) of the edges, whose share of dW is made together."""
 
-    def __init__(self, edges: Edges, a: int, b: int, into: Gradients, scratch: Scratch) -> None:
+    def __init__(self, edges: EdgeColumns, a: int, b: int, into: Gradients, scratch: Scratch) -> None:
         self.edges, self.a, self.b, self.into = edges, a, b, into
         hidden = edges.hidden.to(edges.head.weight.dtype).contiguous()
         self.columns = kernel.Columns(hidden, edges.rows[a:b], padded(b - a), scratch)
@@ -39,36 +39,38 @@ class _Round:
         self.shift[: b - a] = edges.shift[a:b]
         self.held: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def sweep(self, block: int, *, ranks: bool) -> None:
-        for a, b in even(self.a, self.b, block, WIDTH):
-            self._settle(a, b, self._first(a, b, ranks))
+    def run(self, block: int, *, ranks: bool) -> None:
+        for a, b in even_spans(self.a, self.b, block, WIDTH):
+            self._add_gradients(a, b, self._first_sweep(a, b, ranks))
         if self.into.second_sweep:
             marks = Marks(*(torch.cat(parts) for parts in zip(*self.held, strict=True)))
-            self.columns.second(self._tiles(self.a, self.b), self.factor, marks, self.into, add=self.a > 0)
+            self.columns.second_sweep(
+                self._tiles(self.a, self.b), self.factor, marks, self.into, add=self.a > 0
+            )
 
-    def _settle(self, a: int, b: int, total: Tensor | None) -> None:
-        """Once the statistics of columns [a, b) are known: their share of dH, and what their share of dW needs."""
+    def _add_gradients(self, a: int, b: int, total: Tensor | None) -> None:
+        """Add the share of columns [a, b) to dH, and keep what their share of dW needs."""
         if self.edges.weight is None:
             return
         factor, g, (token, column, held) = self.edges.coefficients(a, b)
         self.factor[a - self.a : b - self.a] = factor
         self.held.append((token, column + a - self.a, held))
-        self.into.settle(self.edges, a, b, factor, g, total)
+        self.into.add_hidden(self.edges, a, b, factor, g, total)
 
-    def _tiles(self, a: int, b: int) -> kernel.Tiles:
+    def _tiles(self, a: int, b: int) -> kernel.SweepInput:
         edges = self.edges
         column = torch.arange(b - a, device="cpu")
         targets = Marks(edges.target[edges.first[a:b]], column, kernel.zeros(b - a))
-        return kernel.Tiles(edges.head, a - self.a, padded(b - a), self.shift[a - self.a :], targets)
+        return kernel.SweepInput(edges.head, a - self.a, padded(b - a), self.shift[a - self.a :], targets)
 
-    def _first(self, a: int, b: int, ranks: bool) -> Tensor | None:
-        """Settles log p of columns [a, b) and gives Σ e[v]·W[v] if dH is wanted."""
+    def _first_sweep(self, a: int, b: int, ranks: bool) -> Tensor | None:
+        """Compute log p of columns [a, b); returns Σ e[v]·W[v] if dH is needed."""
         edges, product = self.edges, self.into.hidden is not None
-        sums, above, total = self.columns.first(self._tiles(a, b), product=product)
-        far = (~(sums[: b - a] <= HUGE)).nonzero()[:, 0]  # NaN as well
+        sums, above, total = self.columns.first_sweep(self._tiles(a, b), product=product)
+        far = (~(sums[: b - a] <= HUGE_SUM)).nonzero()[:, 0]  # NaN as well
         if len(far):
-            self.shift[far + a - self.a] = edges.highest(far + a).float()
+            self.shift[far + a - self.a] = edges.highest_logits(far + a).float()
             # Ranks were counted at the target.
-            sums, _, total = self.columns.first(self._tiles(a, b), product=product)
-        edges.settle(a, b, self.shift[a - self.a :], sums, above if ranks else None)
+            sums, _, total = self.columns.first_sweep(self._tiles(a, b), product=product)
+        edges.set_sums(a, b, self.shift[a - self.a :], sums, above if ranks else None)
         return total

@@ -1,4 +1,4 @@
-// Both sweeps of the head (see `sweep.py`) on the small matrix kernels that torch brings along (AMX or AVX-512):
+// Both sweeps of the head (see `tiled.py`) on the small matrix kernels that torch brings along (AMX or AVX-512):
 //
 //     first    e = exp(scale (W x^T + bias) - shift), 0 at the targets;  sums of e, ranks, and total = e^T W
 //     second   e again, what the targets hold added;  dW = e y with y = factor x

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .edges import Head
 from .gradients import Gradients
+from .logit_head import LogitHead
 from .tiles import Marks, Scratch
 
 SOURCE = Path(__file__).with_name("kernel.cpp")
@@ -44,8 +44,12 @@ FLAGS = (
 )
 
 
-def usable(head: Head) -> bool:
-    """Whether the kernel runs for this head; builds it if need be."""
+def usable(head: LogitHead) -> bool:
+    """Whether the kernel runs for this head; builds it if need be.
+
+    The vectors of `kernel.cpp` read pairs of hidden values, rows without gaps, and apply no cap. Each condition is
+    cheaper than the next: the kernel is built last, when nothing else is in its way.
+    """
     weight = head.weight
     fits = weight.device.type == "cpu" and weight.dtype in NAMES and weight.shape[1] % 2 == 0
     fast = weight.dtype == torch.bfloat16 or fast_float32()
@@ -54,9 +58,8 @@ def usable(head: Head) -> bool:
 
 def fast_float32() -> bool:
     """Whether six bfloat16 products take no longer than a float32 one: so it is on matrix units."""
-    capabilities: Mapping[str, Any] = getattr(
-        torch.cpu, "get_capabilities", dict
-    )()  # older releases of torch can't tell
+    # Older releases of torch can't tell: then it isn't.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("amx_bf16"))
 
 
@@ -84,10 +87,10 @@ def _planes(dtype: torch.dtype) -> int:
     return 1 if dtype == torch.bfloat16 else 3
 
 
-class Tiles:
+class SweepInput:
     """What both sweeps read: the head, and `columns` columns from `start` on, with shift and targets."""
 
-    def __init__(self, head: Head, start: int, columns: int, shift: Tensor, targets: Marks) -> None:
+    def __init__(self, head: LogitHead, start: int, columns: int, shift: Tensor, targets: Marks) -> None:
         self.weight, self.start, self.columns = head.weight, start, columns
         bias = None if head.bias is None else head.bias.float().contiguous()
         self.arguments = (columns, shift, bias, float(head.scale),
@@ -111,8 +114,8 @@ class Columns:
         _call(f"ygx_pack_{self.name}", self.hidden, self.rows, *sizes, factor, *places)
         return packed
 
-    def first(self, tiles: Tiles, *, product: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """S float64 [columns]; ranks int64 [columns]; Σ e[v]·W[v] float32 [columns, H] if asked for.
+    def first_sweep(self, tiles: SweepInput, *, product: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """S float64 [columns]; ranks int64 [columns]; Σ e[v]·W[v] float32 [columns, H] with `product`.
 
         The next call overwrites that. Threads share out the columns, in groups of some width, and then the vocabulary.
         """
@@ -128,13 +131,15 @@ class Columns:
             total = (total.sum(0) if parts > 1 else total).view(n, self.size)
         return sums.sum(0), above.sum(0), total
 
-    def second(self, tiles: Tiles, factor: Tensor, held: Marks, into: Gradients, *, add: bool) -> None:
+    def second_sweep(
+        self, tiles: SweepInput, factor: Tensor, held: Marks, into: Gradients, *, add: bool
+    ) -> None:
         """dW and the bias's gradient, written or, with `add`, added to."""
         weight = torch.empty_like(tiles.weight) if into.weight is None else into.weight
         self._call("second", tiles, self._pack("y", factor), factor, held.token, held.column, held.value.float(),
                    len(held.token), weight, into.bias, int(add))  # fmt: skip
 
-    def _call(self, sweep: str, tiles: Tiles, *more: Tensor | int | None) -> None:
+    def _call(self, sweep: str, tiles: SweepInput, *more: Tensor | int | None) -> None:
         weight, x = tiles.weight, self.x[tiles.start :]
         _call(f"ygx_{sweep}_{self.name}", weight, *weight.shape, x, *tiles.arguments, *more)
 

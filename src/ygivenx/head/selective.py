@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ..errors import ModelError
 from . import kernel
-from .edges import Head, multiplies
-from .sweep import sweep
+from .edges import has_products
+from .logit_head import LogitHead
+from .passes import run_head
 
-INDICES = (torch.int64, torch.int32, torch.int16)  # uint8 is what masks were once
+INDEX_DTYPES = (torch.int64, torch.int32, torch.int16)  # no uint8: old code has masks in it
 
 
 class Ranked(NamedTuple):
@@ -59,9 +60,8 @@ def selective_cross_entropy(
     _check(hidden, weight, bias, rows, targets, weights)
     rows, targets, weights = _int64(rows, hidden), _int64(targets, hidden), weights.to(hidden.device)
     hidden, weight = _autocast(hidden), _autocast(weight)
-    options = {"softcap": softcap, "scale": scale, "z_loss": z_loss}
-    wants = _wants(hidden, weight, bias)
-    return _Loss.apply(hidden, weight, bias, rows, targets, weights, options, wants, memory)
+    needed = _needs_gradient(hidden, weight, bias)
+    return _Loss.apply(hidden, weight, bias, rows, targets, weights, softcap, scale, z_loss, needed, memory)
 
 
 @overload
@@ -96,12 +96,11 @@ def log_probs(
     _check(hidden, weight, bias, rows, targets)
     rows, targets = _int64(rows, hidden), _int64(targets, hidden)
     hidden, weight = _autocast(hidden), _autocast(weight)
-    options: dict[str, Any] = {"softcap": softcap, "scale": scale}
     if ranks:
-        swept = sweep(hidden, Head(weight, bias, **options), rows, targets, ranks=True)
-        assert swept.rank is not None
-        return Ranked(swept.log_p, swept.rank)
-    return _LogProbs.apply(hidden, weight, bias, rows, targets, options, memory)
+        output = run_head(hidden, LogitHead(weight, bias, softcap, scale), rows, targets, ranks=True)
+        assert output.rank is not None
+        return Ranked(output.log_p, output.rank)
+    return _LogProbs.apply(hidden, weight, bias, rows, targets, softcap, scale, memory)
 
 
 def explain() -> dict[str, str]:
@@ -110,7 +109,7 @@ def explain() -> dict[str, str]:
     missing = f"torch, as the compiled kernel is missing: {reason}"
     waiting = "torch while half of the exponentials fit into the head's gradient, else the compiled kernel"
     no_products = (
-        "" if multiplies(torch.bfloat16) else "; its products are float32, as this CPU has no others"
+        "" if has_products(torch.bfloat16) else "; its products are float32, as this CPU has no others"
     )
     return {
         "cpu float32": missing
@@ -125,62 +124,69 @@ def explain() -> dict[str, str]:
     }
 
 
-Wants = tuple[bool, bool, bool]
+Needed = tuple[bool, bool, bool]  # which gradients: of hidden, weight, bias
 
 
 class _Loss(torch.autograd.Function):
-    """The gradients are made in forward, where the exponentials are at hand, and handed over in backward."""
+    """Gradients are computed in forward, where the exponentials are at hand, and returned in backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                weights: Tensor, options: dict[str, Any], wants: Wants,
+                weights: Tensor, softcap: float | None, scale: float, z_loss: float, needed: Needed,
                 memory: int | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        swept = sweep(hidden, Head(weight, bias, **options), rows, targets, weights, wants, memory=memory)
-        if any(wants):
+        head = LogitHead(weight, bias, softcap, scale)
+        output = run_head(hidden, head, rows, targets, weights, needed, z_loss=z_loss, memory=memory)
+        if any(needed):
             ctx.save_for_backward(hidden, weight, bias, rows, targets, weights)
-            ctx.options, ctx.wants, ctx.memory = options, wants, memory
-            ctx.made, ctx.dtypes = (swept.hidden, swept.weight, swept.bias), _dtypes(hidden, weight, bias)
-        ctx.mark_non_differentiable(swept.log_p)
-        return swept.log_p, swept.loss
+            ctx.softcap, ctx.scale, ctx.z_loss, ctx.needed, ctx.memory = (
+                softcap,
+                scale,
+                z_loss,
+                needed,
+                memory,
+            )
+            ctx.gradients, ctx.dtypes = output.gradients, _dtypes(hidden, weight, bias)
+        ctx.mark_non_differentiable(output.log_p)
+        return output.log_p, output.loss
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("the selective head")
-        made, ctx.made = ctx.made, None
-        if made is None:  # a second backward: the first one gave its gradients away
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second backward: the first one gave its gradients away
             hidden, weight, bias, rows, targets, weights = ctx.saved_tensors
-            head = Head(weight, bias, **ctx.options)
-            swept = sweep(hidden, head, rows, targets, weights, ctx.wants, memory=ctx.memory)
-            made = (swept.hidden, swept.weight, swept.bias)
+            head = LogitHead(weight, bias, ctx.softcap, ctx.scale)
+            gradients = run_head(
+                hidden, head, rows, targets, weights, ctx.needed, z_loss=ctx.z_loss, memory=ctx.memory
+            ).gradients
         if grad.device.type != "cpu" or grad.item() != 1:
-            for g in made:
+            for g in gradients:
                 if g is not None:
                     g.mul_(grad)
-        return (*_narrowed(made, ctx.dtypes), *[None] * 6)
+        return (*_narrowed(gradients, ctx.dtypes), *[None] * 8)
 
 
 class _LogProbs(torch.autograd.Function):
-    """Weights are the gradients of log p, known in backward only: there the sweeps are done again."""
+    """Weights are the gradients of log p, known in backward only: there everything is computed again."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                options: dict[str, Any], memory: int | None) -> Tensor:  # fmt: skip
+                softcap: float | None, scale: float, memory: int | None) -> Tensor:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, rows, targets)
-        ctx.options, ctx.memory = options, memory
-        return sweep(hidden, Head(weight, bias, **options), rows, targets).log_p
+        ctx.softcap, ctx.scale, ctx.memory = softcap, scale, memory
+        return run_head(hidden, LogitHead(weight, bias, softcap, scale), rows, targets).log_p
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("the selective head")
         hidden, weight, bias, rows, targets = ctx.saved_tensors
-        head, wants = Head(weight, bias, **ctx.options), ctx.needs_input_grad[:3]
-        swept = sweep(hidden, head, rows, targets, -grad, wants, memory=ctx.memory)
-        made = (swept.hidden, swept.weight, swept.bias)
-        return (*_narrowed(made, _dtypes(hidden, weight, bias)), *[None] * 4)
+        head, needed = LogitHead(weight, bias, ctx.softcap, ctx.scale), ctx.needs_input_grad[:3]
+        output = run_head(hidden, head, rows, targets, -grad, needed, memory=ctx.memory)
+        return (*_narrowed(output.gradients, _dtypes(hidden, weight, bias)), *[None] * 5)
 
 
 def refuse_second_derivatives(of: str) -> None:
-    """For a backward whose gradients are made by hand."""
+    """Raise ModelError in a backward with create_graph=True, for a function whose gradients aren't differentiable."""
     if torch.is_grad_enabled():  # so it is in a backward with create_graph=True, and only there
         raise ModelError(
             f"{of} has no second derivatives",
@@ -193,9 +199,9 @@ def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
     return [None if t is None else t.dtype for t in tensors]
 
 
-def _narrowed(made: tuple[Tensor | None, ...], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
+def _narrowed(gradients: tuple[Tensor | None, ...], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
     """Gradients in the precision of what they are for, once they have been scaled."""
-    return [None if g is None else g.to(dtype) for g, dtype in zip(made, dtypes, strict=True)]
+    return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -207,7 +213,7 @@ def _int64(index: Tensor, hidden: Tensor) -> Tensor:
     return index.to(hidden.device, torch.int64).contiguous()  # the compiled kernel reads its memory
 
 
-def _wants(*tensors: Tensor | None) -> Wants:
+def _needs_gradient(*tensors: Tensor | None) -> Needed:
     hidden, weight, bias = (t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors)
     return hidden, weight, bias
 
@@ -238,7 +244,7 @@ def _check(
             fix="detach them, or build the loss from log_probs(...), which is differentiable",
         )
     for name, index, size in (("rows", rows, len(hidden)), ("targets", targets, len(weight))):
-        if index.dtype not in INDICES:
+        if index.dtype not in INDEX_DTYPES:
             raise ModelError(
                 f"{name} are {str(index.dtype).removeprefix('torch.')}",
                 why="edges are named by numbers: a mask or a rounded number would name others",

@@ -1,4 +1,4 @@
-"""Tiles of exponentials for `sweep.py`: [tokens of the vocabulary, columns], in working memory that is used again.
+"""Tiles of exponentials for `tiled.py`: [tokens of the vocabulary, columns], in working memory that is used again.
 
 Softmax sees float32, as the sums do. Where products run in bfloat16, a logit is the product rounded to bfloat16 plus
 what that rounding left over, from a second product; where they don't, tiles of the head are copied to float32.
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from . import pages
-from .edges import Edges, parts
+from .edges import GATHERED, EdgeColumns, slices
 
-HUGE = 1e20
+# A column whose other exponentials add up to more than this is computed again, shifted by its maximum: float32 ends at
+# 3e38, and a sum near it, infinite or NaN says nothing of log p.
+HUGE_SUM = 1e20
 # Products of few columns may add up term by term: over a vocabulary of 49,152 that cost more than a digit (MKL, AVX2).
-FEW, PIECE = 16, 2048  # columns; terms that are added up at once
+FEW_COLUMNS = 16
+TERMS_AT_ONCE = 2048
 
 
 class Scratch:
@@ -30,7 +33,7 @@ class Scratch:
         flat = self.flat.get(name)
         if flat is None or len(flat) < height * width:
             flat = self.flat[name] = pages.empty((height * width,), dtype, self.device)
-        return shaped(flat, height, width, thin)
+        return as_tile(flat, height, width, thin)
 
     def cast(self, name: str, values: Tensor, dtype: torch.dtype) -> Tensor:
         """`values` in this dtype: themselves, or a copy."""
@@ -52,20 +55,20 @@ class Marks:
         return slice(bisect_left(self.tokens, start), bisect_left(self.tokens, stop))
 
     def add_to(self, tile: Tensor, start: int) -> None:
-        """Adds those whose token lies in this tile, which begins at token `start`."""
+        """Add those whose token lies in this tile, which begins at token `start`."""
         mine = self.within(start, start + len(tile))
         if mine.start < mine.stop:
             place = (self.token[mine] - start, self.column[mine])
             tile.index_put_(place, self.value[mine].to(tile.dtype), accumulate=True)
 
 
-class Block:
+class ColumnBlock:
     """Columns [a, b) of the edges, as many as one first sweep takes; their hidden states go to x [width, H]."""
 
-    def __init__(self, edges: Edges, a: int, b: int, x: Tensor, scratch: Scratch) -> None:
+    def __init__(self, edges: EdgeColumns, a: int, b: int, x: Tensor, scratch: Scratch) -> None:
         self.edges, self.head, self.a, self.b, self.scratch = edges, edges.head, a, b, scratch
         self.x, self.width, device = x, len(x), x.device
-        for part in parts(b - a):
+        for part in slices(b - a, GATHERED):
             x[: b - a][part] = edges.hidden[edges.rows[a:b][part]]
         x[b - a :] = 0
         self.shift = torch.zeros(self.width, dtype=edges.wide, device=device)
@@ -93,7 +96,7 @@ class Block:
             z += head.bias[start : start + len(out), None]
         if head.scale != 1:
             z *= head.scale
-        z, slope = head.capped(z)
+        z, slope = head.cap_(z)
         return (z.sub_(shift) if capped else z), slope
 
     def exponentials(
@@ -119,17 +122,17 @@ class Block:
         return z if z.dtype == weight.dtype else out
 
     def first_sweep(self, tiles: list[tuple[int, Tensor]], *, product: bool, ranks: bool) -> Tensor | None:
-        """Fills the tiles, settles log p, and gives Σ e[v]·W[v] [width, H] if that is asked for."""
-        sums, above, total = self._first_sweep(tiles, product, ranks)
-        far = (~(sums[: self.b - self.a] <= HUGE)).nonzero()[:, 0]  # NaN as well
+        """Fill the tiles and compute log p; returns Σ e[v]·W[v] [width, H] with `product`."""
+        sums, above, total = self._sums(tiles, product, ranks)
+        far = (~(sums[: self.b - self.a] <= HUGE_SUM)).nonzero()[:, 0]  # NaN as well
         if len(far):
-            self.shift[far] = self.edges.highest(far + self.a).to(self.shift.dtype)
+            self.shift[far] = self.edges.highest_logits(far + self.a).to(self.shift.dtype)
             # Ranks were counted at the target.
-            sums, _, total = self._first_sweep(tiles, product, ranks=False)
-        self.edges.settle(self.a, self.b, self.shift, sums, above)
+            sums, _, total = self._sums(tiles, product, ranks=False)
+        self.edges.set_sums(self.a, self.b, self.shift, sums, above)
         return total
 
-    def _first_sweep(
+    def _sums(
         self, tiles: list[tuple[int, Tensor]], product: bool, ranks: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         device, wide = self.x.device, self.edges.wide
@@ -143,16 +146,16 @@ class Block:
             e = self.exponentials(weight, tile, start, sums, above)
             if total is None:
                 continue
-            if weight.dtype == wide and self.width > FEW:
+            if weight.dtype == wide and self.width > FEW_COLUMNS:
                 total.addmm_(e.T, weight)
                 continue
             part = self.scratch.view("part", self.width, weight.shape[1], weight.dtype)
-            for rows in parts(len(weight), PIECE if self.width <= FEW else len(weight)):
+            for rows in slices(len(weight), TERMS_AT_ONCE if self.width <= FEW_COLUMNS else len(weight)):
                 total += torch.mm(e[rows].T, weight[rows], out=part)
         return sums, above, total
 
 
-def shaped(flat: Tensor, height: int, width: int, thin: bool) -> Tensor:
+def as_tile(flat: Tensor, height: int, width: int, thin: bool) -> Tensor:
     """The beginning of a flat tensor as a tile [height, width]; a thin one lies column by column."""
     used = flat[: height * width]
     return used.view(width, height).T if thin else used.view(height, width)

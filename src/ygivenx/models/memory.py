@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ..head.pages import ask_for_large
+from ..head.pages import ask_for_large_pages
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 UNTOLD = 8 << 30  # bytes, where a system doesn't say how many it has
@@ -82,7 +82,7 @@ def keep_freed_memory() -> bool:
     block = libc.malloc(size)
     if block:  # a limit on addresses may forbid it; freed memory is kept all the same
         # Also where a balloon takes free large pages back: these are never free again.
-        ask_for_large(block, size)
+        ask_for_large_pages(block, size)
         libc.free(block)
     return True
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,24 +14,13 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..forest import Forest, Ints
+from ..head.logit_head import LogitHead
 from . import chunked_backward, streaming
 from .adapters import product
 from .families import PROVEN, check, config_of, decoder_of, feed
 from .plan import Plan
 from .resolve import located, quiet_loading
 from .rope_limits import refuse_lengths
-
-
-class Head(NamedTuple):
-    """The last layer: logits = scale·(h·weightᵀ + bias), then softcap·tanh(logits / softcap) if there is one.
-
-    weight [V, H], bias [V] or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    scale: float
 
 
 def load(
@@ -65,24 +55,24 @@ def _forget_quantization(model: Any) -> None:
         del model.quantization_method
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: nn.Module) -> LogitHead:
     """The head of a causal language model, for `selective_cross_entropy`.
 
     A LoRA on it is part of its weight, with gradients. Soft cap and scale are read from the config; where the family
     isn't a proven one they are checked once against the model's own logits. Raises ModelError without a head, or if
-    it does more than `Head` says.
+    it does more than `LogitHead` says.
     """
-    return Head(*product(_head_layer(model)), *softcap_and_scale(model))
+    return LogitHead(*product(_head_layer(model)), *softcap_and_scale(model))
 
 
 def softcap_and_scale(model: nn.Module) -> tuple[float | None, float]:
-    """What is done to the product of hidden states and head; see `Head`. Raises ModelError like `head_of`."""
+    """What is done to the product of hidden states and head; see `LogitHead`. Raises ModelError like `head_of`."""
     config = config_of(model)
     softcap = getattr(config, "final_logit_softcapping", None)
     if config.model_type in PROVEN:
         return softcap, 1.0
     if model not in _scales:
-        _scales[model] = _measured_scale(model, Head(*product(_head_layer(model)), softcap, 1.0), config)
+        _scales[model] = _measured_scale(model, LogitHead(*product(_head_layer(model)), softcap, 1.0), config)
     return softcap, _scales[model]
 
 
@@ -99,7 +89,7 @@ _scales: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def _measured_scale(model: Any, head: Head, config: Any) -> float:
+def _measured_scale(model: Any, head: LogitHead, config: Any) -> float:
     """The factor, 1 or one that the config names, with which `head` gives the logits of the model itself."""
     ids = torch.arange(4, device=head.weight.device)[None] % config.vocab_size
     training = model.training
@@ -109,12 +99,10 @@ def _measured_scale(model: Any, head: Head, config: Any) -> float:
         theirs = model(input_ids=ids, use_cache=False).logits.double()
     finally:
         model.train(training)
-    raw = torch.nn.functional.linear(hidden, head.weight, head.bias).double()
+    raw = head.product(hidden).double()
     named = [float(v) for v in (getattr(config, n, None) for n in _SCALES) if v]
     for scale in [1.0, *named, *(1 / v for v in named)]:
-        z = raw * scale
-        if head.softcap is not None:
-            z = head.softcap * torch.tanh(z / head.softcap)
+        z, _ = replace(head, scale=scale).from_product(raw)
         # The same products on the same numbers: all that differs is the rounding of the scale.
         if (z - theirs).norm() <= 4 * torch.finfo(head.weight.dtype).eps * theirs.norm():
             return scale

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..head.logit_head import LogitHead
+
 CHUNK = 64  # rows at a time: [CHUNK, vocabulary] in float64
 BLOCK = 1 << 27  # logits held at a time in the model's own precision
 MAX_TARGETS = 16  # more targets than this in one row is a distillation, not a cross-entropy
@@ -51,37 +53,25 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class HeadForm:
-    """logits = softcap·tanh(scale·(h·weightᵀ + bias)/softcap): what turns a head's output into logits.
+class ProbedHead(LogitHead):
+    """A logit head as a loss may have used it.
 
-    rounded: the dtype that autocast rounds them to, None without. unadapted: the weight without the adapter that is
-    on the head, None without one.
+    rounded: the dtype that autocast rounds products to, None without. unadapted: the weight without the adapter that
+    is on the head, None without one.
     """
 
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
     rounded: torch.dtype | None = None
     unadapted: Tensor | None = None
 
-    def finish(self, raw: Tensor) -> tuple[Tensor, Tensor | float]:
-        """(logits, ∂logits/∂raw) of the head module's raw output."""
-        z = raw * self.scale
-        if self.softcap is None:
-            return z, self.scale
-        z = self.softcap * torch.tanh(z / self.softcap)
-        return z, self.scale * (1 - (z / self.softcap) ** 2)
 
-
-def from_logits(raw: Tensor, grad: Tensor, form: HeadForm) -> list[Found]:
+def from_logits(raw: Tensor, grad: Tensor, head: ProbedHead) -> list[Found]:
     """Targets of each row of a head's output. raw, grad [n, V]; rows with a zero gradient have none."""
     found: list[Found] = []
     rows = grad.ne(0).any(1).nonzero().flatten()
     for chunk in rows.split(CHUNK):
-        z, slope = form.finish(raw[chunk].double())
+        z, slope = head.from_product(raw[chunk].double())
         # A saturated soft cap has lost the digits of its gradient: expect no more of it than it has.
-        rounding = 8 * torch.finfo(raw.dtype).eps * form.scale / slope
+        rounding = 8 * torch.finfo(raw.dtype).eps * head.scale / slope
         found += _solve_logits(chunk, z, grad[chunk].double() / slope, raw.dtype, rounding)
     return found
 
@@ -163,7 +153,7 @@ def _line(g: Tensor, p: Tensor, without: Tensor) -> _Line:
     return _Line(slope, offset, excess, misfit)
 
 
-def from_hidden(hidden: Tensor, grad: Tensor, form: HeadForm, hints: Tensor) -> list[Found]:
+def from_hidden(hidden: Tensor, grad: Tensor, head: ProbedHead, hints: Tensor) -> list[Found]:
     """Targets of each row of the head's input, for losses that never show their logits.
 
     hidden, grad [n, H]; hints int64 [n]: the token that wins where two explain a gradient equally well
@@ -172,14 +162,14 @@ def from_hidden(hidden: Tensor, grad: Tensor, form: HeadForm, hints: Tensor) -> 
     readings: dict[
         torch.dtype, list[list[Found]]
     ] = {}  # by how the logits may have been rounded; one list a row
-    norms = form.weight.detach().float().pow(2).sum(1)
+    norms = head.weight.detach().float().pow(2).sum(1)
     # Logits of as many rows at once as the loss is likely to have made: other shapes round otherwise.
     for block in torch.arange(len(grad)).split(max(CHUNK, BLOCK // len(norms))):
         rows = block[grad[block].ne(0).any(1).cpu()].to(grad.device)
-        raws = _logits(hidden[block.to(grad.device)], form) if len(rows) else {}
+        raws = _logits(hidden[block.to(grad.device)], head) if len(rows) else {}
         for dtype, raw in raws.items():
             for chunk in rows.split(CHUNK):
-                solved = _solve_hidden(raw[chunk - block[0]].double(), grad[chunk], form, norms, hints[chunk])
+                solved = _solve_hidden(raw[chunk - block[0]].double(), grad[chunk], head, norms, hints[chunk])
                 readings.setdefault(dtype, []).extend(
                     [f._replace(row=row) for f in targets]
                     for row, targets in zip(chunk.tolist(), solved, strict=True)
@@ -196,34 +186,34 @@ def _misfit(reading: list[list[Found]]) -> float:
     return math.fsum(math.log(targets[0].residual + 1e-12) for targets in reading)
 
 
-def _logits(x: Tensor, form: HeadForm) -> dict[torch.dtype, Tensor]:
+def _logits(x: Tensor, head: ProbedHead) -> dict[torch.dtype, Tensor]:
     """What the head's module would give, in its own precision, autocast's and, where that is a half, in float32."""
-    weight = form.weight.detach()
+    weight = head.weight.detach()
     own = (weight.dtype, torch.promote_types(weight.dtype, torch.float32))
-    dtypes = dict.fromkeys(d for d in (form.rounded, *own) if d is not None)
+    dtypes = dict.fromkeys(d for d in (head.rounded, *own) if d is not None)
     return {
-        d: x.to(d) @ weight.to(d).T + (0 if form.bias is None else form.bias.detach().to(d)) for d in dtypes
+        d: x.to(d) @ weight.to(d).T + (0 if head.bias is None else head.bias.detach().to(d)) for d in dtypes
     }
 
 
 def _solve_hidden(
-    raw: Tensor, grad: Tensor, form: HeadForm, norms: Tensor, hint: Tensor
+    raw: Tensor, grad: Tensor, head: ProbedHead, norms: Tensor, hint: Tensor
 ) -> list[list[Found]]:
-    z, slope = form.finish(raw)
+    z, slope = head.from_product(raw)
     log_p = z.log_softmax(1)
-    rows = _Directions(log_p, slope * torch.ones_like(z), form.weight.detach())
+    rows = _Directions(log_p, slope * torch.ones_like(z), head.weight.detach())
     g = grad.double()
     candidates = torch.cat([rows.shortlist(g, norms), rows.top[:, None], hint.clamp(min=0)[:, None]], 1)
     weights, residuals, misfits = rows.fit(g, candidates)
     # Where p − 1 has lost its digits, what lies along the target's row says nothing.
-    dtypes = (grad.dtype, form.weight.dtype, form.rounded)
+    dtypes = (grad.dtype, head.weight.dtype, head.rounded)
     misfits[rows.rest < 64 * max(torch.finfo(d).eps for d in dtypes if d is not None)] = 0
     residuals[:, -1] = torch.where(hint < 0, torch.inf, residuals[:, -1])
     best = residuals.argmin(1)
     # Equal rows of the head's matrix explain a gradient equally well: the next token is the likelier reading.
     tied = residuals[:, -1] <= 1.5 * residuals.gather(1, best[:, None])[:, 0]
     best[tied] = candidates.shape[1] - 1
-    limit = max(UNEXPLAINED[d] for d in (grad.dtype, form.rounded) if d is not None)
+    limit = max(UNEXPLAINED[d] for d in (grad.dtype, head.rounded) if d is not None)
     found = []
     for i, b in enumerate(best.tolist()):
         picks = [(int(candidates[i, b]), float(weights[i, b]))]

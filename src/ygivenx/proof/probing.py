@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..errors import LossError
 from .arrays import as_array, documents_of
-from .gradients import Found, HeadForm, from_hidden, from_logits
-from .wrapping import backbone_of, head_form, uncompiled, unwrap
+from .gradients import Found, ProbedHead, from_hidden, from_logits
+from .wrapping import backbone_of, probed_head, uncompiled, unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -103,7 +103,7 @@ class Probe:
 
     def __enter__(self) -> Probe:
         head, backbone = self.model.get_output_embeddings(), backbone_of(self.model)
-        form = head_form(self.model, head)
+        form = probed_head(self.model, head)
         with ExitStack() as entered:
             entered.enter_context(uncompiled())
             for hook in (
@@ -187,7 +187,7 @@ class Probe:
     def _on_embedding(self, _module: nn.Module, args: tuple[Tensor, ...], _out: Tensor) -> None:
         self._embedded = args[0].detach()
 
-    def _on_backbone(self, form: HeadForm, args: tuple, kwargs: dict, output: Any) -> None:
+    def _on_backbone(self, form: ProbedHead, args: tuple, kwargs: dict, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         if not torch.is_grad_enabled():
             return
@@ -224,7 +224,7 @@ class _Pass:
     ids: np.ndarray
     attended: np.ndarray
     documents: np.ndarray
-    form: HeadForm
+    form: ProbedHead
     group: int = -1
     reached: bool = False
     error: Exception | None = None
@@ -232,7 +232,7 @@ class _Pass:
     by_logits: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     @classmethod
-    def of(cls, hidden: Tensor, ids: Tensor | None, inputs: dict[str, Any], form: HeadForm) -> _Pass:
+    def of(cls, hidden: Tensor, ids: Tensor | None, inputs: dict[str, Any], form: ProbedHead) -> _Pass:
         shape = tuple(hidden.shape[:2])
         known = _fit(ids, shape, -1)
         mask = inputs.get("attention_mask")

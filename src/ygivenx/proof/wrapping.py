@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from .gradients import HeadForm
+from .gradients import ProbedHead
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,12 +49,12 @@ def uncompiled() -> AbstractContextManager[Any]:
     return torch.compiler.set_stance("force_eager")
 
 
-def head_form(model: Any, head: Any) -> HeadForm:
+def probed_head(model: Any, head: Any) -> ProbedHead:
     """How a head's output becomes logits; raises ModelError for a head that is sharded."""
     _refuse_sharded(model, head)
     from ..models.model import softcap_and_scale
 
-    form = HeadForm(head.weight, getattr(head, "bias", None), *softcap_and_scale(model))
+    form = ProbedHead(head.weight, getattr(head, "bias", None), *softcap_and_scale(model))
     if not hasattr(head, "base_layer"):
         return form
     return replace(form, weight=_adapted(head), unadapted=head.weight)

@@ -1,4 +1,4 @@
-"""The sweeps behind `selective.py`: softmax statistics, log p and both gradients, a tile of the vocabulary at a time.
+"""The route on a CPU: softmax sums, log p and both gradients, a tile of the vocabulary at a time.
 
 Columns are the rows of hidden states that carry an edge. Tiles are [tokens of the vocabulary, columns], so that
 statistics run along the columns. The logit of a column's target is the shift s of its exponentials
@@ -24,109 +24,53 @@ Columns come in rounds whose rows fit into that memory, and each round after the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
-from . import full_vocab, fused, kernel
-from .edges import PAD, Edges, Head, even, padded, product_dtype
+from . import fused, kernel
+from .edges import PAD, EdgeColumns, even_spans, padded, product_dtype
 from .gradients import Gradients
-from .tiles import Block, Marks, Scratch, shaped
+from .tiles import ColumnBlock, Marks, Scratch, as_tile
 
-MEMORY = 64 << 20  # bytes beyond the gradients that a call may hold on to, on a CPU
-BLOCK = 1024  # columns of one first sweep
-WIDEST = 8 << 20  # bytes of Σ e[v]·W[v] of one first sweep
-TILE = 2 << 20  # elements of one tile
-THIN = 128  # columns up to which float32 tiles lie column by column, unpadded: few columns multiply faster so
-WORTHWHILE = 160  # columns from which adding to dW is cheaper than computing the logits again
-
-
-@dataclass(frozen=True)
-class Swept:
-    """log_p [E]; rank int64 [E] if asked for; loss scalar; gradients where they were wanted, of any precision."""
-
-    log_p: Tensor
-    rank: Tensor | None
-    loss: Tensor | None
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+MEMORY_BYTES = 64 << 20  # beyond the gradients, that a call may hold on to
+# Sizes measured with `benchmarks/head.py`; results don't depend on them beyond rounding.
+BLOCK_COLUMNS = 1024  # of one first sweep
+TOTAL_BYTES = 8 << 20  # of Σ e[v]·W[v] in one first sweep: it has to stay in the cache
+TILE_ELEMENTS = 2 << 20
+THIN_COLUMNS = (
+    128  # up to so many, float32 tiles lie column by column, unpadded: few columns multiply faster so
+)
+WAITING_COLUMNS = 160  # from so many on, adding to dW costs less than computing the logits again
 
 
-def sweep(
-    hidden: Tensor,
-    head: Head,
-    rows: Tensor,
-    targets: Tensor,
-    weights: Tensor | None = None,
-    wants: tuple[bool, bool, bool] = (False, False, False),
-    *,
-    ranks: bool = False,
-    memory: int | None = None,
-) -> Swept:
-    """log p of every edge; with `weights` the loss and the wanted gradients (of hidden, weight, bias)."""
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        return _sweep(hidden, head, rows, targets, weights, wants, ranks, memory)
-
-
-def _sweep(
-    hidden: Tensor,
-    head: Head,
-    rows: Tensor,
-    targets: Tensor,
-    weights: Tensor | None,
-    wants: tuple[bool, bool, bool],
-    ranks: bool,
-    memory: int | None,
-) -> Swept:
-    head = replace(head, weight=head.weight.to(torch.promote_types(hidden.dtype, head.weight.dtype)))
-    edges = Edges(hidden, head, rows, targets, weights, apart=ranks)
-    into = Gradients(hidden, head, edges.wide, wants)
-    if into.weight is not None and not len(rows):
-        into.weight.zero_()
-    if launches_cost(hidden.device):
-        full_vocab.sweep(edges, into, full_vocab.MEMORY if memory is None else memory, ranks=ranks)
-    else:
-        _by_tiles(edges, into, MEMORY if memory is None else memory, ranks)
-    return Swept(
-        edges.as_given(edges.log_p).to(edges.wide),
-        edges.as_given(edges.above[edges.column]) if ranks else None,
-        None if weights is None else edges.loss().to(edges.wide),
-        into.hidden,
-        into.weight,
-        into.bias,
-    )
-
-
-def launches_cost(device: torch.device) -> bool:
-    """Whether each operation costs as much as a tile of numbers does."""
-    return device.type != "cpu"
-
-
-def _by_tiles(edges: Edges, into: Gradients, memory: int, ranks: bool) -> None:
+def run_tiled(edges: EdgeColumns, into: Gradients, memory: int, *, ranks: bool) -> None:
+    """Compute the sums of `edges` and add the gradients to `into`; by the compiled kernel where that is faster."""
     head = edges.head
     rounds = _rounds(len(edges.rows), head.weight, memory if into.weight is not None else 0)
     # What comes first decides whether the kernel is built at all.
     if (head.weight.dtype == torch.bfloat16 or not _mostly_wait(rounds)) and kernel.usable(head):
-        fused.sweep(edges, into, memory, ranks=ranks)
+        fused.run_fused(edges, into, memory, ranks=ranks)
         return
     scratch = Scratch(edges.hidden.device)
     for a, b, room in rounds:
-        _Round(edges, a, b, room, into, scratch).sweep(ranks=ranks)
+        _TiledRound(edges, a, b, room, into, scratch).run(ranks=ranks)
 
 
-class _Round:
+class _TiledRound:
     """Columns [a, b) of the edges, whose share of dW is made together; `room` of them can wait."""
 
-    def __init__(self, edges: Edges, a: int, b: int, room: int, into: Gradients, scratch: Scratch) -> None:
+    def __init__(
+        self, edges: EdgeColumns, a: int, b: int, room: int, into: Gradients, scratch: Scratch
+    ) -> None:
         self.edges, self.into, self.scratch = edges, into, scratch
         self.weight, self.adds, self.products = edges.head.weight, a > 0, edges.products
-        self.thin = b - a <= THIN and self.weight.dtype == self.products != torch.bfloat16
+        self.thin = b - a <= THIN_COLUMNS and self.weight.dtype == self.products != torch.bfloat16
         self.kept = min(room, self._wide(b - a))
         middle = min(a + self.kept, b)
-        block = min(BLOCK, max(1, WIDEST // (edges.wide.itemsize * self.weight.shape[1]) // PAD) * PAD)
-        self.spans = [*even(a, middle, block), *even(middle, b, block)]
+        block = min(
+            BLOCK_COLUMNS, max(1, TOTAL_BYTES // (edges.wide.itemsize * self.weight.shape[1]) // PAD) * PAD
+        )
+        self.spans = [*even_spans(a, middle, block), *even_spans(middle, b, block)]
         widths = [self._wide(d - c) for c, d in self.spans]
         self.width = sum(widths)
         # Where they aren't of the products' dtype, tiles of the head and of its gradient are copied.
@@ -134,7 +78,9 @@ class _Round:
         self.step = _height(max(self.kept, self.copied, *widths), 512)
         self.starts = range(0, len(self.weight), self.step)
         self.waiting = self._waiting() if self.kept else []
-        self.again: list[tuple[int, Block]] = []  # blocks that couldn't wait, and their first column
+        self.recomputed: list[
+            tuple[int, ColumnBlock]
+        ] = []  # blocks that couldn't wait, and their first column
         self.factor = torch.zeros(self.width, dtype=edges.wide, device=self.weight.device)
         self.scaled_x = self._buffer("scaled x", self.width) if into.weight is not None else None
         self.marks: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -154,20 +100,20 @@ class _Round:
         assert self.into.weight is not None
         spare = self.scratch.view("waiting", heights[0], self.kept, self.weight.dtype)
         places = [spare, *(self.into.weight[start : start + self.step] for start in self.starts[:-1])]
-        return [shaped(p.view(-1), n, self.kept, self.thin) for p, n in zip(places, heights, strict=True)]
+        return [as_tile(p.view(-1), n, self.kept, self.thin) for p, n in zip(places, heights, strict=True)]
 
-    def sweep(self, *, ranks: bool) -> None:
+    def run(self, *, ranks: bool) -> None:
         """Both sweeps; the second one only for dW and the bias."""
         at = 0
         for a, b in self.spans:
             kept = at + self._wide(b - a) <= self.kept
-            block = Block(self.edges, a, b, self._rows(at, self._wide(b - a), kept), self.scratch)
+            block = ColumnBlock(self.edges, a, b, self._rows(at, self._wide(b - a), kept), self.scratch)
             tiles = [(start, self._place(i, at, block.width, kept)) for i, start in enumerate(self.starts)]
             total = block.first_sweep(tiles, product=self.into.hidden is not None, ranks=ranks)
             if self.edges.weight is not None:
-                self._settle(block, at, total)
+                self._add_gradients(block, at, total)
             if not kept and self.into.second_sweep:
-                self.again.append((at, block))
+                self.recomputed.append((at, block))
             at += block.width
         if self.into.second_sweep:
             self._second_sweep()
@@ -186,8 +132,8 @@ class _Round:
         height = min(self.step, len(self.weight) - self.starts[i])
         return self.scratch.view("tile", height, width, self.products, thin=self.thin)
 
-    def _settle(self, block: Block, at: int, total: Tensor | None) -> None:
-        """Once a block's statistics are known: its share of dH, and what its share of dW needs."""
+    def _add_gradients(self, block: ColumnBlock, at: int, total: Tensor | None) -> None:
+        """Add a block's share to dH, and keep what its share of dW needs."""
         a, b = block.a, block.b
         factor, g, marks = self.edges.coefficients(a, b)
         self.factor[at : at + b - a] = factor
@@ -195,12 +141,12 @@ class _Round:
         if self.scaled_x is not None:
             scaled = self.scaled_x[at : at + block.width]
             torch.mul(block.x, self.factor[at : at + block.width, None], out=scaled)
-        self.into.settle(self.edges, a, b, factor, g, total)
+        self.into.add_hidden(self.edges, a, b, factor, g, total)
 
     def _second_sweep(self) -> None:
         into = self.into
         marks = Marks(*(torch.cat(parts) for parts in zip(*self.marks, strict=True)))
-        step = _height(max(self.width, self.copied), 256) if self.again else self.step
+        step = _height(max(self.width, self.copied), 256) if self.recomputed else self.step
         for i, first in reversed(list(enumerate(self.starts))):
             last = min(first + self.step, len(self.weight))
             for start in range(first, last, step):
@@ -216,20 +162,22 @@ class _Round:
         if out.dtype == self.products:
             torch.addmm(out, tile, scaled_x, beta=int(self.adds), out=out)
             return
-        made = torch.mm(tile, scaled_x, out=self.scratch.view("made", len(out), out.shape[1], self.products))
-        out.copy_(made.add_(out) if self.adds else made)
+        share = torch.mm(
+            tile, scaled_x, out=self.scratch.view("share", len(out), out.shape[1], self.products)
+        )
+        out.copy_(share.add_(out) if self.adds else share)
 
     def _complete(self, i: int, skip: int, height: int) -> Tensor:
         """Exponentials of all columns for `height` tokens of tile i, from its token `skip` on."""
         kept = self.waiting[i][skip : skip + height] if self.kept else None
-        if not self.again:
+        if not self.recomputed:
             assert kept is not None
             return self.scratch.cast("tile", kept, self.products)
         tile, start = self.scratch.view("tile", height, self.width, self.products), self.starts[i] + skip
         if kept is not None:
             tile[:, : self.kept] = kept
         weight = self.scratch.cast("weight", self.weight[start : start + height], self.products)
-        for at, block in self.again:
+        for at, block in self.recomputed:
             block.exponentials(weight, tile[:, at : at + block.width], start)
         return tile
 
@@ -251,12 +199,12 @@ def _rounds(columns: int, weight: Tensor, memory: int) -> list[tuple[int, int, i
     fits = max(PAD, most // 2 // PAD * PAD)
     room = 0 if weight.dtype == torch.float16 else min(weight.shape[1], max(PAD, most)) // PAD * PAD
     later = memory * 3 // 4 // (tokens + 3 * row) // PAD * PAD
-    wait = room and weight.element_size() > 2 and later >= WORTHWHILE
+    wait = room and weight.element_size() > 2 and later >= WAITING_COLUMNS
     first = min(columns, room if wait else max(room, fits))
-    rest = even(first, columns, later if wait else fits)
+    rest = even_spans(first, columns, later if wait else fits)
     return [(0, first, room), *((a, b, later if wait else 0) for a, b in rest)]
 
 
 def _height(width: int, least: int) -> int:
     """Tokens of a tile of so many columns."""
-    return max(least, TILE // width // 256 * 256)
+    return max(least, TILE_ELEMENTS // width // 256 * 256)
