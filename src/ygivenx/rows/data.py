@@ -28,11 +28,10 @@ from ..errors import ConfigError, DataError, RowError
 from ..sequence import Rejected
 from .files import open_source
 from .formats import Conversation, Format, Noun, Pair, Preference, TokenRow, normalise, recognise
-from .raw import RawRow, Source
+from .raw import MAX_ROW_BYTES, RawRow, Source
 
 __all__ = ["Conversation", "Pair", "Preference", "Reader", "Row", "TokenRow", "normalise", "read"]
 
-MAX_ROW_BYTES = 64 << 20
 _PEEK = 20  # rows whose columns decide the format
 
 
@@ -177,5 +176,5 @@ def _guarded(source: Source, where: str) -> Iterator[RawRow | None]:
     except DataError as e:
         e.where = e.where or f"{where}, {last}"
         raise
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as e:
+    except (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError) as e:
         raise DataError("the file can't be read on", where=f"{where}, {last}", why=str(e)) from e

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,13 @@ from typing import Any, BinaryIO
 
 from ..errors import ConfigError, DataError, RowError, nearest
 from .columnar import arrow_rows, hub_rows, saved_shards
-from .raw import RawRow, Source
-from .strictjson import Strict, elements
+from .raw import MAX_BATCH_BYTES, RawRow, Source, too_long
+from .strictjson import Strict, elements, refuse_many_values
 
 _BOM = b"\xef\xbb\xbf"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_CELL = 64  # bytes of a short text in Python
 _PACKED = (".gz", ".gzip", ".zst", ".zstd")
 
 
@@ -89,24 +91,25 @@ def _lines(stream: BinaryIO, limit: int) -> Iterator[bytes | None]:
         yield None if long else line if n else line.removeprefix(_BOM)
 
 
-def _too_long(limit: int) -> RowError:
-    fix = "mend the row, or read it by ygivenx.rows.data.read(..., max_row_bytes=...)"
-    return RowError(f"longer than {limit:,} bytes", reason="too_long", fix=fix)
-
-
 def _json_lines(path: Path, limit: int) -> Iterator[RawRow | None]:
+    """A row a line; an array of rows, which other tools write under this name, all the same."""
+    if _is_array_of_rows(path, limit):
+        yield from _array_rows(path, limit)
+        return
     strict = Strict()
     with _open(path) as stream:
         for n, line in enumerate(_lines(stream, limit), 1):
             if line is None:
-                yield RawRow(f"line {n}", None, _too_long(limit))
+                yield RawRow(f"line {n}", None, too_long(limit))
             else:
                 yield _json_line(f"line {n}", line, strict) if line.strip() else None
 
 
 def _json_line(place: str, line: bytes, strict: Strict) -> RawRow:
+    text = ""
     try:
         text = line.decode()
+        refuse_many_values(text, MAX_BATCH_BYTES)
         return RawRow(place, strict.whole(text))
     except UnicodeDecodeError as e:
         why = f"at byte {e.start + 1} of the line"
@@ -114,18 +117,46 @@ def _json_line(place: str, line: bytes, strict: Strict) -> RawRow:
         return RawRow(place, line.decode(errors="backslashreplace"), fault)
     except RowError as e:
         if e.reason == "broken_json" and not line.endswith(b"\n"):
-            e = RowError("the file ends in half a row", reason="cut_off", why=e.why)
+            e = RowError("the file ends in half a row", reason="cut_off", why=e.why, fix=e.fix)
         return RawRow(place, text, e)
+
+
+def _is_array_of_rows(path: Path, limit: int) -> bool:
+    """Whether a file of lines is one array of objects instead. Raises DataError for one row over several lines."""
+    with _open(path) as stream:
+        first = next((line for line in _lines(stream, limit) if line is None or line.strip()), b"")
+    if first is None:  # a first line beyond the limit: an array of rows goes on with an object
+        with _open(path) as stream:
+            return bool(re.match(rb"\s*\[\s*\{", _beginning(stream)))
+    start = first.strip()
+    if start == b"{":
+        fix = "write one row a line, as by jq -c . FILE > rows.jsonl; one array, or one object, of rows is called .json"
+        raise DataError(
+            "the rows are printed over several lines", where=str(path), why="a line is a row", fix=fix
+        )
+    return start == b"[" or re.match(rb"\[\s*\{", start) is not None
+
+
+def _array_rows(path: Path, limit: int) -> Iterator[RawRow]:
+    with _open(path) as stream:
+        for n, (value, fault) in enumerate(elements(stream, limit)):
+            yield RawRow(f"row {n}", value, fault)
+
+
+def _beginning(stream: BinaryIO) -> bytes:
+    """Some bytes from the first one on that isn't space, without a byte order mark."""
+    data = stream.read(1 << 16).removeprefix(_BOM).lstrip()
+    while not data and (more := stream.read(1 << 20)):
+        data = more.lstrip()
+    return data
 
 
 def _json_rows(path: Path, limit: int, is_row: Callable[[list[str]], bool]) -> Iterator[RawRow | None]:
     """A .json file: an array, an object that is a row or holds rows, or after all one row a line."""
     with _open(path) as stream:
-        is_array = stream.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
+        is_array = _beginning(stream).startswith(b"[")
     if is_array:
-        with _open(path) as stream:
-            for n, (value, fault) in enumerate(elements(stream, limit)):
-                yield RawRow(f"row {n}", value, fault)
+        yield from _array_rows(path, limit)
         return
     with _open(path) as stream:
         lines = (line for line in _lines(stream, limit) if line is None or line.strip())
@@ -138,14 +169,21 @@ def _json_rows(path: Path, limit: int, is_row: Callable[[list[str]], bool]) -> I
 
 
 def _json_whole(path: Path) -> dict[str, Any]:
+    """The object of a file, which is held whole."""
     with _open(path) as stream:
-        data = stream.read()
+        data = stream.read(MAX_BATCH_BYTES + 1)
+    lines = "write one row a line (.jsonl), or an array of rows: those are read piece by piece"
+    if len(data) > MAX_BATCH_BYTES:
+        raise DataError(f"one object of more than {MAX_BATCH_BYTES:,} bytes", fix=lines)
     try:
-        whole = Strict().whole(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
+        refuse_many_values(text, 4 * MAX_BATCH_BYTES)
+        whole = Strict().whole(text)
     except UnicodeDecodeError as e:
         raise DataError(f"byte 0x{data[e.start]:02x} isn't UTF-8", why=f"at byte {e.start + 1}") from None
     except RowError as e:
-        raise DataError(e.what, why=e.why, fix="a file of one row a line is called .jsonl") from None
+        fix = e.fix or "a file of one row a line is called .jsonl"
+        raise DataError(e.what, why=e.why, fix=lines if e.reason == "too_long" else fix) from None
     if not isinstance(whole, dict):
         raise DataError("neither an array nor an object", fix="write an array of rows")
     return whole
@@ -165,7 +203,7 @@ def _csv_rows(path: Path, limit: int, delimiter: str) -> Iterator[RawRow | None]
     # The csv module's own limit, one for the whole process, is 128 KiB a field.
     csv.field_size_limit(max(csv.field_size_limit(), limit))
     with _open(path) as stream:
-        text = _CsvText(stream, limit)
+        text = _CsvText(stream, limit, delimiter)
         reader = csv.reader(text, delimiter=delimiter, strict=True)
         header = _record(reader, text)
         if header is None:
@@ -202,8 +240,9 @@ class _CsvText:
     RowError is raised; `lost`: of such a record the csv module doesn't know the end.
     """
 
-    def __init__(self, stream: BinaryIO, limit: int) -> None:
-        self._lines, self._limit, self.number = _lines(stream, limit), limit, 0
+    def __init__(self, stream: BinaryIO, limit: int, delimiter: str) -> None:
+        self._lines, self._limit, self._delimiter = _lines(stream, limit), limit, delimiter.encode()
+        self.number = self.cells = 0
         self.quoted = self.lost = False
 
     def __iter__(self) -> _CsvText:
@@ -213,8 +252,10 @@ class _CsvText:
         line = next(self._lines)
         self.number += 1
         self.quoted = self.quoted or line is None or b'"' in line
-        if line is None:
-            raise _too_long(self._limit)
+        # Each cell is an object of its own, however short it is.
+        self.cells += line.count(self._delimiter) if line else 0
+        if line is None or self.cells * _CELL > MAX_BATCH_BYTES:
+            raise too_long(self._limit)
         return line.decode(errors="surrogateescape")
 
     def more(self) -> bool:
@@ -224,7 +265,7 @@ class _CsvText:
 
 def _record(reader: Any, text: _CsvText) -> RawRow | None:
     """The next record of a CSV file as a list of cells; None at the end."""
-    start, text.quoted = text.number, False
+    start, text.quoted, text.cells = text.number, False, 0
     place = f"line {start + 1}"
     try:
         cells = next(reader)

@@ -22,4 +22,14 @@ class RawRow(NamedTuple):
     fault: RowError | None = None
 
 
+# A row in its file, and what is decoded of a file at a time: one long row, or several.
+MAX_ROW_BYTES = 64 << 20
+MAX_BATCH_BYTES = 4 * MAX_ROW_BYTES
+
+
+def too_long(limit: int) -> RowError:
+    fix = "mend the row, or read it by ygivenx.rows.data.read(..., max_row_bytes=...)"
+    return RowError(f"longer than {limit:,} bytes", reason="too_long", fix=fix)
+
+
 Source = Callable[[], Iterator[RawRow | None]]

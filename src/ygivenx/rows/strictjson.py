@@ -5,14 +5,21 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from ..errors import DataError, RowError
+from .raw import MAX_BATCH_BYTES
 
 _CHUNK = 1 << 20
 _SPACE = " \t\n\r"
+_SPACES = re.compile(r"[ \t\n\r]*")
+# Bytes that a value takes in Python beside its text, by the character that it begins with or follows.
+_COSTS = {"[": 64, "{": 200, ",": 64}
+_TRAILING_COMMA = re.compile(r",\s*([}\]]|$)")
+_SINGLE_QUOTES = re.compile(r"[{\[,:]\s*'")
 
 
 class Strict:
@@ -62,15 +69,54 @@ class Strict:
     def whole(self, text: str) -> Any:
         """The one value that `text` is; raises RowError."""
         try:
-            value, end, fault = self.value(text, len(text) - len(text.lstrip(_SPACE)))
+            value, end, fault = self.value(text, _after_space(text, 0))
         except json.JSONDecodeError as e:
             why = f"{e.msg.removesuffix(' at')} at character {e.pos + 1}"
-            raise RowError("not JSON", reason="broken_json", why=why) from None
-        if text[end:].strip(_SPACE):
-            raise RowError("not JSON", reason="broken_json", why=f"more text after character {end}")
+            raise RowError("not JSON", reason="broken_json", why=why, fix=mending(text, e.pos)) from None
+        if (more := _SPACES.match(text, end)) and more.end() < len(text):
+            why = f"more text after character {end}"
+            raise RowError("not JSON", reason="broken_json", why=why, fix=mending(text, more.end()))
         if fault:
             raise fault
         return value
+
+
+def _after_space(text: str, at: int) -> int:
+    """Where the next character that isn't space stands, or the end."""
+    found = _SPACES.match(text, at)
+    return found.end() if found else at
+
+
+def mending(text: str, at: int) -> str:
+    """What to do about a text that isn't JSON at this character, by what it is instead; "" where that isn't known."""
+    around = text[max(at - 40, 0) : at + 40]
+    if "\0" in around:
+        return "a file that was torn, as by a loss of power, holds blocks of NUL: write it again"
+    if _SINGLE_QUOTES.search(around) or around.lstrip().startswith("'"):
+        return "single quotes are Python's: write rows by json.dumps, not by str or repr"
+    # In an array that is read piece by piece, the comma stands before the text.
+    begins_closed = text[at : at + 1] == "]" and not text[:at].strip(_SPACE)
+    if (
+        _TRAILING_COMMA.search(text[max(at - 40, 0) : at + 1])
+        or text[at:].strip(_SPACE) == ","
+        or begins_closed
+    ):
+        return "leave the comma after the last item out; a row of .jsonl ends without one"
+    if text[at:].lstrip().startswith("{"):
+        return "two rows in one line: write one row a line"
+    return ""
+
+
+def refuse_many_values(text: str, limit: int) -> None:
+    """Raise RowError for a text whose values would take more than `limit` bytes: `[],[],…` grows by 40 times."""
+    if len(text) * max(_COSTS.values()) <= limit:
+        return
+    size = len(text) + sum(cost * text.count(character) for character, cost in _COSTS.items())
+    if size > limit:
+        what = f"{len(text):,} characters of JSON that take about {size:,} bytes when read"
+        raise RowError(
+            what, reason="too_long", why=f"what is read at a time may take {limit:,}", fix="split the row"
+        )
 
 
 class _Window:
@@ -91,8 +137,7 @@ class _Window:
     def next(self) -> str:
         """The next character that isn't space, which stays ahead; "" at the end."""
         while True:
-            while self.at < len(self.text) and self.text[self.at] in _SPACE:
-                self.at += 1
+            self.at = _after_space(self.text, self.at)
             if self.at < len(self.text) or self.ended:
                 return self.text[self.at : self.at + 1]
             self.grow()
@@ -115,7 +160,7 @@ def elements(stream: BinaryIO, limit: int) -> Iterator[tuple[Any, RowError | Non
             value, window.at, fault = _element(window, strict, limit)
         except json.JSONDecodeError as e:
             if not _is_cut_off(e):
-                raise _broken(f"{e.msg}: {e.doc[e.pos : e.pos + 40]!a}") from None
+                raise _broken(f"{e.msg}: {e.doc[e.pos : e.pos + 40]!a}", mending(e.doc, e.pos)) from None
             yield window.text[window.at :], _cut_off()
             return
         yield value, fault
@@ -136,11 +181,12 @@ def _element(window: _Window, strict: Strict, limit: int) -> tuple[Any, int, Row
     window.next()
     while True:
         try:
+            refuse_many_values(window.text, MAX_BATCH_BYTES)
             value, end, fault = strict.value(window.text, window.at)
             if end < len(window.text) or window.ended:  # else it may go on, as numbers do
                 return value, end, fault or _invalid_utf8(window.text[window.at : end])
         except RowError as e:
-            raise _broken(f"{e.what} {e.why}") from None
+            raise _broken(f"{e.what} {e.why}".strip()) from None
         except json.JSONDecodeError:
             if window.ended:
                 raise
@@ -171,6 +217,6 @@ def _cut_off() -> RowError:
     return RowError("the file ends before its array does", reason="cut_off")
 
 
-def _broken(why: str) -> DataError:
-    fix = "mend the file, or write one row a line (.jsonl): then a broken row costs no other"
+def _broken(why: str, fix: str = "") -> DataError:
+    fix = fix or "mend the file, or write one row a line (.jsonl): then a broken row costs no other"
     return DataError("the array is broken, and the rows after that can't be found", why=why, fix=fix)
