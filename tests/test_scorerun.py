@@ -22,9 +22,11 @@ from rich.console import Console
 from tiny import llama
 from typer.testing import CliRunner
 
+import ygivenx as yx
 from ygivenx.cli import app
 from ygivenx.commands.scorerun import Rows, run
-from ygivenx.errors import ConfigError, DataError, ModelError
+from ygivenx.errors import ConfigError, DataError, ModelError, RowError
+from ygivenx.locks import locked
 from ygivenx.rows.data import read
 from ygivenx.scores.scorefile import ScoreFile
 from ygivenx.scores.scoring import Tally, questioner_for, scores
@@ -201,6 +203,92 @@ def test_another_commit_of_a_model_on_the_hub_is_refused(model_dir, pairs, tmp_p
             assert done.exit_code == 0, done.exception
     assert isinstance(done.exception, ConfigError)
     assert f"these differ: revision of the model ({commits[0]} → {commits[1]})" in done.exception.why
+
+
+def test_two_writers_of_one_file_are_refused(model_dir, pairs, tmp_path):
+    out = tmp_path / "out.jsonl"
+    with locked(out, "ygx score"):
+        done = ygx_score(pairs, "--model", model_dir, "-o", out)
+    assert isinstance(done.exception, ConfigError)
+    assert f"another process (id {os.getpid()}) is writing there" in str(done.exception)
+    assert ygx_score(pairs, "--model", model_dir, "-o", out).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("spoil", "again"),
+    [
+        (
+            lambda kept: kept[:5] + kept[6:],
+            56,
+        ),  # a line in the middle is gone: what follows is computed again
+        (lambda kept: kept[:5] + kept[4:], 55),  # one is there twice
+        (lambda kept: [*kept[:-1], b"\0" * 300 + b"\n"], 1),  # zeros at the end, as after a loss of power
+        (lambda kept: [*kept[:9], b"{}}\n", *kept[9:]], 51),
+    ],
+)
+def test_a_damaged_file_is_mended_from_where_it_is_damaged(model_dir, pairs, tmp_path, spoil, again):
+    out = tmp_path / "out.jsonl"
+    assert ygx_score(pairs, "--model", model_dir, "-o", out).exit_code == 0
+    whole = lines(out)
+    out.write_bytes(b"".join(spoil(out.read_bytes().splitlines(keepends=True))))
+    done = ygx_score(pairs, "--model", model_dir, "-o", out, "--json")
+    assert done.exit_code == 0, done.exception
+    assert json.loads(done.stdout)["run"]["scores"] == again
+    for a, b in zip(lines(out), whole, strict=True):
+        assert (a["row"], a["sequence"]) == (b["row"], b["sequence"])
+        assert a["log_p_y_given_x"] == pytest.approx(b["log_p_y_given_x"], abs=1e-4)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"run": 3}'])
+def test_a_torn_note_is_an_error_of_ours(model_dir, pairs, tmp_path, text):
+    out = tmp_path / "out.jsonl"
+    assert ygx_score(pairs, "--model", model_dir, "-o", out, "--limit", 2).exit_code == 0
+    (tmp_path / "out.jsonl.run.json").write_text(text)
+    done = ygx_score(pairs, "--model", model_dir, "-o", out, "--limit", 2)
+    assert isinstance(done.exception, DataError)
+    assert "what is known of the run is damaged" in str(done.exception)
+
+
+def test_a_full_disk_is_an_error_of_ours(model_dir, pairs, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    done = ygx_score(pairs, "--model", model_dir, "-o", tmp_path / "out.jsonl")
+    assert isinstance(done.exception, DataError)
+    assert "No space left" in done.exception.why
+    assert "make room" in done.exception.fix
+
+
+def test_ctrl_c_says_what_is_kept(model_dir, pairs, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.jsonl"
+    monkeypatch.setattr("ygivenx.commands.scorerun.open_model", interrupted)
+    done = ygx_score(pairs, "--model", model_dir, "-o", out)
+    assert done.exit_code == 130
+    assert f"interrupted: 0 scores are in {out}: run it again to go on" in " ".join(done.stderr.split())
+
+
+def test_an_error_of_a_list_names_the_item(smol_tokenizer):
+    model = llama(vocab_size=len(smol_tokenizer))
+    with pytest.raises(RowError, match=r"^item 2"):
+        yx.score(model, smol_tokenizer, [("a", " b"), ("c", " d"), ("e", "<|im_start|>")])
+    with pytest.raises(RowError, match=r"^item 1"):
+        yx.score(model, smol_tokenizer, [("a", " b"), 5])
+
+
+def test_rows_that_are_not_scored_are_written_down(model_dir, pairs, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    assert (
+        ygx_score(pairs, "--model", model_dir, "-o", tmp_path / "out.jsonl", "--quarantine", bad).exit_code
+        == 0
+    )
+    assert [r["row"] for r in lines(bad)] == [
+        {"x": "control", "y": "<|im_start|>"},
+        {"x": 5, "y": "not a text"},
+    ]
 
 
 def test_a_finished_parquet_file_without_its_account(tmp_path):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, RowError, nearest
 from ..forest import Forest
 from ..models.families import config_of, decoder_of, vocabulary
 from ..models.rope_limits import unchanged
@@ -160,10 +160,22 @@ def score(
         max_length=max_length, unconditional=unconditional,
     )  # fmt: skip
     items = list(items)
-    asked = [questioner(item) for item in items]
+    asked = [_questions(questioner, number, item) for number, item in enumerate(items)]
     told = scores(model, (q for questions in asked for q in questions), marginal=marginal, tokens=tokens)
     found = [[next(told) for _ in questions] for questions in asked]
     return [f if len(f) != 1 or _several(item) else f[0] for item, f in zip(items, found, strict=True)]
+
+
+def _questions(questioner: Questioner, number: int, item: Any) -> list[Question]:
+    """The questions of one item, or its RowError with its number."""
+    try:
+        return questioner(item)
+    except RowError as error:
+        inside = error.where.removeprefix("row 0").removeprefix(
+            ", "
+        )  # an encoder counts what it was given at once
+        error.where = ", ".join(part for part in (f"item {number}", inside) if part)
+        raise
 
 
 def questioner_for(
