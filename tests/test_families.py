@@ -15,8 +15,12 @@ from trees import assert_same, distances, gradients, tree
 import ygivenx as yx
 from ygivenx import reference
 from ygivenx.errors import ModelError
-from ygivenx.models import families
+from ygivenx.models import families, sharing
+from ygivenx.models.families import decoder_of
 from ygivenx.models.model import head_of, hidden_states
+from ygivenx.models.sharing import explain, sharing_of
+from ygivenx.models.streaming import ONE_PASS
+from ygivenx.models.unshared import UnsharedRun
 from ygivenx.scores.node_log_probs import node_log_probs
 from ygivenx.scores.requests import pair_of_ids
 from ygivenx.scores.scoring import context_window, score_sequences
@@ -50,6 +54,7 @@ CASES = {
     "cohere": ("Cohere", {"logit_scale": 0.25}),
 }  # fmt: skip
 OUR_ROUTES = ({"route": "blocks"}, {"route": "dense"}, {"route": "blocks", "chunk": 37})
+UNSHARED = ({}, {"chunk": 37}, {"route": "unshared"})
 
 
 def build(case: str, wide: bool = False):
@@ -73,15 +78,19 @@ def build(case: str, wide: bool = False):
     return model
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_shared_equals_alone(case):
-    model, rows = build(case), tree(2)
+def assert_exact(model, rows, *several, **options) -> None:
+    """The loss and all gradients are those of the model's own runs of single sequences."""
     expected = reference.loss(model, rows)
     wanted = gradients(model, expected)
-    for options in OUR_ROUTES:
-        out = yx.loss(model, rows, **options)
-        assert out.value.item() == pytest.approx(expected.item(), rel=1e-5), options
+    for each in several or (options,):
+        out = yx.loss(model, rows, **each)
+        assert out.value.item() == pytest.approx(expected.item(), rel=1e-5), each
         assert_same(gradients(model, out.value), wanted)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shared_equals_alone(case):
+    assert_exact(build(case), tree(2), *OUR_ROUTES)
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -140,30 +149,30 @@ def test_positions_that_depend_on_the_length_are_exact_on_one_side_of_it(monkeyp
         ("Phimoe", {"num_local_experts": 4}),
     ],
 )
-def test_windows_that_only_the_mask_knows_are_refused(monkeypatch, name, extra):
+def test_windows_that_only_the_mask_knows_are_kept_by_running_sequences_unshared(monkeypatch, name, extra):
     """The comparison on first use is of 17 tokens, fewer than the window."""
     monkeypatch.setitem(CASES, name, (name, {**extra, "sliding_window": 30}))
     model, rows = build(name), tree(2)
     short = [r for r in rows if len(r.ids) <= 30]
     assert len(short) > 2
-    assert yx.loss(model, short).value.item() == pytest.approx(reference.loss(model, short).item(), rel=1e-5)
+    assert yx.loss(model, short, route="dense").value.item() == pytest.approx(
+        reference.loss(model, short).item(), rel=1e-5
+    )
+    assert_exact(model, rows)
     for options in OUR_ROUTES:
-        with pytest.raises(ModelError, match="sliding window of 30 tokens can't be kept"):
+        with pytest.raises(
+            ModelError, match="can't be used: its sliding window of 30 tokens stands in its own mask"
+        ):
             yx.loss(model, rows, **options)
 
 
-def test_layers_that_attend_twice_are_computed_whole_and_refused_in_chunks(monkeypatch):
+def test_layers_that_attend_twice_share_at_once_but_not_in_chunks(monkeypatch):
     monkeypatch.setitem(CASES, "diffllama", ("DiffLlama", {}))
     model, rows = build("diffllama"), tree(2)
-    expected = reference.loss(model, rows)
-    wanted = gradients(model, expected)
-    out = yx.loss(model, rows)
-    assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert_same(gradients(model, out.value), wanted)
-    with torch.no_grad():
-        node_log_probs(model, yx.Forest.of(rows))
+    assert_exact(model, rows, route="blocks")
+    assert_exact(model, rows, chunk=37)
     with pytest.raises(ModelError, match="attend twice"):
-        yx.loss(model, rows, chunk=37)
+        yx.loss(model, rows, chunk=37, route="blocks")
 
 
 def test_layers_of_several_widths_and_with_shared_keys_are_exact(monkeypatch):
@@ -196,10 +205,9 @@ def test_half_precision_hides_no_layer_that_mixes_branches(monkeypatch, dtype):
     monkeypatch.setitem(CASES, "doge", ("Doge", {}))
     doge, granite = (build(name).to(dtype) for name in ("doge", "granite"))
     before = {n: p.data_ptr() for n, p in granite.named_parameters()}
-    with pytest.raises(ModelError, match="over a small forest its hidden states differ"):
-        families.check(doge)
+    assert "over a small forest its hidden states differ" in sharing_of(doge).reason
     assert {p.dtype for p in doge.parameters()} == {dtype}
-    families.check(granite)
+    assert not sharing_of(granite).reason
     assert {n: p.data_ptr() for n, p in granite.named_parameters()} == before
 
 
@@ -207,7 +215,7 @@ def test_half_precision_hides_no_layer_that_mixes_branches(monkeypatch, dtype):
 def test_autocast_doesnt_make_a_sound_family_differ():
     model = build("granite")
     with torch.autocast("cpu", torch.bfloat16):
-        families.check(model)
+        assert not sharing_of(model).reason
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -221,76 +229,160 @@ def test_all_proven_families_are_proven_here():
     assert {build(case).config.model_type for case in CASES} == families.PROVEN | {"granite", "cohere"}
 
 
-@pytest.mark.parametrize(
-    ("name", "extra", "layers"),
-    [
-        ("Qwen3Next", {"layer_types": ["linear_attention"] * 2 + ["full_attention"], **EXPERTS}, "linear_attention"),
-        ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "conv"),
-        ("Llama4Text", {"layer_types": ["chunked_attention"] * 2 + ["full_attention"]}, "chunked_attention"),
-    ],
-)  # fmt: skip
-def test_layers_with_a_state_are_refused_by_name(name, extra, layers):
-    config = getattr(transformers, name + "Config")(**COMMON | extra)
-
-    class Named(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = config
-
-        def get_decoder(self):
-            return self
-
-        def get_input_embeddings(self):
-            return None
-
-    with pytest.raises(ModelError, match=f"layers of type {layers}"):
-        families.check(Named())
+# Why their sequences can't share; all of them are exact by themselves.
+STATES = {
+    "qwen3_next": ("Qwen3Next", {"layer_types": ["linear_attention"] * 2 + ["full_attention"], "head_dim": 8,
+                                 "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+                                 "linear_value_head_dim": 8, **EXPERTS}, "linear_attention"),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "conv"),
+    "mamba": ("Mamba", {"state_size": 4}, "linear_attention"),
+    "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}, "no positions"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (
-            transformers.MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4),
-            "linear_attention",
-        ),
-        (
-            transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=2),
-            "takes no positions",
-        ),
-    ],
-)
-def test_models_without_positions_are_refused_before_the_first_step(config, reason):
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ModelError, match=reason):
-        hidden_states(model, yx.Forest.of(tree(0)))
+@pytest.mark.parametrize("case", STATES)
+def test_what_cant_share_is_run_unshared_and_says_so_once(case, monkeypatch, caplog):
+    name, extra, reason = STATES[case]
+    monkeypatch.setitem(CASES, case, (name, extra))
+    model, rows = build(case), tree(2)
+    with caplog.at_level("WARNING", "ygivenx"):
+        assert_exact(model, rows, *UNSHARED)
+    (record,) = (r for r in caplog.records if r.name.startswith("ygivenx"))
+    assert reason in record.message
+    assert "share nothing" in record.message
+    assert reason in explain(model)["why"]
+    with pytest.raises(ModelError, match="the route 'dense' can't be used"):
+        yx.loss(model, rows, route="dense")
+
+
+@pytest.mark.parametrize("name", ["qwen3_next", "mamba"])
+def test_every_noun_works_unshared(name, monkeypatch):
+    """Scores, ledger and probe of a model whose sequences share nothing."""
+    monkeypatch.setitem(CASES, name, STATES[name][:2])
+    model, rows = build(name), tree(2)
+    forest = yx.Forest.of(rows)
+    for chunk in (20, 4096):
+        log_p = node_log_probs(model, forest, chunk=chunk)
+        for s, path in zip(rows, forest.paths, strict=True):
+            assert log_p[path][1:] == pytest.approx(log_probs_alone(model, s), abs=1e-4)
+    ledger = yx.ledger(model, rows[0])
+    assert ledger.joint == pytest.approx(log_probs_alone(model, rows[0]).sum(), abs=1e-3)
+    assert ledger.balanced
+    with yx.probe(model) as probe:
+        yx.loss(model, rows[:1]).value.backward()
+    found = {(t.position, t.target) for t in probe.tokens() if t.weight}
+    s = rows[0]
+    assert {target for _, target in found} == {int(i) for i in s.ids[s.weights > 0]}
+
+
+@torch.no_grad()
+def log_probs_alone(model, s) -> np.ndarray:
+    ids = torch.from_numpy(np.array(s.ids))
+    log_p = model(ids[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
+    return log_p.gather(1, ids[1:, None])[:, 0].numpy()
+
+
+def test_unshared_batches_are_of_similar_length_and_hold_each_node_once():
+    rows = [yx.Sequence(np.arange(i, i + n), np.arange(n) > 0) for i, n in enumerate((40, 39, 12, 35, 10, 41))]
+    forest, model = yx.Forest.of(rows), llama()
+    run = UnsharedRun.of(model, decoder_of(model), forest, size=100)
+    assert [b.ids.shape for b in run.chunks] == [(2, 40), (2, 38), (2, 11)]
+    assert sorted(run.order) == list(range(len(forest.fed)))
+    (together,) = UnsharedRun.of(model, decoder_of(model), forest, size=ONE_PASS).chunks
+    assert together.ids.shape == (6, 40)
+
+
+def test_dropout_is_drawn_again_as_it_was_where_nothing_is_shared():
+    """The second pass over each batch must see the first one's draw: gradients of one seed are the same twice."""
+    model, forest = llama(attention_dropout=0.5).train(), yx.Forest.of(tree(2))
+
+    def made(through) -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        return gradients(model, through())
+
+    direction = torch.randn(len(forest.fed), 32)
+    at_once, again = (
+        made(
+            lambda chunk=chunk: (
+                hidden_states(model, forest, route="unshared", chunk=chunk) * direction
+            ).sum()
+        )
+        for chunk in (10**6, 45)
+    )
+    assert at_once.keys() == again.keys()
+    value = made(lambda: yx.loss(model, forest, route="unshared", chunk=45).value)
+    assert_same(made(lambda: yx.loss(model, forest, route="unshared", chunk=45).value), value, 1e-6)
 
 
 def test_a_family_that_nobody_proved_is_compared_first(monkeypatch):
-    monkeypatch.setattr(families, "PROVEN", frozenset())
+    monkeypatch.setattr(sharing, "PROVEN", frozenset())
     compared = []
-    refuse = families._refuse_difference
-    monkeypatch.setattr(families, "_refuse_difference", lambda *a: (compared.append(1), refuse(*a)))
+    difference = sharing._difference
+    monkeypatch.setattr(sharing, "_difference", lambda *a: compared.append(a) or difference(*a))
     model = llama().train()
     hidden_states(model, yx.Forest.of(tree(0)))
-    assert len(compared) == 3
+    ((ours, exact),) = compared
+    assert ours.gradient.shape == exact.gradient.shape
     assert model.training
     hidden_states(model, yx.Forest.of(tree(1)))
-    assert len(compared) == 3, "once per model is enough"
+    assert len(compared) == 1, "once per model is enough"
 
 
-def test_a_family_that_mixes_branches_is_refused(monkeypatch):
-    """The guard trips: a layer that adds the mean of all tokens before knows nothing of branches."""
-    monkeypatch.setattr(families, "PROVEN", frozenset())
+def mean_of_all_before(module, inputs, output):
+    """A layer that knows nothing of branches, but doesn't look ahead."""
+    return output + output.cumsum(1) / torch.arange(1, output.shape[1] + 1)[None, :, None]
+
+
+def mean_of_all(module, inputs, output):
+    return output + output.mean(1, keepdim=True)
+
+
+def test_a_layer_that_mixes_branches_is_run_unshared(monkeypatch):
+    monkeypatch.setattr(sharing, "PROVEN", frozenset())
+    model = llama()
+    model.model.layers[0].mlp.register_forward_hook(mean_of_all_before)
+    assert "over a small forest its hidden states differ" in sharing_of(model).reason
+    assert_exact(model, tree(0), *UNSHARED)
+
+
+def test_a_layer_that_looks_ahead_is_refused(monkeypatch):
+    monkeypatch.setattr(sharing, "PROVEN", frozenset())
+    model = llama()
+    model.model.layers[0].mlp.register_forward_hook(mean_of_all)
+    with pytest.raises(ModelError, match="in a padded batch its hidden states differ"):
+        hidden_states(model, yx.Forest.of(tree(0)))
+
+
+def test_gradients_that_mix_branches_are_found_where_hidden_states_are_right(monkeypatch):
+    monkeypatch.setattr(sharing, "PROVEN", frozenset())
     model = llama()
 
-    def mix(module, inputs, output):
-        steps = torch.arange(1, output.shape[1] + 1)[None, :, None]
-        return output + output.cumsum(1) / steps
+    class Mixed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
 
-    model.model.layers[0].mlp.register_forward_hook(mix)
-    with pytest.raises(ModelError, match="over a small forest its hidden states differ"):
+        @staticmethod
+        def backward(ctx, grad):
+            return grad + grad.mean(1, keepdim=True)
+
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: Mixed.apply(output))
+    with pytest.raises(ModelError, match="in a padded batch its gradients differ"):
+        sharing_of(model)
+
+
+def test_errors_of_other_libraries_are_ours(monkeypatch):
+    monkeypatch.setattr(sharing, "PROVEN", frozenset())
+    model = llama()
+    model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output[:, :0])
+    with pytest.raises(ModelError, match="it can't read a sequence: RuntimeError"):
         hidden_states(model, yx.Forest.of(tree(0)))
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    config = transformers.T5Config(vocab_size=VOCAB, d_model=32, d_ff=48, num_layers=1, num_heads=2, d_kv=8)
+    with pytest.raises(ModelError, match="is an encoder with a decoder"):
+        hidden_states(transformers.T5ForConditionalGeneration(config), yx.Forest.of(tree(0)))
 
 
 def test_layers_that_pass_by_the_interface_are_refused():

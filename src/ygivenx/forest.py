@@ -35,6 +35,15 @@ class Edges(NamedTuple):
     weights: Floats
     nodes: Ints
 
+    def leaving(self, rows: Ints) -> tuple[Ints, Ints]:
+        """(the edges out of `rows`, where among `rows` each comes from), int64 [n], sorted by the latter."""
+        place = np.full(max((int(r.max()) + 1 for r in (rows, self.rows) if len(r)), default=0), -1)
+        place[rows] = np.arange(len(rows))
+        local = place[self.rows]
+        these = np.flatnonzero(local >= 0)
+        these = these[np.argsort(local[these], kind="stable")]
+        return these, local[these]
+
 
 @dataclass(frozen=True, eq=False)
 class Forest:

@@ -13,6 +13,7 @@ from .errors import LossError, ModelError
 from .forest import Edges, Forest, Ints
 from .head.selective import selective_cross_entropy
 from .models.model import head_of, loss_over
+from .models.streaming import ONE_PASS
 from .models.wrappers import sharded, through
 from .sequence import Example, Sequence
 
@@ -65,7 +66,7 @@ def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **
                 why="ranks have to make equally many forward passes, and their forests have different lengths",
                 fix="leave chunk out, or use DistributedDataParallel",
             )
-        options["chunk"] = max(1, len(forest))
+        options["chunk"] = ONE_PASS
     return through(model, lambda inner: _loss(inner, forest, denominator, options))
 
 
@@ -86,7 +87,7 @@ def _loss(model: nn.Module, forest: Forest, denominator: float | None, options: 
 
     def score(rows: Ints, hidden: torch.Tensor) -> torch.Tensor:
         head = head_of(model)  # here: what a parametrization makes of its weight belongs to one graph
-        these, local = _edges_of(edges, rows, len(forest.fed))
+        these, local = edges.leaving(rows)
         given = (torch.from_numpy(v).to(hidden.device) for v in (local, edges.targets[these], shares[these]))
         log_p, part = selective_cross_entropy(
             hidden, head.weight, *given, bias=head.bias, softcap=head.softcap, scale=head.scale
@@ -98,16 +99,6 @@ def _loss(model: nn.Module, forest: Forest, denominator: float | None, options: 
     which, log_p = zip(*told.values(), strict=True)
     in_order = torch.from_numpy(np.argsort(np.concatenate(which)))
     return Loss(value, weight_sum, torch.cat(log_p)[in_order.to(value.device)], edges, forest)
-
-
-def _edges_of(edges: Edges, rows: Ints, count: int) -> tuple[Ints, Ints]:
-    """(the edges out of `rows`, where among `rows` each comes from), int64 [n], sorted by the latter."""
-    place = np.full(count, -1)
-    place[rows] = np.arange(len(rows))
-    local = place[edges.rows]
-    these = np.flatnonzero(local >= 0)
-    these = these[np.argsort(local[these], kind="stable")]
-    return these, local[these]
 
 
 def as_forest(batch: Batch) -> Forest:

@@ -23,8 +23,8 @@ def examine(model: tuple[str, str | None] | None = None) -> dict[str, Any]:
 
     from .. import __version__
     from ..head.selective import explain as head
-    from ..models.families import explain as attention
     from ..models.memory import keep_freed_memory
+    from ..models.sharing import explain as attention
 
     found: dict[str, Any] = {
         "ygivenx": __version__,

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
 from ..errors import ConfigError
 from ..locks import locked
-from ..models.families import routes_told
+from ..models.sharing import describe_routes
 from ..proof.limits import Limits
 from ..sequence import Example
 from ..training import checkpoint, runs
@@ -74,7 +74,7 @@ def _finetune(config: TrainConfig, args: TrainingArguments, console: Console) ->
     )
     say(str(trainer.train_dataset), console)
     _say_too_long(examples, model, console)
-    say(routes_told(model), console)
+    say(describe_routes(model), console)
     before = trainer.evaluate() if held_out else {}
     outcome = run(trainer, start, console)
     after = evaluation(trainer) if held_out else {}

@@ -29,9 +29,8 @@ from .blockwise_attention import Blocks, make_tiles
 from .flex import flex, flex_mask, has_kernel
 from .plan import CHAINS, Plan, automatic
 
-PREFIX = (
-    "ygivenx_"  # our names in transformers' registry: ygivenx_sdpa is ours for forests, sdpa for the rest
-)
+# Our names in transformers' registry: ygivenx_sdpa is ours for forests, and transformers' sdpa for the rest.
+PREFIX = "ygivenx_"
 
 
 def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -47,7 +46,10 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # as torch's own attention does; rotated keys may have stayed wider
         query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
-    _refuse_unsaid_window(module, ygx, options)
+    if window := _window_in_mask(module, options):
+        ygx.window_in_mask = window
+        if window <= ygx.depth.max():
+            _refuse_window(module, window)
     key, value = ygx.join(module, key, value)
     out = _routed(ygx, query, key, value, _Options.of(query, options))
     return out.transpose(1, 2).contiguous(), None
@@ -78,19 +80,23 @@ class _Options:
         )
 
 
-def _refuse_unsaid_window(module: nn.Module, plan: Plan, options: dict[str, Any]) -> None:
-    """Some families write their sliding window into the mask alone, which isn't made over a forest."""
+def _window_in_mask(module: nn.Module, options: dict[str, Any]) -> int | None:
+    """The sliding window that a layer leaves to the model's own mask; None where it hands it over, or has none."""
+    if "sliding_window" in options:
+        return None
     config: Any = getattr(module, "config", None)
     kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
     slides = kinds is None or layer is None or kinds[layer] == "sliding_attention"
-    window = getattr(config, "sliding_window", None) if slides else None
-    if "sliding_window" not in options and window and window <= plan.depth.max():
-        raise ModelError(
-            f"its sliding window of {window:,} tokens can't be kept over a forest",
-            where=type(module).__name__,
-            why="the layer doesn't hand it to transformers' attention interface, only to the mask",
-            fix=f"use sequences of at most {window:,} tokens, or a model of another family",
-        )
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+def _refuse_window(module: nn.Module, window: int) -> None:
+    raise ModelError(
+        f"its sliding window of {window:,} tokens can't be kept over a forest",
+        where=type(module).__name__,
+        why="the layer doesn't hand it to transformers' attention interface, only to the mask",
+        fix=f'use sequences of at most {window:,} tokens, or route="unshared"',
+    )
 
 
 def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) -> Tensor:

@@ -1,9 +1,9 @@
 """Gradients of a forest that is longer than memory: chunk by chunk, the last one first, exact.
 
 Chunks are computed with gradients one at a time, and what flows into the keys and values of a chunk's path is kept
-until the chunk they came from is due. For that the nodes that later chunks see, the trunk, are computed before: with
-gradients, and held, where it fits beside each chunk; else without, and again when their chunk is due. No other node is
-computed twice, unless its hidden states are asked for before the gradients.
+until the chunk they came from is due. For that the nodes that later chunks see, the trunk, are computed before without
+gradients, and again when their chunk is due. No other node is computed twice, unless its hidden states are asked for
+before the gradients.
 """
 
 from __future__ import annotations
@@ -21,32 +21,35 @@ from ..forest import Ints
 from ..head.selective import refuse_second_derivatives
 from .plan import KeysValues
 from .streaming import Chunk, Run
+from .unshared import UnsharedRun
 
+AnyRun = Run | UnsharedRun
 # The part of the loss that belongs to rows, int64 [n], of which these are the hidden states [n, H]
 Score = Callable[[Ints, Tensor], Tensor]
 
 
-def hidden_states(run: Run) -> Tensor:
+def hidden_states(run: AnyRun) -> Tensor:
     """All hidden states [F, H], differentiable: computed first without gradients, then again for them."""
     parameters = _trained(run.decoder)
     if not parameters:
-        return torch.cat([hidden for _, hidden in run.stream()])
+        rows, parts = zip(*run.stream(), strict=True)
+        hidden = torch.cat(parts)
+        return hidden[torch.from_numpy(np.argsort(np.concatenate(rows))).to(hidden.device)]
     run = run.for_gradients()
-    hidden: Tensor = _Hidden.apply(run, *parameters)
+    hidden = _Hidden.apply(run, *parameters)
     return hidden[torch.from_numpy(np.argsort(run.order)).to(hidden.device)]
 
 
-def loss(run: Run, score: Score) -> Tensor:
+def loss(run: AnyRun, score: Score) -> Tensor:
     """The sum of the parts of the loss, differentiable once and, anew, again.
 
     The gradients are made at once, where the hidden states are at hand, and handed over in backward.
     """
     parameters = _trained(run.model)
     if not parameters:
-        return torch.stack([score(run.order[rows], hidden) for rows, hidden in run.stream()]).sum()
-    scaled = _scaled(run)
-    run = (None if scaled else run.holding()) or run.for_gradients()
-    shelf = None if scaled else _trunk(run)
+        return torch.stack([score(rows, hidden) for rows, hidden in run.stream()]).sum()
+    run = run.for_gradients()
+    shelf = None if _scaled(run) else _trunk(run)
     if shelf is None:
         return score(run.order, _Hidden.apply(run, *_trained(run.decoder)))
     value: Tensor = _Loss.apply(run, score, shelf, *parameters)
@@ -57,7 +60,7 @@ def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad] if torch.is_grad_enabled() else []
 
 
-def _scaled(run: Run) -> bool:
+def _scaled(run: AnyRun) -> bool:
     """float16 needs gradients that are scaled before they are made, and by how much is known in backward only."""
     kind = run.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
@@ -110,13 +113,10 @@ def _picked(values: KeysValues, nodes: Ints, chunk: Chunk) -> KeysValues:
 
 
 @torch.no_grad()
-def _trunk(run: Run) -> _Shelf | None:
-    """The trunk's keys and values; None if random numbers were drawn for them, which can't be drawn so again.
-
-    Where the trunk is held, it is computed once, and puts them there itself.
-    """
+def _trunk(run: AnyRun) -> _Shelf | None:
+    """The trunk's keys and values; None if random numbers were drawn for them, which can't be drawn so again."""
     shelf, before = _Shelf(run.trunk, run.device), _Surroundings(run.device)
-    if run.holds or not len(run.trunk):
+    if isinstance(run, UnsharedRun) or not len(run.trunk):
         return shelf
     trunk = run.only(run.trunk)
     for chunk in trunk.chunks:
@@ -137,7 +137,7 @@ class _Pass:
     leaves: KeysValues
 
     @classmethod
-    def of(cls, run: Run, chunk: Chunk, shelf: _Shelf) -> _Pass:
+    def of(cls, run: AnyRun, chunk: Chunk, shelf: _Shelf) -> _Pass:
         path = shelf[chunk.path] if len(chunk.path) else {}
         leaves = {layer: (_leaf(k), _leaf(v)) for layer, (k, v) in path.items()}
         with torch.enable_grad():
@@ -171,7 +171,7 @@ class _Loss(torch.autograd.Function):
     """The loss and all gradients in one descent from the last chunk to the first."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, score: Score, shelf: _Shelf, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, run: AnyRun, score: Score, shelf: _Shelf, *parameters: Tensor) -> Tensor:
         ctx.run, ctx.score, ctx.surroundings = run, score, _Surroundings(run.device)
         value, ctx.made = _descend(run, score, shelf, list(parameters))
         ctx.save_for_backward(*parameters)
@@ -194,27 +194,18 @@ class _Loss(torch.autograd.Function):
 
 
 def _descend(
-    run: Run, score: Score, shelf: _Shelf, parameters: list[Tensor]
+    run: AnyRun, score: Score, shelf: _Shelf, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(the loss, the gradients of the parameters)."""
     backward, parts = _Backward(shelf, parameters), list[Tensor]()
-    first = run.chunks[0]
-    held = _held(run, first, shelf) if run.holds else None
     for chunk in reversed(run.chunks):
-        done = _Pass.of(run, chunk, shelf) if held is None or chunk is not first else held
+        done = _Pass.of(run, chunk, shelf)
         with torch.enable_grad():
             part = score(run.order[chunk.start : chunk.stop], done.hidden)
         backward.through(chunk, done, part, torch.ones_like(part))
         parts.append(part.detach())
         del done, part  # before the next chunk is computed
     return torch.stack(parts).sum(), backward.totals
-
-
-def _held(run: Run, chunk: Chunk, shelf: _Shelf) -> _Pass:
-    """The chunk that the others see, computed with gradients before them."""
-    done = _Pass.of(run, chunk, shelf)
-    shelf.add(shelf.own(chunk), {layer: (k.detach(), v.detach()) for layer, (k, v) in done.fresh.items()})
-    return done
 
 
 class _Hidden(torch.autograd.Function):
@@ -224,7 +215,7 @@ class _Hidden(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, run: Run, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, run: AnyRun, *parameters: Tensor) -> Tensor:
         shelf, rows = _Shelf(run.trunk, run.device), list[Tensor]()
         ctx.surroundings = []
         *before, last = run.chunks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from ..forest import Forest, Ints
 from ..head.logit_head import LogitHead
 from . import chunked_backward, streaming
 from .adapters import product
-from .families import PROVEN, check, config_of, decoder_of, feed
-from .plan import Plan
+from .families import PROVEN, config_of, decoder_of
+from .plan import refuse_unknown_route
 from .resolve import located, quiet_loading
 from .rope_limits import refuse_lengths
+from .sharing import reason_unshared
+from .unshared import UnsharedRun
 
 
 def load(
@@ -126,8 +129,8 @@ def hidden_states(
     Dropout is drawn once per node, so sequences share it where they share tokens. Auxiliary losses of routers
     aren't part of it. Raises ModelError for a model that can't attend along a forest.
     """
-    run = _longer(model, forest, route, chunk, needed)
-    return _whole(model, forest, route, needed) if run is None else chunked_backward.hidden_states(run)
+    run = _run(model, forest, route, chunk, needed)
+    return run.at_once() if run.fits else chunked_backward.hidden_states(run)
 
 
 def loss_over(
@@ -139,27 +142,41 @@ def loss_over(
     Where the forest is longer than `chunk`, it is called once per chunk, and less is computed twice than for
     `hidden_states`. Arguments and errors are those of `hidden_states`.
     """
-    run = _longer(model, forest, route, chunk, needed)
-    if run is None:
-        return score(np.arange(len(forest.fed)), _whole(model, forest, route, needed))
+    run = _run(model, forest, route, chunk, needed)
+    if run.fits:
+        return score(np.arange(len(forest.fed)), run.at_once())
     return chunked_backward.loss(run, score)
 
 
-def _longer(
+def stream_hidden(
+    model: nn.Module, forest: Forest, *, chunk: int, route: str = "auto", needed: Ints | None = None
+) -> Iterator[tuple[Ints, Tensor]]:
+    """(rows int64 [n], hidden [n, H]), about `chunk` rows at a time; no gradients.
+
+    Arguments and errors are those of `hidden_states`.
+    """
+    with torch.no_grad():
+        run = _run(model, forest, route, chunk, needed)
+    return run.stream()
+
+
+def _run(
     model: nn.Module, forest: Forest, route: str, chunk: int | None, needed: Ints | None
-) -> streaming.Run | None:
-    """The run in chunks of a forest that is longer than one of them."""
-    check(model)
-    chunk = streaming.automatic(model) if chunk is None else chunk
-    whole = len(forest.fed) <= chunk
-    refuse_lengths(decoder_of(model), forest, whole)
-    return None if whole else streaming.Run.of(model, forest, chunk, route, needed)
-
-
-def _whole(model: nn.Module, forest: Forest, route: str, needed: Ints | None) -> Tensor:
+) -> chunked_backward.AnyRun:
+    """How a forest is computed: shared or not, at once or in chunks."""
+    refuse_unknown_route(route)
+    if chunk is not None and chunk < 1:
+        raise ConfigError(f"chunk is {chunk}", fix="give at least 1 token; 512 to 4096 is usual")
     decoder = decoder_of(model)
-    embedding = decoder.get_input_embeddings().weight
-    if not len(forest.fed):
-        return embedding[:0]
-    plan = Plan.of(forest.fed_end, forest.depth[forest.fed], embedding.device, route)
-    return feed(decoder, plan, forest.token[forest.fed], needed)
+    size = streaming.automatic(model) if chunk is None else chunk
+    in_chunks = len(forest.fed) > size
+    if reason_unshared(model, forest, route, in_chunks):
+        # A sequence is never cut here, so each has the positions that it has by itself.
+        refuse_lengths(decoder, forest, whole=True)
+        run: chunked_backward.AnyRun = UnsharedRun.of(model, decoder, forest, size)
+    else:
+        refuse_lengths(decoder, forest, whole=not in_chunks)
+        run = streaming.Run.of(model, forest, size, route, needed)
+    if not run.fits:
+        streaming.refuse_reentrant(model)
+    return run

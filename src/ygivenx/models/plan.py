@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelError, nearest
+from ..errors import ConfigError, nearest
 from ..forest import Ints
 
 CHAINS = ("varlen", "plain")  # where no two sequences begin alike
-ROUTES = ("auto", "dense", "blocks", "flex", *CHAINS)
+ROUTES = ("auto", "dense", "blocks", "flex", *CHAINS, "unshared")
 
 KeysValues = dict[nn.Module, tuple[Tensor, Tensor]]  # by attention layer, each [1, heads, tokens, D]
 
@@ -27,7 +27,8 @@ class Plan:
     end, depth: int64 [K], of the nodes that can be seen; the last K - first of them are the queries. Where
     first > 0 the model is fed one chunk of a longer forest, and `past` has the keys and values of the path
     that leads to it. fresh: the chunk's own, put there by the layers if it isn't None. layers: the attention
-    layers that asked so far. made: masks and blocks by window.
+    layers that asked so far. made: masks and blocks by window. window_in_mask: a sliding window that some layer left to
+    the model's own mask, which isn't made over a forest. attends_twice: whether some layer asked more than once.
     """
 
     end: Ints
@@ -39,13 +40,12 @@ class Plan:
     fresh: KeysValues | None = None
     layers: set[nn.Module] = field(default_factory=set)
     made: dict[Any, Any] = field(default_factory=dict)
+    window_in_mask: int | None = None
+    attends_twice: bool = False
 
     @classmethod
     def of(cls, end: Ints, depth: Ints, device: torch.device, route: str = "auto", first: int = 0) -> Plan:
-        if route not in ROUTES:
-            raise ConfigError(
-                f"unknown route {route!r}{nearest(route, ROUTES)}", fix=f"use one of {', '.join(ROUTES)}"
-            )
+        refuse_unknown_route(route)
         bounds = _bounds(end, first)
         plain = bounds is not None and len(bounds) == 2
         if (route == "plain" and not plain) or (route == "varlen" and bounds is None):
@@ -66,15 +66,9 @@ class Plan:
 
     def join(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's keys and values after those of the path."""
+        self.attends_twice |= module in self.layers
         self.layers.add(module)
         if self.fresh is not None:
-            if self.first and module in self.fresh:
-                raise ModelError(
-                    "its layers attend twice, which can't be computed in chunks",
-                    where=type(module).__name__,
-                    why="of each layer one set of keys and values is kept for later chunks",
-                    fix="give a larger chunk=, of all tokens at once",
-                )
             self.fresh[module] = key, value
         if not self.first:
             return key, value
@@ -87,6 +81,14 @@ class Plan:
         if key not in self.made:
             self.made[key] = make(self, window)
         return self.made[key]
+
+
+def refuse_unknown_route(route: str) -> None:
+    """Raise ConfigError for a route that there isn't."""
+    if route not in ROUTES:
+        raise ConfigError(
+            f"unknown route {route!r}{nearest(route, ROUTES)}", fix=f"use one of {', '.join(ROUTES)}"
+        )
 
 
 def automatic(device: torch.device, shared: bool = True) -> str:

@@ -13,10 +13,7 @@ from torch import nn
 from ..errors import ModelError
 from ..forest import Forest
 from ..head.selective import Ranked, log_probs
-from ..models.families import decoder_of
-from ..models.model import head_of
-from ..models.rope_limits import refuse_lengths
-from ..models.streaming import stream_hidden
+from ..models.model import head_of, stream_hidden
 
 CHUNK = 4096  # nodes; without gradients little is held per node, and few chunks read their paths seldom
 
@@ -49,12 +46,9 @@ def node_values(
     log_p = np.full(len(forest), np.nan)
     rank = np.full(len(forest), -1)
     head = head_of(model)
-    refuse_lengths(decoder_of(model), forest, whole=len(forest.fed) <= chunk)
     for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route, needed=np.unique(edges.rows)):
-        at = slice(*np.searchsorted(edges.rows, [part.start, part.stop]))
-        rows, targets = (
-            torch.from_numpy(a[at]).to(hidden.device) for a in (edges.rows - part.start, edges.targets)
-        )
+        at, local = edges.leaving(part)
+        rows, targets = (torch.from_numpy(a).to(hidden.device) for a in (local, edges.targets[at]))
         ask: Any = partial(
             log_probs,
             hidden,

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..forest import Forest, pack
+from ..models.streaming import ONE_PASS
 from ..models.wrappers import sharded, through
 from ..scores.node_log_probs import Floats, node_log_probs
 from ..sequence import Sequence
@@ -61,7 +62,7 @@ def rates(sums: torch.Tensor) -> dict[str, float]:
 def _log_p(model: nn.Module, forest: Forest) -> Floats:
     if not sharded(model):
         return node_log_probs(model, forest)
-    return through(model, lambda inner: node_log_probs(inner, forest, chunk=max(1, len(forest))))
+    return through(model, lambda inner: node_log_probs(inner, forest, chunk=ONE_PASS))
 
 
 def _role_sums(s: Sequence, log_p: np.ndarray) -> np.ndarray:

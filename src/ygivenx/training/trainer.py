@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from ..errors import ConfigError, LossError
 from ..forest import Forest
 from ..models import memory
-from ..models.families import routes_told
+from ..models.sharing import describe_routes
 from ..objective import Loss, loss
 from . import checkpoint, runs
 from .evaluation import evaluate, rates
@@ -333,7 +333,7 @@ class Trainer(transformers.Trainer):
         self._run = self._identity()  # before the model is wrapped or sharded
         self._epoch, self.meter = 0, Meter()
         memory.keep_freed_memory()
-        logger.info("%s; %s", self.train_dataset, routes_told(self.accelerator.unwrap_model(self.model)))
+        logger.info("%s; %s", self.train_dataset, describe_routes(self.accelerator.unwrap_model(self.model)))
         if path is None:
             return super().train(**kwargs)
         before = runs.recalled(path)
