@@ -264,9 +264,9 @@ def test_every_noun_works_unshared(name, monkeypatch):
     for chunk in (20, 4096):
         log_p = node_log_probs(model, forest, chunk=chunk)
         for s, path in zip(rows, forest.paths, strict=True):
-            assert log_p[path][1:] == pytest.approx(log_probs_alone(model, s), abs=1e-4)
+            assert log_p[path][1:] == pytest.approx(reference.log_probs(model, s.ids).detach().numpy(), abs=1e-4)
     ledger = yx.ledger(model, rows[0])
-    assert ledger.joint == pytest.approx(log_probs_alone(model, rows[0]).sum(), abs=1e-3)
+    assert ledger.joint == pytest.approx(float(reference.log_probs(model, rows[0].ids).sum()), abs=1e-3)
     assert ledger.balanced
     with yx.probe(model) as probe:
         yx.loss(model, rows[:1]).value.backward()
@@ -275,15 +275,10 @@ def test_every_noun_works_unshared(name, monkeypatch):
     assert {target for _, target in found} == {int(i) for i in s.ids[s.weights > 0]}
 
 
-@torch.no_grad()
-def log_probs_alone(model, s) -> np.ndarray:
-    ids = torch.from_numpy(np.array(s.ids))
-    log_p = model(ids[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
-    return log_p.gather(1, ids[1:, None])[:, 0].numpy()
-
-
 def test_unshared_batches_are_of_similar_length_and_hold_each_node_once():
-    rows = [yx.Sequence(np.arange(i, i + n), np.arange(n) > 0) for i, n in enumerate((40, 39, 12, 35, 10, 41))]
+    rows = [
+        yx.Sequence(np.arange(i, i + n), np.arange(n) > 0) for i, n in enumerate((40, 39, 12, 35, 10, 41))
+    ]
     forest, model = yx.Forest.of(rows), llama()
     run = UnsharedRun.of(model, decoder_of(model), forest, size=100)
     assert [b.ids.shape for b in run.chunks] == [(2, 40), (2, 38), (2, 11)]
