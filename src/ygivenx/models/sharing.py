@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -63,7 +63,7 @@ class Sharing:
 
 
 _known: WeakKeyDictionary[nn.Module, Sharing] = WeakKeyDictionary()
-_announced: WeakSet[nn.Module] = WeakSet()
+_announced: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def sharing_of(model: Any) -> Sharing:
@@ -84,7 +84,7 @@ def sharing_of(model: Any) -> Sharing:
 
 
 def reason_unshared(model: Any, forest: Forest, route: str, in_chunks: bool) -> str:
-    """Why the sequences of this forest are run by themselves; empty where they share. Says so once per model.
+    """Why the sequences of this forest are run by themselves; empty where they share. Says so once.
 
     Raises ModelError like `sharing_of`, and where the route is one that this model hasn't.
     """
@@ -100,8 +100,9 @@ def reason_unshared(model: Any, forest: Forest, route: str, in_chunks: bool) -> 
             where=type(decoder_of(model)).__name__,
             fix="leave route out: its sequences are then run by themselves",
         )
-    if decoder_of(model) not in _announced:
-        _announced.add(decoder_of(model))
+    announced = _announced.setdefault(decoder_of(model), set())
+    if reason not in announced:
+        announced.add(reason)
         logger.warning(
             "%s: sequences are run by themselves and share nothing: %s", type(model).__name__, reason
         )
