@@ -147,7 +147,7 @@ def encode(
 
     Example: `ygx encode data.jsonl --model sample -o encoded.parquet`
     """
-    from .encoder.handover import write_parquet
+    from .rows.parquet import write_parquet
 
     reader = open_rows(data, rows)
     if ray:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import datetime
+from functools import cached_property
 from inspect import signature
 from multiprocessing import get_context
 from pathlib import Path
@@ -22,12 +23,15 @@ from ..models.resolve import file_of, located, quiet_loading
 from ..rows.columns import preference
 from ..rows.data import Row
 from ..rows.formats import Conversation, Pair, Preference, TokenRow, normalise
+from ..rows.nouns import Message
 from ..sequence import Example, Rejected
 from .assemble import Job, Options
 from .chats import Chats
 from .control import headers_of
+from .inputs import inputs_of
 from .pairs import Pairs
 from .policy import Policy, policy_of
+from .rendered_text import RenderedChats
 from .repair import chosen
 from .token_jobs import token_job
 from .tokens import Tokens
@@ -186,9 +190,29 @@ class Encoder:
                 raise preference("a preference row: a better and a worse reply to one prompt", "")
             if isinstance(value, TokenRow):
                 return token_job(value, self._options)
-            return self._pairs.job(value) if isinstance(value, Pair) else self._chats.job(value)
+            return self._pair_job(value) if isinstance(value, Pair) else self._chats.job(value)
         except RowError as e:
             return _located(e, number, row)
+
+    def _pair_job(self, row: Pair) -> Job:
+        """A pair as it stands; a text that is a rendered chat, as the conversation that it was."""
+        try:
+            return self._pairs.job(row)
+        except RowError as e:
+            if e.reason != "control_text" or not self.tokenizer.chat_template:
+                raise
+            conversation, note = self._rendered(row, e)
+            return self._chats.job(conversation, (note,))
+
+    @cached_property
+    def _rendered(self) -> RenderedChats:
+        options = self._options
+
+        def render(messages: list[Message]) -> str:
+            inputs = inputs_of(messages, None, None, options.template_kwargs, options.now)
+            return self._chats._template(inputs).render(inputs)
+
+        return RenderedChats(render, self.tokenizer.bos_token or "")
 
 
 # What the commands take by name, beside `train` and `control`.

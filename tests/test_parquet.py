@@ -10,7 +10,7 @@ import torch
 from templates.conversations import reply, user
 from test_chats import THINKER, THOUGHTS, encoder
 
-from ygivenx.encoder.handover import write_parquet
+from ygivenx.rows.parquet import write_parquet
 
 
 @pytest.fixture
