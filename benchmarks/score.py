@@ -244,7 +244,7 @@ def score_many(count: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ygivenx.models.memory import keep_freed_memory
-    from ygivenx.scores.requests import Part, Question, pair_of_ids
+    from ygivenx.scores.requests import Request, ScoredPart, pair_of_ids
     from ygivenx.scores.scoring import Tally, scores
 
     keep_freed_memory()  # as `ygx score` does
@@ -256,11 +256,13 @@ def score_many(count: int) -> None:
     model = LlamaForCausalLM(config).eval()
     rng = np.random.default_rng(0)
 
-    def questions() -> Iterator[Question]:
+    def questions() -> Iterator[Request]:
         for i in range(count):
             if i % 8 == 0:
                 passage = rng.integers(0, 512, 40).tolist()
-            yield Question((Part(pair_of_ids(passage + rng.integers(0, 512, 10).tolist(), [1, 2, 3])),), 0)
+            yield Request(
+                (ScoredPart(pair_of_ids(passage + rng.integers(0, 512, 10).tolist(), [1, 2, 3])),), 0
+            )
 
     tally = Tally()
     for _ in scores(model, questions(), marginal=False, tally=tally):

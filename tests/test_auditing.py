@@ -27,7 +27,7 @@ from ygivenx.proof.auditing import Finding, Report, _rows_of, audit
 from ygivenx.proof.evidence import (
     Evaluation,
     Evidence,
-    Seen,
+    ObservedRow,
     mark_padding,
     seen_in_batch,
     seen_in_forest,
@@ -250,7 +250,9 @@ def test_control_characters_of_a_row_stay_in_the_report():
 
 def seen_row(ids):
     ids = np.asarray(ids)
-    return Seen(0, 0, ids, np.ones(len(ids), bool), np.zeros(len(ids), np.int64), ids, np.ones(len(ids)))
+    return ObservedRow(
+        0, 0, ids, np.ones(len(ids), bool), np.zeros(len(ids), np.int64), ids, np.ones(len(ids))
+    )
 
 
 def test_a_document_is_found_wherever_it_lies():

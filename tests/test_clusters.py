@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import VOCAB, llama
 
-from ygivenx.scores.requests import Questioner, pair_of_ids
+from ygivenx.scores.requests import RequestBuilder, pair_of_ids
 from ygivenx.scores.scoring import Tally, scores
 
 if find_spec("ray") is None:
@@ -48,7 +48,7 @@ def text_model_dir(tmp_path_factory, smol_tokenizer) -> Path:
     return path
 
 
-def questions(count: int) -> list:
+def requests(count: int) -> list:
     """Shuffled pairs of which eight share a stem."""
     rng = np.random.default_rng(0)
     stems = [rng.integers(0, VOCAB, 60).tolist() for _ in range(count // 8)]
@@ -56,13 +56,13 @@ def questions(count: int) -> list:
         pair_of_ids([*stems[i % len(stems)], *rng.integers(0, VOCAB, 4)], [1, i % VOCAB])
         for i in range(count)
     ]
-    return [q for i in rng.permutation(count) for q in Questioner(None)(made[i])]
+    return [q for i in rng.permutation(count) for q in RequestBuilder(None)(made[i])]
 
 
 def test_two_workers_give_the_same_values_and_keep_sharing(cluster, model_dir):
     from ygivenx.scores.clusters import scores_on_ray
 
-    asked, tally = questions(2000), Tally()
+    asked, tally = requests(2000), Tally()
     told = list(
         scores_on_ray((str(model_dir), None, "float32"), iter(asked), workers=2, tally=tally, marginal=True)
     )
@@ -93,8 +93,8 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model_dir, tmp_p
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().__call__(batch)
 
-    monkeypatch.setattr(clusters, "Scorer", Mortal)
-    asked = questions(3000)
+    monkeypatch.setattr(clusters, "ScoreWorker", Mortal)
+    asked = requests(3000)
     model = str(model_dir), None, "float32"
     told = list(clusters.scores_on_ray(model, iter(asked), workers=2, tally=Tally(), marginal=False))
     assert flag.exists()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ygivenx.errors import ConfigError, RowError
 from ygivenx.forest import Forest
-from ygivenx.scores.requests import MOST, Part, Question, Questioner, pair_of_ids, rolling, windows
+from ygivenx.scores.requests import MOST, Request, RequestBuilder, ScoredPart, pair_of_ids, rolling, windows
 from ygivenx.sequence import Segment, Sequence
 
 
@@ -43,40 +43,40 @@ def test_rolling_is_the_harness_s():
 
 
 def test_left_cuts_x_after_its_bos_and_says_so():
-    (question,) = Questioner(None, limit=9, overflow="left")(with_bos(20, 5))
-    cut = question.parts[0].sequence
+    (request,) = RequestBuilder(None, limit=9, overflow="left")(with_bos(20, 5))
+    cut = request.parts[0].sequence
     assert cut.ids.tolist() == [0, *range(17, 26)]
     assert cut.output.sum() == 5
     assert cut.segments[0] == Segment(0, 1, "bos")
     assert cut.tokens == tuple(map(str, cut.ids))
-    assert question.truncated == 16
-    assert any("lost 16 tokens" in n for n in question.notes)
+    assert request.truncated == 16
+    assert any("lost 16 tokens" in n for n in request.notes)
 
 
 def test_what_does_not_fit_is_refused_with_a_way_out():
     with pytest.raises(RowError, match="26 tokens long, and the model reads 9") as refused:
-        Questioner(None, limit=9)(with_bos(20, 5))
+        RequestBuilder(None, limit=9)(with_bos(20, 5))
     assert "roll" in refused.value.fix
     with pytest.raises(RowError, match="y doesn't fit") as refused:
-        Questioner(None, limit=9, overflow="left")(with_bos(20, 30))
+        RequestBuilder(None, limit=9, overflow="left")(with_bos(20, 30))
     assert refused.value.reason == "y_too_long"
     bare = pair_of_ids(range(20), range(20, 30))  # without x and BOS y's first token would have no context
-    assert Questioner(None, limit=10, overflow="left")(bare)[0].truncated == 19
+    assert RequestBuilder(None, limit=10, overflow="left")(bare)[0].truncated == 19
     with pytest.raises(RowError, match="y doesn't fit"):
-        Questioner(None, limit=9, overflow="left")(bare)
-    assert len(Questioner(None, limit=25)(with_bos(20, 5))[0].parts) == 1
+        RequestBuilder(None, limit=9, overflow="left")(bare)
+    assert len(RequestBuilder(None, limit=25)(with_bos(20, 5))[0].parts) == 1
     with pytest.raises(ConfigError, match="did you mean 'left'"):
-        Questioner(None, overflow="lift")
+        RequestBuilder(None, overflow="lift")
     for limit in (0, -1):  # not "as many as the model reads", and not a window of all there is
         with pytest.raises(ConfigError, match=f"max_length is {limit}"):
-            Questioner(None, limit, "roll")
+            RequestBuilder(None, limit, "roll")
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), max_size=60), st.integers(1, 200))
 def test_windows_keep_order_and_bounds(rows, tokens):
-    questions = [Questioner(None)(pair_of_ids(ids, [3]))[0] for ids in rows]
-    told = list(windows(questions, tokens))
-    assert [q for window, _ in told for q in window] == questions
+    requests = [RequestBuilder(None)(pair_of_ids(ids, [3]))[0] for ids in rows]
+    told = list(windows(requests, tokens))
+    assert [q for window, _ in told for q in window] == requests
     for i, (window, forest) in enumerate(told):
         first = len(window[0].sequences[0])
         assert sum(len(s) for q in window for s in q.sequences) <= MOST * max(tokens, first)
@@ -89,24 +89,25 @@ def test_windows_keep_order_and_bounds(rows, tokens):
 
 def test_what_is_shared_stays_together():
     stem = list(range(100, 400))
-    questions = [Questioner(None)(pair_of_ids([*stem, i], [i]))[0] for i in range(40)]
-    (only,) = windows(questions, 1000)  # 12,080 tokens, 380 of them distinct
+    requests = [RequestBuilder(None)(pair_of_ids([*stem, i], [i]))[0] for i in range(40)]
+    (only,) = windows(requests, 1000)  # 12,080 tokens, 380 of them distinct
     assert len(only[1]) == 380
 
 
 @pytest.mark.parametrize(("prompt", "count", "most"), [(30_000, 64, 1), (40_000, 64, 1), (8_000, 1_000, 4)])
 def test_a_long_prompt_is_computed_as_often_as_memory_demands_and_no_more(prompt, count, most):
     sequence = pair_of_ids(range(prompt), [0])
-    questions = [
-        Question((Part(replace(sequence, ids=np.append(sequence.ids[:-1], i))),), 0) for i in range(count)
+    requests = [
+        Request((ScoredPart(replace(sequence, ids=np.append(sequence.ids[:-1], i))),), 0)
+        for i in range(count)
     ]
-    told = list(windows(questions))
+    told = list(windows(requests))
     assert len(told) <= most
     assert sum(len(forest) for _, forest in told) == len(told) * prompt + count
 
 
 def test_prompts_in_turns_share_a_window():
     prompts = [list(range(1000 * k, 1000 * k + 500)) for k in (1, 2)]
-    questions = [Questioner(None)(pair_of_ids(prompts[i % 2], [i]))[0] for i in range(40)]
-    (only,) = windows(questions, 1000)
+    requests = [RequestBuilder(None)(pair_of_ids(prompts[i % 2], [i]))[0] for i in range(40)]
+    (only,) = windows(requests, 1000)
     assert len(only[1]) == 2 * 500 + 40

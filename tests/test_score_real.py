@@ -12,7 +12,7 @@ import torch
 import ygivenx as yx
 from ygivenx.scores.node_log_probs import node_log_probs
 from ygivenx.scores.requests import pair_of_ids
-from ygivenx.scores.scoring import questioner_for, score_sequences, scores
+from ygivenx.scores.scoring import request_builder_for, score_sequences, scores
 
 pytestmark = pytest.mark.model
 
@@ -54,7 +54,7 @@ def test_order_duplicates_windows_and_chunks_do_not_matter(smol, told):
     model, tokenizer = smol
     order = list(range(len(PAIRS)))
     random.Random(0).shuffle(order)
-    questions = [q for i in order for q in questioner_for(model, tokenizer)(PAIRS[i])]
+    questions = [q for i in order for q in request_builder_for(model, tokenizer)(PAIRS[i])]
     for window, chunk in itertools.product((8, 10_000), (3, 1024)):
         for i, s in zip(order, scores(model, questions, window=window, chunk=chunk), strict=True):
             assert s.log_p_xy == pytest.approx(told[i].log_p_xy, abs=1e-4)

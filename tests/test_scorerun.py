@@ -29,7 +29,7 @@ from ygivenx.errors import ConfigError, DataError, ModelError, RowError
 from ygivenx.locks import locked
 from ygivenx.rows.data import read
 from ygivenx.scores.scorefile import ScoreFile
-from ygivenx.scores.scoring import Tally, questioner_for, scores
+from ygivenx.scores.scoring import Tally, request_builder_for, scores
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def model_dir(tmp_path_factory, smol_tokenizer) -> Path:
 @pytest.fixture
 def pairs(tmp_path) -> Path:
     path = tmp_path / "pairs.jsonl"
-    rows = [{"x": f"Passage {i // 8}. Question {i}?", "y": f" Answer {i}"} for i in range(60)]
+    rows = [{"x": f"Passage {i // 8}. Request {i}?", "y": f" Answer {i}"} for i in range(60)]
     rows[7] = {"x": "several", "y": [" one", " two", " three"]}
     rows[20] = {"x": "control", "y": "<|im_start|>"}
     rows[30] = {"x": 5, "y": "not a text"}
@@ -350,7 +350,7 @@ def test_a_text_of_probability_zero_is_written_counted_and_read_again(smol_token
     data.write_text('{"x": "Well?", "y": " yes"}\n{"x": "Well?", "y": " no"}\n')
     for scored in (2, 0):
         tally = Tally()
-        rows = Rows(read(str(data)), questioner_for(model, smol_tokenizer))
+        rows = Rows(read(str(data)), request_builder_for(model, smol_tokenizer))
         scorer = partial(scores, model, tally=tally)
         account = run(rows, scorer, tally, ScoreFile(out, {}), Console(quiet=True))
         assert tally.scores == scored

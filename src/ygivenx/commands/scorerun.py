@@ -23,7 +23,7 @@ from ..errors import ModelError, RowError
 from ..locks import locked
 from ..models.resolve import located, revision_of
 from ..rows.formats import normalise
-from ..scores.requests import Question, Questioner
+from ..scores.requests import Request, RequestBuilder
 from ..scores.scorefile import ScoreFile, run_before, writing
 from ..sequence import Rejected
 from ..show import visible_json
@@ -34,28 +34,28 @@ from .progress import SILENCE, bar
 from .quiet import quiet
 
 INTERRUPTED = 130  # what shells call a program that Ctrl-C ended
-# What scores questions: it may read ahead, and answers in order.
-Scorer = Callable[[Iterator[Question]], Iterator[Any]]
+# What scores requests: it may read ahead, and answers in order.
+Scorer = Callable[[Iterator[Request]], Iterator[Any]]
 
 
 class Numbered(NamedTuple):
-    """A question, the row that it comes from (from 0) and which of that row's it is (from 0)."""
+    """A request, the row that it comes from (from 0) and which of that row's it is (from 0)."""
 
     row: int
     sequence: int
-    question: Question
+    request: Request
 
 
 @dataclass
 class Rows:
-    """The questions of a reader's rows. Each row is accepted or quarantined, and the account counts them.
+    """The requests of a reader's rows. Each row is accepted or quarantined, and the account counts them.
 
     columns: the names of x and y, and whether they are plain text, as the reader was opened with; a row
-    whose y is a list of texts asks a question for each.
+    whose y is a list of texts asks a request for each.
     """
 
     reader: Any
-    questioner: Questioner
+    builder: RequestBuilder
     columns: tuple[str | None, str | None, bool] = (None, None, False)
     account: Account = field(default_factory=lambda: Account(""))
 
@@ -63,15 +63,15 @@ class Rows:
         self.account = Account(self.reader.format, self.account.quarantine)
         for number, item in enumerate(self.reader):
             try:
-                questions = [q for value in self._values(item) for q in self.questioner(value)]
+                requests = [q for value in self._values(item) for q in self.builder(value)]
             except RowError as error:
                 error.where = error.where or item.where
                 self.account.reject(Rejected(_raw(item), error.reason, error.where, str(error)))
                 continue
-            if questions:
+            if requests:
                 self.account.accept()
-            for k, question in enumerate(questions):
-                yield Numbered(number, k, question)
+            for k, request in enumerate(requests):
+                yield Numbered(number, k, request)
 
     def _values(self, item: Any) -> list[Any]:
         """What a row asks; nothing if it is quarantined."""
@@ -92,16 +92,16 @@ def _raw(item: Any) -> Any:
 
 
 def records(numbered: Iterable[Numbered], scorer: Scorer) -> Iterator[dict[str, Any]]:
-    """One record per question, in order; `scorer` makes Scores of questions, reading ahead as it likes."""
+    """One record per request, in order; `scorer` makes Scores of requests, reading ahead as it likes."""
     waiting: deque[tuple[int, int]] = deque()
 
-    def questions() -> Iterator[Question]:
+    def requests() -> Iterator[Request]:
         for n in numbered:
             waiting.append((n.row, n.sequence))
-            yield n.question
+            yield n.request
 
     try:
-        for score in scorer(questions()):
+        for score in scorer(requests()):
             row, sequence = waiting.popleft()
             yield {"row": row, "sequence": sequence, **score.to_dict()}
     except ModelError as error:
@@ -174,20 +174,20 @@ def run(
 def _after(
     file: ScoreFile, numbered: Iterator[Numbered], means: Means, console: Console
 ) -> Iterator[Numbered]:
-    """The questions behind those that the file has scores of, matched by row and sequence.
+    """The requests behind those that the file has scores of, matched by row and sequence.
 
     Where a score is missing in between, what follows it is cut off and computed again.
     """
     for kept, record in enumerate(file.records()):
-        question = next(numbered, None)
-        if question is None or (record["row"], record["sequence"]) != (question.row, question.sequence):
-            gap = "behind the last row" if question is None else f"of row {question.row}"
+        request = next(numbered, None)
+        if request is None or (record["row"], record["sequence"]) != (request.row, request.sequence):
+            gap = "behind the last row" if request is None else f"of row {request.row}"
             say(
                 f"the score {gap} isn't where it belongs: {file.done - kept:,} scores are computed again",
                 console,
             )
             file.keep(kept)
-            return numbered if question is None else chain([question], numbered)
+            return numbered if request is None else chain([request], numbered)
         means.add(record)
     return numbered
 
@@ -245,7 +245,7 @@ def _score_file(
     data: str, weights: Weights, columns: RowsSection, scoring: Scoring, output: Path | None, ray: int,
     console: Console, silent: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    from ..scores.scoring import Tally, questioner_for, scores
+    from ..scores.scoring import Tally, request_builder_for, scores
 
     reader = open_rows(data, columns)
     place = located(str(weights.path), weights.gguf_file)
@@ -256,14 +256,14 @@ def _score_file(
         console.print(f"{output} is complete: nothing to do", highlight=False)
         return file.account
     loaded, tokenizer = open_model(weights, weights.dtype)
-    questions = {
+    requests = {
         k: getattr(scoring, k) for k in ("border", "control", "overflow", "max_length", "unconditional")
     }
-    questioner = questioner_for(loaded, tokenizer, bos=_BOS[scoring.bos], now=now, **questions)
-    if questioner.encoder.dated:
+    builder = request_builder_for(loaded, tokenizer, bos=_BOS[scoring.bos], now=now, **requests)
+    if builder.encoder.dated:
         say(f"the chat template writes the time: it is taken to be {now}", console)
     account = Account(reader.format, columns.quarantine)
-    rows = Rows(reader, questioner, (columns.x, columns.y, columns.plain), account)
+    rows = Rows(reader, builder, (columns.x, columns.y, columns.plain), account)
     settings: dict[str, Any] = {"marginal": scoring.marginal, "tokens": scoring.tokens, "tally": Tally()}
     scorer: Scorer = partial(scores, loaded, **settings)
     if ray:

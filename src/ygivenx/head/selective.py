@@ -61,7 +61,9 @@ def selective_cross_entropy(
     rows, targets, weights = _int64(rows, hidden), _int64(targets, hidden), weights.to(hidden.device)
     hidden, weight = _autocast(hidden), _autocast(weight)
     needed = _needs_gradient(hidden, weight, bias)
-    return _Loss.apply(hidden, weight, bias, rows, targets, weights, softcap, scale, z_loss, needed, memory)
+    return _SelectiveLoss.apply(
+        hidden, weight, bias, rows, targets, weights, softcap, scale, z_loss, needed, memory
+    )
 
 
 @overload
@@ -100,7 +102,7 @@ def log_probs(
         output = run_head(hidden, LogitHead(weight, bias, softcap, scale), rows, targets, ranks=True)
         assert output.rank is not None
         return Ranked(output.log_p, output.rank)
-    return _LogProbs.apply(hidden, weight, bias, rows, targets, softcap, scale, memory)
+    return _SelectiveLogProbs.apply(hidden, weight, bias, rows, targets, softcap, scale, memory)
 
 
 def explain() -> dict[str, str]:
@@ -127,7 +129,7 @@ def explain() -> dict[str, str]:
 Needed = tuple[bool, bool, bool]  # which gradients: of hidden, weight, bias
 
 
-class _Loss(torch.autograd.Function):
+class _SelectiveLoss(torch.autograd.Function):
     """Gradients are computed in forward, where the exponentials are at hand, and returned in backward."""
 
     @staticmethod
@@ -166,7 +168,7 @@ class _Loss(torch.autograd.Function):
         return (*_narrowed(gradients, ctx.dtypes), *[None] * 8)
 
 
-class _LogProbs(torch.autograd.Function):
+class _SelectiveLogProbs(torch.autograd.Function):
     """Weights are the gradients of log p, known in backward only: there everything is computed again."""
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..sequence import Example, Sequence
-from .evidence import UNKNOWN, Piece, Seen
+from .evidence import UNKNOWN, MatchedStretch, ObservedRow
 
 SHINGLE = 6  # tokens in a row by which a document is looked up
 COMMON = 3  # a shingle of more examples than this (a system prompt) tells none apart
@@ -20,7 +20,7 @@ FAIR = 0.5  # the share of a document, or of the stretch that a row has of it, t
 class Library:
     """The encoder's sequences, indexed by what occurs in the rows that are to be explained, and by nothing else."""
 
-    def __init__(self, examples: Iterable[Example], seen: Iterable[Seen]) -> None:
+    def __init__(self, examples: Iterable[Example], seen: Iterable[ObservedRow]) -> None:
         wanted = np.unique(np.concatenate([_shingles(s.ids) for s in seen]))
         self._examples = _distinct(examples) if len(wanted) else []
         self._places: dict[int, list[_Place]] = {}
@@ -41,7 +41,7 @@ class Library:
                         del self._places[key]
         self._common = np.fromiter(common, np.uint64, len(common))
 
-    def align(self, seen: Seen) -> None:
+    def align(self, seen: ObservedRow) -> None:
         """Fill in kinds, output, expected and pieces of a seen row."""
         ids = seen.ids.tolist()
         stretches = self._stretches(seen.ids)
@@ -62,7 +62,7 @@ class Library:
                 seen.expected[here] = sequence.weights[there]
                 matched[there] = True
             if matched.any():
-                seen.pieces.append(Piece(sequence, start, stop, matched))
+                seen.pieces.append(MatchedStretch(sequence, start, stop, matched))
 
     def _stretches(self, ids: np.ndarray) -> list[_Stretch]:
         """The documents in a row, in order."""

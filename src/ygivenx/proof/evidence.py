@@ -19,7 +19,7 @@ UNKNOWN = "?"  # kind of a token that no known document explains
 
 
 @dataclass
-class Seen:
+class ObservedRow:
     """One row of one batch: what was fed, and which of its tokens are trained.
 
     ids, documents int64 [T]; attended bool [T] by the attention mask; target int64 [T] the token trained at
@@ -42,7 +42,7 @@ class Seen:
     output: np.ndarray = field(init=False)
     expected: np.ndarray = field(init=False)
     padding: np.ndarray = field(init=False)
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[MatchedStretch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         size = len(self.ids)
@@ -64,7 +64,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MatchedStretch:
     """A stretch [start, stop) of a seen row that is `sequence`, and how far it is."""
 
     sequence: Sequence
@@ -101,8 +101,8 @@ class Evidence:
     tokenizer: Any = None
     stop_ids: frozenset[int] = frozenset()
     context_length: int | None = None
-    labels: list[Seen] = field(default_factory=list)
-    steps: list[Seen] = field(default_factory=list)
+    labels: list[ObservedRow] = field(default_factory=list)
+    steps: list[ObservedRow] = field(default_factory=list)
     probe: Probe | None = None
     denominators: list[Denominator] = field(default_factory=list)
     leaks: list[Leak] = field(default_factory=list)
@@ -110,7 +110,7 @@ class Evidence:
     unrehearsed: list[str] = field(default_factory=list)
 
     @property
-    def seen(self) -> list[Seen]:
+    def seen(self) -> list[ObservedRow]:
         """What is trained: by the gradient where there was a step, else by the labels."""
         return self.steps or self.labels
 
@@ -148,7 +148,7 @@ class Leak:
     size: float
 
 
-def seen_in_batch(batch: Mapping[str, Any], number: int = 0) -> list[Seen]:
+def seen_in_batch(batch: Mapping[str, Any], number: int = 0) -> list[ObservedRow]:
     """A collated batch by its labels. labels[i] counts as a target at position i, as in transformers."""
     ids = np.atleast_2d(as_array(batch["input_ids"]))
     labels = np.atleast_2d(as_array(batch["labels"]))
@@ -160,10 +160,10 @@ def seen_in_batch(batch: Mapping[str, Any], number: int = 0) -> list[Seen]:
     trained[:, 0] = False  # the first label has no context: every shifted loss drops it
     target = np.where(trained, labels, -1)
     columns = zip(ids, attended, documents, target, trained.astype(np.float64), strict=True)
-    return [Seen(number, i, *column) for i, column in enumerate(columns)]
+    return [ObservedRow(number, i, *column) for i, column in enumerate(columns)]
 
 
-def seen_in_step(number: int, batch: MicroBatch) -> list[Seen]:
+def seen_in_step(number: int, batch: MicroBatch) -> list[ObservedRow]:
     """The rows of a probed micro-batch by their gradient."""
     rows, width = batch.ids.shape
     # One column more: the last position of a row may be trained to predict something.
@@ -179,10 +179,12 @@ def seen_in_step(number: int, batch: MicroBatch) -> list[Seen]:
         weight[row, column + 1] += f.weight
     told = (target[:, :-1], weight[:, :-1], foreign[:, :-1])
     columns = zip(batch.ids, batch.attended, batch.documents, *told, strict=True)
-    return [Seen(number, i, *column) for i, column in enumerate(columns)]
+    return [ObservedRow(number, i, *column) for i, column in enumerate(columns)]
 
 
-def seen_in_forest(number: int, batch: MicroBatch, forest: Forest, sequences: list[Sequence]) -> list[Seen]:
+def seen_in_forest(
+    number: int, batch: MicroBatch, forest: Forest, sequences: list[Sequence]
+) -> list[ObservedRow]:
     """The sequences of a probed forest. Where they share an edge, each gets the part that its own weight claims."""
     given = {(f.row, f.target): f.weight for f in batch.found}
     row_of = {int(node): row for row, node in enumerate(forest.fed)}
@@ -200,11 +202,13 @@ def seen_in_forest(number: int, batch: MicroBatch, forest: Forest, sequences: li
         weight = total * own
         target = np.where(weight != 0, sequence.ids, -1)
         whole = np.ones(len(path), bool)
-        seen.append(Seen(number, i, sequence.ids, whole, np.zeros(len(path), np.int64), target, weight))
+        seen.append(
+            ObservedRow(number, i, sequence.ids, whole, np.zeros(len(path), np.int64), target, weight)
+        )
     return seen
 
 
-def mark_padding(seen: Seen, pad: int | None) -> None:
+def mark_padding(seen: ObservedRow, pad: int | None) -> None:
     """Find padding that no mask declares, and take it out of the documents."""
     if pad is not None and seen.attended.all():
         free = (seen.ids == pad) & np.isin(seen.kinds.astype(str), (UNKNOWN, ""))

@@ -36,7 +36,7 @@ UNEXPLAINED = {torch.float64: 1e-5, torch.float32: 1e-2, torch.float16: 5e-2, to
 FOREIGN_TERM = 0.3
 
 
-class Found(NamedTuple):
+class RecoveredTarget(NamedTuple):
     """One target: `row` of the input, token id, weight, log p of the target before the update (nats).
 
     A row whose gradient is another term and no cross-entropy has one entry: target −1, weight 0, log p NaN.
@@ -64,9 +64,9 @@ class ProbedHead(LogitHead):
     unadapted: Tensor | None = None
 
 
-def from_logits(raw: Tensor, grad: Tensor, head: ProbedHead) -> list[Found]:
+def from_logits(raw: Tensor, grad: Tensor, head: ProbedHead) -> list[RecoveredTarget]:
     """Targets of each row of a head's output. raw, grad [n, V]; rows with a zero gradient have none."""
-    found: list[Found] = []
+    found: list[RecoveredTarget] = []
     rows = grad.ne(0).any(1).nonzero().flatten()
     for chunk in rows.split(CHUNK):
         z, slope = head.from_product(raw[chunk].double())
@@ -78,7 +78,7 @@ def from_logits(raw: Tensor, grad: Tensor, head: ProbedHead) -> list[Found]:
 
 def _solve_logits(
     rows: Tensor, z: Tensor, g: Tensor, dtype: torch.dtype, rounding: Tensor | float
-) -> list[Found]:
+) -> list[RecoveredTarget]:
     vocab = z.shape[1]
     log_p = z.log_softmax(1)
     p = log_p.exp()
@@ -100,7 +100,7 @@ def _solve_logits(
     none = torch.tensor([-1, 0, math.nan], dtype=told.dtype, device=told.device)[:, None]
     target, weight, value = torch.where((empty & (residual > FOREIGN_TERM))[at], none, told)
     columns = (rows[at], target.long(), weight, value, smoothing[at], residual[at])
-    return [Found(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
+    return [RecoveredTarget(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
 
 
 def _explain(g: Tensor, p: Tensor, bend: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,14 +153,14 @@ def _line(g: Tensor, p: Tensor, without: Tensor) -> _Line:
     return _Line(slope, offset, excess, misfit)
 
 
-def from_hidden(hidden: Tensor, grad: Tensor, head: ProbedHead, hints: Tensor) -> list[Found]:
+def from_hidden(hidden: Tensor, grad: Tensor, head: ProbedHead, hints: Tensor) -> list[RecoveredTarget]:
     """Targets of each row of the head's input, for losses that never show their logits.
 
     hidden, grad [n, H]; hints int64 [n]: the token that wins where two explain a gradient equally well
     (rows of the head's matrix that are equal), −1 for none.
     """
     readings: dict[
-        torch.dtype, list[list[Found]]
+        torch.dtype, list[list[RecoveredTarget]]
     ] = {}  # by how the logits may have been rounded; one list a row
     norms = head.weight.detach().float().pow(2).sum(1)
     # Logits of as many rows at once as the loss is likely to have made: other shapes round otherwise.
@@ -177,7 +177,7 @@ def from_hidden(hidden: Tensor, grad: Tensor, head: ProbedHead, hints: Tensor) -
     return [f for targets in min(readings.values(), key=_misfit, default=[]) for f in targets]
 
 
-def _misfit(reading: list[list[Found]]) -> float:
+def _misfit(reading: list[list[RecoveredTarget]]) -> float:
     """How badly a reading explains the rows of a pass: the sum of log residuals.
 
     Fused losses differ in whether a half-precision head's logits are rounded, but one loss treats all of its
@@ -198,7 +198,7 @@ def _logits(x: Tensor, head: ProbedHead) -> dict[torch.dtype, Tensor]:
 
 def _solve_hidden(
     raw: Tensor, grad: Tensor, head: ProbedHead, norms: Tensor, hint: Tensor
-) -> list[list[Found]]:
+) -> list[list[RecoveredTarget]]:
     z, slope = head.from_product(raw)
     log_p = z.log_softmax(1)
     rows = _Directions(log_p, slope * torch.ones_like(z), head.weight.detach())
@@ -223,9 +223,9 @@ def _solve_hidden(
             if left <= limit:
                 picks, residual = several, left
             elif max(residual, misfit) > FOREIGN_TERM:
-                found.append([Found(i, -1, 0.0, math.nan, 0.0, max(residual, misfit))])
+                found.append([RecoveredTarget(i, -1, 0.0, math.nan, 0.0, max(residual, misfit))])
                 continue
-        found.append([Found(i, t, w, float(log_p[i, t]), 0.0, residual) for t, w in picks])
+        found.append([RecoveredTarget(i, t, w, float(log_p[i, t]), 0.0, residual) for t, w in picks])
     return found
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .evidence import Leak, Seen
+from .evidence import Leak, ObservedRow
 from .wrapping import backbone_of, uncompiled, unwrap
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 DOCUMENTS = 6  # of a row that are tested: each costs a backward pass
 
 
-def leaks_in(steps: list[Seen], model: Any, batches: Sequence[Mapping[str, Any]]) -> list[Leak]:
+def leaks_in(steps: list[ObservedRow], model: Any, batches: Sequence[Mapping[str, Any]]) -> list[Leak]:
     """Documents that depend on others, tokens that depend on padding: in the first row that has several."""
     leaks = []
     for seen in steps:
@@ -39,7 +39,7 @@ def leaks_in(steps: list[Seen], model: Any, batches: Sequence[Mapping[str, Any]]
     return leaks
 
 
-def _groups(seen: Seen) -> np.ndarray | None:
+def _groups(seen: ObservedRow) -> np.ndarray | None:
     """int [T]: the document of each token, padding as the last group; None for a row of one."""
     groups = np.full(len(seen.ids), -1)
     spans = [(p.start, p.stop) for p in seen.pieces]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import LossError
 from .arrays import as_array, documents_of
-from .gradients import Found, ProbedHead, from_hidden, from_logits
+from .gradients import ProbedHead, RecoveredTarget, from_hidden, from_logits
 from .wrapping import backbone_of, probed_head, uncompiled, unwrap
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ RELATIVE_ERROR = {torch.float64: 1e-7, torch.float32: 1e-4, torch.float16: 2e-2,
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRow:
+class ProbedToken:
     """One prediction of one forward pass.
 
     position: column of the predicted token in row `sequence` of micro-batch `micro_batch` (padding counts);
@@ -69,7 +69,7 @@ class MicroBatch:
     ids: np.ndarray
     attended: np.ndarray
     documents: np.ndarray
-    found: tuple[Found, ...]
+    found: tuple[RecoveredTarget, ...]
 
     @property
     def weight_sum(self) -> float:
@@ -96,7 +96,7 @@ class Probe:
         self.micro_batches: list[MicroBatch] = []
         self.loss_scale = 1.0  # what a gradient scaler multiplies the loss by; weights are told without
         self.temperature = 1.0  # what the loss divides its logits by
-        self._passes: list[_Pass] = []
+        self._passes: list[_ForwardPass] = []
         self._declared: int | None = None  # micro-batches that the loop has told of so far
         self._open = ExitStack()
         self._embedded: Tensor | None = None
@@ -140,7 +140,7 @@ class Probe:
         self._declared = (self._declared or 0) + 1
         yield
 
-    def tokens(self) -> list[TokenRow]:
+    def tokens(self) -> list[ProbedToken]:
         """A row for each prediction of each forward pass that backward reached, trained or not, in order.
 
         Raises LossError if there was none: no forward pass with gradient, or no backward.
@@ -154,7 +154,7 @@ class Probe:
             )
         return [row for i, batch in enumerate(self.micro_batches) for row in _rows(i, batch)]
 
-    def trained(self) -> list[TokenRow]:
+    def trained(self) -> list[ProbedToken]:
         """The rows with a weight."""
         return [row for row in self.tokens() if row.trained]
 
@@ -202,7 +202,7 @@ class Probe:
         device = hidden.device.type
         rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         form = replace(form, rounded=rounded, scale=form.scale / self.temperature)
-        made = _Pass.of(hidden, self._embedded if ids is None else ids, inputs, form)
+        made = _ForwardPass.of(hidden, self._embedded if ids is None else ids, inputs, form)
         made.group = -1 if self._declared is None else self._declared - 1
         self._passes.append(made)
 
@@ -217,7 +217,7 @@ class Probe:
 
 
 @dataclass
-class _Pass:
+class _ForwardPass:
     """One forward pass: what was fed, and what backward has told so far."""
 
     hidden: Tensor | None  # [B, T, H], detached
@@ -228,11 +228,11 @@ class _Pass:
     group: int = -1
     reached: bool = False
     error: Exception | None = None
-    found: list[Found] = field(default_factory=list)
+    found: list[RecoveredTarget] = field(default_factory=list)
     by_logits: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
 
     @classmethod
-    def of(cls, hidden: Tensor, ids: Tensor | None, inputs: dict[str, Any], form: ProbedHead) -> _Pass:
+    def of(cls, hidden: Tensor, ids: Tensor | None, inputs: dict[str, Any], form: ProbedHead) -> _ForwardPass:
         shape = tuple(hidden.shape[:2])
         known = _fit(ids, shape, -1)
         mask = inputs.get("attention_mask")
@@ -298,7 +298,7 @@ class _Pass:
 
         return hook
 
-    def release(self) -> _Pass:
+    def release(self) -> _ForwardPass:
         self.hidden = None
         return self
 
@@ -325,7 +325,7 @@ def merged(parts: list[MicroBatch]) -> MicroBatch:
             block.attended,
             block.documents,
         )
-    found: dict[tuple[int, int], Found] = {}
+    found: dict[tuple[int, int], RecoveredTarget] = {}
     for part in parts:
         at = next(at for b, at in blocks if np.array_equal(part.ids, b.ids))
         for f in part.found:
@@ -349,21 +349,21 @@ def _next(ids: np.ndarray) -> np.ndarray:
     return np.concatenate([ids[:, 1:], np.full((len(ids), 1), -1)], 1)
 
 
-def _rows(number: int, batch: MicroBatch) -> list[TokenRow]:
+def _rows(number: int, batch: MicroBatch) -> list[ProbedToken]:
     width = batch.ids.shape[1]
     following = _next(batch.ids)
-    by_row: dict[int, list[Found]] = {}
+    by_row: dict[int, list[RecoveredTarget]] = {}
     for f in batch.found:
         by_row.setdefault(f.row, []).append(f)
     rows = []
     for flat in range(batch.ids.size):
         s, u = divmod(flat, width)
         after = min(u + 1, width - 1)
-        untrained = Found(flat, int(following[s, u]), 0.0, math.nan, 0.0, 0.0)
+        untrained = RecoveredTarget(flat, int(following[s, u]), 0.0, math.nan, 0.0, 0.0)
         if u + 1 == width and flat not in by_row:
             continue
         rows += [
-            TokenRow(
+            ProbedToken(
                 number, s, u + 1, int(batch.ids[s, u]), int(following[s, u]),
                 f.target if f.target >= 0 else int(following[s, u]), f.weight, f.log_p,
                 f.smoothing, f.residual, int(batch.documents[s, after]), bool(batch.attended[s, after]),

@@ -14,7 +14,7 @@ import torch
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback
 
 from ..errors import ConfigError, LossError
-from .evidence import Denominator, Evaluation, Seen
+from .evidence import Denominator, Evaluation, ObservedRow
 from .probing import Probe, probe
 
 EVALUATION_BATCHES = 4
@@ -109,7 +109,7 @@ def _begin_as_train_does(trainer: Any) -> None:
         accelerator.prepare_model(model, evaluation_mode=True)
 
 
-def denominators(steps: list[Seen], *, gather: bool) -> list[Denominator]:
+def denominators(steps: list[ObservedRow], *, gather: bool) -> list[Denominator]:
     """The weight per trained token of each micro-batch; `gather`: of all ranks, which all of them have to call.
 
     Where the rows give weights of their own, per unit of theirs.

@@ -16,7 +16,7 @@ import numpy as np
 from ..errors import MissingExtra, RowError
 from ..rows.data import Row
 from ..sequence import Example, Rejected
-from .requests import Question
+from .requests import Request
 
 try:
     import pyarrow as pa
@@ -26,14 +26,14 @@ except ImportError as error:
 
 BATCH = 512  # items that one worker takes together, and that travel together
 PORTION = 128 * BATCH  # items whose results come when all of them are there
-Batch = dict[str, Any]  # number: int64; item, result: pickled
-Model = tuple[str, str | None, str]  # directory, GGUF file, dtype
+RayBatch = dict[str, Any]  # number: int64; item, result: pickled
+ModelSource = tuple[str, str | None, str]  # directory, GGUF file, dtype
 
 
-class Scorer:
-    """Holds a model on one worker and scores batches of questions; `told` as in `scores`."""
+class ScoreWorker:
+    """Holds a model on one worker and scores batches of requests; `told` as in `scores`."""
 
-    def __init__(self, model: Model, told: dict[str, Any]) -> None:
+    def __init__(self, model: ModelSource, told: dict[str, Any]) -> None:
         import torch
 
         from ..models.model import load
@@ -42,8 +42,8 @@ class Scorer:
         self.model, _ = load(path, gguf_file=gguf_file, dtype=getattr(torch, dtype))
         self.told = told
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Per question its pickled Score, and the batch's counts of tokens beside the first."""
+    def __call__(self, batch: RayBatch) -> RayBatch:
+        """Per request its pickled Score, and the batch's counts of tokens beside the first."""
         from .scoring import Tally, scores
 
         tally = Tally()
@@ -55,7 +55,7 @@ class Scorer:
         }
 
 
-class Coder:
+class EncodeWorker:
     """Holds an encoder on one worker; `options` are the Encoder's."""
 
     def __init__(self, path: str, gguf_file: str | None, options: dict[str, Any]) -> None:
@@ -63,7 +63,7 @@ class Coder:
 
         self.encoder = Encoder.from_pretrained(path, gguf_file=gguf_file, **options)
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: RayBatch) -> RayBatch:
         """Per row its pickled Example, or the Rejected that says why there is none."""
         return _results(batch, [self._encoded(pickle.loads(item)) for item in batch["item"]])
 
@@ -77,14 +77,14 @@ class Coder:
 
 
 def scores_on_ray(
-    model: Model, questions: Iterator[Question], *, workers: int, tally: Any, **told: Any
+    model: ModelSource, requests: Iterator[Request], *, workers: int, tally: Any, **told: Any
 ) -> Iterator[Any]:
-    """A Score per question, in order, from `workers` workers that each load the model.
+    """A Score per request, in order, from `workers` workers that each load the model.
 
-    Questions of a portion are sorted by their tokens, so that what shares a prefix comes to one worker; its
+    Requests of a portion are sorted by their tokens, so that what shares a prefix comes to one worker; its
     scores come when all are there. `tally` and `told` as in `scores`.
     """
-    rows = _through(Scorer, (model, told), questions, workers, key=_tokens)
+    rows = _through(ScoreWorker, (model, told), requests, workers, key=_tokens)
     for row in rows:
         tally.scores += 1
         tally.tokens += int(row["tokens"])
@@ -100,7 +100,7 @@ def encoded_on_ray(
     What was rejected before passes through.
     """
     options = {"now": datetime.now(), **options}  # one time for all workers
-    for row in _through(Coder, (path, gguf_file, options), rows, workers):
+    for row in _through(EncodeWorker, (path, gguf_file, options), rows, workers):
         yield pickle.loads(row["result"])
 
 
@@ -133,10 +133,10 @@ def _tables(items: Iterator[Any], key: Callable[[Any], bytes]) -> Iterator[Any]:
         )
 
 
-def _tokens(question: Question) -> bytes:
+def _tokens(request: Request) -> bytes:
     """Bytes that sort like the ids themselves."""
-    return question.sequences[0].ids.astype(">u4").tobytes()
+    return request.sequences[0].ids.astype(">u4").tobytes()
 
 
-def _results(batch: Batch, made: list[Any]) -> Batch:
+def _results(batch: RayBatch, made: list[Any]) -> RayBatch:
     return {"number": batch["number"], "result": np.array([pickle.dumps(m) for m in made], object)}

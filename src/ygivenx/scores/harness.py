@@ -29,10 +29,10 @@ except ImportError as error:
 from ..encoder.tokens import Tokens
 from ..errors import ConfigError, ModelError, nearest
 from ..models.memory import keep_freed_memory
-from .requests import WINDOW, Part, Question, pair_of_ids
+from .requests import WINDOW, Request, ScoredPart, pair_of_ids
 from .scoring import Tally, scores
 
-Request = tuple[Any, list[int], list[int]]
+TokenRequest = tuple[Any, list[int], list[int]]
 
 log = logging.getLogger(__name__)
 BORDERS = ("harness", "exact")
@@ -139,10 +139,10 @@ class ForestLM(HFLM):
         return answers
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         told = scores(
-            self.model, map(self._question, requests), marginal=False, window=self.window, tally=self.tally
+            self.model, map(self._request, requests), marginal=False, window=self.window, tally=self.tally
         )
         answers = []
         for (text, _, _), s in zip(requests, told, strict=True):
@@ -151,7 +151,7 @@ class ForestLM(HFLM):
                 self.cache_hook.add_partial("loglikelihood", text, answers[-1])
         return answers
 
-    def _question(self, request: Request) -> Question:
+    def _request(self, request: TokenRequest) -> Request:
         """As the base class cuts it: contexts lose what doesn't fit on their left."""
         _, x, y = request
         if not 0 < len(y) <= self.max_length:
@@ -164,7 +164,7 @@ class ForestLM(HFLM):
             )
         lost = max(0, len(x) + len(y) - self.max_length - 1)
         self.truncated += lost > 0
-        return Question((Part(pair_of_ids(x[lost:], y)),), 0, truncated=lost)
+        return Request((ScoredPart(pair_of_ids(x[lost:], y)),), 0, truncated=lost)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: the base class's, the border and what it changed."""

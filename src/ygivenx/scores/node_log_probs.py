@@ -11,17 +11,16 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from ..forest import Forest
+from ..forest import Forest, Ints
 from ..head.selective import Ranked, log_probs
 from ..models.model import head_of, stream_hidden
 
 CHUNK = 4096  # nodes; without gradients little is held per node, and few chunks read their paths seldom
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+Float64s = npt.NDArray[np.float64]
 
 
-def node_log_probs(model: nn.Module, forest: Forest, **options: Any) -> Floats:
+def node_log_probs(model: nn.Module, forest: Forest, **options: Any) -> Float64s:
     """log Pr(token | path) of every node, float64 [N]; NaN at roots, which have no context. No gradients."""
     return node_values(model, forest, ranks=False, **options)[0]
 
@@ -35,7 +34,7 @@ def node_values(
     chunk: int = CHUNK,
     route: str = "auto",
     ranks: bool = True,
-) -> tuple[Floats, Ints]:
+) -> tuple[Float64s, Ints]:
     """(log Pr(token | path) float64 [N], its rank int64 [N], 0 = most probable) of the wanted nodes.
 
     NaN and −1 elsewhere, and at roots, which have no context; −1 everywhere without `ranks`. The forest is
@@ -66,7 +65,7 @@ def node_values(
     return log_p, rank
 
 
-def _refuse_nan(model: nn.Module, log_p: Floats) -> None:
+def _refuse_nan(model: nn.Module, log_p: Float64s) -> None:
     """Sums leave NaN out, as what has no value: one that the model computed must not pass for it."""
     bad = int(np.isnan(log_p).sum())
     if bad:

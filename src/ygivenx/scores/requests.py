@@ -24,7 +24,7 @@ NO_CONTEXT = "no log Pr(y): without a prompt and a BOS y's first token has no pr
 MOST = 64  # tokens of one window per distinct one that it has room for: each takes some hundred bytes
 
 
-class Part(NamedTuple):
+class ScoredPart(NamedTuple):
     """A sequence of which the tokens from `since` on count; those before are context alone."""
 
     sequence: Sequence
@@ -32,14 +32,14 @@ class Part(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Question:
+class Request:
     """One [x, y]: its parts (several where it rolls through the context window), each token counted once.
 
     bytes: UTF-8 bytes of y. truncated: tokens of x left out on the left. alone: y after the unconditional
     prompt instead of x.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[ScoredPart, ...]
     bytes: int
     truncated: int = 0
     alone: Sequence | None = None
@@ -52,8 +52,8 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Questioner:
-    """Items to questions: text (x is empty), (x, y) or [x, y], (x, [y, ...]), a row, or what an encoder makes of one.
+class RequestBuilder:
+    """Items to requests: text (x is empty), (x, y) or [x, y], (x, [y, ...]), a row, or what an encoder makes of one.
 
     limit: tokens that the model can read at once, None for any number. overflow: what happens to more:
     `refuse`, cut x on the `left`, or `roll` y through windows that overlap as little as they can.
@@ -76,15 +76,15 @@ class Questioner:
                 f"max_length is {self.limit}", fix="give at least 1, or nothing for the model's own"
             )
 
-    def __call__(self, item: Any) -> list[Question]:
-        """The questions of one item: one, or one per y or per turn that has a rendering of its own."""
+    def __call__(self, item: Any) -> list[Request]:
+        """The requests of one item: one, or one per y or per turn that has a rendering of its own."""
         if isinstance(item, str):
             item = Pair("", text(item, "y"))
         if isinstance(item, Mapping | Conversation | Pair):
             y = item.y if isinstance(item, Pair) else None
-            return [self._question(s, y) for s in self._encoded(item)]
+            return [self._request(s, y) for s in self._encoded(item)]
         if isinstance(item, Sequence):
-            return [self._question(item, None)]
+            return [self._request(item, None)]
         match item:
             case [str(x), str(y)]:
                 return self(Pair(text(x, "x"), text(y, "y")))
@@ -93,7 +93,7 @@ class Questioner:
         sequences = list(item) if isinstance(item, Iterable) else []
         if not sequences or not all(isinstance(s, Sequence) for s in sequences):
             raise RowError(_told(item), reason="wrong_type", fix=FORMS)
-        return [self._question(s, None) for s in sequences]
+        return [self._request(s, None) for s in sequences]
 
     def _encoded(self, item: Mapping[str, Any] | Conversation | Pair) -> Iterator[Sequence]:
         """By the encoder, whose words about training are left out."""
@@ -110,16 +110,18 @@ class Questioner:
             ) from None
         return (replace(s, notes=tuple(n for n in s.notes if n != UNTRAINED_FIRST)) for s in sequences)
 
-    def _question(self, sequence: Sequence, y: str | None) -> Question:
+    def _request(self, sequence: Sequence, y: str | None) -> Request:
         self._refuse_unknown(sequence)
         y = _text(sequence) if y is None else y
         alone, notes = self._alone(y)
-        question = Question((Part(sequence),), len(y.encode()), alone=alone, notes=(*sequence.notes, *notes))
+        request = Request(
+            (ScoredPart(sequence),), len(y.encode()), alone=alone, notes=(*sequence.notes, *notes)
+        )
         if self.limit is None or len(sequence) - 1 <= self.limit:
-            return question
+            return request
         if self.overflow == "refuse":
             self._check(sequence, "it is")
-        return self._cut(question) if self.overflow == "left" else self._roll(question)
+        return self._cut(request) if self.overflow == "left" else self._roll(request)
 
     def _alone(self, y: str) -> tuple[Sequence | None, tuple[str, ...]]:
         """y after the unconditional prompt, and notes; None where there is no such prompt, and nothing to score."""
@@ -152,10 +154,10 @@ class Questioner:
                 fix="overflow='left' cuts x on its left, 'roll' moves a window over the whole text",
             )
 
-    def _cut(self, question: Question) -> Question:
+    def _cut(self, request: Request) -> Request:
         """x without its first tokens (a BOS stays); y whole. The last token is never read, so it is free."""
         assert self.limit is not None
-        sequence = question.parts[0].sequence
+        sequence = request.parts[0].sequence
         start, stop = _bos(sequence), len(sequence) - 1 - self.limit + _bos(sequence)
         first = stop + (not start)  # where there is no BOS, what stands first has no probability
         if sequence.output[start:first].any() or stop >= len(sequence):
@@ -164,17 +166,18 @@ class Questioner:
         note = f"x lost {stop - start:,} tokens on its left: the model reads {self.limit:,}"
         cut = _without(sequence, start, stop)
         return replace(
-            question, parts=(Part(cut),), truncated=stop - start, notes=(*question.notes, note)
+            request, parts=(ScoredPart(cut),), truncated=stop - start, notes=(*request.notes, note)
         )  # fmt: skip
 
-    def _roll(self, question: Question) -> Question:
+    def _roll(self, request: Request) -> Request:
         assert self.limit is not None
-        sequence = question.parts[0].sequence
+        sequence = request.parts[0].sequence
         parts = tuple(
-            Part(_slice(sequence, a, b), since - a) for a, since, b in rolling(len(sequence), self.limit)
+            ScoredPart(_slice(sequence, a, b), since - a)
+            for a, since, b in rolling(len(sequence), self.limit)
         )
         note = f"{len(parts)} windows of {self.limit:,} tokens: context is shortest where one begins"
-        return replace(question, parts=parts, notes=(*question.notes, note))
+        return replace(request, parts=parts, notes=(*request.notes, note))
 
 
 def rolling(length: int, limit: int) -> list[tuple[int, int, int]]:
@@ -189,39 +192,39 @@ def rolling(length: int, limit: int) -> list[tuple[int, int, int]]:
     return [(0, 0, windows[0][2]), *windows[1:]]
 
 
-def windows(questions: Iterable[Question], tokens: int = WINDOW) -> Iterator[tuple[list[Question], Forest]]:
-    """Neighbouring questions and the forest of their sequences; order is kept.
+def windows(requests: Iterable[Request], tokens: int = WINDOW) -> Iterator[tuple[list[Request], Forest]]:
+    """Neighbouring requests and the forest of their sequences; order is kept.
 
-    Beyond its first question a window takes what adds up to `tokens` distinct ones, or to as many as that question
+    Beyond its first request a window takes what adds up to `tokens` distinct ones, or to as many as that request
     has: a longer prompt is computed again only after as much that is new. However much they share, it holds at most
     MOST times that: memory is bounded.
     """
-    window: list[Question] = []
-    seen, raw, room, most = _Seen(), 0, 0, 0
-    for question in questions:
-        length, added = sum(map(len, question.sequences)), seen.add(question)
+    window: list[Request] = []
+    seen, raw, room, most = _SortedKeys(), 0, 0, 0
+    for request in requests:
+        length, added = sum(map(len, request.sequences)), seen.add(request)
         if window and (added > room or raw + length > most):
             yield window, _forest(window)
-            window, seen, raw = [], _Seen(), 0
-            added = seen.add(question)
+            window, seen, raw = [], _SortedKeys(), 0
+            added = seen.add(request)
         if not window:
             room = max(tokens, length)
             most, added = MOST * room, 0
-        window.append(question)
+        window.append(request)
         raw, room = raw + length, room - added
     if window:
         yield window, _forest(window)
 
 
-class _Seen:
+class _SortedKeys:
     """Token sequences, sorted: in any order of them none has a longer prefix in common than one of two neighbours."""
 
     def __init__(self) -> None:
         self.sorted: list[bytes] = []
 
-    def add(self, question: Question) -> int:
-        """Tokens that a question's sequences add to the forest."""
-        return sum(self._add(s.ids.astype(np.uint32).tobytes()) for s in question.sequences)
+    def add(self, request: Request) -> int:
+        """Tokens that a request's sequences add to the forest."""
+        return sum(self._add(s.ids.astype(np.uint32).tobytes()) for s in request.sequences)
 
     def _add(self, key: bytes) -> int:
         at = bisect_left(self.sorted, key)
@@ -237,7 +240,7 @@ def _common(a: bytes, b: bytes) -> int:
     return int(differs.argmax()) if differs.any() else n
 
 
-def _forest(window: list[Question]) -> Forest:
+def _forest(window: list[Request]) -> Forest:
     return Forest.of([s for q in window for s in q.sequences])
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, RowError, nearest
-from ..forest import Forest
+from ..forest import Forest, Ints
 from ..models.families import config_of, decoder_of, vocabulary
 from ..models.rope_limits import unchanged
 from ..sequence import Sequence
-from .node_log_probs import Floats, Ints, node_values
-from .requests import NO_CONTEXT, WINDOW, Question, Questioner, windows
+from .node_log_probs import Float64s, node_values
+from .requests import NO_CONTEXT, WINDOW, Request, RequestBuilder, windows
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,7 +53,7 @@ class Score:
     conditional_on_first: bool
     truncated: int = 0
     log_p_y: float | None = None
-    token_log_p: Floats | None = None
+    token_log_p: Float64s | None = None
     token_rank: Ints | None = None
     token_text: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
@@ -155,35 +155,33 @@ def score(
 
     Raises RowError for an item that can't be encoded or doesn't fit.
     """
-    questioner = questioner_for(
+    builder = request_builder_for(
         model, tokenizer, border=border, bos=bos, control=control, overflow=overflow,
         max_length=max_length, unconditional=unconditional,
     )  # fmt: skip
     items = list(items)
-    asked = [_questions(questioner, number, item) for number, item in enumerate(items)]
-    told = scores(model, (q for questions in asked for q in questions), marginal=marginal, tokens=tokens)
-    found = [[next(told) for _ in questions] for questions in asked]
+    built = [_requests_of(builder, number, item) for number, item in enumerate(items)]
+    results = scores(model, (r for requests in built for r in requests), marginal=marginal, tokens=tokens)
+    found = [[next(results) for _ in requests] for requests in built]
     return [f if len(f) != 1 or _several(item) else f[0] for item, f in zip(items, found, strict=True)]
 
 
-def _questions(questioner: Questioner, number: int, item: Any) -> list[Question]:
-    """The questions of one item, or its RowError with its number."""
+def _requests_of(builder: RequestBuilder, number: int, item: Any) -> list[Request]:
+    """The requests of one item, or its RowError with its number."""
     try:
-        return questioner(item)
+        return builder(item)
     except RowError as error:
-        inside = error.where.removeprefix("row 0").removeprefix(
-            ", "
-        )  # an encoder counts what it was given at once
+        inside = error.where.removeprefix("row 0").removeprefix(", ")  # an encoder counts what one call gives it
         error.where = ", ".join(part for part in (f"item {number}", inside) if part)
         raise
 
 
-def questioner_for(
+def request_builder_for(
     model: nn.Module, tokenizer: Any, *, border: str = "joint", bos: bool | str = "auto", control: str = "refuse",
     overflow: str = "refuse", max_length: int | None = None, unconditional: str | None = None,
     now: datetime | str | None = None,
-) -> Questioner:  # fmt: skip
-    """A Questioner for a model and its tokenizer; options as in `score`, `now` as in `Encoder`."""
+) -> RequestBuilder:  # fmt: skip
+    """A RequestBuilder for a model and its tokenizer; options as in `score`, `now` as in `Encoder`."""
     from ..encoder.encode import Encoder
 
     if border not in BORDERS:
@@ -191,7 +189,7 @@ def questioner_for(
     # Weights don't matter to scores; with all tokens weighed an empty y isn't refused.
     encoder = Encoder(tokenizer, "all", control=control, border=BORDERS[border], bos=bos, eos=False, now=now)
     limit = context_window(model) if max_length is None else max_length
-    return Questioner(encoder, limit, overflow, unconditional, vocabulary(decoder_of(model)))
+    return RequestBuilder(encoder, limit, overflow, unconditional, vocabulary(decoder_of(model)))
 
 
 def context_window(model: Any) -> int | None:
@@ -205,7 +203,7 @@ def context_window(model: Any) -> int | None:
 
 def scores(
     model: nn.Module,
-    questions: Iterable[Question],
+    requests: Iterable[Request],
     *,
     marginal: bool = True,
     tokens: bool = False,
@@ -213,31 +211,31 @@ def scores(
     tally: Tally | None = None,
     **options: Any,
 ) -> Iterator[Score]:
-    """A Score per question, in order, as they come: memory holds one window of questions, however many there are.
+    """A Score per request, in order, as they come: memory holds one window of requests, however many there are.
 
     `window`: distinct tokens that are scored together; what is shared within one is computed once. `tally` is
     kept up to date. Options go to `node_values`. Other arguments as in `score`.
     """
     tally = Tally() if tally is None else tally
-    for asked, forest in windows(questions, window):
+    for asked, forest in windows(requests, window):
         wanted = True if marginal else _outputs(asked, forest)
         log_p, rank = node_values(model, forest, wanted, **options)
         paths = iter(forest.paths)
         tally.tokens += forest.total
         tally.distinct += len(forest)
-        for question in asked:
-            values = [(log_p[p], rank[p]) for _, p in zip(question.sequences, paths, strict=False)]
+        for request in asked:
+            values = [(log_p[p], rank[p]) for _, p in zip(request.sequences, paths, strict=False)]
             tally.scores += 1
-            yield _score(question, values, marginal, tokens)
+            yield _score(request, values, marginal, tokens)
 
 
 def score_sequences(model: nn.Module, sequences: Iterable[Sequence], **options: Any) -> list[Score]:
     """Score sequences whose segments say what is y; in input order. Options as in `scores`."""
-    questioner = Questioner(None)
-    return list(scores(model, (q for s in sequences for q in questioner(s)), **options))
+    builder = RequestBuilder(None)
+    return list(scores(model, (q for s in sequences for q in builder(s)), **options))
 
 
-def _outputs(asked: list[Question], forest: Forest) -> npt.NDArray[np.bool_]:
+def _outputs(asked: list[Request], forest: Forest) -> npt.NDArray[np.bool_]:
     """bool [N]: the nodes that are y in some sequence."""
     wanted = np.zeros(len(forest), bool)
     sequences = (s for q in asked for s in q.sequences)
@@ -246,20 +244,20 @@ def _outputs(asked: list[Question], forest: Forest) -> npt.NDArray[np.bool_]:
     return wanted
 
 
-def _score(question: Question, values: list[tuple[Floats, Ints]], marginal: bool, tokens: bool) -> Score:
+def _score(request: Request, values: list[tuple[Float64s, Ints]], marginal: bool, tokens: bool) -> Score:
     parts = [
         (p.sequence.output[p.since :], log_p[p.since :], rank[p.since :])
-        for p, (log_p, rank) in zip(question.parts, values, strict=False)
+        for p, (log_p, rank) in zip(request.parts, values, strict=False)
     ]
     y, log_p, rank = (np.concatenate(column) for column in zip(*parts, strict=True))
-    if not marginal:  # what is x here may be y of another question, whose values are no part of this one's
+    if not marginal:  # what is x here may be y of another request, whose values are no part of this one's
         log_p, rank = np.where(y, log_p, np.nan), np.where(y, rank, -1)
-    first = question.parts[0].sequence
+    first = request.parts[0].sequence
     bos = bool(first.segments) and first.segments[0].kind == "bos"
     log_p_x = float(np.nansum(log_p[~y])) if marginal else math.nan
     log_p_y = float(np.nansum(log_p[y]))
-    notes = question.notes if bos else (*question.notes, "no BOS: sums are conditional on the first token")
-    alone = None if question.alone is None else values[-1][0][question.alone.output]
+    notes = request.notes if bos else (*request.notes, "no BOS: sums are conditional on the first token")
+    alone = None if request.alone is None else values[-1][0][request.alone.output]
     if alone is not None and np.isnan(alone).any() and not np.isnan(log_p[y]).any():
         alone, notes = None, (*notes, NO_CONTEXT)  # of other tokens than log Pr(y|x)
     return Score(
@@ -269,20 +267,20 @@ def _score(question: Question, values: list[tuple[Floats, Ints]], marginal: bool
         tokens=int(y.sum()),
         tokens_x=int((~y).sum()) - bos,
         scored=int((~np.isnan(log_p[y])).sum()),
-        bytes=question.bytes,
+        bytes=request.bytes,
         greedy=bool((rank[y] <= 0).all()),
         conditional_on_first=not bos,
-        truncated=question.truncated,
+        truncated=request.truncated,
         log_p_y=None if alone is None else float(np.nansum(alone)),
         token_log_p=log_p if tokens else None,
         token_rank=rank if tokens else None,
-        token_text=_texts(question) if tokens else None,
+        token_text=_texts(request) if tokens else None,
         notes=notes,
     )
 
 
-def _texts(question: Question) -> tuple[str, ...]:
-    return tuple(t for p in question.parts for t in p.sequence.tokens[p.since :])
+def _texts(request: Request) -> tuple[str, ...]:
+    return tuple(t for p in request.parts for t in p.sequence.tokens[p.since :])
 
 
 def _several(item: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import nn
 from ..forest import Forest, pack
 from ..models.streaming import ONE_PASS
 from ..models.wrappers import sharded, through
-from ..scores.node_log_probs import Floats, node_log_probs
+from ..scores.node_log_probs import Float64s, node_log_probs
 from ..sequence import Sequence
 from .packs import flatten, per_sequence
 
@@ -59,7 +59,7 @@ def rates(sums: torch.Tensor) -> dict[str, float]:
     return {name: total / count for name, (total, count) in parts.items() if count}
 
 
-def _log_p(model: nn.Module, forest: Forest) -> Floats:
+def _log_p(model: nn.Module, forest: Forest) -> Float64s:
     if not sharded(model):
         return node_log_probs(model, forest)
     return through(model, lambda inner: node_log_probs(inner, forest, chunk=ONE_PASS))

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...sequence import Sequence
-from ..evidence import UNKNOWN, Evidence, Piece, Seen
+from ..evidence import UNKNOWN, Evidence, MatchedStretch, ObservedRow
 from .base import Hit
 
 EXAMPLES = 3
 STRAY = 32  # a longer stretch that no known document explains is a document that the audit wasn't given
 
 
-Mask = Callable[[Seen], np.ndarray]
+Mask = Callable[[ObservedRow], np.ndarray]
 
 
 @dataclass
-class Found:
+class MaskCount:
     count: int
     total: int
     examples: tuple[Mapping[str, str], ...]
@@ -35,7 +35,9 @@ def tokens(ev: Evidence, message: str, mask: Mask, of: Mask | None = None) -> It
         yield found.hit(message)
 
 
-def collect(ev: Evidence, mask: Mask, *, of: Mask | None = None, seen: list[Seen] | None = None) -> Found:
+def collect(
+    ev: Evidence, mask: Mask, *, of: Mask | None = None, seen: list[ObservedRow] | None = None
+) -> MaskCount:
     """Positions where `mask` holds, among those of `of` (default: the trained ones)."""
     count = total = 0
     examples: list[Mapping[str, str]] = []
@@ -45,7 +47,7 @@ def collect(ev: Evidence, mask: Mask, *, of: Mask | None = None, seen: list[Seen
         total += int((s.trained if of is None else of(s)).sum())
         if len(at) and len(examples) < EXAMPLES:
             examples.append({"where": f"{s.where}, token {at[0]}", "text": around(ev, s.ids, int(at[0]))})
-    return Found(count, total, tuple(examples))
+    return MaskCount(count, total, tuple(examples))
 
 
 def around(ev: Evidence, ids: np.ndarray, at: int) -> str:
@@ -53,16 +55,16 @@ def around(ev: Evidence, ids: np.ndarray, at: int) -> str:
     return f"{ev.text(before)}⟦{ev.text(ids[at : at + 1])}⟧{ev.text(after)}"
 
 
-def of_kind(s: Seen, *kinds: str) -> np.ndarray:
+def of_kind(s: ObservedRow, *kinds: str) -> np.ndarray:
     return np.isin(s.kinds.astype(str), kinds)
 
 
-def supplied(s: Seen) -> np.ndarray:
+def supplied(s: ObservedRow) -> np.ndarray:
     """Trained tokens that the encoder gives no weight and the model doesn't have to produce."""
     return s.trained & (s.target == s.ids) & ~s.output & (s.expected == 0)
 
 
-def wanted_y(s: Seen) -> np.ndarray:
+def wanted_y(s: ObservedRow) -> np.ndarray:
     wanted = s.output & (s.expected > 0)
     wanted[:1] = False
     return wanted
@@ -72,30 +74,30 @@ def wanted_in(sequence: Sequence) -> np.ndarray:
     return sequence.weights > 0
 
 
-def after_end(s: Seen) -> np.ndarray:
+def after_end(s: ObservedRow) -> np.ndarray:
     after = np.zeros(len(s.ids), bool)
     after[1:] = of_kind(s, "end_of_turn")[:-1]
     return after
 
 
-def misplaced(s: Seen) -> np.ndarray:
+def misplaced(s: ObservedRow) -> np.ndarray:
     return s.trained & (s.ids >= 0) & (s.target != s.ids)
 
 
-def share_equal(seen: list[Seen], back: int) -> float:
+def share_equal(seen: list[ObservedRow], back: int) -> float:
     """The share of misplaced targets that equal the token `back` places before the one they should be."""
     equal = [(np.roll(s.ids, back) == s.target)[misplaced(s)] for s in seen]
     return float(np.concatenate(equal).mean())
 
 
-def parts_of(s: Seen) -> list[slice]:
+def parts_of(s: ObservedRow) -> list[slice]:
     """What should have a trained token: each aligned document with weight, else the row."""
     wanted = wanted_y(s)
     pieces = [slice(p.start, p.stop) for p in s.pieces if wanted[p.start : p.stop].any()]
     return pieces or [slice(0, len(s.ids))]
 
 
-def stray_tokens(s: Seen) -> np.ndarray:
+def stray_tokens(s: ObservedRow) -> np.ndarray:
     """Tokens of an aligned row that no document explains, but for whole documents that weren't given.
 
     What has no id (a learned prompt's virtual tokens) is no text, and stands before x at inference, too.
@@ -108,7 +110,7 @@ def stray_tokens(s: Seen) -> np.ndarray:
     return stray
 
 
-def lost_tokens(piece: Piece) -> np.ndarray:
+def lost_tokens(piece: MatchedStretch) -> np.ndarray:
     """bool over a document's tokens: missing in its middle (a cut head or tail has rules of its own)."""
     lost = ~piece.matched
     lost[piece.missing_tail] = False
@@ -117,7 +119,7 @@ def lost_tokens(piece: Piece) -> np.ndarray:
     return lost
 
 
-def first_lost(s: Seen) -> np.ndarray:
+def first_lost(s: ObservedRow) -> np.ndarray:
     """The first ids that a document of the row lost in its middle, none if it lost none."""
     lost = (p.sequence.ids[lost_tokens(p)][:12] for p in s.pieces)
     return next((ids for ids in lost if len(ids)), np.zeros(0, np.int64))
