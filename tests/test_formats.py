@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from ygivenx.errors import ConfigError, DataError, RowError
 from ygivenx.rows.data import Conversation, Pair, Preference, normalise
-from ygivenx.rows.formats import recognise
+from ygivenx.rows.formats import FORMATS, recognise
 from ygivenx.rows.messages import unread_keys
 
 USER, REPLY = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}
@@ -59,6 +61,14 @@ def test_named_columns_are_a_conversation_or_as_text_a_pair():
     row = {"task": "2+2?", "solution": "4"}
     assert normalise(row, columns=("task", "solution")) == PLAIN
     assert normalise(row, columns=("task", "solution"), as_text=True) == Pair("2+2?", "4")
+
+
+def test_a_question_has_what_templates_read():
+    row = {"question": "2+2?", "answer": "4", "tools": [{"name": "add"}], "continue_final_message": True}
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert normalise(row) == Conversation((USER, REPLY), tools, continue_final_message=True)
+    named = normalise({"tools": "2+2?", "answer": "4"}, columns=("tools", "answer"))
+    assert named == PLAIN, "a column that is x is nothing else"
 
 
 def test_replies_inside_a_prompt_are_context():
@@ -299,6 +309,25 @@ def test_preferences_that_are_none(row, reason, field):
     assert (caught.value.reason, caught.value.field) == (reason, field)
 
 
+def lines_of_the_documentation():
+    text = (Path(__file__).parent.parent / "docs" / "formats.md").read_text()
+    return re.findall(r"^\| ([^|]+) \| `(\{.*\})` \| (\w+) \|$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "line", "noun"), lines_of_the_documentation())
+def test_the_documentations_lines_are_read_as_it_says(name, line, noun):
+    row = json.loads(line)
+    assert type(normalise(row)).__name__ == noun
+    if name in FORMATS:
+        assert recognise(row).name == name
+
+
+def test_the_documentation_has_every_format():
+    named = {name for name, _, _ in lines_of_the_documentation()}
+    assert set(FORMATS) <= named
+    assert len(lines_of_the_documentation()) == 24
+
+
 def test_further_columns_reach_the_template():
     row = {
         "messages": [USER],
@@ -392,6 +421,9 @@ def call_fault(call, reason, field):
         ({"question": "x", "answer": "y", "image": "a.png"}, "not_text", "image"),
         message_fault({"role": "assitant", "content": "4"}, "unknown_role", ".role"),
         message_fault({"role": "robot", "content": "4"}, "unknown_role", ".role"),
+        message_fault(USER | {"images": ["a.png"]}, "not_text", ".images"),
+        ({"prompt": "x", "completion": "y", "documents": [{"a": "b"}]}, "conflict", "documents"),
+        ({"prompt": "x", "completion": "y", "continue_final_message": True}, "conflict", "continue_final_message"),
         message_fault(REPLY | {"train": True, "loss_weight": 0}, "conflict", ".weight"),
         message_fault(REPLY | {"tool_calls": CALL}, "wrong_type", ".tool_calls"),
         message_fault(REPLY | {"tool_calls": [CALL], "function_call": CALL}, "conflict", ".function_call"),

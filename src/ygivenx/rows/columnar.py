@@ -21,6 +21,7 @@ _RATIO = 1000  # such an expansion isn't text's or token ids'
 
 
 def arrow_rows(paths: Iterable[Path]) -> Iterator[RawRow]:
+    """The rows of Parquet and Arrow files, numbered from 0 over all of them."""
     numbers = count()
     for batch in (b for path in paths for b in _batches(path)):
         names = batch.schema.names
@@ -230,6 +231,7 @@ def _choose(splits: Iterable[str], split: str | None, where: str) -> str:
 
 
 def hub_rows(name: str, split: str | None) -> Iterator[RawRow]:
+    """The rows of `NAME[:CONFIG]` as the datasets library streams them."""
     try:
         import datasets
     except ImportError:

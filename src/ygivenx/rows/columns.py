@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import RowError
-from .messages import not_text
+from .messages import MEDIA_KEYS, not_text
 from .values import encodable, from_json
 
 Record = Mapping[str, Any]
@@ -19,7 +19,7 @@ REJECTED = (
     "non_preferred_output",
 )
 _JUDGEMENTS = ("label", "kto_tag")
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+_MEANINGFUL = frozenset((*REJECTED, *_JUDGEMENTS, *MEDIA_KEYS))
 
 
 def given(row: Record, column: str) -> Any:
@@ -30,6 +30,8 @@ def given(row: Record, column: str) -> Any:
 
 def refuse_other_meanings(row: Record, used: tuple[str, ...] = ()) -> None:
     """Raise RowError for a column by which the row isn't what its format takes it for; `used` ones are known."""
+    if _MEANINGFUL.isdisjoint(row):
+        return
     for column in (c for c in REJECTED if c not in used and given(row, c) is not None):
         raise preference(f"the column {column!r}: the row has a worse reply beside its better one", column)
     for column in (c for c in _JUDGEMENTS if c not in used and _judges(row.get(c))):
@@ -37,7 +39,7 @@ def refuse_other_meanings(row: Record, used: tuple[str, ...] = ()) -> None:
         fix = f"give only the rows to be learnt, without {column!r}"
         what = f"the column {column!r} says whether the reply is good"
         raise RowError(what, reason="judged_row", field=column, why=why, fix=fix)
-    for column in (c for c in _MEDIA if c not in used and given(row, c) is not None):
+    for column in (c for c in MEDIA_KEYS if c not in used and given(row, c) is not None):
         raise not_text(f"the column {column!r} holds what isn't text", column)
 
 

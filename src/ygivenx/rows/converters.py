@@ -13,17 +13,12 @@ from .nouns import Conversation, Message, Pair
 from .values import as_list, as_object, text
 from .weights import ROW_KEYS, row_weight
 
-TEMPLATE_COLUMNS = (
-    "tools",
-    "functions",
-    "documents",
-    "chat_template_kwargs",
-    "continue_final_message",
-    *ROW_KEYS,
-)
+_FOR_A_TEMPLATE = ("tools", "functions", "documents", "chat_template_kwargs", "continue_final_message")
+TEMPLATE_COLUMNS = (*_FOR_A_TEMPLATE, *ROW_KEYS)
 
 
 def of_messages(row: Record, required: tuple[str, ...], roles: Iterable[str] = ()) -> Conversation:
+    """A column of messages, OpenAI's or ShareGPT's."""
     refuse_other_meanings(row)
     return conversation_of(row, required[0], roles)
 
@@ -41,6 +36,7 @@ def conversation_of(row: Record, column: str, roles: Iterable[str] = ()) -> Conv
 def of_prompt_completion(
     row: Record, required: tuple[str, ...], roles: Iterable[str] = ()
 ) -> Conversation | Pair:
+    """A prompt and a completion, both texts or both messages."""
     refuse_other_meanings(row)
     return joined(row, required[0], required[1], roles)
 
@@ -48,10 +44,10 @@ def of_prompt_completion(
 def joined(row: Record, x: str, y: str, roles: Iterable[str] = ()) -> Conversation | Pair:
     """The prompt of column x with the reply of column y: both texts, or both messages."""
     if any(isinstance(row[c], str) or row[c] is None for c in (x, y)):
-        for column in ("tools", "functions"):
+        for column in _FOR_A_TEMPLATE:
             if given(row, column):
-                why = "a text prompt has no place for them: they would be dropped"
-                raise RowError("tools beside a text prompt", reason="conflict", field="tools", why=why)
+                why = "a text prompt has no template that could use it: it would be dropped"
+                raise RowError(f"{column} beside a text prompt", reason="conflict", field=column, why=why)
         return Pair(text(row[x], x), text(row[y], y), row_weight(row))
     prompt, completion = (message_list(row[c], c, roles) for c in (x, y))
     return conversation(as_context(prompt, completion, y), row)
@@ -83,6 +79,7 @@ def as_context(prompt: list[Message], completion: list[Message], column: str) ->
 
 
 def of_alpaca(row: Record, required: tuple[str, ...], roles: Iterable[str] = ()) -> Conversation:
+    """An instruction with its input, and an output."""
     refuse_other_meanings(row)
     return conversation([*alpaca_prompt(row, required[0]), reply(text(row[required[1]], required[1]))], row)
 
@@ -100,18 +97,23 @@ def alpaca_prompt(row: Record, column: str) -> list[Message]:
 
 
 def of_question_answer(row: Record, required: tuple[str, ...], roles: Iterable[str] = ()) -> Conversation:
+    """Two texts: what a user asks and what the assistant answers."""
     refuse_other_meanings(row, required)
     x, y = (text(row[c], c) for c in required)
-    return Conversation((*system_message(row), user(x), reply(y)), weight=row_weight(row))
+    # Beside a question, `documents` are what it was drawn from, often as plain texts: no template's documents.
+    others = {c: v for c, v in row.items() if c not in (*required, "documents")}
+    return conversation([*system_message(others), user(x), reply(y)], others)
 
 
 def of_pair(row: Record, required: tuple[str, ...], roles: Iterable[str] = ()) -> Pair:
+    """Two texts as the model reads them."""
     refuse_other_meanings(row, required)
     x, y = required
     return Pair(text(row[x], x), text(row[y], y), row_weight(row))
 
 
 def of_text(row: Record, required: tuple[str, ...], roles: Iterable[str] = ()) -> Pair:
+    """One text, all of it y."""
     # A class beside a text is a label of that text, and there is no reply that it could judge.
     refuse_other_meanings(row, ("label",))
     return Pair("", text(row[required[0]], required[0]), row_weight(row))
@@ -152,15 +154,18 @@ def tools_of(row: Record) -> list[dict[str, Any]] | None:
 
 
 def system_message(row: Record) -> list[Message]:
+    """The system message of a row's `system` column; none without one."""
     value = given(row, "system")
     return [] if value is None else [{"role": "system", "content": text(value, "system")}]
 
 
 def user(content: str) -> Message:
+    """A user's message."""
     return {"role": "user", "content": content}
 
 
 def reply(content: str) -> Message:
+    """The assistant's message."""
     return {"role": "assistant", "content": content}
 
 

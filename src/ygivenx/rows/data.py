@@ -79,7 +79,7 @@ def read(
 class Reader:
     """Iterate over it for `Row` and `Rejected`, in the file's order; each iteration reads anew.
 
-    format: the recognised format, aloud. accepted, quarantined, read, blank: counts of the iteration so far;
+    format: the recognised format and its columns, in words. accepted, quarantined, read, blank: counts so far;
     reasons: how many rows were quarantined for which reason.
     """
 
@@ -104,10 +104,12 @@ class Reader:
 
     @property
     def quarantined(self) -> int:
+        """How many rows were rejected."""
         return self.reasons.total()
 
     @property
     def read(self) -> int:
+        """How many rows were read: accepted + quarantined."""
         return self.accepted + self.quarantined
 
     def __iter__(self) -> Iterator[Row | Rejected]:

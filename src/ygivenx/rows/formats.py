@@ -67,6 +67,7 @@ class Format:
 
 
 _CHAT = ("system", *TEMPLATE_COLUMNS)
+_QUESTION = tuple(c for c in _CHAT if c != "documents")
 _ALPACA = ("input", "history", *_CHAT)
 FORMATS = {
     f.name: f
@@ -77,9 +78,7 @@ FORMATS = {
             "prompt_completion", ("prompt", "completion"), TEMPLATE_COLUMNS, converters.of_prompt_completion
         ),
         Format("alpaca", ("instruction", "output"), _ALPACA, converters.of_alpaca),
-        Format(
-            "question_answer", ("question", "answer"), ("system", *ROW_KEYS), converters.of_question_answer
-        ),
+        Format("question_answer", ("question", "answer"), _QUESTION, converters.of_question_answer),
         Format("xy", ("x", "y"), ROW_KEYS, converters.of_pair),
         Format("text", ("text",), ROW_KEYS, converters.of_text),
     )
@@ -155,7 +154,7 @@ def _of_two(x: str, y: str, as_text: bool, columns: list[str]) -> Format:
     _need((x, y), columns)
     if as_text:
         return Format("x | y as text", (x, y), ROW_KEYS, converters.of_pair)
-    return Format("x | y", (x, y), ("system", *ROW_KEYS), converters.of_question_answer)
+    return Format("x | y", (x, y), _QUESTION, converters.of_question_answer)
 
 
 def _named(fmt: str, columns: list[str]) -> Format:

@@ -45,6 +45,7 @@ _FIELD_OF_PART = {
 }
 # The order in which templates write a message's fields; parts in another order have no faithful form.
 _FIELD_ORDER = ("reasoning_content", "content", "tool_calls")
+MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 _MEDIA = (
     "image",
     "image_url",
@@ -93,6 +94,7 @@ def _tool(value: Any, at: str) -> dict[str, Any]:
 
 
 def one_message(value: Any, at: str, roles: Iterable[str] = ()) -> Message:
+    """A message in the one form, from any of its forms; `at` is its place in the row."""
     # Columnar files fill every key that any other message has with null.
     m = {k: v for k, v in as_object(value, at).items() if v is not None or k in ("content", "value")}
     m = _with_role(m, at, roles)
@@ -109,6 +111,9 @@ def one_message(value: Any, at: str, roles: Iterable[str] = ()) -> Message:
 
 
 def _check_content(m: Message, at: str) -> None:
+    for key in MEDIA_KEYS:
+        if m.get(key):
+            raise not_text(f"the key {key!r} holds what isn't text", f"{at}.{key}")
     if m.get("content") is not None:
         text(m["content"], f"{at}.content")
     elif "tool_calls" not in m:
@@ -140,7 +145,7 @@ def _with_role(m: Message, at: str, roles: Iterable[str]) -> Message:
 def _role(name: str, at: str, roles: Iterable[str]) -> str:
     if name in roles:
         return name
-    role = _ROLES.get(name.strip().lower())
+    role = _ROLES.get(name) or _ROLES.get(name.strip().lower())
     if role is None:
         what = f"unknown role {name!a:.60}{nearest(name.strip().lower(), _ROLES)}"
         fix = f"known: {', '.join(_ROLES)}; a template's own role is allowed by read(..., roles=[...])"
@@ -152,6 +157,8 @@ def _role(name: str, at: str, roles: Iterable[str]) -> str:
 def _with_prefix(m: Message, at: str) -> Message:
     """The message with `prefix: True` if it is a reply that generation goes on with."""
     given = {k: m.pop(k) for k in _PREFIX_KEYS if k in m}
+    if not given:
+        return m
     for key, value in given.items():
         if not isinstance(value, bool):
             raise RowError(f"{value!a:.60} isn't true or false", reason="wrong_type", field=f"{at}.{key}")

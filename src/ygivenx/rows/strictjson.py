@@ -32,13 +32,13 @@ class Strict:
         )
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for key, value in pairs:
-            if key in made:
+            if key in result:
                 why = "only one of its values would be kept"
                 self._fault = RowError(f"the key {key!a} occurs twice", reason="duplicate_key", why=why)
-            made[key] = value
-        return made
+            result[key] = value
+        return result
 
     def _constant(self, name: str) -> None:
         self._fault = RowError(f"{name} is no JSON number", reason="not_a_number")

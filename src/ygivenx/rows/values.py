@@ -78,6 +78,6 @@ def from_json(value: Any, at: str) -> Any:
         raise RowError(e.what, reason=e.reason, field=at, why=e.why) from None
 
 
-def _wrong_type(value: Any, wanted: str, at: str) -> RowError:
+def _wrong_type(value: Any, needed: str, at: str) -> RowError:
     kind = _NAMES.get(type(value), type(value).__name__)
-    return RowError(f"{kind} where {wanted} belongs", reason="wrong_type", field=at)
+    return RowError(f"{kind} where {needed} belongs", reason="wrong_type", field=at)

@@ -35,6 +35,9 @@ _MASKS = ("mask", "masked")
 _DETAILS = ("training_detail", "train_detail")
 MESSAGE_KEYS = (*_FACTORS, *_FLAGS, *_SWITCHES, *_MASKS)
 ROW_KEYS = (*MESSAGE_KEYS, "sample_weight")
+# Most messages and rows ask for nothing: one look tells.
+_OF_MESSAGES = frozenset({*MESSAGE_KEYS, "spans", *_DETAILS})
+_OF_ROWS = frozenset(ROW_KEYS)
 _MAX_WEIGHT = 3.4e38  # of float32
 _WORDS = {"true": True, "false": False}
 
@@ -43,6 +46,8 @@ Span = dict[str, Any]
 
 def weighted(message: dict[str, Any], at: str) -> dict[str, Any]:
     """A message whose weight and spans are called `weight` and `spans`, whatever the row calls them."""
+    if _OF_MESSAGES.isdisjoint(message):
+        return message
     weight = take_weight(message, at)
     spans = _take_spans(message, at)
     if spans is not None:
@@ -67,6 +72,8 @@ def row_weight(row: Mapping[str, Any]) -> float:
     A column of such a name that holds something else, such as a logged `loss` of 2.3, is no weight: flags count only
     if they are flags. A number under a name that can only be a weight must be one.
     """
+    if _OF_ROWS.isdisjoint(row):
+        return 1.0
     weights = {}
     for key in (k for k in ROW_KEYS if row.get(k) not in (None, "")):
         value = _cell(row[key])
