@@ -102,19 +102,72 @@ def test_what_is_no_product_is_refused_by_name():
     dora = adapted(use_dora=True).eval()
     dropout = adapted(lora_dropout=0.1)
     ia3 = get_peft_model(llama(), IA3Config(target_modules=["q_proj", "lm_head"], feedforward_modules=[]))
-    tokens = get_peft_model(
-        llama(tie_word_embeddings=True),
-        TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"]),
-    )
     for model, name in (
         (dora, "DoRA"),
         (dropout.train(), "dropout of 0.1"),
         (ia3, "ia3"),
-        (tokens, "TrainableTokens"),
     ):
         with pytest.raises(ModelError, match=name):
             yx.loss(model, ROWS)
     assert_equal_to_the_model(dropout.eval())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("chunk", [None, 37])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainableTokensConfig(token_indices=[1, 2, 7], target_modules=["embed_tokens"]),
+        LoraConfig(target_modules=["q_proj"], init_lora_weights=False, trainable_token_indices=[1, 2, 7]),
+    ],
+    ids=["alone", "beside LoRA"],
+)
+def test_tokens_trained_one_by_one_are_exact(config, tied, chunk):
+    model = get_peft_model(llama(tie_word_embeddings=tied), config).eval()
+    for name, p in model.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(p)
+    wanted = gradients(model, reference.loss(model, ROWS))
+    assert any("trainable_tokens_delta" in name and g.any() for name, g in wanted.items())
+    assert_same(gradients(model, yx.loss(model, ROWS, chunk=chunk).value), wanted)
+    with model.disable_adapter():
+        assert head_of(model).weight.equal(model.base_model.model.model.embed_tokens.weight) == tied
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`"
+)
+@pytest.mark.parametrize("trained", ["whole tables", "single tokens"])
+def test_an_adapter_of_a_model_with_added_tokens_loads(trained, tmp_path):
+    tokenizer = reference.word_tokenizer("a b c d e f g h")
+    base = llama(vocab_size=len(tokenizer), tie_word_embeddings=trained == "single tokens")
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tokenizer.add_tokens(["<new>", "<newer>"])
+    more = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    if trained == "single tokens":
+        more = {"trainable_token_indices": [len(tokenizer) - 2, len(tokenizer) - 1]}
+    model = yx.load(tmp_path / "base")[0]
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **more)
+    ).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    loaded, own = yx.load(tmp_path / "adapter")
+    assert len(own) == len(tokenizer)
+    rows = tree(3, vocab=len(tokenizer))
+    if (
+        trained == "single tokens"
+    ):  # rows of the base that it lacked are drawn anew, and nobody trained the others
+        loaded.get_input_embeddings().original_module.weight.data.copy_(
+            model.get_input_embeddings().original_module.weight
+        )
+    assert yx.loss(loaded, rows).value.item() == pytest.approx(reference.loss(model, rows).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])

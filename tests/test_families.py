@@ -78,9 +78,19 @@ def build(case: str, wide: bool = False):
     return model
 
 
-def assert_exact(model, rows, *several, **options) -> None:
+def without_the_last(model, rows) -> torch.Tensor:
+    """The mean loss where no row's last token is read, for models to which one more position makes a difference."""
+    total = torch.zeros((), dtype=torch.float64)
+    for s in rows:
+        ids, weights = torch.from_numpy(s.ids.copy()), torch.from_numpy(s.weights[1:].copy()).double()
+        log_p = model(ids[None, :-1], use_cache=False).logits[0].double().log_softmax(-1)
+        total = total - (weights * log_p.gather(1, ids[1:, None])[:, 0]).sum()
+    return total / sum(float(s.weights.sum()) for s in rows)
+
+
+def assert_exact(model, rows, *several, definition=reference.loss, **options) -> None:
     """The loss and all gradients are those of the model's own runs of single sequences."""
-    expected = reference.loss(model, rows)
+    expected = definition(model, rows)
     wanted = gradients(model, expected)
     for each in several or (options,):
         out = yx.loss(model, rows, **each)
@@ -137,6 +147,36 @@ def test_positions_that_depend_on_the_length_are_exact_on_one_side_of_it(monkeyp
     out = yx.loss(model, rows)
     assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(gradients(model, out.value), wanted)
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_the_limit_of_a_rotary_embedding_is_exact(monkeypatch, kind):
+    """24 read tokens and 12 have one embedding, 25 and 12 two. A row's last token isn't read."""
+    monkeypatch.setitem(CASES, kind, BY_LENGTH[kind])
+    model, rng = build(kind), np.random.default_rng(0)
+    short, at, over = (yx.Sequence(rng.integers(0, VOCAB, n), np.arange(n) > 0) for n in (13, 25, 26))
+    assert_exact(model, [short, at], definition=without_the_last)
+    for rows in ([short, over], [at, over]):
+        with pytest.raises(ModelError, match="changes beyond 24 tokens"):
+            yx.loss(model, rows)
+
+
+POSITIONS = {
+    "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 20}),
+    "opt": ("OPT", {"ffn_dim": 48, "max_position_embeddings": 20, "word_embed_proj_dim": 32}),
+    "gptj": ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 20, "rotary_dim": 4}),
+}
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+def test_rows_beyond_the_learned_positions_are_refused(monkeypatch, case):
+    monkeypatch.setitem(CASES, case, POSITIONS[case])
+    model, rng = build(case), np.random.default_rng(0)
+    at, over = (yx.Sequence(rng.integers(0, VOCAB, n), np.arange(n) > 0) for n in (21, 22))
+    assert_exact(model, [at], definition=without_the_last)
+    for use in (yx.loss, lambda m, r: node_log_probs(m, yx.Forest.of(r)), score_sequences):
+        with pytest.raises(ModelError, match="it has 20 positions, and a sequence of 22 tokens needs 21"):
+            use(model, [at, over])
 
 
 @pytest.mark.parametrize(

@@ -108,13 +108,25 @@ class Encoder:
         self._options, self._chats, self._pairs = options, Chats(options), Pairs(options)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, gguf_file: str | None = None, **options: Any) -> Encoder:
-        """The encoder of a model's directory or name: its tokenizer, and the stop tokens of its generation config."""
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        gguf_file: str | None = None,
+        *,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> Encoder:
+        """The encoder of a model's directory or name: its tokenizer, and the stop tokens of its generation config.
+
+        trust_remote_code: run code that comes with the tokenizer; without it that is refused, and nobody is asked.
+        """
         from transformers import AutoTokenizer
 
         path, gguf_file = located(path, gguf_file)
         with quiet_loading(path):
-            tokenizer = AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path, gguf_file=gguf_file, trust_remote_code=trust_remote_code
+            )
             if "stops" not in options:
                 options["stops"] = _stops(path, tokenizer)
         return cls(tokenizer, **options)

@@ -10,9 +10,11 @@ import sys
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import MissingExtra, ModelError
+from .resolve import file_of
 
 
 def product(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -24,6 +26,9 @@ def product(layer: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(layer, "modules_to_save"):  # a copy that is trained in the place of the original
         kept = layer.disable_adapters or not layer.active_adapters
         return product(layer.original_module if kept else layer.modules_to_save[layer.active_adapters[0]])
+    layer = getattr(
+        layer, "token_adapter", layer
+    )  # PEFT's trainable_token_indices, where embeddings are tied
     if not type(layer).__module__.startswith("peft."):
         return layer.weight, layer.bias
     if not hasattr(layer, "base_layer"):
@@ -33,6 +38,8 @@ def product(layer: Any) -> tuple[Tensor, Tensor | None]:
     weight, bias = product(layer.base_layer)
     if layer.disable_adapters or layer.merged:
         return weight, bias
+    if hasattr(layer, "token_indices") and isinstance(layer.base_layer, nn.Linear):
+        return layer.get_merged_weights(layer.active_adapters), None  # its forward leaves a bias out, too
     if type(layer) is not sys.modules["peft.tuners.lora"].Linear or not isinstance(
         layer.get_base_layer(), nn.Linear
     ):
@@ -41,6 +48,37 @@ def product(layer: Any) -> tuple[Tensor, Tensor | None]:
         if name in layer.lora_A:
             weight, bias = _with_lora(layer, name, weight, bias)
     return weight, bias
+
+
+def with_adapter(model: Any, path: str, tokens: int) -> Any:
+    """A base model with the adapter of a directory, its embeddings as many as the adapter was trained with.
+
+    tokens: of the adapter's tokenizer, which counts where the adapter brings no embeddings of its own.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingExtra("peft", "lora", needed_for=f"the adapter in {path}") from error
+    rows = _saved_embeddings(model, path) or max(tokens, len(model.get_input_embeddings().weight))
+    if rows != len(model.get_input_embeddings().weight):
+        model.resize_token_embeddings(rows, mean_resizing=False)  # what is new comes from the adapter
+    return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+
+
+def _saved_embeddings(model: Any, path: str) -> int | None:
+    """Rows of a table of embeddings that an adapter's file holds whole; None without one."""
+    file = file_of(path, "adapter_model.safetensors")
+    if file is None:
+        return None
+    shapes: dict[str, Any] = {name: p.shape for name, p in model.named_parameters()}
+    ends = {shapes[n] for n in shapes if n.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight"))}
+    with safe_open(file, "pt") as saved:
+        for name in saved.keys():  # noqa: SIM118 - no mapping
+            shape: list[int] = saved.get_slice(name).get_shape()
+            own: Any = shapes.get(name.removeprefix("base_model.model."))
+            if own in ends and len(shape) == 2 and shape[1] == own[1]:
+                return int(shape[0])
+    return None
 
 
 def refuse_unread(model: Any) -> None:

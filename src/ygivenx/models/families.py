@@ -24,17 +24,31 @@ PROVEN = {
 
 def decoder_of(model: Any) -> Any:
     """The part that maps tokens to final hidden states. Raises ModelError for what isn't a causal LM."""
-    decoder = getattr(model, "get_decoder", lambda: None)()
-    if decoder is None or not hasattr(decoder, "get_input_embeddings"):
+    decoder: Any = getattr(model, "get_decoder", lambda: None)()
+    if not hasattr(decoder, "get_input_embeddings"):  # ModernBERT's `decoder` is its logit head
+        whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+        decoder = getattr(whole, "base_model", None)
+    elif decoder is not model and getattr(decoder, "get_output_embeddings", lambda: None)() is not None:
+        decoder = decoder.get_decoder()  # Llama 4's language model is a causal LM itself
+    if not hasattr(decoder, "get_input_embeddings"):
         wrapped = inner_of(model) is not model
         fix = "pass the model inside it, .module" if wrapped else "load it with AutoModelForCausalLM"
         raise ModelError(f"{type(model).__name__} has no decoder", fix=fix)
     return decoder
 
 
+def embeddings_of(decoder: Any) -> Tensor:
+    """The table of token embeddings [V, H] on the device that reads tokens, without what adapters make of it."""
+    layer = decoder.get_input_embeddings()
+    while not isinstance(layer, nn.Embedding) and hasattr(layer, "original_module"):
+        layer = layer.original_module  # PEFT's wrapper would make a whole new table of it
+    weight: Tensor = layer.weight
+    return weight
+
+
 def vocabulary(decoder: Any) -> int:
     """How many tokens have an embedding."""
-    return len(decoder.get_input_embeddings().weight)
+    return len(embeddings_of(decoder))
 
 
 def config_of(model: Any) -> Any:

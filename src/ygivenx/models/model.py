@@ -17,31 +17,35 @@ from ..errors import ConfigError, ModelError
 from ..forest import Forest, Ints
 from ..head.logit_head import LogitHead
 from . import chunked_backward, streaming
-from .adapters import product
+from .adapters import product, with_adapter
 from .families import PROVEN, config_of, decoder_of
 from .plan import refuse_unknown_route
-from .resolve import located, quiet_loading
-from .rope_limits import refuse_lengths
+from .position_limits import refuse_lengths
+from .resolve import base_of_adapter, located, quiet_loading
 from .sharing import reason_unshared
 from .unshared import UnsharedRun
 
 
 def load(
     path: str | Path, gguf_file: str | None = None, dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
+    device: str | torch.device | None = None, *, trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(model in eval mode, tokenizer) from a directory, or from a GGUF file inside one.
 
-    dtype: float32 by default. device: the first CUDA device if there is one, else the CPU. Code that comes
-    with a model is never run, and only safetensors and GGUF are read. Raises MissingExtra without `gguf`.
+    A directory with an adapter gives its base model with the adapter. dtype: float32 by default. device: the first
+    CUDA device if there is one, else the CPU. Only safetensors and GGUF are read. Code that comes with a model is run
+    with trust_remote_code=True alone, and nobody is asked. Raises MissingExtra without `gguf` or `peft` where needed.
     """
     path, gguf_file = located(path, gguf_file)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"gguf_file": gguf_file, "trust_remote_code": trust_remote_code}
+    settings = {"dtype": dtype or torch.float32, "use_safetensors": True, **options}
     with quiet_loading(path):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, gguf_file=gguf_file, dtype=dtype or torch.float32, use_safetensors=True
-        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+        with base_of_adapter(path) as base:
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(base or path, **settings)
+        if base is not None:
+            model = with_adapter(model, path, len(tokenizer))
     if gguf_file is not None:
         _forget_quantization(model)
     return model.to(device).eval(), tokenizer

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..errors import MissingExtra, ModelError
 
@@ -57,6 +60,25 @@ def revision_of(path: str, gguf_file: str | None = None) -> str | None:
 
 
 @contextmanager
+def base_of_adapter(path: str) -> Iterator[str | None]:
+    """Within it: where the base model of a directory with an adapter lies; None where there is no adapter.
+
+    A base that lies beside its adapter is shown alone, as links: transformers would load the adapter with it.
+    """
+    config = file_of(path, "adapter_config.json")
+    if config is None:
+        yield None
+    elif not (config.parent / "config.json").is_file():
+        yield json.loads(config.read_text())["base_model_name_or_path"]
+    else:
+        with TemporaryDirectory() as alone:
+            for file in config.parent.iterdir():
+                if not file.name.startswith("adapter_"):
+                    os.symlink(file.resolve(), Path(alone) / file.name)
+            yield alone
+
+
+@contextmanager
 def quiet_loading(path: str) -> Iterator[None]:
     """No progress bars and no advice from transformers; what it can't find or read is a ModelError."""
     from transformers.utils import logging
@@ -67,6 +89,12 @@ def quiet_loading(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                "it brings code of its own, which isn't run", where=path,
+                why="transformers doesn't know this model, and code from elsewhere can do anything on this machine",
+                fix="use a model that transformers knows, or one converted to its classes",
+            ) from None  # fmt: skip
         raise ModelError(
             "it can't be loaded", where=path, why=str(error).split("\n", 1)[0],
             fix="give a directory with a model, a name that the hub knows, or `sample`",

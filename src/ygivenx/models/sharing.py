@@ -24,7 +24,7 @@ from ..errors import ModelError
 from ..forest import Forest
 from . import attention, memory, recurrent
 from .adapters import refuse_unread
-from .families import PROVEN, config_of, decoder_of, feed
+from .families import PROVEN, config_of, decoder_of, embeddings_of, feed
 from .plan import Plan, automatic
 from .streaming import ONE_PASS
 from .unshared import UnsharedRun
@@ -116,7 +116,7 @@ def _judged(decoder: Any, config: Any) -> Sharing:
     training = decoder.training
     decoder.eval()
     try:
-        with _precisely(decoder, decoder.get_input_embeddings().weight.device):
+        with _precisely(decoder, embeddings_of(decoder).device):
             return _compared(decoder, config)
     finally:
         decoder.train(training)
@@ -134,7 +134,7 @@ def _compared(decoder: Any, config: Any) -> Sharing:
             why="its decoder has to give hidden states for token ids alone",
             fix="use a causal language model that reads text",
         )
-    plan = Plan.of(forest.fed_end, forest.depth[forest.fed], decoder.get_input_embeddings().weight.device)
+    plan = Plan.of(forest.fed_end, forest.depth[forest.fed], embeddings_of(decoder).device)
     reason = _known_reason(decoder, config) or _difference_shared(decoder, config, forest, plan, single)
     if not reason:
         return Sharing("", plan.window_in_mask, _in_one_pass(decoder, plan))
@@ -292,7 +292,7 @@ def explain(model: Any = None) -> dict[str, str]:
     if model is None:
         return _by_shape(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     sharing, config = sharing_of(model), config_of(model)
-    routes = _by_shape(decoder_of(model).get_input_embeddings().weight.device)
+    routes = _by_shape(embeddings_of(decoder_of(model)).device)
     if sharing.reason:
         routes = dict.fromkeys(routes, "unshared") | {"why": f"nothing is shared: {sharing.reason}"}
     elif config.model_type == "gpt_oss":

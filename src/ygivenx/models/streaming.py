@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from ..forest import Forest, Ints
 from . import memory
-from .families import config_of, decoder_of, feed
+from .families import config_of, decoder_of, embeddings_of, feed
 from .plan import CHAINS, KeysValues, Plan
 
 LEAST = 2048  # fed tokens of a chunk, however little memory there is
@@ -72,8 +72,7 @@ class Run:
     def at_once(self) -> Tensor:
         """Hidden states [F, H] of all fed nodes, differentiable."""
         if not len(self.token):
-            weight: Tensor = self.decoder.get_input_embeddings().weight
-            return weight[:0]
+            return embeddings_of(self.decoder)[:0]
         return feed(
             self.decoder, Plan.of(self.end, self.depth, self.device, self.route), self.token, self.needed
         )
@@ -104,7 +103,7 @@ class Run:
 
     @cached_property
     def device(self) -> torch.device:
-        return self.decoder.get_input_embeddings().weight.device
+        return embeddings_of(self.decoder).device
 
     @cached_property
     def chunks(self) -> list[Chunk]:
@@ -222,7 +221,7 @@ def automatic(model: Any) -> int:
     checkpointing one layer of that, and the input of each. Without gradients next to nothing is kept.
     """
     config = config_of(model)
-    device = decoder_of(model).get_input_embeddings().weight.device
+    device = embeddings_of(decoder_of(model)).device
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     wide = 18 * config.hidden_size + 4 * int(np.max(inner))  # one for all layers, or of each
     layers = config.num_hidden_layers

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forest import Forest, Ints
-from .families import refuse_unknown_ids
+from .families import embeddings_of, refuse_unknown_ids
 from .plan import KeysValues
 from .streaming import ONE_PASS, Chunk, uncached_autocast
 
@@ -65,8 +65,7 @@ class UnsharedRun:
 
     @cached_property
     def device(self) -> torch.device:
-        device: torch.device = self.decoder.get_input_embeddings().weight.device
-        return device
+        return embeddings_of(self.decoder).device
 
     def for_gradients(self) -> UnsharedRun:
         """Itself: nothing is computed twice in any order."""
@@ -83,8 +82,7 @@ class UnsharedRun:
     def at_once(self) -> Tensor:
         """Hidden states [F, H] of all fed nodes, differentiable."""
         if not self.chunks:
-            weight: Tensor = self.decoder.get_input_embeddings().weight
-            return weight[:0]
+            return embeddings_of(self.decoder)[:0]
         hidden = torch.cat([self(batch, {})[0] for batch in self.chunks])
         return hidden[torch.from_numpy(np.argsort(self.order)).to(hidden.device)]
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ..errors import ConfigError, RowError, nearest
 from ..forest import Forest, Ints
 from ..models.families import config_of, decoder_of, vocabulary
-from ..models.rope_limits import unchanged
+from ..models.position_limits import unchanged
 from ..sequence import Sequence
 from .node_log_probs import Float64s, node_values
 from .requests import NO_CONTEXT, WINDOW, Request, RequestBuilder, windows

@@ -1,0 +1,71 @@
+"""Loading: code that comes with a model never runs unless the caller says so by name."""
+
+from __future__ import annotations
+
+import io
+import json
+from contextlib import suppress
+
+import pytest
+from tiny import llama
+
+import ygivenx as yx
+from ygivenx import reference
+from ygivenx.errors import ModelError
+
+CODE = """
+from pathlib import Path
+Path(__file__).parent.joinpath("RAN").touch()
+Path({marker!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path, monkeypatch):
+    """(a model's directory with code of its own, the file that this code makes); somebody answers yes to all."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    place, marker = tmp_path / "model", tmp_path / "RAN"
+    tokenizer = reference.word_tokenizer("a b c d")
+    llama(vocab_size=len(tokenizer)).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    (place / "own.py").write_text(CODE.format(marker=str(marker)))
+    config = json.loads((place / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (place / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    return place, marker
+
+
+def test_a_models_own_code_is_never_run_unasked(foreign):
+    place, marker = foreign
+    with pytest.raises(ModelError, match="brings code of its own, which isn't run"):
+        yx.load(place)
+    assert not marker.exists()
+
+
+def test_the_encoder_runs_none_either(foreign):
+    place, marker = foreign
+    settings = json.loads((place / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}, "tokenizer_class": "OwnTokenizer"}
+    (place / "tokenizer_config.json").write_text(json.dumps(settings))
+    with suppress(ModelError):  # transformers may find a class of its own that reads the files
+        yx.Encoder.from_pretrained(place)
+    assert not marker.exists()
+
+
+def test_it_runs_where_the_caller_says_so(foreign):
+    place, marker = foreign
+    model, _ = yx.load(place, trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    assert marker.exists()
