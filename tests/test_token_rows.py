@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from templates.conversations import reply, user
-from test_chats import CHATML, encoder
+from test_chats import CHATML, encoder, trained
 
+from ygivenx import Encoder
 from ygivenx.errors import RowError
 from ygivenx.rows.data import TokenRow, normalise
 
@@ -121,6 +124,17 @@ def test_ids_reach_the_sequence_bitwise_without_a_call_of_the_tokenizer(monkeypa
     for row, example in zip(rows, examples, strict=True):
         assert example.ids.tolist() == row["prompt_ids"] + row["completion_ids"]
         assert example.weights.tolist() == [0] * 9 + [1] * 5
+
+
+def test_ids_are_shown_as_the_text_that_they_are(smol_tokenizer):
+    enc = Encoder(smol_tokenizer)
+    s = enc({"messages": [user("日本 🙂 naïve?"), reply("Да, 🙂!")]}).only
+    shown = enc({"input_ids": s.ids.tolist(), "labels": s.labels.tolist()})
+    assert "".join(shown.only.tokens) == "".join(s.tokens)
+    assert trained(shown) == trained(enc({"messages": [user("日本 🙂 naïve?"), reply("Да, 🙂!")]}))
+    again = pickle.loads(pickle.dumps(shown))
+    assert list(again.only.tokens) == list(shown.only.tokens)
+    assert "[" in str(shown)
 
 
 def test_what_an_encoder_wrote_is_read_back(tmp_path):
