@@ -164,7 +164,10 @@ def test_the_limit_of_a_rotary_embedding_is_exact(monkeypatch, kind):
 POSITIONS = {
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 20}),
     "opt": ("OPT", {"ffn_dim": 48, "max_position_embeddings": 20, "word_embed_proj_dim": 32}),
-    "gptj": ("GPTJ", {"n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 20, "rotary_dim": 4}),
+    "gptj": (
+        "GPTJ",
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "max_position_embeddings": 20, "rotary_dim": 4},
+    ),
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +35,11 @@ def test_functions_are_not_shadowed_by_modules():
     """`yx.loss` must stay the function, whatever has been imported."""
     for name in ("loss", "score", "ledger", "probe", "audit", "check", "pack", "load"):
         assert callable(getattr(yx, name))
+
+
+def test_type_checkers_see_the_names_that_load():
+    tree = ast.parse(Path(yx.__file__).read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If))
+    imported = {alias.name: node.module for node in block.body for alias in node.names}
+    assert imported.pop("reference") is None
+    assert imported == yx._HOME

@@ -84,7 +84,7 @@ def test_conditional_is_additive_over_any_cut_of_y(smol, told):
 
 
 def test_several_ys_share_x(smol, told):
-    together, alone = yx.score(*smol, [(X, [Y, " red"]), (X, Y)])
+    together, (alone,) = yx.score_choices(*smol, [(X, [Y, " red"]), (X, Y)])
     assert [s.log_p_y_given_x for s in together] == pytest.approx(
         [told[0].log_p_y_given_x, told[1].log_p_y_given_x], abs=1e-4
     )

@@ -96,10 +96,16 @@ def test_items_of_any_iterable_and_of_json(smol_tokenizer):
         ["Paris is", [" big", " old"]],
         "Paris is",
     ]
-    one, same, (several,), (first, second), text = yx.score(model, smol_tokenizer, (i for i in items))
+    scored = yx.score_choices(model, smol_tokenizer, (i for i in items))
+    (one,), (same,), (several,), (first, second), (text,) = scored
     assert one.log_p_y_given_x == same.log_p_y_given_x == several.log_p_y_given_x == first.log_p_y_given_x
     assert second.log_p_y_given_x != first.log_p_y_given_x
     assert text.tokens_x == 0
+    assert yx.score(model, smol_tokenizer, items[:2])[0].log_p_y_given_x == one.log_p_y_given_x
+    for item in items[2:4]:
+        with pytest.raises(RowError, match=r"item 1: it has \d scores?") as refused:
+            yx.score(model, smol_tokenizer, [items[0], item])
+        assert "score_choices" in refused.value.fix
 
 
 @pytest.mark.parametrize(

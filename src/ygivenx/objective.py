@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .choices import Route
 from .errors import LossError, ModelError
 from .forest import Edges, Forest, Ints
 from .head.selective import selective_cross_entropy
@@ -45,12 +46,21 @@ class Loss:
         )
 
 
-def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **options: Any) -> Loss:
-    """−Σ w(v)·log Pr(v | path to v) / W over the trained edges of a forest (chain rule; design of the name).
+def loss(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    denominator: float | None = None,
+    route: Route = "auto",
+    chunk: int | None = None,
+) -> Loss:
+    """−Σ w(v)·log Pr(v | path to v) / W over the trained edges of a forest.
+
+    Equals `ygivenx.reference.loss`, up to the rounding of the model's dtype.
 
     `batch` is a Forest, or sequences and examples that become one. `denominator` is W: by default the sum of
     the batch's own weights; give the sum over the whole optimiser step when this batch is only a part of it.
-    Further options go to `hidden_states` (such as `route=`).
+    route, chunk: see `hidden_states`.
 
     A model in DistributedDataParallel or FullyShardedDataParallel, or after fully_shard, is run through that wrapper,
     so its ranks average their gradients as ever. For the loss of one process `denominator` is then the weight of the
@@ -60,17 +70,19 @@ def loss(model: nn.Module, batch: Batch, *, denominator: float | None = None, **
     """
     forest = as_forest(batch)
     if sharded(model):
-        if options.get("chunk") is not None:
+        if chunk is not None:
             raise ModelError(
                 "a forest in chunks can't be computed with sharded weights",
                 why="ranks have to make equally many forward passes, and their forests have different lengths",
                 fix="leave chunk out, or use DistributedDataParallel",
             )
-        options["chunk"] = ONE_PASS
-    return through(model, lambda inner: _loss(inner, forest, denominator, options))
+        chunk = ONE_PASS
+    return through(model, lambda inner: _loss(inner, forest, denominator, route, chunk))
 
 
-def _loss(model: nn.Module, forest: Forest, denominator: float | None, options: dict[str, Any]) -> Loss:
+def _loss(
+    model: nn.Module, forest: Forest, denominator: float | None, route: Route, chunk: int | None
+) -> Loss:
     edges = forest.edges()
     weight_sum = float(edges.weights.sum(dtype=np.float64)) if denominator is None else float(denominator)
     if not weight_sum > 0:
@@ -82,21 +94,30 @@ def _loss(model: nn.Module, forest: Forest, denominator: float | None, options: 
     # Divided before, not after: gradients come out of the head finished, with no further pass over the largest.
     shares = (edges.weights / np.float64(weight_sum)).astype(np.float32)
 
-    # Of each part of the rows, by its first one: which edges are its, and their log p.
-    told: dict[int, tuple[Ints, torch.Tensor]] = {}
+    # By the first row of each part: which edges leave its rows, and their log p. A dict, as a part may come twice.
+    by_part: dict[int, tuple[Ints, torch.Tensor]] = {}
 
     def score(rows: Ints, hidden: torch.Tensor) -> torch.Tensor:
         head = head_of(model)  # here: what a parametrization makes of its weight belongs to one graph
-        these, local = edges.leaving(rows)
-        given = (torch.from_numpy(v).to(hidden.device) for v in (local, edges.targets[these], shares[these]))
-        log_p, part = selective_cross_entropy(
-            hidden, head.weight, *given, bias=head.bias, softcap=head.softcap, scale=head.scale
+        these, at = edges.leaving(rows)
+        local, targets, weights = (
+            torch.from_numpy(v).to(hidden.device) for v in (at, edges.targets[these], shares[these])
         )
-        told[int(rows[0]) if len(rows) else 0] = these, log_p
-        return part
+        log_p, share = selective_cross_entropy(
+            hidden,
+            head.weight,
+            local,
+            targets,
+            weights,
+            bias=head.bias,
+            softcap=head.softcap,
+            scale=head.scale,
+        )
+        by_part[int(rows[0]) if len(rows) else 0] = these, log_p
+        return share
 
-    value = loss_over(model, forest, score, needed=np.unique(edges.rows), **options)
-    which, log_p = zip(*told.values(), strict=True)
+    value = loss_over(model, forest, score, route=route, chunk=chunk, needed=np.unique(edges.rows))
+    which, log_p = zip(*by_part.values(), strict=True)
     in_order = torch.from_numpy(np.argsort(np.concatenate(which)))
     return Loss(value, weight_sum, torch.cat(log_p)[in_order.to(value.device)], edges, forest)
 

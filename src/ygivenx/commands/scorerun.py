@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import __version__
+from ..choices import Bos
 from ..errors import ModelError, RowError
 from ..locks import locked
 from ..models.resolve import located, revision_of
@@ -276,7 +277,7 @@ def _score_file(
     return found
 
 
-_BOS: dict[str, bool | str] = {"auto": "auto", "always": True, "never": False}
+_BOS: dict[str, Bos] = {"auto": "auto", "always": True, "never": False}
 
 
 def _run_of(

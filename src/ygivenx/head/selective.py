@@ -6,7 +6,8 @@ one chunk. It equals `ygivenx.reference.selective_cross_entropy`, as nearly as f
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +21,14 @@ from .passes import run_head
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16)  # no uint8: old code has masks in it
 
 
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def _uncompiled(function: F) -> F:
+    """Keep torch.compile out: the head reads indices, and memory by its address. Typed, as torch's own isn't."""
+    return cast(F, torch.compiler.disable(function))
+
+
 class Ranked(NamedTuple):
     """log_p float32 [E]; rank int64 [E]: tokens with a higher logit than the target, 0 = greedy."""
 
@@ -27,7 +36,7 @@ class Ranked(NamedTuple):
     rank: Tensor
 
 
-@torch.compiler.disable  # it reads indices, and memory by its address: torch.compile goes around it
+@_uncompiled
 def selective_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -61,9 +70,10 @@ def selective_cross_entropy(
     rows, targets, weights = _int64(rows, hidden), _int64(targets, hidden), weights.to(hidden.device)
     hidden, weight = _autocast(hidden), _autocast(weight)
     needed = _needs_gradient(hidden, weight, bias)
-    return _SelectiveLoss.apply(
+    result: tuple[Tensor, Tensor] = _SelectiveLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, rows, targets, weights, softcap, scale, z_loss, needed, memory
     )
+    return result
 
 
 @overload
@@ -76,7 +86,7 @@ def log_probs(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
     softcap: float | None = ..., scale: float = ..., ranks: Literal[True], memory: int | None = ...,
 ) -> Ranked: ...  # fmt: skip
-@torch.compiler.disable
+@_uncompiled
 def log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -102,7 +112,10 @@ def log_probs(
         output = run_head(hidden, LogitHead(weight, bias, softcap, scale), rows, targets, ranks=True)
         assert output.rank is not None
         return Ranked(output.log_p, output.rank)
-    return _SelectiveLogProbs.apply(hidden, weight, bias, rows, targets, softcap, scale, memory)
+    log_p: Tensor = _SelectiveLogProbs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, rows, targets, softcap, scale, memory
+    )
+    return log_p
 
 
 def explain() -> dict[str, str]:

@@ -155,12 +155,14 @@ def _shingles(ids: np.ndarray) -> np.ndarray:
     if not width:
         return np.zeros(0, np.uint64)
     powers = np.full(width, 0x9E3779B97F4A7C15, np.uint64).cumprod()  # wraps around, as meant
-    return np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), width) @ powers
+    windows = np.lib.stride_tricks.sliding_window_view(ids.astype(np.uint64), width)
+    return np.asarray(windows @ powers, np.uint64)
 
 
 def _among(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """bool: which values are in `wanted`, which is sorted, not empty and sorted once for many calls."""
-    return wanted[np.searchsorted(wanted, values).clip(max=len(wanted) - 1)] == values
+    nearest = wanted[np.searchsorted(wanted, values).clip(max=len(wanted) - 1)]
+    return np.asarray(nearest == values, bool)
 
 
 def _covered(shingles: np.ndarray, size: int) -> np.ndarray:

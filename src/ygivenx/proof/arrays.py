@@ -18,4 +18,5 @@ def documents_of(position_ids: Any, attended: np.ndarray) -> np.ndarray:
         return np.zeros(attended.shape, np.int64)
     positions = np.broadcast_to(as_array(position_ids), attended.shape)
     starts = (positions == 0) & attended
-    return np.maximum(np.cumsum(starts, 1) - 1, 0)
+    documents: np.ndarray = np.maximum(np.cumsum(starts, 1) - 1, 0)
+    return documents

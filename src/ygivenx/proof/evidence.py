@@ -56,7 +56,7 @@ class ObservedRow:
     @property
     def trained(self) -> np.ndarray:
         """bool [T]."""
-        return (self.weight != 0) & np.isfinite(self.weight)
+        return np.asarray((self.weight != 0) & np.isfinite(self.weight), bool)
 
     @property
     def where(self) -> str:

@@ -69,7 +69,7 @@ def leakage(model: nn.Module, inputs: dict[str, Any], groups: np.ndarray) -> np.
     core = unwrap(model)
     kept: list[Tensor] = []
 
-    def keep(_m: nn.Module, _a: tuple, out: Tensor) -> Tensor:
+    def keep(_m: nn.Module, _a: tuple[Any, ...], out: Tensor) -> Tensor:
         kept.append(out.detach().requires_grad_(True))
         return kept[-1]
 

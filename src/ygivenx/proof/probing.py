@@ -187,7 +187,9 @@ class Probe:
     def _on_embedding(self, _module: nn.Module, args: tuple[Tensor, ...], _out: Tensor) -> None:
         self._embedded = args[0].detach()
 
-    def _on_backbone(self, form: ProbedHead, args: tuple, kwargs: dict, output: Any) -> None:
+    def _on_backbone(
+        self, form: ProbedHead, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         if not torch.is_grad_enabled():
             return

@@ -39,14 +39,16 @@ def unwrap(model: nn.Module) -> Any:
 def backbone_of(model: Any) -> nn.Module:
     """The part of a transformers model that ends in the final norm: its decoder."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    return model.base_model if decoder is None or decoder is model else decoder
+    backbone: nn.Module = model.base_model if decoder is None or decoder is model else decoder
+    return backbone
 
 
 def uncompiled() -> AbstractContextManager[Any]:
     """Compiled modules run as written: graphs from before a hook was there don't call it."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
         return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
 
 
 def probed_head(model: Any, head: Any) -> ProbedHead:
@@ -54,10 +56,10 @@ def probed_head(model: Any, head: Any) -> ProbedHead:
     _refuse_sharded(model, head)
     from ..models.model import softcap_and_scale
 
-    form = ProbedHead(head.weight, getattr(head, "bias", None), *softcap_and_scale(model))
+    probed = ProbedHead(head.weight, getattr(head, "bias", None), *softcap_and_scale(model))
     if not hasattr(head, "base_layer"):
-        return form
-    return replace(form, weight=_adapted(head), unadapted=head.weight)
+        return probed
+    return replace(probed, weight=_adapted(head), unadapted=head.weight)
 
 
 @torch.no_grad()
@@ -66,11 +68,13 @@ def _adapted(head: Any) -> Tensor:
     modes = [(m, m.training) for m in head.modules()]
     head.eval()  # adapters may drop out
     try:
-        product = type(head).forward(head, torch.eye(head.weight.shape[1]).to(head.weight))
+        product: Tensor = type(head).forward(head, torch.eye(head.weight.shape[1]).to(head.weight))
     finally:
         for module, training in modes:
             module.training = training
-    return (product if getattr(head, "bias", None) is None else product - head.bias).T
+    if getattr(head, "bias", None) is not None:
+        product = product - head.bias
+    return product.T
 
 
 def _refuse_sharded(model: Any, head: Any) -> None:

@@ -145,8 +145,9 @@ def _pairs(named: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _fields(record: Any, names: Iterable[str]) -> dict[str, Any]:
-    get = record.get if isinstance(record, Mapping) else lambda name: getattr(record, name, None)
-    return {name: _plain(get(name)) for name in names}
+    if isinstance(record, Mapping):
+        return {name: _plain(record.get(name)) for name in names}
+    return {name: _plain(getattr(record, name, None)) for name in names}
 
 
 def _finding(finding: Any) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -150,7 +152,9 @@ def _same_length(what: str, **columns: Sequence[Any]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` with None for non-finite numbers, inside mappings and lists too: JSON has none of them."""
+    """`value` in JSON's types: None for a number that isn't finite, a list for an array or a tuple; inside them too."""
+    if isinstance(value, np.ndarray):
+        return finite(value.tolist())
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

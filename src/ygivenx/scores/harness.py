@@ -26,8 +26,9 @@ except ImportError as error:
 
     raise MissingExtra("lm-eval", "lm-eval", needed_for="--model ygivenx") from error
 
+from ..choices import HarnessBorder, require_choice
 from ..encoder.tokens import Tokens
-from ..errors import ConfigError, ModelError, nearest
+from ..errors import ModelError
 from ..models.memory import keep_freed_memory
 from .requests import WINDOW, Request, ScoredPart, pair_of_ids
 from .scoring import Tally, scores
@@ -35,7 +36,6 @@ from .scoring import Tally, scores
 TokenRequest = tuple[Any, list[int], list[int]]
 
 log = logging.getLogger(__name__)
-BORDERS = ("harness", "exact")
 AHEAD = 128  # requests whose texts are encoded together
 SHOWN = 3  # requests named in the report
 
@@ -48,9 +48,10 @@ class ForestLM(HFLM):
     base class's. Raises ConfigError for an unknown border, ModelError for a model that isn't causal.
     """
 
-    def __init__(self, *args: Any, border: str = "harness", window: int = WINDOW, **options: Any) -> None:
-        if border not in BORDERS:
-            raise ConfigError(f"unknown border {border!r}{nearest(border, BORDERS)}", fix="harness or exact")
+    def __init__(
+        self, *args: Any, border: HarnessBorder = "harness", window: int = WINDOW, **options: Any
+    ) -> None:
+        require_choice("border", border, HarnessBorder)
         super().__init__(*args, **options)
         if self.backend != "causal":
             raise ModelError(f"{type(self.model).__name__} isn't a causal language model", fix="--model hf")
@@ -67,7 +68,7 @@ class ForestLM(HFLM):
     def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
         """As the base class; the texts of a log-likelihood request come from their batch."""
         if args or options:
-            return super().tok_encode(string, *args, **options)
+            return list(super().tok_encode(string, *args, **options))
         if string not in self._encoded:
             self._encoded = next(self._batches, {})
         ids = self._encoded.get(string)
@@ -122,7 +123,7 @@ class ForestLM(HFLM):
         """(log Pr(continuation | context) in nats, whether it is greedy) per request, in their order."""
         before, cut = len(self.changed), self.truncated
         self._batches = self._encode_ahead([request.args for request in requests])
-        answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         self.requests += len(requests)
         if cut := self.truncated - cut:
             log.warning(
@@ -168,7 +169,7 @@ class ForestLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: the base class's, the border and what it changed."""
-        info = super().get_model_info()
+        info: dict[str, Any] = super().get_model_info()
         info["ygivenx"] = {
             "border": self.border,
             "requests": self.requests,

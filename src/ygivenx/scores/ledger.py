@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from ..choices import Route
 from ..objective import as_forest
 from ..report.parts import LedgerRow
 from ..sequence import Example, Sequence
@@ -86,21 +87,25 @@ class Ledger:
         return "\n".join(lines)
 
 
-def ledger(model: nn.Module, example: Example | Sequence | Iterable[Sequence], **options: Any) -> Ledger:
+def ledger(
+    model: nn.Module, example: Example | Sequence | Iterable[Sequence], *, route: Route = "auto"
+) -> Ledger:
     """The ledger of an example under a model. `model` should be in eval mode (dropout makes sums differ).
 
     The first token of a sequence has no probability without a BOS before it: sums start at the second, and a
-    note says so. Options go to `hidden_states` (such as `route=`).
+    note says so. route: see `hidden_states`.
+
+    Equals `ygivenx.reference.score` for a pair, up to the rounding of the model's dtype.
     """
     sequences = (example,) if isinstance(example, Sequence) else tuple(example)
-    log_p = _log_p(model, sequences, options)
+    log_p = _log_p(model, sequences, route)
     whole = np.concatenate(log_p)
     outputs = [s.output for s in sequences]
     output = np.concatenate(outputs)
     joint = float(np.nansum(whole))
     conditional = float(np.nansum(whole[output]))
     by_difference = math.fsum(
-        _by_difference(model, s, mask, options) for s, mask in zip(sequences, outputs, strict=True)
+        _by_difference(model, s, mask, route) for s, mask in zip(sequences, outputs, strict=True)
     )
     dtype = next(model.parameters()).dtype
     rows, total = _rows(sequences, log_p)
@@ -171,24 +176,24 @@ def _distance(a: float, b: float) -> float:
     return 0.0 if a == b else abs(a - b)  # −∞ is where −∞ is
 
 
-def _log_p(model: nn.Module, sequences: tuple[Sequence, ...], options: dict[str, Any]) -> list[np.ndarray]:
+def _log_p(model: nn.Module, sequences: tuple[Sequence, ...], route: Route) -> list[np.ndarray]:
     forest = as_forest(sequences)
-    by_node = node_log_probs(model, forest, **options)
+    by_node = node_log_probs(model, forest, route=route)
     return [by_node[path] for path in forest.paths]
 
 
-def _by_difference(model: nn.Module, s: Sequence, output: np.ndarray, options: dict[str, Any]) -> float:
+def _by_difference(model: nn.Module, s: Sequence, output: np.ndarray, route: Route) -> float:
     """Σ over runs [a, b) of y: log Pr(ids[:b]) − log Pr(ids[:a]), each from a forward pass of its own."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], output, [False])).astype(np.int8)))
-    prefixes = [_joint(model, s, int(n), options) for n in edges]
+    prefixes = [_joint(model, s, int(n), route) for n in edges]
     return math.fsum(b - a for a, b in zip(prefixes[::2], prefixes[1::2], strict=True))
 
 
-def _joint(model: nn.Module, s: Sequence, stop: int, options: dict[str, Any]) -> float:
+def _joint(model: nn.Module, s: Sequence, stop: int, route: Route) -> float:
     if stop < 2:
         return 0.0
     prefix = Sequence(s.ids[:stop], np.zeros(stop, np.float32))
-    return float(np.nansum(_log_p(model, (prefix,), options)[0]))
+    return float(np.nansum(_log_p(model, (prefix,), route)[0]))
 
 
 def _kinds(s: Sequence) -> np.ndarray:

@@ -2,67 +2,70 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..choices import Route
 from ..errors import ModelError
 from ..forest import Forest, Ints
+from ..head.logit_head import LogitHead
 from ..head.selective import Ranked, log_probs
 from ..models.model import head_of, stream_hidden
 
-CHUNK = 4096  # nodes; without gradients little is held per node, and few chunks read their paths seldom
+CHUNK_NODES = 4096  # nodes; without gradients little is held per node, and few chunks read their paths seldom
 
 Float64s = npt.NDArray[np.float64]
 
 
-def node_log_probs(model: nn.Module, forest: Forest, **options: Any) -> Float64s:
-    """log Pr(token | path) of every node, float64 [N]; NaN at roots, which have no context. No gradients."""
-    return node_values(model, forest, ranks=False, **options)[0]
+def node_log_probs(
+    model: nn.Module, forest: Forest, *, chunk: int = CHUNK_NODES, route: Route = "auto"
+) -> Float64s:
+    """log Pr(token | path) of every node, float64 [N]; NaN at roots, which have no context. No gradients.
+
+    Equals `ygivenx.reference.log_probs` of each path, up to the rounding of the model's dtype.
+    """
+    return node_values(model, forest, chunk=chunk, route=route, ranks=False)[0]
 
 
 @torch.no_grad()
 def node_values(
     model: nn.Module,
     forest: Forest,
-    wanted: bool | npt.NDArray[np.bool_] = True,
+    scored: bool | npt.NDArray[np.bool_] = True,
     *,
-    chunk: int = CHUNK,
-    route: str = "auto",
+    chunk: int = CHUNK_NODES,
+    route: Route = "auto",
     ranks: bool = True,
 ) -> tuple[Float64s, Ints]:
-    """(log Pr(token | path) float64 [N], its rank int64 [N], 0 = most probable) of the wanted nodes.
+    """(log Pr(token | path) float64 [N], its rank int64 [N], 0 = most probable) of the `scored` nodes.
 
     NaN and −1 elsewhere, and at roots, which have no context; −1 everywhere without `ranks`. The forest is
     streamed, `chunk` nodes at a time, with the keys and values of the current path: memory is bounded by the
     chunk. route: see `hidden_states`. Raises ModelError where the model itself gives NaN.
     """
-    edges = forest.edges(wanted)
+    edges = forest.edges(scored)
     log_p = np.full(len(forest), np.nan)
     rank = np.full(len(forest), -1)
     head = head_of(model)
     for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route, needed=np.unique(edges.rows)):
         at, local = edges.leaving(part)
         rows, targets = (torch.from_numpy(a).to(hidden.device) for a in (local, edges.targets[at]))
-        ask: Any = partial(
-            log_probs,
-            hidden,
-            head.weight,
-            rows,
-            targets,
-            bias=head.bias,
-            softcap=head.softcap,
-            scale=head.scale,
-        )
-        found = ask(ranks=True) if ranks else Ranked(ask(), torch.full_like(rows, -1))
+        found = _head_values(head, hidden, rows, targets, ranks)
         log_p[edges.nodes[at]] = found.log_p.double().cpu().numpy()
         rank[edges.nodes[at]] = found.rank.cpu().numpy()
     _refuse_nan(model, log_p[edges.nodes])
     return log_p, rank
+
+
+def _head_values(head: LogitHead, hidden: Tensor, rows: Tensor, targets: Tensor, ranks: bool) -> Ranked:
+    """log p of the edges, and their ranks or −1."""
+    edges = (hidden, head.weight, rows, targets)
+    if ranks:
+        return log_probs(*edges, bias=head.bias, softcap=head.softcap, scale=head.scale, ranks=True)
+    log_p = log_probs(*edges, bias=head.bias, softcap=head.softcap, scale=head.scale)
+    return Ranked(log_p, torch.full_like(rows, -1))
 
 
 def _refuse_nan(model: nn.Module, log_p: Float64s) -> None:

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..choices import ScoreOverflow, require_choice
 from ..encoder.assemble import UNTRAINED_FIRST
-from ..errors import ConfigError, RowError, nearest
+from ..errors import ConfigError, RowError
 from ..forest import Forest
 from ..rows.formats import Conversation, Pair
 from ..rows.values import text
 from ..sequence import Segment, Sequence
 
-OVERFLOWS = ("refuse", "left", "roll")
 WINDOW = 32_768  # distinct tokens of one window
 FORMS = "give a text, (x, y), (x, [y, ...]), a row as Encoder takes it, a Sequence or an Example"
 NO_CONTEXT = "no log Pr(y): without a prompt and a BOS y's first token has no probability"
@@ -63,14 +63,12 @@ class RequestBuilder:
 
     encoder: Any
     limit: int | None = None
-    overflow: str = "refuse"
+    overflow: ScoreOverflow = "refuse"
     unconditional: str | None = None
     vocabulary: int | None = None
 
     def __post_init__(self) -> None:
-        if self.overflow not in OVERFLOWS:
-            what = f"unknown overflow {self.overflow!r}{nearest(self.overflow, OVERFLOWS)}"
-            raise ConfigError(what, fix=f"one of {', '.join(OVERFLOWS)}")
+        require_choice("overflow", self.overflow, ScoreOverflow)
         if self.limit is not None and self.limit < 1:
             raise ConfigError(
                 f"max_length is {self.limit}", fix="give at least 1, or nothing for the model's own"

@@ -100,7 +100,7 @@ class ScoreFile:
                 why="it was changed",
                 fix=f"delete {self.path}",
             )
-        return note["account"]
+        return dict(note["account"])
 
     def finish(self, account: Mapping[str, Any]) -> None:
         """The Parquet file, if that is asked for, and the account of the run beside it."""

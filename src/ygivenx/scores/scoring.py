@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from time import perf_counter
@@ -12,18 +12,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import ConfigError, RowError, nearest
+from ..choices import Bos, Control, Route, ScoreBorder, ScoreOverflow, require_choice
+from ..errors import RowError
 from ..forest import Forest, Ints
 from ..models.families import config_of, decoder_of, vocabulary
 from ..models.position_limits import unchanged
-from ..sequence import Sequence
-from .node_log_probs import Float64s, node_values
+from ..report.parts import finite
+from ..rows.data import Row
+from ..rows.formats import Conversation, Pair
+from ..sequence import Example, Sequence
+from ..types import Tokenizer
+from .node_log_probs import CHUNK_NODES, Float64s, node_values
 from .requests import NO_CONTEXT, WINDOW, Request, RequestBuilder, windows
 
 if TYPE_CHECKING:
     from torch import nn
 
-BORDERS = {"joint": "y", "split": "split"}  # names for scores, and what the encoder calls them
+Item = str | tuple[str, str] | Mapping[str, Any] | Sequence | Example | Conversation | Pair | Row
+Choices = Item | tuple[str, list[str]] | list[Any]
+# A straddling token counts as y where x + y is one text: what the encoder calls border="y".
+_ENCODER_BORDER = {"joint": "y", "split": "split"}
 
 
 @dataclass(frozen=True)
@@ -79,11 +87,11 @@ class Score:
         return math.nan if self.log_p_y is None else self.log_p_y_given_x - self.log_p_y
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for JSON: what has no value is None, what wasn't asked for is left out."""
-        told = {f.name: getattr(self, f.name) for f in fields(self)}
-        told |= {n: getattr(self, n) for n in ("per_token", "per_byte", "perplexity")}
-        told["pmi"] = None if self.log_p_y is None else self.pmi
-        return {k: _plain(v) for k, v in told.items() if v is not None}
+        """Plain types, for JSON: what has no value is None, what wasn't computed is left out."""
+        record = {f.name: getattr(self, f.name) for f in fields(self)}
+        record |= {n: getattr(self, n) for n in ("per_token", "per_byte", "perplexity")}
+        record["pmi"] = None if self.log_p_y is None else self.pmi
+        return {k: finite(v) for k, v in record.items() if v is not None}
 
 
 @dataclass
@@ -120,31 +128,31 @@ class Tally:
     def __str__(self) -> str:
         if not self.scores:
             return "no new pairs"
-        told = self.to_dict()
+        rates = self.to_dict()
         return (
-            f"{told['scores_per_second']:,.1f} pairs/s, {told['distinct_tokens_per_second']:,.0f} distinct "
+            f"{rates['scores_per_second']:,.1f} pairs/s, {rates['distinct_tokens_per_second']:,.0f} distinct "
             f"tokens/s, {self.sharing:.2f}× shared"
         )
 
 
 def score(
     model: nn.Module,
-    tokenizer: Any,
-    items: Iterable[Any],
+    tokenizer: Tokenizer,
+    items: Iterable[Item],
     *,
-    border: str = "joint",
-    bos: bool | str = "auto",
-    control: str = "refuse",
-    overflow: str = "refuse",
+    border: ScoreBorder = "joint",
+    bos: Bos = "auto",
+    control: Control = "refuse",
+    overflow: ScoreOverflow = "refuse",
     max_length: int | None = None,
     unconditional: str | None = None,
     marginal: bool = True,
     tokens: bool = False,
-) -> list[Any]:
-    """Score each item, in input order; common prefixes are computed once.
+) -> list[Score]:
+    """The Score of each item, in input order; common prefixes are computed once.
 
-    An item is (x, y), (x, [y, ...]), a text (all of it y, x empty), a row as `Encoder` takes it, or a Sequence
-    or Example. It becomes a Score, or a list of them where it has several y's or renderings.
+    An item is (x, y), a text (all of it y, x empty), a row as `Encoder` takes it, or a Sequence or Example. For
+    items with several y's or renderings see `score_choices`.
 
     border: `joint` tokenises x + y as one text, and a token that straddles the border counts as y, with a
     note; `split` tokenises them apart. bos: True, False, or `auto`: one if and only if the tokenizer itself adds one.
@@ -153,41 +161,80 @@ def score(
     unconditional: a prompt in the place of x for `Score.pmi`. marginal=False spares log Pr(x).
     tokens: keep the value and rank of each token.
 
-    Raises RowError for an item that can't be encoded or doesn't fit.
+    Raises RowError for an item that can't be encoded, doesn't fit, or has several scores.
+
+        s, = yx.score(model, tokenizer, [("The capital of France is", " Paris")])
+        s.log_p_y_given_x, s.per_token
+    """
+    scored = score_choices(
+        model, tokenizer, items, border=border, bos=bos, control=control, overflow=overflow, max_length=max_length,
+        unconditional=unconditional, marginal=marginal, tokens=tokens, _one_each=True,
+    )  # fmt: skip
+    return [of_item[0] for of_item in scored]
+
+
+def score_choices(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    items: Iterable[Choices],
+    *,
+    border: ScoreBorder = "joint",
+    bos: Bos = "auto",
+    control: Control = "refuse",
+    overflow: ScoreOverflow = "refuse",
+    max_length: int | None = None,
+    unconditional: str | None = None,
+    marginal: bool = True,
+    tokens: bool = False,
+    _one_each: bool = False,
+) -> list[list[Score]]:
+    """The Scores of each item, in input order: one per y of (x, [y, ...]), or per rendering of a conversation.
+
+    Items and arguments are those of `score`, and (x, [y, ...]). Common prefixes are computed once.
+
+        (paris, rome), = yx.score_choices(model, tokenizer, [("The capital of France is", [" Paris", " Rome"])])
     """
     builder = request_builder_for(
         model, tokenizer, border=border, bos=bos, control=control, overflow=overflow,
         max_length=max_length, unconditional=unconditional,
     )  # fmt: skip
-    items = list(items)
-    built = [_requests_of(builder, number, item) for number, item in enumerate(items)]
+    built = [_requests_of(builder, number, item, _one_each) for number, item in enumerate(items)]
     results = scores(model, (r for requests in built for r in requests), marginal=marginal, tokens=tokens)
-    found = [[next(results) for _ in requests] for requests in built]
-    return [f if len(f) != 1 or _several(item) else f[0] for item, f in zip(items, found, strict=True)]
+    return [[next(results) for _ in requests] for requests in built]
 
 
-def _requests_of(builder: RequestBuilder, number: int, item: Any) -> list[Request]:
+def _requests_of(builder: RequestBuilder, number: int, item: Choices, one_each: bool) -> list[Request]:
     """The requests of one item, or its RowError with its number."""
     try:
-        return builder(item)
+        requests = builder(item)
+        if one_each and (len(requests) != 1 or _is_choices(item)):
+            raise RowError(
+                f"it has {len(requests)} scores",
+                reason="several_scores",
+                fix="yx.score_choices gives a list per item",
+            )
+        return requests
     except RowError as error:
-        inside = error.where.removeprefix("row 0").removeprefix(", ")  # an encoder counts what one call gives it
+        inside = error.where.removeprefix("row 0").removeprefix(
+            ", "
+        )  # an encoder counts what one call gives it
         error.where = ", ".join(part for part in (f"item {number}", inside) if part)
         raise
 
 
 def request_builder_for(
-    model: nn.Module, tokenizer: Any, *, border: str = "joint", bos: bool | str = "auto", control: str = "refuse",
-    overflow: str = "refuse", max_length: int | None = None, unconditional: str | None = None,
-    now: datetime | str | None = None,
+    model: nn.Module, tokenizer: Tokenizer, *, border: ScoreBorder = "joint", bos: Bos = "auto",
+    control: Control = "refuse", overflow: ScoreOverflow = "refuse", max_length: int | None = None,
+    unconditional: str | None = None, now: datetime | str | None = None,
 ) -> RequestBuilder:  # fmt: skip
     """A RequestBuilder for a model and its tokenizer; options as in `score`, `now` as in `Encoder`."""
     from ..encoder.encode import Encoder
 
-    if border not in BORDERS:
-        raise ConfigError(f"unknown border {border!r}{nearest(border, BORDERS)}", fix="joint or split")
+    require_choice("border", border, ScoreBorder)
     # Weights don't matter to scores; with all tokens weighed an empty y isn't refused.
-    encoder = Encoder(tokenizer, "all", control=control, border=BORDERS[border], bos=bos, eos=False, now=now)
+    encoder = Encoder(
+        tokenizer, "all", control=control, border=_ENCODER_BORDER[border], bos=bos, eos=False, now=now
+    )
     limit = context_window(model) if max_length is None else max_length
     return RequestBuilder(encoder, limit, overflow, unconditional, vocabulary(decoder_of(model)))
 
@@ -209,36 +256,49 @@ def scores(
     tokens: bool = False,
     window: int = WINDOW,
     tally: Tally | None = None,
-    **options: Any,
+    chunk: int = CHUNK_NODES,
+    route: Route = "auto",
 ) -> Iterator[Score]:
     """A Score per request, in order, as they come: memory holds one window of requests, however many there are.
 
     `window`: distinct tokens that are scored together; what is shared within one is computed once. `tally` is
-    kept up to date. Options go to `node_values`. Other arguments as in `score`.
+    kept up to date. chunk, route: see `node_values`. Other arguments as in `score`.
     """
     tally = Tally() if tally is None else tally
-    for asked, forest in windows(requests, window):
-        wanted = True if marginal else _outputs(asked, forest)
-        log_p, rank = node_values(model, forest, wanted, **options)
+    for requests_here, forest in windows(requests, window):
+        scored = True if marginal else _outputs(requests_here, forest)
+        log_p, rank = node_values(model, forest, scored, chunk=chunk, route=route)
         paths = iter(forest.paths)
         tally.tokens += forest.total
         tally.distinct += len(forest)
-        for request in asked:
+        for request in requests_here:
             values = [(log_p[p], rank[p]) for _, p in zip(request.sequences, paths, strict=False)]
             tally.scores += 1
             yield _score(request, values, marginal, tokens)
 
 
-def score_sequences(model: nn.Module, sequences: Iterable[Sequence], **options: Any) -> list[Score]:
-    """Score sequences whose segments say what is y; in input order. Options as in `scores`."""
+def score_sequences(
+    model: nn.Module,
+    sequences: Iterable[Sequence],
+    *,
+    marginal: bool = True,
+    tokens: bool = False,
+    window: int = WINDOW,
+    chunk: int = CHUNK_NODES,
+    route: Route = "auto",
+) -> list[Score]:
+    """Score sequences whose segments say what is y; in input order. Arguments as in `scores`."""
     builder = RequestBuilder(None)
-    return list(scores(model, (q for s in sequences for q in builder(s)), **options))
+    requests = (r for s in sequences for r in builder(s))
+    return list(
+        scores(model, requests, marginal=marginal, tokens=tokens, window=window, chunk=chunk, route=route)
+    )
 
 
-def _outputs(asked: list[Request], forest: Forest) -> npt.NDArray[np.bool_]:
+def _outputs(requests: list[Request], forest: Forest) -> npt.NDArray[np.bool_]:
     """bool [N]: the nodes that are y in some sequence."""
     wanted = np.zeros(len(forest), bool)
-    sequences = (s for q in asked for s in q.sequences)
+    sequences = (s for r in requests for s in r.sequences)
     for path, sequence in zip(forest.paths, sequences, strict=True):
         wanted[path[sequence.output]] = True
     return wanted
@@ -283,12 +343,6 @@ def _texts(request: Request) -> tuple[str, ...]:
     return tuple(t for p in request.parts for t in p.sequence.tokens[p.since :])
 
 
-def _several(item: Any) -> bool:
-    """Whether an item asks for a list of scores, even if that has one element."""
+def _is_choices(item: Choices) -> bool:
+    """Whether an item is (x, [y, ...]), even with one y."""
     return isinstance(item, tuple | list) and isinstance(item[0], str) and not isinstance(item[1], str)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray | tuple):
-        return [_plain(v) for v in (value.tolist() if isinstance(value, np.ndarray) else value)]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

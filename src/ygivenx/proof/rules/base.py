@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import get_args
 
+from ...choices import Severity
 from ..evidence import Evidence
 
-SEVERITIES = ("error", "warning", "info")
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 
 @dataclass(frozen=True)
@@ -18,23 +20,28 @@ class Hit:
     count: int | None = None
     share: float | None = None
     examples: tuple[Mapping[str, str], ...] = ()
-    severity: str | None = None  # where it differs from the rule's
+    severity: Severity | None = None  # where it differs from the rule's
+
+
+RuleCheck = Callable[[Evidence], Iterable[Hit]]
 
 
 @dataclass(frozen=True)
 class Rule:
     id: str
-    severity: str
+    severity: Severity
     why: str
     fix: str
-    check: Callable[[Evidence], Iterable[Hit]]
+    check: RuleCheck
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(name: str, severity: str, *, why: str, fix: str) -> Callable[[Callable], Callable]:
-    def enter(check: Callable[[Evidence], Iterable[Hit]]) -> Callable[[Evidence], Iterable[Hit]]:
+def rule(name: str, severity: Severity, *, why: str, fix: str) -> Callable[[RuleCheck], RuleCheck]:
+    """A decorator that enters a check into RULES."""
+
+    def enter(check: RuleCheck) -> RuleCheck:
         RULES[name] = Rule(name, severity, why, fix, check)
         return check
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from ...choices import Severity
 from ...rows.data import Row
 from ...sequence import Rejected
 from ..evidence import Evidence
@@ -148,7 +149,7 @@ def rows_unrecognised(ev: Evidence) -> Iterator[Hit]:
     unknown = [s for s in ev.seen if not s.pieces]
     if unknown:
         examples = tuple({"where": s.where, "text": ev.text(s.ids[:16])} for s in unknown[:EXAMPLES])
-        severity = "warning" if len(unknown) == len(ev.seen) else "info"
+        severity: Severity = "warning" if len(unknown) == len(ev.seen) else "info"
         share = len(unknown) / len(ev.seen)
         yield Hit("rows of the batch are none that were given", len(unknown), share, examples, severity)
 

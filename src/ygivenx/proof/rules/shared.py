@@ -61,7 +61,7 @@ def of_kind(s: ObservedRow, *kinds: str) -> np.ndarray:
 
 def supplied(s: ObservedRow) -> np.ndarray:
     """Trained tokens that the encoder gives no weight and the model doesn't have to produce."""
-    return s.trained & (s.target == s.ids) & ~s.output & (s.expected == 0)
+    return np.asarray(s.trained & (s.target == s.ids) & ~s.output & (s.expected == 0), bool)
 
 
 def wanted_y(s: ObservedRow) -> np.ndarray:
@@ -81,7 +81,7 @@ def after_end(s: ObservedRow) -> np.ndarray:
 
 
 def misplaced(s: ObservedRow) -> np.ndarray:
-    return s.trained & (s.ids >= 0) & (s.target != s.ids)
+    return np.asarray(s.trained & (s.ids >= 0) & (s.target != s.ids), bool)
 
 
 def share_equal(seen: list[ObservedRow], back: int) -> float:
@@ -107,7 +107,7 @@ def stray_tokens(s: ObservedRow) -> np.ndarray:
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
         if stop - start > STRAY and not (s.kinds[start:stop] == UNKNOWN).any():
             stray[start:stop] = False
-    return stray
+    return np.asarray(stray, bool)
 
 
 def lost_tokens(piece: MatchedStretch) -> np.ndarray:
