@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
+
+T = TypeVar("T")
 
 # What a log line shows, in this order: key of the log entry, label, format, sign. Log-probabilities are never
 # positive; losses, which entries hold as nats, never negative.
@@ -39,6 +42,22 @@ def bar(console: Console) -> Progress:
         console=console,
         transient=True,
     )
+
+
+def tracked(console: Console, items: Sequence[T], what: str, unit: int = 1) -> Iterator[T]:
+    """The items, with a bar; without a terminal a line after each that comes long after the last one.
+
+    unit: how many things an item stands for.
+    """
+    spoke, total = time.monotonic(), len(items) * unit
+    with bar(console) as progress:
+        task = progress.add_task(what, total=total)
+        for done, item in enumerate(items):
+            yield item
+            progress.update(task, completed=(done + 1) * unit)
+            if not console.is_terminal and time.monotonic() - spoke > SILENCE / 2:
+                console.print(f"{what}: {(done + 1) * unit} of {total}", highlight=False)
+                spoke = time.monotonic()
 
 
 class RichProgress(TrainerCallback):

@@ -15,7 +15,8 @@ from transformers import set_seed
 from ..commands.config import Source, TrainConfig
 from ..commands.finetune import arguments_of, build
 from ..commands.inputs import open_model
-from ..commands.progress import bar
+from ..commands.progress import tracked
+from ..commands.quiet import quiet
 from ..encoder.encode import Encoder
 from ..scores.ledger import ledger
 from ..sequence import Example
@@ -24,15 +25,20 @@ from .measured import Arm, State
 from .page import write_page
 from .task import splits
 
-TRAIN_ROWS, HELD_OUT_ROWS, WATCHED_ROWS = 240, 100, 12
+TRAIN_ROWS, HELD_OUT_ROWS, WATCHED_ROWS = 240, 60, 12
 STEPS = 16  # of 512 tokens: the task is learned by then
-MAX_NEW_TOKENS, BATCH = 80, 50
+MAX_NEW_TOKENS, BATCH = 80, 20
 # What each arm trains. Measured with the same held-out tokens of y and x in both.
 ARMS = {"y": "assistant", "all": "all"}
 
 
 def run(output_dir: Path, *, control: bool, seed: int, console: Console) -> dict[str, Any]:
     """Everything that the demo prints and writes; returns the content of result.json."""
+    with quiet():
+        return _run(output_dir, control, seed, console)
+
+
+def _run(output_dir: Path, control: bool, seed: int, console: Console) -> dict[str, Any]:
     started = time.perf_counter()
     output_dir.mkdir(parents=True, exist_ok=True)
     y = run_arm("y", None, output_dir, seed, console)
@@ -123,28 +129,27 @@ def measure(
 def answers(model: Any, tokenizer: Any, rows: list[dict[str, Any]], console: Console) -> list[str]:
     """What the model writes after each prompt, greedy, up to its end of turn."""
     texts = []
-    with bar(console) as progress:
-        for start in progress.track(range(0, len(rows), BATCH), description="generate"):
-            prompts = [row["messages"][:-1] for row in rows[start : start + BATCH]]
-            batch = tokenizer.apply_chat_template(
-                prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True,
-                tokenizer_kwargs={"padding_side": "left"},
-            )  # fmt: skip
-            ids = model.generate(
-                **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-            texts += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    for start in tracked(console, range(0, len(rows), BATCH), "replies", BATCH):
+        prompts = [row["messages"][:-1] for row in rows[start : start + BATCH]]
+        batch = tokenizer.apply_chat_template(
+            prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True,
+            tokenizer_kwargs={"padding_side": "left"},
+        )  # fmt: skip
+        ids = model.generate(
+            **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        texts += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
 
 
 def numbers(arm: Arm) -> dict[str, Any]:
     """The figures of one arm, as result.json has them."""
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for when, state in (("before", arm.before), ("after", arm.after)):
-        told[f"exact_match_{when}"] = state.exact_match
-        told[f"conditional_nats_{when}"] = state.conditional_nats
-        told[f"marginal_nats_{when}"] = state.marginal_nats
-    return told | {"seconds": arm.seconds}
+        figures[f"exact_match_{when}"] = state.exact_match
+        figures[f"conditional_nats_{when}"] = state.conditional_nats
+        figures[f"marginal_nats_{when}"] = state.marginal_nats
+    return figures | {"seconds": arm.seconds}
 
 
 def comparison(arms: dict[str, Arm]) -> Table:
