@@ -42,6 +42,8 @@ def calling(arguments: dict) -> dict:
         ({"instruction": "2+2?", "input": "", "output": "4", "history": None}, PLAIN),
         ({"prompt": [USER], "completion": [REPLY]}, PLAIN),
         ({"prompt": "2+2=", "completion": "4"}, Pair("2+2=", "4")),
+        ({"prompt": "2+2=", "response": "4"}, Pair("2+2=", "4")),
+        ({"query": "2+2?", "response": "4", "history": []}, PLAIN),
         ({"x": "2+2=", "y": "4"}, Pair("2+2=", "4")),
         ({"text": "2+2=4"}, Pair("", "2+2=4")),
     ],
@@ -325,7 +327,7 @@ def test_the_documentations_lines_are_read_as_it_says(name, line, noun):
 def test_the_documentation_has_every_format():
     named = {name for name, _, _ in lines_of_the_documentation()}
     assert set(FORMATS) <= named
-    assert len(lines_of_the_documentation()) == 24
+    assert len(lines_of_the_documentation()) == 26
 
 
 def test_further_columns_reach_the_template():
@@ -471,6 +473,8 @@ def test_an_unknown_role_gets_the_nearest():
         (["mesages", "id"], "did you mean 'messages' by 'mesages'"),
         (["prompt", "canonical_solution"], "prompt_completion lacks 'completion'"),
         (["foo"], "fit no known format"),
+        (["segments"], "input_output: give token ids"),
+        (["prompt", "completions", "labels"], "rewards of single steps"),
         ([], "fit no known format"),
     ],
 )

@@ -6,6 +6,8 @@
 | sharegpt          | conversations (+ system, tools, ...)    | Conversation                                 |
 | prompt_completion | prompt, completion (+ tools, ...)       | Pair of texts, or Conversation of messages   |
 | alpaca            | instruction, output (+ input, history)  | Conversation, the input on a line of its own |
+| query_response    | query, response (+ history)             | Conversation                                 |
+| prompt_response   | prompt, response (+ tools, ...)         | as prompt_completion                         |
 | question_answer   | question, answer (+ system)             | Conversation of one user and one assistant   |
 | xy                | x, y                                    | Pair                                         |
 | text              | text, where nothing else fits           | Pair with an empty x                         |
@@ -79,6 +81,8 @@ FORMATS = {
         ),
         Format("alpaca", ("instruction", "output"), _ALPACA, converters.of_alpaca),
         Format("question_answer", ("question", "answer"), _QUESTION, converters.of_question_answer),
+        Format("query_response", ("query", "response"), ("history", *_QUESTION), converters.of_alpaca),
+        Format("prompt_response", ("prompt", "response"), TEMPLATE_COLUMNS, converters.of_prompt_completion),
         Format("xy", ("x", "y"), ROW_KEYS, converters.of_pair),
         Format("text", ("text",), ROW_KEYS, converters.of_text),
     )
@@ -97,6 +101,15 @@ _PREFERENCES = tuple(
         (("chosen", "rejected"), preferences.of_implicit_prompt),
     )
 )
+# Known from elsewhere, and none of them is a prompt with a reply.
+_FOREIGN = {
+    (
+        "segments",
+    ): "texts with labels of their own, axolotl's input_output: give token ids with labels instead",
+    ("prompt", "completions", "labels"): "rewards of single steps (stepwise supervision)",
+    ("conversation",): "ms-swift's conversation of human and assistant: write it as messages",
+    ("anchor", "positive"): "pairs for embeddings",
+}
 # Their columns have many names: `recognise` finds those of a file.
 NAMES = (*FORMATS, "preference", "tokens")
 
@@ -211,6 +224,9 @@ def _need(names: Iterable[str], columns: list[str]) -> None:
 
 
 def _near_miss(columns: list[str]) -> str:
+    for known, what in _FOREIGN.items():
+        if set(known) <= set(columns):
+            return f": {what}"
     for f in FORMATS.values():
         lacking = [c for c in f.required if c not in columns]
         for name in lacking:
