@@ -245,3 +245,13 @@ def test_a_million_tokens_in_a_second():
     # The bar is 1 s alone; four times that here, where others may be running.
     assert len(f) > 999_000
     assert time.process_time() - started < 4
+
+
+def test_merged_weights_are_summed_in_float64():
+    """A thousand weights of 1e-8 beside a weight of 1: float32 would round each of them away."""
+    merged = yx.Forest.of([row(1, 2), *(row(1, 2, weight=1e-8) for _ in range(1000))])
+    assert merged.weight.tolist() == [0, np.float32(1.00001)]
+
+
+def test_a_pack_is_filled_to_the_last_token():
+    assert list(map(len, yx.pack([row(1, 2, 3, 4), row(5, 6, 7, 8)], max_tokens=8))) == [8]

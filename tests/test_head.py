@@ -313,6 +313,16 @@ def test_a_masked_vocabulary_and_not_a_number_come_through():
 
 
 @pytest.mark.usefixtures("route")
+def test_a_masked_target_has_no_probability():
+    """Its shift is −∞, so every sum is NaN at first: the column is computed again, shifted by its maximum."""
+    bias = torch.tensor([0, -torch.inf, 0, 0, -torch.inf])
+    rows, targets = torch.tensor([0, 1]), torch.tensor([1, 4])
+    assert (
+        log_probs(torch.randn(2, 4), torch.randn(5, 4), rows, targets, bias=bias).tolist() == [-torch.inf] * 2
+    )
+
+
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_lies_otherwise_in_memory_is_read_the_same(dtype):
     """Narrow indices, and tensors with gaps: the compiled kernel reads plain memory."""

@@ -105,3 +105,9 @@ def test_targets_in_x_are_not_read_on_the_real_model(smol):
 
 def test_vocabulary_is_what_the_head_has():
     assert llama().lm_head.weight.shape[0] == VOCAB
+
+
+def test_the_denominator_is_summed_in_float64():
+    """2²⁵ + 3 ones: in float32 each 1 would be rounded away."""
+    s = Sequence(np.arange(1, 6), np.array([0, 2**25, 1, 1, 1], np.float32))
+    assert yx.loss(llama(), s).weight_sum == 2**25 + 3

@@ -19,6 +19,8 @@ import numpy.typing as npt
 from .errors import ConfigError, RowError
 from .sequence import Example, Sequence
 
+MAX_TOKENS = 4096  # distinct tokens of a pack, unless another number is given
+
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -107,12 +109,14 @@ class Forest:
     __repr__ = __str__
 
 
-def pack(sequences: Iterable[Any], max_tokens: int = 8192, seed: int = 0, epoch: int = 0) -> list[Forest]:
+def pack(
+    sequences: Iterable[Any], max_tokens: int = MAX_TOKENS, seed: int = 0, epoch: int = 0
+) -> list[Forest]:
     """Forests of at most `max_tokens` distinct tokens each, all sequences in exactly one.
 
     Subtrees worth sharing stay together. A subtree that can't be cut without computing much of it twice,
-    such as one long sequence, is a pack of its own, however long. Order and company are a function of
-    (seed, epoch). Raises ConfigError for max_tokens < 1.
+    such as one long sequence, is a pack of its own, however long. Which sequences share a pack, and the order of packs,
+    are a function of (seed, epoch). Raises ConfigError for max_tokens < 1.
     """
     if max_tokens < 1:
         raise ConfigError(f"max_tokens is {max_tokens}", fix="give at least 1; 4096 to 16384 is usual")
@@ -258,6 +262,9 @@ def _units(length: Ints, shared: Ints, max_tokens: int) -> list[_Unit]:
             cuts = start + 1 + np.flatnonzero(shared[start + 1 : stop] == branch)
             parts = list(pairwise([start, *cuts.tolist(), stop]))
             leaving = whole - max(size(*part) - depth for part in parts)
+            # Taken apart, each further branch computes the stem again. A subtree that fits into a pack is only taken
+            # apart where that costs less than 1/32 of what leaves it: some 3 % of its tokens for freedom in packing.
+            # One that doesn't fit needs the stem once per pack anyway.
             again = len(cuts) * 32 if whole + depth <= max_tokens else min(len(cuts), whole // max_tokens)
             if (branch - depth) * again < max(leaving, 1):
                 inner = (*stems, (int(cuts[0]), branch - depth)) if branch > depth else stems

@@ -87,6 +87,13 @@ class Sequence:
             mask[segment.start : segment.stop] = segment.output
         return mask
 
+    def of_kind(self, kind: str) -> npt.NDArray[np.bool_]:
+        """bool [T]: the tokens of segments of this kind."""
+        mask = np.zeros(len(self), bool)
+        for segment in self.segments:
+            mask[segment.start : segment.stop] = segment.kind == kind
+        return mask
+
     @property
     def trained(self) -> list[str]:
         """The text of the trained tokens, in order."""

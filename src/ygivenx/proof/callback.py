@@ -73,13 +73,13 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._probe_due:
             self._probe_due = False
-            with _not_the_runs_problem():
+            with _warn_if_it_fails():
                 self._probe = probe(kwargs["model"]).__enter__()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         probed, self._probe = self._probe, None
         if probed is not None:
-            with _not_the_runs_problem():
+            with _warn_if_it_fails():
                 probed.__exit__(None, None, None)
                 tokens = [t for t in probed.tokens() if t.attended]
                 self._trained_share = sum(t.trained for t in tokens) / max(len(tokens), 1)
@@ -124,7 +124,7 @@ class Watch(TrainerCallback):
 
 
 @contextmanager
-def _not_the_runs_problem() -> Iterator[None]:
+def _warn_if_it_fails() -> Iterator[None]:
     """A probe that fails is a warning: the run that it looks at goes on."""
     try:
         yield
@@ -134,15 +134,8 @@ def _not_the_runs_problem() -> Iterator[None]:
 
 def _masks(sequences: list[Sequence]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """bool over all tokens of all sequences: y, x, end of turn."""
-    outputs, ends = [], []
-    for s in sequences:
-        output, end = np.zeros(len(s), bool), np.zeros(len(s), bool)
-        for segment in s.segments:
-            output[segment.start : segment.stop] = segment.output
-            end[segment.start : segment.stop] = segment.output and segment.kind == "end_of_turn"
-        outputs.append(output)
-        ends.append(end)
-    y, end = np.concatenate(outputs), np.concatenate(ends)
+    y = np.concatenate([s.output for s in sequences])
+    end = np.concatenate([s.of_kind("end_of_turn") for s in sequences]) & y
     if y.all() or not y.any():
         raise ConfigError(
             "the watched examples have no tokens of x, or none of y",

@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 from transformers.trainer_utils import TrainOutput
 
 from ..errors import ConfigError, LossError
-from ..forest import Forest
+from ..forest import MAX_TOKENS, Forest
 from ..models import memory
 from ..models.sharing import describe_routes
 from ..objective import Loss, loss
@@ -141,7 +141,7 @@ class Trainer(transformers.Trainer):
         train_dataset: Iterable[Any] | None = None,
         eval_dataset: Any = None,
         *,
-        max_tokens: int = 4096,
+        max_tokens: int = MAX_TOKENS,
         denominator: str = "tokens",
         notes: Mapping[str, Any] | None = None,
         **kwargs: Any,

@@ -16,83 +16,80 @@ from .base import Hit, rule
 from .shared import EXAMPLES, by_x, places, row_numbers, some
 
 # Reasons of the encoder that have a rule of their own.
-NAMED = {
-    "control_text", "not_continued", "no_prompt", "no_end_of_turn", "stop_inside", "straddling_token",
-    "nothing_trained", "empty_pair", "dropped_field", "not_json", "too_long", "y_too_long",
-}  # fmt: skip
+NAMED: set[str] = set()
 
 
-@rule(
-    "control-text",
-    "error",
+def _quarantine_rule(name: str, severity: Severity, *reasons: str, found: str, why: str, fix: str) -> None:
+    """Enter a rule that finds the rows which the encoder refused for one of `reasons`."""
+    NAMED.update(reasons)
+    rule(name, severity, why=why, fix=fix)(lambda ev: _quarantined(ev, found, *reasons))
+
+
+_quarantine_rule(
+    "control-text", "error", "control_text",
+    found="rows forge control tokens",
     why="A row's text contains the template's control tokens: parsed, it forges turns that nobody wrote.",
     fix="Encode it as text (control='text'), or leave the row out, as the encoder does by default.",
-)
-def control_text(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows forge control tokens", "control_text")
-
-
-@rule(
-    "prompt-not-continued",
-    "warning",
+)  # fmt: skip
+_quarantine_rule(
+    "prompt-not-continued", "warning", "not_continued",
+    found="rows don't continue their prompt",
     why="The template renders the reply so that it doesn't continue what inference shows: training on it would "
     "teach a context that never occurs.",
     fix="Set the template's options (enable_thinking, ...) as at inference, or mend the template.",
-)
-def prompt_not_continued(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows don't continue their prompt", "not_continued")
-
-
-@rule(
-    "reply-unasked",
-    "warning",
+)  # fmt: skip
+_quarantine_rule(
+    "reply-unasked", "warning", "no_prompt",
+    found="rows have a reply that no prompt asks for",
     why="The template can't ask for a reply there, or writes its header only with the reply: what would be trained "
     "follows no prompt that inference shows.",
     fix="Give the message the weight 0, so that it is context.",
-)
-def reply_unasked(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows have a reply that no prompt asks for", "no_prompt")
-
-
-@rule(
-    "no-end-of-turn",
-    "warning",
+)  # fmt: skip
+_quarantine_rule(
+    "no-end-of-turn", "warning", "no_end_of_turn",
+    found="rows have no end of turn",
     why="The template writes no token after the reply that would end it: the model can't learn to stop.",
     fix="Name the token that ends a turn (stops=), or mend the template.",
-)
-def no_end_of_turn(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows have no end of turn", "no_end_of_turn")
-
-
-@rule(
-    "stop-inside-reply",
-    "warning",
+)  # fmt: skip
+_quarantine_rule(
+    "stop-inside-reply", "warning", "stop_inside",
+    found="rows have a reply with a stop inside",
     why="The template writes a token inside the reply at which generation stops: a model can't produce in one turn "
     "what stands after it.",
     fix="Split the message there in two, such as one with the content and one with the calls.",
-)
-def stop_inside_reply(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows have a reply with a stop inside", "stop_inside")
-
-
-@rule(
-    "straddling-border",
-    "warning",
+)  # fmt: skip
+_quarantine_rule(
+    "straddling-border", "warning", "straddling_token",
+    found="rows have a token across the border of x and y",
     why="One token holds the end of x and the beginning of y; inference, which encodes x alone, never shows it.",
     fix="border='split' encodes x and y apart, border='mask' leaves the token out of y.",
-)
-def straddling_border(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows have a token across the border of x and y", "straddling_token")
-
-
-@rule(
-    "y-empty",
-    "warning",
+)  # fmt: skip
+_quarantine_rule(
+    "y-empty", "warning", "nothing_trained", "empty_pair",
+    found="rows have no y",
     why="Nothing of the row is trained: an empty reply, weights of 0, or a truncation that took all of y.",
     fix="Leave such rows out, or raise max_length.",
-)
-def y_empty(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows have no y", "nothing_trained", "empty_pair")
+)  # fmt: skip
+_quarantine_rule(
+    "field-dropped", "error", "dropped_field",
+    found="rows have fields that the template drops",
+    why="The rows have tool calls or reasoning, and the chat template doesn't write them: what would be trained "
+    "is another conversation.",
+    fix="Use a template that knows these fields.",
+)  # fmt: skip
+_quarantine_rule(
+    "arguments-not-json", "error", "not_json",
+    found="rows have calls whose arguments wouldn't be JSON",
+    why="The template writes the arguments of calls as Python prints them: a model would be trained on calls that no "
+    "parser reads.",
+    fix="repair='arguments_as_text' gives them as JSON text; or use a template that writes JSON.",
+)  # fmt: skip
+_quarantine_rule(
+    "too-long", "warning", "too_long", "y_too_long",
+    found="rows are too long",
+    why="The rows are longer than the encoder's max_length, and refused rather than cut in silence.",
+    fix="Raise max_length, or choose what goes: overflow='drop_turns' or 'truncate'.",
+)  # fmt: skip
 
 
 @rule(
@@ -104,38 +101,6 @@ def y_empty(ev: Evidence) -> Iterator[Hit]:
 def rows_quarantined(ev: Evidence) -> Iterator[Hit]:
     for reason in sorted({r.reason for r in ev.rejected} - NAMED):
         yield from _quarantined(ev, f"rows are quarantined: {reason}", reason)
-
-
-@rule(
-    "field-dropped",
-    "error",
-    why="The rows have tool calls or reasoning, and the chat template doesn't write them: what would be trained "
-    "is another conversation.",
-    fix="Use a template that knows these fields.",
-)
-def field_dropped(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows have fields that the template drops", "dropped_field")
-
-
-@rule(
-    "arguments-not-json",
-    "error",
-    why="The template writes the arguments of calls as Python prints them: a model would be trained on calls that no "
-    "parser reads.",
-    fix="repair='arguments_as_text' gives them as JSON text; or use a template that writes JSON.",
-)
-def arguments_not_json(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows have calls whose arguments wouldn't be JSON", "not_json")
-
-
-@rule(
-    "too-long",
-    "warning",
-    why="The rows are longer than the encoder's max_length, and refused rather than cut in silence.",
-    fix="Raise max_length, or choose what goes: overflow='drop_turns' or 'truncate'.",
-)
-def too_long(ev: Evidence) -> Iterator[Hit]:
-    yield from _quarantined(ev, "rows are too long", "too_long", "y_too_long")
 
 
 @rule(
@@ -311,11 +276,11 @@ def _quarantined(ev: Evidence, message: str, *reasons: str) -> Iterator[Hit]:
     rows = [r for r in ev.rejected if r.reason in reasons]
     if rows:
         total = len(ev.rejected) + len(ev.examples)
-        examples = tuple({"where": r.where, "text": _said(r)} for r in rows[:EXAMPLES])
+        examples = tuple({"where": r.where, "text": _what_and_fix(r)} for r in rows[:EXAMPLES])
         yield Hit(message, len(rows), len(rows) / total, examples)
 
 
-def _said(rejected: Rejected) -> str:
+def _what_and_fix(rejected: Rejected) -> str:
     """What is wrong and the fix, without the place that the message begins with."""
     what, *further = rejected.message.removeprefix(f"{rejected.where}: ").split("\n")
     fix = next((line.strip() for line in further if line.startswith("  fix: ")), "")
