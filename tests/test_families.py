@@ -274,10 +274,8 @@ def test_all_proven_families_are_proven_here():
 
 # Why their sequences can't share, of the first in chunks alone; all of them are exact by themselves.
 STATES = {
-    "qwen3_next": ("Qwen3Next", {"layer_types": ["linear_attention"] * 2 + ["full_attention"], "head_dim": 8,
-                                 "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
-                                 "linear_value_head_dim": 8, **EXPERTS}, "within one pass"),
-    "mamba": ("Mamba", {"state_size": 4}, "linear_attention"),
+    "mamba": ("Mamba", {"state_size": 4}, "begin with no state"),
+    "minimax": ("MiniMax", {"num_local_experts": 4, "head_dim": 8}, "linear_attention"),
     "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}, "no positions"),
 }  # fmt: skip
 
@@ -288,16 +286,16 @@ def test_what_cant_share_is_run_unshared_and_says_so_once(case, monkeypatch, cap
     monkeypatch.setitem(CASES, case, (name, extra))
     model, rows = build(case), tree(2)
     with caplog.at_level("WARNING", "ygivenx"):
-        assert_exact(model, rows, *(UNSHARED if case != "qwen3_next" else UNSHARED[1:]))
+        assert_exact(model, rows, *(UNSHARED if case != "mamba" else UNSHARED[1:]))
     (record,) = (r for r in caplog.records if r.name.startswith("ygivenx"))
     assert reason in record.message
     assert "share nothing" in record.message
-    assert case == "qwen3_next" or reason in explain(model)["why"]
+    assert case == "mamba" or reason in explain(model)["why"]
     with pytest.raises(ModelError, match="the route 'dense' can't be used"):
         yx.loss(model, rows, route="dense", chunk=37)
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "mamba"])
+@pytest.mark.parametrize("name", ["mamba", "minimax"])
 def test_every_noun_works_unshared(name, monkeypatch):
     """Scores, ledger and probe of a model whose sequences share nothing."""
     monkeypatch.setitem(CASES, name, STATES[name][:2])

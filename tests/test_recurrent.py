@@ -17,6 +17,8 @@ from ygivenx import reference
 from ygivenx.models import recurrent
 from ygivenx.models.families import decoder_of
 from ygivenx.models.segments import segments
+from ygivenx.models.sharing import sharing_of
+from ygivenx.scores.node_log_probs import node_log_probs
 from ygivenx.sequence import Sequence
 
 COMMON = {
@@ -55,6 +57,10 @@ CASES = {
                                  "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
                                  "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 24,
                                  "layer_types": ["linear_attention", "moe", "full_attention", "linear_attention"]}),
+    "mamba": ("Mamba", {"state_size": 4}),
+    "falcon_mamba": ("FalconMamba", {"state_size": 4}),
+    "jamba": ("Jamba", {"mamba_d_state": 4, "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 4,
+                        "attn_layer_offset": 3, "use_mamba_kernels": False}),
 }  # fmt: skip
 
 
@@ -92,6 +98,7 @@ def test_shared_equals_alone(case, shape):
     expected = reference.loss(model, rows)
     wanted = gradients(model, expected)
     out = yx.loss(model, rows)
+    assert not sharing_of(model).reason
     assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(gradients(model, out.value), wanted)
 
@@ -128,13 +135,13 @@ def test_padding_would_change_states(monkeypatch, case):
     """The guard trips: without idle steps, segments of unequal length end in other states."""
     model, rows = build(case), uneven()
     right, kind = yx.loss(model, rows).value.item(), type(recurrent.mixers(decoder_of(model))[0]).__name__
-    if not recurrent.GATES[kind]:
-        pytest.skip("a convolution keeps its last inputs")
+    if not recurrent.GATES.get(kind):
+        pytest.skip("a convolution keeps its last inputs, a scan pads nothing")
     monkeypatch.setitem(recurrent.GATES, kind, {})
     assert yx.loss(model, rows).value.item() != pytest.approx(right, rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["qwen3_5", "nemotron_h", "lfm2"])
+@pytest.mark.parametrize("case", ["qwen3_5", "nemotron_h", "lfm2", "jamba", "mamba"])
 def test_gradient_checkpointing_runs_segments_again(case):
     model, rows = build(case), uneven()
     wanted = gradients(model, yx.loss(model, rows).value)
@@ -193,3 +200,37 @@ def test_one_call_for_all_segments_of_a_level():
     compared = len(calls)
     yx.loss(model, [Sequence(ids, np.r_[0.0, np.ones(len(ids) - 1)]) for ids in rows])
     assert len(calls) - compared == 2
+
+
+CHUNKED = sorted(CASES.keys() - {"mamba", "falcon_mamba", "jamba"})
+
+
+@pytest.mark.parametrize("shape", FORESTS)
+@pytest.mark.parametrize("case", CHUNKED)
+def test_chunks_begin_in_the_states_of_their_path(case, shape):
+    model, rows = build(case), FORESTS[shape]()
+    expected = yx.loss(model, rows)
+    wanted, log_p = gradients(model, expected.value), expected.log_p
+    for chunk in (37, 8):
+        out = yx.loss(model, rows, chunk=chunk)
+        assert torch.allclose(out.log_p, log_p, rtol=1e-4, atol=1e-5)
+        assert_same(gradients(model, out.value), wanted)
+        assert np.allclose(node_log_probs(model, yx.Forest.of(rows), chunk=chunk),
+                           node_log_probs(model, yx.Forest.of(rows)), rtol=1e-4, atol=1e-5, equal_nan=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["qwen3_5", "granite"])
+def test_every_noun_works(case):
+    """Scores in chunks, ledger and probe of a hybrid model whose sequences share."""
+    model, rows = build(case), uneven()
+    forest = yx.Forest.of(rows)
+    log_p = node_log_probs(model, forest, chunk=20)
+    for s, path in zip(rows, forest.paths, strict=True):
+        assert log_p[path][1:] == pytest.approx(reference.log_probs(model, s.ids).detach().numpy(), abs=1e-4)
+    ledger = yx.ledger(model, rows[0])
+    assert ledger.joint == pytest.approx(reference.log_probs(model, rows[0].ids).sum().item(), abs=1e-3)
+    with yx.probe(model) as probe:
+        yx.loss(model, rows[:3]).value.backward()
+    assert {t.target for t in probe.tokens() if t.weight} == {
+        int(i) for s in rows[:3] for i in s.ids[s.weights > 0]
+    }

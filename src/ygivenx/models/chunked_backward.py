@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..forest import Ints
 from ..head.selective import refuse_second_derivatives
-from .plan import KeysValues
+from .plan import KeysValues, Place, picked, renamed
 from .streaming import Chunk, Run
 from .unshared import UnsharedRun
 
@@ -79,14 +79,17 @@ class _Shelf:
         return self.nodes[slice(*np.searchsorted(self.nodes, [chunk.start, chunk.stop]))]
 
     def __getitem__(self, nodes: Ints) -> KeysValues:
-        places = self._places(nodes)
-        return {layer: (k[:, :, places], v[:, :, places]) for layer, (k, v) in self.kept.items()}
+        return picked(self.kept, nodes, self._places(nodes))
 
-    def add(self, nodes: Ints, values: Mapping[nn.Module, tuple[Tensor | None, Tensor | None]]) -> None:
+    def add(self, nodes: Ints, values: Mapping[Place, tuple[Tensor | None, Tensor | None]]) -> None:
         places = self._places(nodes)
         for layer, parts in values.items():
             key, value = parts
             if key is None or value is None:  # a sliding window that has left the whole path behind
+                continue
+            if isinstance(layer, tuple):
+                before = self.kept.get(layer)
+                self.kept[layer] = (key, value) if before is None else (before[0] + key, before[1] + value)
                 continue
             if layer not in self.kept:
                 self.kept[layer] = self._empty(key), self._empty(value)
@@ -101,15 +104,12 @@ class _Shelf:
         return like.new_zeros(n, len(self.nodes), heads, width).transpose(1, 2)
 
 
-def _picked(values: KeysValues, nodes: Ints, chunk: Chunk) -> KeysValues:
-    """Of a chunk's keys and values those of `nodes`."""
-    if len(nodes) == chunk.stop - chunk.start:
+def _own(values: KeysValues, nodes: Ints, chunk: Chunk) -> KeysValues:
+    """Of a chunk's keys, values and states those of `nodes`."""
+    if len(nodes) == chunk.stop - chunk.start or not values:
         return values
-    places = torch.from_numpy(nodes - chunk.start)
-    return {
-        layer: (k[:, :, places.to(k.device)], v[:, :, places.to(k.device)])
-        for layer, (k, v) in values.items()
-    }
+    device = next(iter(values.values()))[0].device
+    return picked(values, nodes, torch.from_numpy(nodes - chunk.start).to(device))
 
 
 @torch.no_grad()
@@ -120,11 +120,12 @@ def _trunk(run: AnyRun) -> _Shelf | None:
         return shelf
     trunk = run.only(run.trunk)
     for chunk in trunk.chunks:
-        _, fresh = trunk(chunk, shelf[run.trunk[chunk.path]])
+        path = shelf[run.trunk[chunk.path]]
+        _, fresh = trunk(chunk, renamed(path, lambda node: int(np.searchsorted(run.trunk, node))))
         if before.drawn():
             before.restore()
             return None
-        shelf.add(run.trunk[chunk.start : chunk.stop], fresh)
+        shelf.add(run.trunk[chunk.start : chunk.stop], renamed(fresh, lambda place: int(run.trunk[place])))
     return shelf
 
 
@@ -142,7 +143,7 @@ class _Pass:
         leaves = {layer: (_leaf(k), _leaf(v)) for layer, (k, v) in path.items()}
         with torch.enable_grad():
             hidden, fresh = run(chunk, leaves)
-            return cls(hidden, _picked(fresh, shelf.own(chunk), chunk), leaves)
+            return cls(hidden, _own(fresh, shelf.own(chunk), chunk), leaves)
 
 
 class _Backward:
@@ -164,7 +165,8 @@ class _Backward:
         n = len(self.parameters)
         _accumulate(self.totals, made[:n])
         pairs = zip(made[n::2], made[n + 1 :: 2], strict=True)
-        self.into.add(chunk.path, dict(zip(done.leaves, pairs, strict=True)))
+        both = (_both(pair, leaf) for pair, leaf in zip(pairs, done.leaves.values(), strict=True))
+        self.into.add(chunk.path, dict(zip(done.leaves, both, strict=True)))
 
 
 class _Loss(torch.autograd.Function):
@@ -222,7 +224,7 @@ class _Hidden(torch.autograd.Function):
         for chunk in before:
             ctx.surroundings.append(_Surroundings(run.device))
             hidden, fresh = run(chunk, shelf[chunk.path])
-            shelf.add(shelf.own(chunk), _picked(fresh, shelf.own(chunk), chunk))
+            shelf.add(shelf.own(chunk), _own(fresh, shelf.own(chunk), chunk))
             rows.append(hidden)
         ctx.surroundings.append(_Surroundings(run.device))
         ctx.last = _Pass.of(run, last, shelf)
@@ -242,6 +244,17 @@ class _Hidden(torch.autograd.Function):
             backward.through(chunk, done, done.hidden, grad[chunk.start : chunk.stop])
             done = None
         return None, *backward.totals
+
+
+Pair = tuple[Tensor | None, Tensor | None]
+
+
+def _both(pair: Pair, like: tuple[Tensor, Tensor]) -> Pair:
+    """Zeros for the one of two gradients that is missing, such as that of a state which a layer doesn't have."""
+    if pair[0] is None and pair[1] is None:
+        return pair
+    first, second = (torch.zeros_like(leaf) if g is None else g for g, leaf in zip(pair, like, strict=True))
+    return first, second
 
 
 def _leaf(values: Tensor) -> Tensor:

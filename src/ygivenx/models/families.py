@@ -82,7 +82,7 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None 
     positions = {"position_ids": depth[None]}
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         positions = {}
-    with last_layer.only(decoder, needed, len(token)):
+    with last_layer.only(decoder, needed, len(token)), recurrent.carried(decoder, plan):
         out = decoder(input_ids=ids[None], attention_mask=mask, use_cache=False, ygx=plan, **positions)
     layers = recurrent.expected_layers(decoder, config_of(decoder))
     if len(plan.layers) != layers:

@@ -17,7 +17,29 @@ from ..forest import Ints
 CHAINS = ("varlen", "plain")  # where no two sequences begin alike
 ROUTES = ("auto", "dense", "blocks", "flex", *CHAINS, "unshared")
 
-KeysValues = dict[nn.Module, tuple[Tensor, Tensor]]  # by attention layer, each [1, heads, tokens, D]
+# By attention layer, each [1, heads, tokens, D]; by recurrent layer and node, the states of its convolution and its
+# own after that node, [1, ...] each.
+Place = nn.Module | tuple[nn.Module, int]
+KeysValues = dict[Place, tuple[Tensor, Tensor]]
+NO_NODES = np.zeros(0, np.int64)
+
+
+def picked(values: KeysValues, nodes: Ints, places: Tensor) -> KeysValues:
+    """Of these only what belongs to `nodes`, which stand at `places` among the tokens of keys and values."""
+    wanted, found = set(nodes.tolist()), KeysValues()
+    for place, (first, second) in values.items():
+        if not isinstance(place, tuple):
+            found[place] = first[:, :, places], second[:, :, places]
+        elif place[1] in wanted:
+            found[place] = first, second
+    return found
+
+
+def renamed(values: KeysValues, name: Callable[[int], int]) -> KeysValues:
+    """With name(node) for the node of each state."""
+    return {
+        (place[0], name(place[1])) if isinstance(place, tuple) else place: v for place, v in values.items()
+    }
 
 
 @dataclass
@@ -26,9 +48,10 @@ class Plan:
 
     end, depth: int64 [K], of the nodes that can be seen; the last K - first of them are the queries. Where
     first > 0 the model is fed one chunk of a longer forest, and `past` has the keys and values of the path
-    that leads to it. fresh: the chunk's own, put there by the layers if it isn't None. layers: the attention
-    layers that asked so far. made: masks and blocks by window. window_in_mask: a sliding window that some layer left to
-    the model's own mask, which isn't made over a forest. attends_twice: whether some layer asked more than once.
+    that leads to it. fresh: the chunk's own, put there by the layers if it isn't None. kept: int64, the nodes whose
+    states recurrent layers put there. layers: the layers that asked so far. made: masks and blocks by window.
+    window_in_mask: a sliding window that some layer left to the model's own mask, which isn't made over a forest.
+    attends_twice: whether some layer asked more than once.
     """
 
     end: Ints
@@ -38,6 +61,7 @@ class Plan:
     first: int = 0
     past: KeysValues = field(default_factory=dict)
     fresh: KeysValues | None = None
+    kept: Ints = field(default_factory=lambda: NO_NODES)
     layers: set[nn.Module] = field(default_factory=set)
     made: dict[Any, Any] = field(default_factory=dict)
     window_in_mask: int | None = None

@@ -10,13 +10,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..forest import Ints
+from . import selective_scan
 from .plan import Plan
 from .segments import Group, levels
 
@@ -45,14 +47,25 @@ GATES: dict[str, dict[str, str | None]] = {
     "Zamba2MambaMixer": _MAMBA2,
 }
 
+SCANS = {
+    "MambaMixer",
+    "FalconMambaMixer",
+    "JambaMambaMixer",
+}  # they begin with no state: see `selective_scan`
 ATTENDING = {"full_attention", "sliding_attention"}  # layer types without a state
 
-States = dict[tuple[str, int], Tensor]  # by kind and number, [segments, ...]
+STATES = ("conv", "recurrent")
+States = dict[str, Tensor]  # by one of these, [segments, ...]
 
 
 def mixers(decoder: nn.Module) -> list[nn.Module]:
     """The layers of a decoder that carry a state from token to token and can be run over a forest."""
-    return [m for m in decoder.modules() if type(m).__name__ in GATES]
+    return [m for m in decoder.modules() if type(m).__name__ in GATES.keys() | SCANS]
+
+
+def scans(decoder: nn.Module) -> bool:
+    """Whether some of its layers can't begin in a state, so that a forest can't be computed in chunks."""
+    return any(type(m).__name__ in SCANS for m in decoder.modules())
 
 
 def prepare(decoder: nn.Module) -> None:
@@ -80,20 +93,28 @@ def _forward(
     mixer: nn.Module, stock: Callable[..., Tensor], *args: Any, ygx: Plan | None = None, **kwargs: Any
 ) -> Tensor:
     """What a layer runs: over the forest of the plan, if there is one."""
-    if ygx is None:
+    plan = ygx or selective_scan.current_plan.get()
+    if plan is None:
         return stock(*args, **kwargs)
-    ygx.layers.add(mixer)
-    given = inspect.signature(stock).bind(*args, **kwargs).arguments
-    return over_forest(mixer, stock, given["hidden_states"], ygx)
+    plan.layers.add(mixer)
+    hidden = inspect.signature(stock).bind(*args, **kwargs).arguments["hidden_states"]
+    if type(mixer).__name__ in SCANS:
+        return selective_scan.over_forest(mixer, hidden, plan)
+    return over_forest(mixer, stock, hidden, plan)
+
+
+def carried(decoder: nn.Module, plan: Plan) -> AbstractContextManager[None]:
+    """Within it layers find the plan whose blocks don't pass it on."""
+    return selective_scan.carried(decoder, plan) if scans(decoder) else nullcontext()
 
 
 def over_forest(mixer: nn.Module, stock: Callable[..., Tensor], hidden: Tensor, plan: Plan) -> Tensor:
     """The layer's output [1, N, H] for hidden [1, N, H], each segment from its parent's state on."""
     accepted = inspect.signature(stock).parameters
     cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
-    parts, order = plan.once(levels, None)
-    found, states = list[Tensor](), States()
-    for level in parts:
+    tree = plan.once(levels, None)
+    found, states = list[Tensor](), _past(mixer, plan, tree.path)
+    for level in tree.groups:
         ended = list[States]()
         for group in level:
             cache = SegmentCache(group, states)
@@ -101,13 +122,37 @@ def over_forest(mixer: nn.Module, stock: Callable[..., Tensor], hidden: Tensor, 
                 out = stock(hidden[0][group.index], **{cache_name: cache if cache.asked else None})
             found.append(out.flatten(0, 1).index_select(0, group.places))
             ended.append(cache.ended)
+            _keep(mixer, plan, group, cache.ended)
         states = _joined(ended)
-    return torch.cat(found).index_select(0, order)[None]
+    return torch.cat(found).index_select(0, tree.order)[None]
 
 
 def _joined(parts: Iterable[States]) -> States:
     some = [states for states in parts if states]
     return {key: torch.cat([states[key] for states in some]) for key in some[0]} if some else {}
+
+
+def _past(mixer: nn.Module, plan: Plan, path: Ints) -> States:
+    """The states after nodes of the path that leads to a chunk."""
+    return _joined(
+        {kind: state for kind, state in zip(STATES, plan.past[mixer, node], strict=True) if state.numel()}
+        for node in path.tolist()
+    )
+
+
+def _keep(mixer: nn.Module, plan: Plan, group: Group, ended: States) -> None:
+    """Put the states that later chunks begin in where the plan asks for them."""
+    if plan.fresh is None or not len(plan.kept):
+        return
+    asked = set(plan.kept.tolist())
+    for i, node in enumerate(group.last):
+        if plan.first + node in asked:
+            conv, state = (ended[k][i : i + 1] if k in ended else None for k in STATES)
+            none = torch.zeros(0, device=plan.device)
+            plan.fresh[mixer, plan.first + node] = (
+                none if conv is None else conv,
+                none if state is None else state,
+            )
 
 
 @contextmanager
@@ -167,11 +212,11 @@ class SegmentCache:
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """The last inputs of the convolution, [B, channels, kernel]; None at the beginning of sequences."""
-        return self._begin.get(("conv", state_idx))
+        return self._begin.get("conv")
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """[B, ...]; None at the beginning of sequences."""
-        return self._begin.get(("recurrent", state_idx))
+        return self._begin.get("recurrent")
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Yes: it keeps the layer from writing into the state of the convolution."""
@@ -188,7 +233,7 @@ class SegmentCache:
             shown = shown.index_select(0, self.group.kept)
             last = self.group.stops[:, None] + torch.arange(conv_kernel_size, device=shown.device)
             last = last[:, None].expand(-1, shown.shape[1], -1)
-            self.ended["conv", state_idx] = shown.gather(2, last)
+            self.ended["conv"] = shown.gather(2, last)
         return whole
 
     def update_recurrent_state(
@@ -196,5 +241,5 @@ class SegmentCache:
     ) -> Tensor:
         """Keeps the states in which the segments ended."""
         if len(self.group.kept):
-            self.ended["recurrent", state_idx] = recurrent_states.index_select(0, self.group.kept)
+            self.ended["recurrent"] = recurrent_states.index_select(0, self.group.kept)
         return recurrent_states

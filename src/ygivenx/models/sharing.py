@@ -122,10 +122,21 @@ def _judged(decoder: Any, config: Any) -> Sharing:
         decoder.train(training)
 
 
-def _compared(decoder: Any, config: Any) -> Sharing:
+def _small_forest(vocabulary: int, branches_branch: bool) -> Forest:
+    """Sequences of up to 23 tokens.
+
+    branches_branch: some segments, of unequal length and one of a single token, end in states that others begin in.
+    """
     rng = np.random.default_rng(0)
-    trunk, *tails = (rng.integers(0, config.vocab_size, n) for n in (9, 6, 8, 7))
-    forest = Forest.of((np.concatenate((trunk, tail)), np.zeros(9 + len(tail))) for tail in tails)
+    trunk, *tails = (rng.integers(0, vocabulary, n) for n in (9, 6, 8, 7))
+    rows = [[*trunk, *tail] for tail in tails]
+    if branches_branch:
+        rows += [[*trunk, *before, *tail] for before in (tails[1], tails[2][:1]) for tail in tails[:2]]
+    return Forest.of((ids, np.zeros(len(ids))) for ids in rows)
+
+
+def _compared(decoder: Any, config: Any) -> Sharing:
+    forest = _small_forest(config.vocab_size, branches_branch=bool(recurrent.mixers(decoder)))
     single = _attempted(decoder, lambda: UnsharedRun.of(decoder, decoder, forest, size=1).at_once())
     if isinstance(single, str):
         raise ModelError(
@@ -169,8 +180,8 @@ def _known_reason(decoder: nn.Module, config: Any) -> str:
 
 
 def _in_one_pass(decoder: nn.Module, plan: Plan) -> str:
-    if recurrent.mixers(decoder):
-        return "its recurrent layers keep their states within one pass, and this forest is longer"
+    if recurrent.scans(decoder):
+        return "its selective scans begin with no state, and this forest is longer than one pass"
     return "its layers attend twice, which can't be computed in chunks" if plan.attends_twice else ""
 
 

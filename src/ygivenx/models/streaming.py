@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..forest import Forest, Ints
-from . import memory
+from . import memory, recurrent
 from .families import config_of, decoder_of, embeddings_of, feed
-from .plan import CHAINS, KeysValues, Plan
+from .plan import CHAINS, NO_NODES, KeysValues, Plan, picked, renamed
+from .segments import junctions
 
 LEAST = 2048  # fed tokens of a chunk, however little memory there is
 ONE_PASS = sys.maxsize  # as a chunk: all in one forward pass, as ranks with sharded weights need it
@@ -43,7 +44,7 @@ class Run:
 
     token, depth, end: int64 [F], of the fed nodes. order: int64 [F], which of the forest's fed nodes each is. needed:
     see `hidden_states`. longest_last: all chunks are of equal length but the last one, which is as long as chunks may
-    be.
+    be. also: int64, nodes whose states of recurrent layers are asked for, though no chunk begins in them.
     """
 
     model: Any
@@ -55,6 +56,7 @@ class Run:
     route: str = "auto"
     needed: Ints | None = None
     longest_last: bool = False
+    also: Ints = field(default_factory=lambda: NO_NODES)
 
     @classmethod
     def of(
@@ -95,6 +97,7 @@ class Run:
         return replace(
             self, token=self.token[nodes], depth=self.depth[nodes], end=np.searchsorted(nodes, self.end[nodes]),
             order=self.order[nodes], needed=np.zeros(0, np.int64), longest_last=False,
+            also=np.searchsorted(nodes, self.junctions),
         )  # fmt: skip
 
     @cached_property
@@ -125,6 +128,13 @@ class Run:
         """The nodes that some later chunk sees, sorted."""
         return np.unique(np.concatenate([np.zeros(0, np.int64), *(c.path for c in self.chunks)]))
 
+    @cached_property
+    def junctions(self) -> Ints:
+        """The nodes in whose states of recurrent layers some later chunk begins, sorted."""
+        if not recurrent.mixers(self.decoder):
+            return NO_NODES
+        return np.union1d(junctions(self.end, self._bounds()), self.also)
+
     def __call__(self, chunk: Chunk, past: KeysValues) -> tuple[Tensor, KeysValues]:
         """(hidden [stop - start, H], the chunk's own keys and values), given those of its path."""
         seen = np.concatenate((chunk.path, np.arange(chunk.start, chunk.stop)))
@@ -135,11 +145,13 @@ class Run:
             "auto" if self.route in CHAINS else self.route,
             first=len(chunk.path),
         )
-        plan.past, plan.fresh = past, {}
+        plan.past, plan.fresh = renamed(past, lambda node: int(np.searchsorted(seen, node))), {}
+        own = self.junctions[slice(*np.searchsorted(self.junctions, [chunk.start, chunk.stop]))]
+        plan.kept = np.searchsorted(seen, own)
         with uncached_autocast(self.device):
             hidden = feed(self.decoder, plan, self.token[chunk.start : chunk.stop], self._needed_of(chunk))
         fresh, plan.fresh = plan.fresh, None  # what gradient checkpointing runs again is not kept again
-        return hidden, fresh
+        return hidden, renamed(fresh, lambda place: int(seen[place]))
 
     def _needed_of(self, chunk: Chunk) -> Ints | None:
         if self.needed is None:
@@ -153,10 +165,10 @@ class Run:
         held = np.zeros(0, np.int64)
         for part in self.chunks:
             keep = torch.from_numpy(np.flatnonzero(np.isin(held, part.path))).to(self.device)
-            stack = {layer: (k[:, :, keep], v[:, :, keep]) for layer, (k, v) in stack.items()}
+            stack = picked(stack, part.path, keep)
             hidden, fresh = self(part, stack)
             yield self.order[part.start : part.stop], hidden
-            stack = {layer: _after(stack.get(layer), fresh[layer]) for layer in fresh}
+            stack |= {place: _after(stack.get(place), pair) for place, pair in fresh.items()}
             held = np.concatenate((part.path, np.arange(part.start, part.stop)))
 
 
