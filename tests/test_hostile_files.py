@@ -243,6 +243,14 @@ def test_an_array_of_rows_under_the_name_of_lines(tmp_path, indent):
     assert [i.value for i in read(path)] == [Pair(str(n), "b") for n in range(3)]
 
 
+def test_a_list_of_messages_a_line_lacks_its_name(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps([{"role": "user", "content": "?"}]) + "\n") * 2)
+    for rejected in read(path):
+        assert rejected.reason == "not_an_object"
+        assert '{"messages": [...]}' in rejected.message
+
+
 @pytest.mark.parametrize(
     ("line", "fix"),
     [

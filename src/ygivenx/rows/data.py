@@ -135,8 +135,7 @@ class Reader:
             if raw.fault:
                 raise raw.fault
             if self._convert is None or not isinstance(raw.value, Mapping):
-                what = f"the row is {type(raw.value).__name__}, not an object"
-                raise RowError(what, reason="not_an_object")
+                raise _no_object(raw.value)
             return Row(self.read, where, self._convert(raw.value), raw.value)
         except RowError as e:
             e.where = f"{where}, {e.field}" if e.field else where
@@ -145,6 +144,15 @@ class Reader:
     def __str__(self) -> str:
         counts = f"{self.accepted:,} accepted + {self.quarantined:,} quarantined = {self.read:,} read"
         return f"{self.name}: {self.format}; {counts}"
+
+
+def _no_object(value: Any) -> RowError:
+    """A row without columns; a bare list of messages lacks but its name."""
+    is_chat = isinstance(value, list) and any(
+        isinstance(m, Mapping) and m.keys() & {"role", "from"} for m in value
+    )
+    fix = 'write {"messages": [...]}' if is_chat else ""
+    return RowError(f"the row is {type(value).__name__}, not an object", reason="not_an_object", fix=fix)
 
 
 def _fits(format_of: Callable[[list[str]], Format], columns: list[str]) -> bool:

@@ -124,7 +124,8 @@ def _json_line(place: str, line: bytes, strict: Strict) -> RawRow:
 def _is_array_of_rows(path: Path, limit: int) -> bool:
     """Whether a file of lines is one array of objects instead. Raises DataError for one row over several lines."""
     with _open(path) as stream:
-        first = next((line for line in _lines(stream, limit) if line is None or line.strip()), b"")
+        lines = (line for line in _lines(stream, limit) if line is None or line.strip())
+        first, more = next(lines, b""), next(lines, b"") != b""
     if first is None:  # a first line beyond the limit: an array of rows goes on with an object
         with _open(path) as stream:
             return bool(re.match(rb"\s*\[\s*\{", _beginning(stream)))
@@ -134,7 +135,10 @@ def _is_array_of_rows(path: Path, limit: int) -> bool:
         raise DataError(
             "the rows are printed over several lines", where=str(path), why="a line is a row", fix=fix
         )
-    return start == b"[" or re.match(rb"\[\s*\{", start) is not None
+    if start != b"[" and not re.match(rb"\[\s*\{", start):
+        return False
+    # A list of messages in each line is no array of rows.
+    return not (more and _json_line("", first, Strict()).fault is None)
 
 
 def _array_rows(path: Path, limit: int) -> Iterator[RawRow]:
