@@ -80,6 +80,7 @@ def of_tokens(row: Record, required: tuple[str, ...], roles: Iterable[str] = ())
     prompt_length = len(parts[0]) if len(parts) == 2 else _prompt_length(row, len(ids))
     rows = _PerToken(row, ids, prompt_length)
     weights, notes = _weights(rows, ids)
+    # `loss_mask` is a list of tokens' weights here, and one weight of the row elsewhere.
     weights *= row_weight({k: v for k, v in row.items() if k not in MASKS})
     log_probs, advantages = rows.first(LOG_PROBS, np.nan), _advantages(rows)
     kept = _unpadded(rows)
