@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from templates.conversations import reply, user
 from test_chats import CHATML, encoder, trained
 
 from ygivenx.errors import RowError
+from ygivenx.rows.token_rows import OPTIONAL
+from ygivenx.rows.weights import MESSAGE_KEYS, ROW_KEYS
 
 SAID = "I'm doing very well, thank you!"
 
@@ -91,3 +98,43 @@ def test_a_preference_row_is_refused_as_one():
     )
     assert rejected.reason == "preference_row"
     assert "preference objective" in rejected.message
+
+
+# --- any row at all --------------------------------------------------------------------------------------
+
+MESSAGES = [[user(), reply()], [user()], [reply()]]
+PLAIN = st.sampled_from(
+    [None, True, False, 0, 1, 0.5, -1, "", "a", "4", "[1, 2]", float("nan"), 10**30, "\ud800"]
+)
+ASKED = st.sampled_from(
+    [*MESSAGE_KEYS, "spans", "train_detail", "prefix", "tool_calls", "role", "from", "value"]
+)
+SPANS = st.sampled_from(
+    [
+        [{"start": 0, "stop": 2}],
+        [{"begin_offset": 3, "end_offset": 4, "train": True}],
+        [{"type": "text", "text": "a"}],
+    ]
+)
+IDS = st.lists(st.integers(-1, 9), max_size=4)
+REPLIES_WITH = st.dictionaries(ASKED, PLAIN | SPANS | IDS, max_size=2).map(
+    lambda keys: [user(), reply() | keys]
+)
+VALUES = st.one_of(PLAIN, st.sampled_from(MESSAGES), IDS, SPANS, REPLIES_WITH)
+REQUIRED = st.sampled_from(
+    [("messages",), ("prompt", "completion"), ("chosen", "rejected"), ("prompt", "chosen", "rejected"), ("x", "y"),
+     ("prompt_ids", "response_ids"), ("input_ids", "labels"), ("input_ids",), ("messages", "rejected_response")]
+)  # fmt: skip
+FURTHER = st.sampled_from(
+    [*ROW_KEYS, *OPTIONAL, "system", "tools", "documents", "continue_final_message", "images"]
+)
+ENCODERS = [encoder(CHATML), encoder(CHATML, train="all")]
+
+
+@settings(max_examples=int(os.environ.get("YGX_EXAMPLES", "400")), deadline=None)
+@given(st.data(), REQUIRED)
+def test_any_row_ends_in_an_example_or_in_our_own_error(data, required):
+    row = {c: data.draw(VALUES) for c in required} | data.draw(st.dictionaries(FURTHER, VALUES, max_size=2))
+    for enc in ENCODERS:
+        with contextlib.suppress(RowError):  # any other error fails
+            assert any(s.weights.any() for s in enc(row))

@@ -152,6 +152,15 @@ def test_a_policy_weighs_the_prompt_and_never_what_the_row_masks():
     assert encoder(CHATML, train="prompt=0.5")(row).weights.tolist() == [0, 0.5, 1, 0, 1]
 
 
+@pytest.mark.parametrize("row", [{"input_ids": [7]}, {"prompt_ids": [7], "completion_ids": []}])
+def test_a_row_of_one_token_has_nothing_to_train(row):
+    (segment,) = normalise(row).sequence().segments
+    assert (segment.start, segment.stop) == (0, 1)
+    with pytest.raises(RowError) as e:
+        encoder(CHATML)(row)
+    assert e.value.reason == "nothing_trained"
+
+
 def test_an_id_of_another_tokenizer_is_refused():
     enc = encoder(CHATML)
     with pytest.raises(RowError, match="vocabulary"):

@@ -85,8 +85,8 @@ class TokenRow:
         """The prompt, then runs of tokens that the model produced and of context between them."""
         output = self.weights > 0
         output[: self.prompt_length] = False
-        if output[1:2].all() and self.prompt_length == 0:
-            output[:1] = output[1:2]  # the first token of a text is its beginning, though nothing predicts it
+        if len(output) > 1 and self.prompt_length == 0:
+            output[0] = output[1]  # the first token of a text is its beginning, though nothing predicts it
         changes = np.flatnonzero(output[1:] != output[:-1]) + 1
         borders = [0, *changes.tolist(), len(output)]
         return tuple(
