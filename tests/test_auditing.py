@@ -83,7 +83,7 @@ def test_findings_are_located_and_explained(report):
     assert finding.fix
     ranks = [SEVERITIES.index(f.severity) for f in report.findings]
     assert ranks == sorted(ranks)
-    assert report.summary["trained tokens are told by"] == "the gradient of a step"
+    assert report.summary["trained tokens by"] == "the gradient of a step"
     assert report.summary["accepted"] + report.summary["quarantined"] == report.summary["rows"]
 
 

@@ -85,8 +85,8 @@ class Forest:
 
     def edges(self, scored: bool | npt.NDArray[np.bool_] | None = None) -> Edges:
         """The edges with a weight; `scored=True` all that have a context; or those of a bool mask [N]."""
-        wanted = self.weight != 0 if scored is None else np.broadcast_to(scored, self.token.shape)
-        nodes = np.flatnonzero(wanted & (self.parent >= 0))
+        chosen = self.weight != 0 if scored is None else np.broadcast_to(scored, self.token.shape)
+        nodes = np.flatnonzero(chosen & (self.parent >= 0))
         nodes = nodes[np.argsort(self.parent[nodes], kind="stable")]
         rows = np.searchsorted(self.fed, self.parent[nodes])
         return Edges(rows, self.token[nodes], self.weight[nodes], nodes)

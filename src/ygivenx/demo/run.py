@@ -114,8 +114,8 @@ def measure(
     console.print(str(book), highlight=False, markup=False, soft_wrap=True)
     nats = rates(evaluate(model, ruler, max_tokens=1024))
     generated = answers(model, tokenizer, rows, console)
-    wanted = [row["messages"][-1]["content"] for row in rows]
-    exact = sum(g == w for g, w in zip(generated, wanted, strict=True)) / len(rows)
+    expected = [row["messages"][-1]["content"] for row in rows]
+    exact = sum(g == w for g, w in zip(generated, expected, strict=True)) / len(rows)
     console.print(
         f"{when}: exact match {exact:.0%} of {len(rows)}, "
         f"log Pr(y|x) {-nats['conditional_nats']:.4f} and log Pr(x) {-nats['marginal_nats']:.4f} per token",

@@ -182,18 +182,18 @@ def _loaded() -> tuple[ctypes.CDLL | None, str]:
 def _built(compiler: str) -> Path:
     """The shared library for this source, compiler, torch and CPU, compiled if it isn't in the cache yet."""
     torch_lib = Path(torch.__file__).parent / "lib"
-    made_of = "\n".join((SOURCE.read_text(), compiler, *FLAGS, torch.__version__, str(torch_lib), _cpu()))
+    ingredients = "\n".join((SOURCE.read_text(), compiler, *FLAGS, torch.__version__, str(torch_lib), _cpu()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ygivenx"
-    target = cache / f"head-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so"
+    target = cache / f"head-{hashlib.sha256(ingredients.encode()).hexdigest()[:16]}.so"
     if target.exists():
         return target
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        made = Path(folder) / target.name
+        built = Path(folder) / target.name
         linked = (f"-L{torch_lib}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_lib}")
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made), *linked]
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(built), *linked]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
-        made.replace(target)  # another process may have made the same file
+        built.replace(target)  # another process may have written the same file
     return target
 
 

@@ -13,7 +13,7 @@ from ..sequence import Example, Sequence
 from .evidence import UNKNOWN, MatchedStretch, ObservedRow
 
 SHINGLE = 6  # tokens in a row by which a document is looked up
-COMMON = 3  # a shingle of more examples than this (a system prompt) tells none apart
+COMMON = 3  # a shingle of more examples than this (a system prompt) doesn't tell examples from each other
 FAIR = 0.5  # the share of a document, or of the stretch that a row has of it, that has to agree
 
 
@@ -21,8 +21,8 @@ class Library:
     """The encoder's sequences, indexed by what occurs in the rows that are to be explained, and by nothing else."""
 
     def __init__(self, examples: Iterable[Example], seen: Iterable[ObservedRow]) -> None:
-        wanted = np.unique(np.concatenate([_shingles(s.ids) for s in seen]))
-        self._examples = _distinct(examples) if len(wanted) else []
+        indexed = np.unique(np.concatenate([_shingles(s.ids) for s in seen]))
+        self._examples = _distinct(examples) if len(indexed) else []
         self._places: dict[int, list[_Place]] = {}
         common: set[int] = set()
         # What each of several examples has tells them apart no better than what many have.
@@ -30,7 +30,7 @@ class Library:
         for e, example in enumerate(self._examples):
             for s, sequence in enumerate(example.sequences):
                 hashes = _shingles(sequence.ids)
-                for offset in np.flatnonzero(_among(hashes, wanted)).tolist():
+                for offset in np.flatnonzero(_among(hashes, indexed)).tolist():
                     key = int(hashes[offset])
                     if key in common:
                         continue
@@ -67,7 +67,7 @@ class Library:
     def _stretches(self, ids: np.ndarray) -> list[_Stretch]:
         """The documents in a row, in order."""
         found: list[_Stretch] = []
-        strangers: set[tuple[int, int, int]] = set()
+        rejected: set[tuple[int, int, int]] = set()
         for i, key in enumerate(_shingles(ids).tolist()):
             places = self._places.get(key, [])
             if not places or (found and found[-1].goes_on(i, places)):
@@ -75,10 +75,10 @@ class Library:
             # Sequences of one example share their beginnings: the one that agrees longest is meant.
             for place in sorted(places, key=lambda p: self._agreement(ids, i, p), reverse=True):
                 at = (place.example, place.sequence, i - place.offset)
-                if at not in strangers and self._is_fair(ids, i, place):
+                if at not in rejected and self._is_fair(ids, i, place):
                     found.append(_Stretch(place, i, place.offset, i + SHINGLE))
                     break
-                strangers.add(at)
+                rejected.add(at)
         return found
 
     def _sequence(self, place: _Place) -> Sequence:
@@ -98,11 +98,11 @@ class Library:
         there = self._sequence(place).ids
         begin = at - place.offset
         here = ids[max(0, begin) : begin + len(there)]
-        shared, rest = self._told_apart(here, there)
-        _, rest_there = self._told_apart(there, here)
+        shared, rest = self._distinctive(here, there)
+        _, rest_there = self._distinctive(there, here)
         return shared >= FAIR * min(rest, rest_there)
 
-    def _told_apart(self, ids: np.ndarray, others: np.ndarray) -> tuple[int, int]:
+    def _distinctive(self, ids: np.ndarray, others: np.ndarray) -> tuple[int, int]:
         """(tokens in shingles that `others` has too, tokens in all), without those that are only common."""
         own = _shingles(ids)
         common = np.isin(own, self._common)
@@ -159,9 +159,9 @@ def _shingles(ids: np.ndarray) -> np.ndarray:
     return np.asarray(windows @ powers, np.uint64)
 
 
-def _among(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """bool: which values are in `wanted`, which is sorted, not empty and sorted once for many calls."""
-    nearest = wanted[np.searchsorted(wanted, values).clip(max=len(wanted) - 1)]
+def _among(values: np.ndarray, indexed: np.ndarray) -> np.ndarray:
+    """bool: which values are in `indexed`, which is sorted, not empty and sorted once for many calls."""
+    nearest = indexed[np.searchsorted(indexed, values).clip(max=len(indexed) - 1)]
     return np.asarray(nearest == values, bool)
 
 

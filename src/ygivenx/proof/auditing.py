@@ -247,24 +247,24 @@ def _finding(rule: Rule, hit: Hit) -> Finding:
 
 
 def _summary(ev: Evidence) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     if ev.rows:
-        told |= {"rows": len(ev.rows), "accepted": len(ev.examples), "quarantined": len(ev.rejected)}
+        summary |= {"rows": len(ev.rows), "accepted": len(ev.examples), "quarantined": len(ev.rejected)}
     if ev.seen:
         tokens = sum(int(s.attended.sum()) for s in ev.seen)
         trained = sum(int(s.trained.sum()) for s in ev.seen)
-        told |= {
-            "trained tokens are told by": "the gradient of a step" if ev.steps else "labels",
+        summary |= {
+            "trained tokens by": "the gradient of a step" if ev.steps else "labels",
             "tokens": tokens,
             "trained": trained,
             "trained share": round(trained / max(tokens, 1), 4),
             "rows recognised": f"{sum(bool(s.pieces) for s in ev.seen):,} of {len(ev.seen):,}",
         }
     if ev.unrehearsed:
-        told["not rehearsed"] = ", ".join(ev.unrehearsed)
+        summary["not rehearsed"] = ", ".join(ev.unrehearsed)
     if ev.probe is not None:
-        told |= {"Σ weights of the step": round(ev.probe.weight_sum, 6), "weights": ev.probe.weighting}
-    return told
+        summary |= {"Σ weights of the step": round(ev.probe.weight_sum, 6), "weights": ev.probe.weighting}
+    return summary
 
 
 def _paragraph(f: Finding) -> str:

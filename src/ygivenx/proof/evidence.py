@@ -177,8 +177,8 @@ def seen_in_step(number: int, batch: MicroBatch) -> list[ObservedRow]:
             continue
         target[row, column + 1] = f.target
         weight[row, column + 1] += f.weight
-    told = (target[:, :-1], weight[:, :-1], foreign[:, :-1])
-    columns = zip(batch.ids, batch.attended, batch.documents, *told, strict=True)
+    recovered = (target[:, :-1], weight[:, :-1], foreign[:, :-1])
+    columns = zip(batch.ids, batch.attended, batch.documents, *recovered, strict=True)
     return [ObservedRow(number, i, *column) for i, column in enumerate(columns)]
 
 

@@ -96,9 +96,9 @@ def _solve_logits(
     residual = torch.maximum(unexplained, unbalanced)
     weights = -excess / (1 - smoothing)[:, None]
     at, target = targets.nonzero(as_tuple=True)
-    told = torch.stack([target.double(), weights[at, target], log_p[at, target]])
-    none = torch.tensor([-1, 0, math.nan], dtype=told.dtype, device=told.device)[:, None]
-    target, weight, value = torch.where((empty & (residual > FOREIGN_TERM))[at], none, told)
+    solved = torch.stack([target.double(), weights[at, target], log_p[at, target]])
+    none = torch.tensor([-1, 0, math.nan], dtype=solved.dtype, device=solved.device)[:, None]
+    target, weight, value = torch.where((empty & (residual > FOREIGN_TERM))[at], none, solved)
     columns = (rows[at], target.long(), weight, value, smoothing[at], residual[at])
     return [RecoveredTarget(*values) for values in zip(*(c.tolist() for c in columns), strict=True)]
 

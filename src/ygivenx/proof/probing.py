@@ -94,10 +94,12 @@ class Probe:
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrap(model)
         self.micro_batches: list[MicroBatch] = []
-        self.loss_scale = 1.0  # what a gradient scaler multiplies the loss by; weights are told without
+        self.loss_scale = (
+            1.0  # what a gradient scaler multiplies the loss by; reported weights are free of it
+        )
         self.temperature = 1.0  # what the loss divides its logits by
         self._passes: list[_ForwardPass] = []
-        self._declared: int | None = None  # micro-batches that the loop has told of so far
+        self._declared: int | None = None  # micro-batches that the loop has announced so far
         self._open = ExitStack()
         self._embedded: Tensor | None = None
 
@@ -120,6 +122,8 @@ class Probe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # The loop may have announced its micro-batches (`micro_batch`), whose passes then belong together. Otherwise
+        # each pass that backward reached is one. An error of ours never hides one of the loop's own.
         self._open.close()
         if self._declared is None:
             self.micro_batches = [p.finish(self.loss_scale) for p in self._passes if p.reached]
@@ -204,15 +208,15 @@ class Probe:
         device = hidden.device.type
         rounded = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         form = replace(form, rounded=rounded, scale=form.scale / self.temperature)
-        made = _ForwardPass.of(hidden, self._embedded if ids is None else ids, inputs, form)
-        made.group = -1 if self._declared is None else self._declared - 1
-        self._passes.append(made)
+        started = _ForwardPass.of(hidden, self._embedded if ids is None else ids, inputs, form)
+        started.group = -1 if self._declared is None else self._declared - 1
+        self._passes.append(started)
 
     def _on_head(self, head: nn.Module, x: Tensor, output: Tensor) -> None:
         if not (self._passes and torch.is_grad_enabled() and output.requires_grad):
             return
         # Several passes may come before their heads.
-        current = next((p for p in reversed(self._passes) if p.made(x)), self._passes[-1])
+        current = next((p for p in reversed(self._passes) if p.contains(x)), self._passes[-1])
         rows = current.locate(x)
         if rows is not None:
             current.watch(head, x.detach(), output, rows)
@@ -220,7 +224,7 @@ class Probe:
 
 @dataclass
 class _ForwardPass:
-    """One forward pass: what was fed, and what backward has told so far."""
+    """One forward pass: what was fed, and what backward has shown so far."""
 
     hidden: Tensor | None  # [B, T, H], detached
     ids: np.ndarray
@@ -240,17 +244,17 @@ class _ForwardPass:
         mask = inputs.get("attention_mask")
         attended = _fit(mask if isinstance(mask, Tensor) and mask.dim() == 2 else None, shape, 1).astype(bool)
         documents = documents_of(inputs.get("position_ids"), attended)
-        made = cls(hidden.detach(), known, attended, documents, form, by_logits=np.zeros(known.size, bool))
-        hidden.register_hook(made.quietly(made.on_hidden))
-        return made
+        started = cls(hidden.detach(), known, attended, documents, form, by_logits=np.zeros(known.size, bool))
+        hidden.register_hook(started.guarded_hook(started.on_hidden))
+        return started
 
-    def made(self, x: Tensor) -> bool:
+    def contains(self, x: Tensor) -> bool:
         """Whether x lies in this pass's hidden states."""
         assert self.hidden is not None
         return x.untyped_storage().data_ptr() == self.hidden.untyped_storage().data_ptr()
 
     def locate(self, x: Tensor) -> np.ndarray | None:
-        """Which flat positions the rows of a head's input are; None if that can't be told."""
+        """Which flat positions the rows of a head's input are; None if that is unknown."""
         hidden = self.hidden
         assert hidden is not None
         flat = np.arange(self.ids.size).reshape(self.ids.shape)
@@ -274,7 +278,7 @@ class _ForwardPass:
             self.by_logits[rows] = True
             self.reached = True
 
-        output.register_hook(self.quietly(on_logits))
+        output.register_hook(self.guarded_hook(on_logits))
 
     def on_hidden(self, grad: Tensor) -> None:
         self.reached = True
@@ -288,7 +292,7 @@ class _ForwardPass:
         readings = (from_hidden(hidden.reshape(-1, hidden.shape[-1]), grad, form, hints) for form in forms)
         self.found += min(readings, key=lambda found: sum(f.residual for f in found))
 
-    def quietly(self, read: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def guarded_hook(self, read: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
         """A tensor hook that reads the gradient and changes nothing; an error waits for the end of the probe."""
 
         def hook(grad: Tensor) -> None:

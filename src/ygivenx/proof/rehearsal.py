@@ -57,7 +57,7 @@ def rehearse(trainer: Any) -> Rehearsal:
                 probed.loss_scale = trainer.accelerator.scaler.get_scale()
             probed.temperature = getattr(trainer, "temperature", None) or 1.0  # TRL's that generate
             for batch in batches:
-                with probed.micro_batch(), _told_by_name():
+                with probed.micro_batch(), _named_error():
                     trainer.training_step(trainer.model, batch, items)
         # Without labels the trainer divides by rules of its own, as ours does.
         evaluation = _evaluation(trainer) if all("labels" in b for b in kept) else None
@@ -65,7 +65,7 @@ def rehearse(trainer: Any) -> Rehearsal:
 
 
 @contextlib.contextmanager
-def _told_by_name() -> Iterator[None]:
+def _named_error() -> Iterator[None]:
     """A backward pass of which torch says that nothing in it is trained ends by an error that says what that means."""
     try:
         yield
@@ -83,12 +83,12 @@ def _told_by_name() -> Iterator[None]:
 def unrehearsed(trainer: Any) -> list[str]:
     """What train() would do beside, that the gradient of its steps depends on."""
     args = trainer.args
-    told = {
+    changes = {
         "NEFTune's noise": args.neftune_noise_alpha is not None,
         "Liger's kernels": args.use_liger_kernel,
         "model_init's new model": trainer.model_init is not None,
     }
-    return [name for name, used in told.items() if used]
+    return [name for name, used in changes.items() if used]
 
 
 def _begin_as_train_does(trainer: Any) -> None:

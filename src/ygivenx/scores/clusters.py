@@ -31,25 +31,25 @@ ModelSource = tuple[str, str | None, str]  # directory, GGUF file, dtype
 
 
 class ScoreWorker:
-    """Holds a model on one worker and scores batches of requests; `told` as in `scores`."""
+    """Holds a model on one worker and scores batches of requests; `options` as in `scores`."""
 
-    def __init__(self, model: ModelSource, told: dict[str, Any]) -> None:
+    def __init__(self, model: ModelSource, options: dict[str, Any]) -> None:
         import torch
 
         from ..models.model import load
 
         path, gguf_file, dtype = model
         self.model, _ = load(path, gguf_file=gguf_file, dtype=getattr(torch, dtype))
-        self.told = told
+        self.options = options
 
     def __call__(self, batch: RayBatch) -> RayBatch:
         """Per request its pickled Score, and the batch's counts of tokens beside the first."""
         from .scoring import Tally, scores
 
         tally = Tally()
-        told = list(scores(self.model, map(pickle.loads, batch["item"]), tally=tally, **self.told))
-        rest = [0] * (len(told) - 1)
-        return _results(batch, told) | {
+        found = list(scores(self.model, map(pickle.loads, batch["item"]), tally=tally, **self.options))
+        rest = [0] * (len(found) - 1)
+        return _results(batch, found) | {
             "tokens": np.array([tally.tokens, *rest]),
             "distinct": np.array([tally.distinct, *rest]),
         }
@@ -77,14 +77,14 @@ class EncodeWorker:
 
 
 def scores_on_ray(
-    model: ModelSource, requests: Iterator[Request], *, workers: int, tally: Any, **told: Any
+    model: ModelSource, requests: Iterator[Request], *, workers: int, tally: Any, **options: Any
 ) -> Iterator[Any]:
     """A Score per request, in order, from `workers` workers that each load the model.
 
     Requests of a portion are sorted by their tokens, so that what shares a prefix comes to one worker; its
-    scores come when all are there. `tally` and `told` as in `scores`.
+    scores come when all are there. `tally` and `options` as in `scores`.
     """
-    rows = _through(ScoreWorker, (model, told), requests, workers, key=_tokens)
+    rows = _on_workers(ScoreWorker, (model, options), requests, workers, key=_tokens)
     for row in rows:
         tally.scores += 1
         tally.tokens += int(row["tokens"])
@@ -100,11 +100,11 @@ def encoded_on_ray(
     What was rejected before passes through.
     """
     options = {"now": datetime.now(), **options}  # one time for all workers
-    for row in _through(EncodeWorker, (path, gguf_file, options), rows, workers):
+    for row in _on_workers(EncodeWorker, (path, gguf_file, options), rows, workers):
         yield pickle.loads(row["result"])
 
 
-def _through(
+def _on_workers(
     worker: type,
     arguments: tuple[Any, ...],
     items: Iterator[Any],
@@ -138,5 +138,5 @@ def _tokens(request: Request) -> bytes:
     return request.sequences[0].ids.astype(">u4").tobytes()
 
 
-def _results(batch: RayBatch, made: list[Any]) -> RayBatch:
-    return {"number": batch["number"], "result": np.array([pickle.dumps(m) for m in made], object)}
+def _results(batch: RayBatch, results: list[Any]) -> RayBatch:
+    return {"number": batch["number"], "result": np.array([pickle.dumps(m) for m in results], object)}

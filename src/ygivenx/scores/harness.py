@@ -77,8 +77,8 @@ class ForestLM(HFLM):
     def _encode_ahead(self, pairs: list[tuple[str, str]]) -> Iterator[dict[str, list[int]]]:
         """Ids of what `_encode_pair` will ask for, by batches: each takes every core, and a context once."""
         for start in range(0, len(pairs), AHEAD):
-            asked = ((x.rstrip(), x + y) for x, y in pairs[start : start + AHEAD] if x)
-            yield self._encode_batch(list(dict.fromkeys(text for texts in asked for text in texts)))
+            texts_of = ((x.rstrip(), x + y) for x, y in pairs[start : start + AHEAD] if x)
+            yield self._encode_batch(list(dict.fromkeys(text for texts in texts_of for text in texts)))
 
     def _encode_batch(self, texts: list[str]) -> dict[str, list[int]]:
         """By the base class's rule: special tokens as asked for, but never a second BOS."""
@@ -142,11 +142,11 @@ class ForestLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        told = scores(
+        found = scores(
             self.model, map(self._request, requests), marginal=False, window=self.window, tally=self.tally
         )
         answers = []
-        for (text, _, _), s in zip(requests, told, strict=True):
+        for (text, _, _), s in zip(requests, found, strict=True):
             answers.append((s.log_p_y_given_x, s.greedy))
             if text is not None:  # windows of a rolling request have none: they are cached as a whole
                 self.cache_hook.add_partial("loglikelihood", text, answers[-1])

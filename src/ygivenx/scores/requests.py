@@ -90,7 +90,7 @@ class RequestBuilder:
                 return [q for y in ys for q in self((x, y))]
         sequences = list(item) if isinstance(item, Iterable) else []
         if not sequences or not all(isinstance(s, Sequence) for s in sequences):
-            raise RowError(_told(item), reason="wrong_type", fix=FORMS)
+            raise RowError(_described(item), reason="wrong_type", fix=FORMS)
         return [self._request(s, None) for s in sequences]
 
     def _encoded(self, item: Mapping[str, Any] | Conversation | Pair) -> Iterator[Sequence]:
@@ -242,7 +242,7 @@ def _forest(window: list[Request]) -> Forest:
     return Forest.of([s for q in window for s in q.sequences])
 
 
-def _told(item: Any) -> str:
+def _described(item: Any) -> str:
     parts = f" of {', '.join(type(part).__name__ for part in item)}" if isinstance(item, tuple | list) else ""
     return f"it is a {type(item).__name__}{parts}"
 

@@ -115,7 +115,7 @@ _OTHER = "name another file, or delete this one"
 
 
 def run_before(path: Path) -> dict[str, Any]:
-    """What was told of the run that a file of scores belongs to; nothing where there is no such file."""
+    """The settings of the run that a file of scores belongs to; empty where there is no such file."""
     file, note = (path.with_name(path.name + suffix) for suffix in (".jsonl", ".run.json"))
     present = note.exists() and (path.exists() or file.exists())
     return _note(note)["run"] if present else {}

@@ -297,11 +297,11 @@ def score_sequences(
 
 def _outputs(requests: list[Request], forest: Forest) -> npt.NDArray[np.bool_]:
     """bool [N]: the nodes that are y in some sequence."""
-    wanted = np.zeros(len(forest), bool)
+    outputs = np.zeros(len(forest), bool)
     sequences = (s for r in requests for s in r.sequences)
     for path, sequence in zip(forest.paths, sequences, strict=True):
-        wanted[path[sequence.output]] = True
-    return wanted
+        outputs[path[sequence.output]] = True
+    return outputs
 
 
 def _score(request: Request, values: list[tuple[Float64s, Ints]], marginal: bool, tokens: bool) -> Score:

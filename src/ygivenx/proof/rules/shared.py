@@ -64,13 +64,13 @@ def supplied(s: ObservedRow) -> np.ndarray:
     return np.asarray(s.trained & (s.target == s.ids) & ~s.output & (s.expected == 0), bool)
 
 
-def wanted_y(s: ObservedRow) -> np.ndarray:
-    wanted = s.output & (s.expected > 0)
-    wanted[:1] = False
-    return wanted
+def expected_y(s: ObservedRow) -> np.ndarray:
+    expected = s.output & (s.expected > 0)
+    expected[:1] = False
+    return expected
 
 
-def wanted_in(sequence: Sequence) -> np.ndarray:
+def weighted_in(sequence: Sequence) -> np.ndarray:
     return sequence.weights > 0
 
 
@@ -92,8 +92,8 @@ def share_equal(seen: list[ObservedRow], back: int) -> float:
 
 def parts_of(s: ObservedRow) -> list[slice]:
     """What should have a trained token: each aligned document with weight, else the row."""
-    wanted = wanted_y(s)
-    pieces = [slice(p.start, p.stop) for p in s.pieces if wanted[p.start : p.stop].any()]
+    trained_y = expected_y(s)
+    pieces = [slice(p.start, p.stop) for p in s.pieces if trained_y[p.start : p.stop].any()]
     return pieces or [slice(0, len(s.ids))]
 
 
@@ -161,11 +161,11 @@ def row_numbers(ev: Evidence) -> list[int]:
 
 def places(ev: Evidence) -> list[str]:
     """Which row each sequence comes from."""
-    told: list[str] = []
+    names: list[str] = []
     for number, example in zip(row_numbers(ev), ev.examples, strict=True):
         count = len(example.sequences)
-        told += [f"row {number}" + (f", sequence {k}" if count > 1 else "") for k in range(count)]
-    return told
+        names += [f"row {number}" + (f", sequence {k}" if count > 1 else "") for k in range(count)]
+    return names
 
 
 def some(numbers: list[int]) -> str:

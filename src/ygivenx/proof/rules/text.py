@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ..evidence import Evidence
 from .base import Hit, rule
-from .shared import EXAMPLES, STRAY, first_lost, leaks_of, lost_tokens, places, stray_tokens, wanted_in
+from .shared import EXAMPLES, STRAY, first_lost, leaks_of, lost_tokens, places, stray_tokens, weighted_in
 
 
 @rule(
@@ -66,7 +66,7 @@ def doubled_bos(ev: Evidence) -> Iterator[Hit]:
 )
 def y_truncated(ev: Evidence) -> Iterator[Hit]:
     pieces = [(s, p) for s in ev.seen for p in s.pieces]
-    cut = [(s, p) for s, p in pieces if wanted_in(p.sequence)[p.missing_tail].any()]
+    cut = [(s, p) for s, p in pieces if weighted_in(p.sequence)[p.missing_tail].any()]
     if cut:
         examples = tuple(
             {"where": s.where, "text": ev.text(p.sequence.ids[p.missing_tail][:20])}

@@ -12,13 +12,13 @@ from .shared import (
     EXAMPLES,
     after_end,
     collect,
+    expected_y,
     misplaced,
     of_kind,
     parts_of,
     share_equal,
     supplied,
     tokens,
-    wanted_y,
 )
 
 # Kinds of the assistant's own text: where it is no output, the prompt supplies it.
@@ -52,7 +52,7 @@ def tool_result_trained(ev: Evidence) -> Iterator[Hit]:
     "history-reasoning-trained",
     "error",
     why="The template removes earlier reasoning at inference: the model would learn to produce it where it "
-    "is never asked to, in a context that never occurs.",
+    "is never requested to, in a context that never occurs.",
     fix="Train each turn in the context that inference shows (split mode), or drop the reasoning of the "
     "history.",
 )
@@ -101,8 +101,8 @@ def y_untrained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
         ev,
         "tokens of y are not trained",
-        lambda s: wanted_y(s) & ~s.trained & ~s.foreign & ~of_kind(s, "end_of_turn"),
-        of=lambda s: wanted_y(s) & ~of_kind(s, "end_of_turn"),
+        lambda s: expected_y(s) & ~s.trained & ~s.foreign & ~of_kind(s, "end_of_turn"),
+        of=lambda s: expected_y(s) & ~of_kind(s, "end_of_turn"),
     )
 
 
@@ -116,8 +116,8 @@ def end_untrained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
         ev,
         "end-of-turn tokens are not trained",
-        lambda s: wanted_y(s) & ~s.trained & ~s.foreign & of_kind(s, "end_of_turn"),
-        of=lambda s: wanted_y(s) & of_kind(s, "end_of_turn"),
+        lambda s: expected_y(s) & ~s.trained & ~s.foreign & of_kind(s, "end_of_turn"),
+        of=lambda s: expected_y(s) & of_kind(s, "end_of_turn"),
     )
 
 
@@ -195,15 +195,19 @@ def not_finite(ev: Evidence) -> Iterator[Hit]:
     fix="Use a trainer that carries float weights (yx.Trainer), or a loss that reads them.",
 )
 def weights_ignored(ev: Evidence) -> Iterator[Hit]:
-    asked, given = [], []
+    requested, given = [], []
     for s in ev.seen:
         at = s.trained & (s.expected > 0)
         unit = np.median(s.weight[at] / s.expected[at]) if at.any() else 1.0
-        asked += (s.expected[at]).tolist()
+        requested += (s.expected[at]).tolist()
         given += (s.weight[at] / unit).tolist()
-    if not asked or np.ptp(asked) < 1e-3 or (ev.probe is not None and ev.probe.weighting == "probability"):
+    if (
+        not requested
+        or np.ptp(requested) < 1e-3
+        or (ev.probe is not None and ev.probe.weighting == "probability")
+    ):
         return
-    off = np.abs(np.array(given) / np.array(asked) - 1) > 0.05
+    off = np.abs(np.array(given) / np.array(requested) - 1) > 0.05
     if off.any():
         yield Hit(
             "tokens are trained with another weight than their rows ask for",
@@ -222,8 +226,10 @@ def weights_ignored(ev: Evidence) -> Iterator[Hit]:
 def labels_ignored(ev: Evidence) -> Iterator[Hit]:
     labels = {(s.micro_batch, s.row): s for s in ev.labels}
     pairs = [(s, labels.get((s.micro_batch, s.row))) for s in ev.steps]
-    kept = [(s, told) for s, told in pairs if told is not None and len(told.ids) == len(s.ids)]
-    differ = {id(s): (s.trained != told.trained) & ~s.foreign for s, told in kept}
+    kept = [
+        (s, by_label) for s, by_label in pairs if by_label is not None and len(by_label.ids) == len(s.ids)
+    ]
+    differ = {id(s): (s.trained != by_label.trained) & ~s.foreign for s, by_label in kept}
     found = collect(ev, lambda s: differ[id(s)], seen=[s for s, _ in kept])
     if found.count:
         yield found.hit("predictions are trained against their labels' mask")
