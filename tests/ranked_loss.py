@@ -34,7 +34,7 @@ def compute(out: Path, chunk: int, sharded: bool, rank: int, ranks: int) -> None
     found.value.backward()
     value = found.value.detach() / ranks
     whole = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()]
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = torch.zeros(7, dtype=torch.float64)
     if sharded or ranks == 1:
         sums = evaluate(model, rows, max_tokens=24, rank=rank, ranks=ranks)
     if ranks > 1:

@@ -187,6 +187,12 @@ def test_evaluation_tells_y_from_x(tmp_path):
     x = -sum(b.marginal for b in books) / sum(int((~s.output).sum()) - 1 for s in data)
     assert metrics["eval_conditional_nats"] == pytest.approx(y, rel=1e-5)
     assert metrics["eval_marginal_nats"] == pytest.approx(x, rel=1e-5)
+    first = count = 0
+    for s in data:
+        logits = trainer.model(torch.from_numpy(np.array(s.ids))[None]).logits[0, :-1]
+        hit = logits.argmax(-1).numpy() == s.ids[1:]
+        first, count = first + hit[s.output[1:]].sum(), count + s.output.sum()
+    assert metrics["eval_token_accuracy"] == first / count
 
 
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path):

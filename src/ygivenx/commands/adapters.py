@@ -55,6 +55,10 @@ def embed_base(final: Path, source: Source, output_dir: Path) -> None:
     place, gguf_file = located(str(source.path), source.gguf_file)
     base = Path(place) if gguf_file is None else output_dir / BASE
     name: str | None = None if base.is_dir() else place
+    if base.is_dir() and not (base / "config.json").is_file():  # an adapter that was trained further
+        name = json.loads((base / CONFIG).read_text())["base_model_name_or_path"]
+        if Path(str(name)).is_dir():
+            base, name = Path(str(name)), None
     if name is None:
         for file in _files(base):
             _link(file, final / file.name)

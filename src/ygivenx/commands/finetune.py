@@ -295,7 +295,7 @@ def save(config: TrainConfig, trainer: Trainer, account: dict[str, Any], after: 
         trainer.save_model(str(final))
         if trainer.is_world_process_zero():
             (final / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
-            if config.lora.further:
+            if (final / adapters.CONFIG).is_file():
                 adapters.embed_base(final, config.model, directory)
             write_card(final, config, trainer, account, after)
     return final

@@ -44,7 +44,12 @@ def open_model(source: Source, dtype: str = "float32") -> tuple[Any, Any]:
 
     keep_freed_memory()
     with console.status("loading the model"):
-        loaded = load(str(source.path), gguf_file=source.gguf_file, dtype=getattr(torch, dtype))
+        loaded = load(
+            str(source.path),
+            gguf_file=source.gguf_file,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=source.trust_remote_code,
+        )
     if loaded[0].device.type == "cpu" and not has_products(loaded[0].dtype):
         console.print(f"[yellow]this CPU has no products in {dtype}: float32 takes a fraction of the time[/]")
     return loaded
@@ -62,7 +67,10 @@ def open_encoder(source: Source, section: EncoderSection, **options: Any) -> Enc
 
     with console.status("loading the tokenizer"):
         encoder = Encoder.from_pretrained(
-            str(source.path), gguf_file=source.gguf_file, **{**options, **options_of(section)}
+            str(source.path),
+            gguf_file=source.gguf_file,
+            trust_remote_code=source.trust_remote_code,
+            **{**options, **options_of(section)},
         )
     if encoder.dated:
         now = encoder.now.isoformat(timespec="seconds")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..forest import Forest, pack
+from ..forest import Forest, Ints, pack
 from ..models.streaming import ONE_PASS
 from ..models.wrappers import sharded, through
-from ..scores.node_log_probs import Float64s, node_log_probs
+from ..scores.node_log_probs import Float64s, node_values
 from ..sequence import Sequence
 from .packs import flatten, per_sequence
 
@@ -28,7 +28,7 @@ def evaluate(
     ranks: int = 1,
     denominator: str = "tokens",
 ) -> torch.Tensor:
-    """Sums over the data, float64 [6]: Σ log p and tokens of y, of x, Σ w·log p and Σ w.
+    """Sums over the data, float64 [7]: Σ log p and tokens of y, of x, Σ w·log p and Σ w, tokens of y that come first.
 
     denominator: as in training, so that the two losses are one quantity.
     """
@@ -37,38 +37,52 @@ def evaluate(
         sequences = per_sequence(sequences)
     packs = pack(sequences, max_tokens=max_tokens)
     own = packs[rank::ranks]
-    sums = np.zeros(6)
+    sums = np.zeros(7)
     was_training = model.training
     model.eval()
     try:
         for forest in own:
-            by_node = _log_p(model, forest)
+            log_p, place = _values(model, forest)
             for member, path in zip(forest.members, forest.paths, strict=True):
-                sums += _role_sums(sequences[member], by_node[path])
+                sums += _role_sums(sequences[member], log_p[path], place[path])
         if sharded(model) and len(own) < len(packs[::ranks]):
-            _log_p(model, packs[0])  # gathers the weights once more, as the other ranks do
+            _values(model, packs[0])  # gathers the weights once more, as the other ranks do
     finally:
         model.train(was_training)
     return torch.from_numpy(sums)
 
 
 def rates(sums: torch.Tensor) -> dict[str, float]:
-    """Nats per token from the sums of `evaluate`; a role without tokens is left out."""
-    y, n_y, x, n_x, weighted, weight = sums.tolist()
-    parts = {"loss": (-weighted, weight), "conditional_nats": (-y, n_y), "marginal_nats": (-x, n_x)}
+    """Nats per token from the sums of `evaluate`; a role without tokens is left out.
+
+    token_accuracy: the share of tokens of y that are the most probable ones.
+    """
+    y, n_y, x, n_x, weighted, weight, first = sums.tolist()
+    parts = {
+        "loss": (-weighted, weight), "conditional_nats": (-y, n_y), "marginal_nats": (-x, n_x),
+        "token_accuracy": (first, n_y),
+    }  # fmt: skip
     return {name: total / count for name, (total, count) in parts.items() if count}
 
 
-def _log_p(model: nn.Module, forest: Forest) -> Float64s:
+def _values(model: nn.Module, forest: Forest) -> tuple[Float64s, Ints]:
     if not sharded(model):
-        return node_log_probs(model, forest)
-    return through(model, lambda inner: node_log_probs(inner, forest, chunk=ONE_PASS))
+        return node_values(model, forest)
+    return through(model, lambda inner: node_values(inner, forest, chunk=ONE_PASS))
 
 
-def _role_sums(s: Sequence, log_p: np.ndarray) -> np.ndarray:
+def _role_sums(s: Sequence, log_p: Float64s, rank: Ints) -> Float64s:
     output = s.output
     x = ~output & ~np.isnan(log_p)
     w = s.weights.astype(np.float64)
     return np.array(
-        [log_p[output].sum(), output.sum(), log_p[x].sum(), x.sum(), np.nansum(w * log_p), math.fsum(w)]
+        [
+            log_p[output].sum(),
+            output.sum(),
+            log_p[x].sum(),
+            x.sum(),
+            np.nansum(w * log_p),
+            math.fsum(w),
+            (rank[output] == 0).sum(),
+        ]
     )
