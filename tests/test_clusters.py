@@ -18,7 +18,7 @@ from ygivenx.scores.scoring import Tally, scores
 if find_spec("ray") is None:
     pytest.skip("ray is not installed", allow_module_level=True)
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")

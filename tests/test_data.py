@@ -568,7 +568,7 @@ def test_a_line_over_the_limit_is_never_held(tmp_path):
     assert peak < 6 << 20
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_200_megabytes_in_flat_memory(tmp_path):
     write_many(tmp_path / "a.jsonl", 200)
     code = (

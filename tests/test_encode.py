@@ -213,7 +213,7 @@ def test_an_encoder_and_its_errors_travel(smol_tokenizer):
     assert (str(there), there.reason, there.where) == (str(e.value), e.value.reason, e.value.where)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_processes_change_nothing(smol_tokenizer):
     rows = [{"messages": CHAT}, {"messages": []}, {"x": "a", "y": " b"}, 7, {"messages": CHAT[:2]}]
     enc = Encoder(smol_tokenizer)

@@ -477,6 +477,7 @@ def test_adapters(chunk):
     assert_same(gradients(model, yx.loss(model, rows, chunk=chunk).value), wanted)
 
 
+@pytest.mark.full
 @pytest.mark.model
 def test_the_real_model(smol):
     """No further from float64 than the sequences one by one are.

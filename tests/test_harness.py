@@ -96,6 +96,7 @@ def test_every_request_and_accuracy_equals_the_hf_class(tiny_model, tasks):
     assert info["examples"][0]["written"].endswith("A:(72)")
 
 
+@pytest.mark.full
 @pytest.mark.model
 def test_on_the_real_model(smol, tasks):
     from lm_eval.api.instance import Instance
@@ -183,7 +184,7 @@ def test_requests_are_encoded_once_and_in_batches(tiny_model, monkeypatch):
     assert list(map(len, batches)) == [4, 4, 4]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.model
 def test_every_task_with_the_real_model(smol, tasks):
     model, tokenizer = smol

@@ -137,7 +137,7 @@ def test_random_cases_agree_with_the_twin():
     run_cases(0, CASES)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.usefixtures("small_tiles", "route")
 def test_twenty_thousand_random_cases():
     run_cases(1_000_000, 20_000)

@@ -74,7 +74,7 @@ def test_a_slice_of_the_matrix():
     assert set(kinds) <= CONTRACT | {"single", "split", "template_error", "dropped_field"}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(not TEMPLATES, reason="TRL is not installed")
 def test_the_matrix(record_property):
     found = outcomes(STOCK)

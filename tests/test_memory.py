@@ -53,11 +53,13 @@ def test_what_is_freed_comes_back_without_faults():
     assert (kept, faults < run()[1] / 2) == ("True", True)  # an interpreter has some of its own
 
 
+@pytest.mark.full
 def test_without_it_every_step_pays_again():
     """Else the test above could not fail. 107 MB in pages of 4 KiB, four times; large pages would make it fewer."""
     assert run()[1] > 200
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
 def test_whoever_has_set_the_allocator_keeps_it_so(name):
     value = "1" if name.startswith("MALLOC") else "glibc.malloc.arena_max=1"

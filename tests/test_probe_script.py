@@ -72,6 +72,7 @@ def test_a_script_that_goes_elsewhere_leaves_us_where_we_were(tmp_path):
     assert os.getcwd() == here
 
 
+@pytest.mark.full
 def test_a_script_that_fails_is_no_finding(tmp_path):
     (tmp_path / "script.py").write_text("1 / 0\n")
     command = [sys.executable, "-m", "ygivenx", "probe", str(tmp_path / "script.py")]

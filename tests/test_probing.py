@@ -321,6 +321,7 @@ def test_autocast_rounds_and_the_weights_are_read_all_the_same(route):
     assert_recovered(probed, ids, weights, bound=RELATIVE_ERROR[torch.bfloat16])
 
 
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile, on import
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_a_model_that_was_compiled_before():
@@ -518,7 +519,7 @@ def test_the_fused_head_of_trl(dtype):
     assert_recovered(probed, ids, weights)
 
 
-@pytest.mark.slow  # compiles a kernel
+@pytest.mark.full  # compiles a kernel
 @pytest.mark.filterwarnings("ignore")
 def test_cut_cross_entropy():
     cce = pytest.importorskip("cut_cross_entropy")
@@ -567,7 +568,7 @@ def test_the_real_model(smol, route):
 
 
 @pytest.mark.model
-@pytest.mark.slow  # loads it once more
+@pytest.mark.full  # loads it once more
 @pytest.mark.parametrize("route", ["logits", "hidden"])
 def test_the_real_model_in_bfloat16(route, smol_tokenizer):
     from ygivenx.models.model import load

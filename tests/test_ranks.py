@@ -45,6 +45,7 @@ def test_two_ranks_are_one(tmp_path, rows, max_tokens):
         assert ((a - b).norm() / a.norm()).item() < 1e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("chunk", "sharded"), [(0, 0), (16, 0), (0, 1)])
 def test_the_loss_of_a_wrapped_model_is_that_of_one_process(tmp_path, chunk, sharded):
     script = HERE / "ranked_loss.py"
@@ -56,6 +57,7 @@ def test_the_loss_of_a_wrapped_model_is_that_of_one_process(tmp_path, chunk, sha
         torch.testing.assert_close(two["sums"], one["sums"])
 
 
+@pytest.mark.full
 def test_two_ranks_resume_and_agree_on_the_best(tmp_path):
     told = run(tmp_path / "two.pt", 2, script=HERE / "ranked_resume.py")
     assert told == {"resumed": [True, True], "best": [True, True]}

@@ -127,6 +127,7 @@ def test_parquet_has_the_tokens(model_dir, pairs, tmp_path):
     assert "complete" in again.stderr
 
 
+@pytest.mark.full
 def test_a_killed_run_goes_on_where_it_ended(model_dir, tmp_path):
     pairs, out, whole = tmp_path / "many.jsonl", tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     with pairs.open("w") as file:

@@ -298,7 +298,7 @@ def test_no_chunk_of_nothing():
         list(stream_hidden(llama(), yx.Forest.of(ROWS), chunk=0))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_trajectory_of_32k_tokens_trains():
     """One sequence of 32,768 tokens, a 4-layer model: memory is bounded by the chunk, not by the length."""
     rng = np.random.default_rng(0)

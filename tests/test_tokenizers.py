@@ -30,7 +30,7 @@ def checked(tokenizer, name: str) -> Counter[str]:
     return Counter(outcome(encoder, row, ends_for(name)) for row in ALL.values())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_real_tokenizers(name):
     found = checked(tokenizer_of(name), name)

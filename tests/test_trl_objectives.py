@@ -112,6 +112,7 @@ def test_examples_are_short(example):
     assert len(example.read_text().splitlines()) < 60
 
 
+@pytest.mark.full
 @pytest.mark.model
 def test_a_group_raises_its_reward(capsys):
     means = runpy.run_path(str(EXAMPLES / "grpo.py"))["main"](steps=2, tokens=6)

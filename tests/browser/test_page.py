@@ -25,6 +25,7 @@ FLAGS = (
     "--disable-component-update --disable-sync --window-size=1200,900"
 )
 pytestmark = [
+    pytest.mark.full,
     pytest.mark.browser,
     pytest.mark.skipif(
         not (CHROMIUM and DRIVER), reason="needs Debian's packages chromium and chromium-driver"

@@ -17,8 +17,7 @@ SOUND = [e for e in EXHIBITS if e.rule is None]
 
 
 def cases(exhibits):
-    slow = pytest.mark.slow
-    return [pytest.param(e, id=e.name, marks=slow if e.slow else ()) for e in exhibits]
+    return [pytest.param(e, id=e.name, marks=pytest.mark.full if e.slow else ()) for e in exhibits]
 
 
 @pytest.fixture(scope="module")
