@@ -211,6 +211,11 @@ def test_what_transformers_refuses_is_an_error_of_ours(settings):
         train(settings, optim="sgdd")
 
 
+def test_a_logger_that_is_not_installed_is_an_error_of_ours(settings):
+    with pytest.raises(ConfigError, match="comet_ml can't be reported to"):
+        train(settings, report_to="comet_ml")
+
+
 def test_ranks_are_one_run(settings, tmp_path):
     """torchrun, as people start it: two ranks, one writer, the losses of one process."""
     one, _ = train(settings, max_steps=2, dtype="float32", gradient_accumulation_steps=2)

@@ -40,6 +40,7 @@ from .commands.inputs import (
     open_model,
     open_rows,
     options_of,
+    row_of,
     say,
     the_row,
 )
@@ -112,14 +113,23 @@ def emit(document: Any) -> None:
 @command()
 def show(
     data: Data, source: Source, columns: Columns, encoder: EncoderSection, row: RowNumber = 0,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="first what inference shows, what the row renders to, and where they part")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Print one row as the model reads it, its trained tokens coloured.
 
     Example: `ygx show data.jsonl --model sample --row 3`
     """
+    from .commands.explain import explained
+
     reader = open_rows(data, columns, row + 1)
-    example = the_row(reader, open_encoder(source, encoder), row)
+    made, item = open_encoder(source, encoder), row_of(reader, row)
+    if explain:
+        for line in explained(made.tokenizer, item.value):
+            say(line)
+    example = made(item)
     if as_json:
         return emit({"format": reader.format, "sequences": [_sequence_json(s) for s in example.sequences]})
     say(f"format: {reader.format}")

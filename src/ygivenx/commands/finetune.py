@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ..errors import ConfigError
 from ..locks import locked
@@ -235,6 +236,13 @@ def build(
     held_out: list[Example] | None, console: Console, notes: dict[str, Any] | None = None,
 ) -> Trainer:  # fmt: skip
     """The Trainer of a config, with one progress bar and no other output; `notes` go into its checkpoints."""
+    for name in args.report_to:
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(
+                f"{name} can't be reported to: it isn't installed, or nothing that transformers knows",
+                where="report_to",
+                fix=f"pip install {name}, or one of {', '.join(get_available_reporting_integrations()) or 'none'}",
+            )
     trainer = Trainer(
         model=model,
         args=args,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ..errors import ConfigError
-from ..rows.data import Reader, read
+from ..rows.data import Reader, Row, read
 from ..sequence import Example, Rejected
 from ..show import visible
 from .config import Columns, EncoderSection, Rows, Source
@@ -224,13 +224,18 @@ def say_account(account: dict[str, Any], first: str, examples: dict[str, str] | 
 
 def the_row(reader: Reader, encoder: Any, number: int) -> Example:
     """The example of one row; raises what the row was quarantined for."""
+    example: Example = encoder(row_of(reader, number))
+    return example
+
+
+def row_of(reader: Reader, number: int) -> Row:
+    """One row as it was read; raises what it was quarantined for."""
     item = next(islice(reader, number, number + 1), None)
     if item is None:
         raise ConfigError(f"there is no row {number}", where=reader.name, fix="--row counts from 0")
     if isinstance(item, Rejected):
         raise ConfigError(f"row {number} is quarantined ({item.reason})", why=item.message)
-    example: Example = encoder(item)
-    return example
+    return item
 
 
 _FLAGS = {
