@@ -57,6 +57,9 @@ CASES = {
                                  "chunk_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2,
                                  "moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 24,
                                  "layer_types": ["linear_attention", "moe", "full_attention", "linear_attention"]}),
+    "zamba2": ("Zamba2", {"mamba_d_state": 8, "n_mamba_heads": 8, "chunk_size": 16, "num_mem_blocks": 1,
+                          "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_key_value_heads": 4,
+                          "use_mem_rope": True, "use_shared_attention_adapter": True, "adapter_rank": 4}),
     "mamba": ("Mamba", {"state_size": 4}),
     "falcon_mamba": ("FalconMamba", {"state_size": 4}),
     "jamba": ("Jamba", {"mamba_d_state": 4, "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 4,
@@ -66,7 +69,9 @@ CASES = {
 
 def build(case: str):
     name, extra = CASES[case]
-    config = getattr(transformers, name + "Config")(**(COMMON | extra))
+    own_heads = {"head_dim"} if name == "Zamba2" else set()  # it works them out
+    settings = {k: v for k, v in (COMMON | extra).items() if k not in own_heads}
+    config = getattr(transformers, name + "Config")(**settings)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     for n, p in model.named_parameters():  # biases of zero and states that decay at once would hide mistakes
@@ -101,6 +106,23 @@ def test_shared_equals_alone(case, shape):
     assert not sharing_of(model).reason
     assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
     assert_same(gradients(model, out.value), wanted)
+
+
+BAILING = {**LATENT, "num_local_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "head_dim": 8,
+           "moe_intermediate_size": 24, "num_key_value_heads": 4, "layer_types": THREE_TO_ONE}  # fmt: skip
+
+
+def test_a_rule_that_rounds_more_in_chunks_is_exact_token_by_token(monkeypatch):
+    """Its decay is strong: the model's own gradients by chunks of 64 are 1e-4 from those token by token."""
+    from transformers.models.bailing_hybrid import modeling_bailing_hybrid as family
+
+    monkeypatch.setitem(CASES, "bailing_hybrid", ("BailingHybrid", BAILING))
+    model, rows = build("bailing_hybrid"), uneven()
+    by_chunks = gradients(model, yx.loss(model, rows).value)
+    monkeypatch.setattr(family, "chunk_kimi_delta_attention", family.recurrent_kimi_delta_attention)
+    exact = gradients(model, reference.loss(model, rows))
+    assert_same(gradients(model, yx.loss(model, rows).value), exact)
+    assert_same(by_chunks, exact, 5e-4)
 
 
 def slow_segments(end: np.ndarray) -> dict[int, tuple[int, int]]:
