@@ -134,9 +134,28 @@ def audit(
 
 
 def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, trainer: Any) -> Evidence:
+    """Everything that the rules look at. The order matters: rows are read first, as all else is aligned with them."""
     ev = Evidence(probe=probed)
+    if trainer is not None and model is None:
+        model = trainer.model
+    _read_rows(ev, rows, encoder, trainer)
+    _add_limits(ev, model, trainer)
     if trainer is not None:
-        model = trainer.model if model is None else model
+        batch = _rehearse(ev, trainer)
+    batches = [] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
+    _observe(ev, batches)
+    _add_denominators(ev, trainer)
+    module = trainer.model if trainer is not None else model
+    if batches and module is not None and not isinstance(module, Limits):
+        from .leaks import leaks_in
+
+        ev.leaks = leaks_in(ev.seen, module, batches)
+    return ev
+
+
+def _read_rows(ev: Evidence, rows: Any, encoder: Any, trainer: Any) -> None:
+    """The rows as the encoder reads them; by default those that a trainer's data set still carries."""
+    if trainer is not None:
         ev.tokenizer = tokenizer_of(trainer)
         rows = _rows_of(trainer) if rows is None else rows
         if encoder is None and rows is not None and ev.tokenizer is not None:
@@ -154,25 +173,24 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
         unread = [r for r in ev.rows if isinstance(r, Rejected)]
         examples, rejected = encoder.batch(r for r in ev.rows if not isinstance(r, Rejected))
         ev.examples, ev.rejected = list(examples), [*unread, *rejected]
-    _add_limits(ev, model, trainer)
-    if trainer is not None:
-        batch = _rehearse(ev, trainer)
-    batches = [] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
+
+
+def _observe(ev: Evidence, batches: list[Mapping[str, Any]]) -> None:
+    """What the batches say by their labels and the probe by its gradient, aligned with the rows."""
     ev.labels = [s for i, b in enumerate(batches) if "labels" in b for s in seen_in_batch(b, i)]
-    if ev.probe is not None and not ev.steps:
+    if ev.probe is not None and not ev.steps:  # a rehearsal has filled them in already
         ev.steps = [s for i, b in enumerate(ev.probe.micro_batches) for s in seen_in_step(i, b)]
     _align(ev)
-    if ev.steps and getattr(trainer, "denominator", None) != "sequence":  # which ours was asked to divide by
-        from .rehearsal import denominators
 
-        # A batch or a probe may be audited on one rank alone; a trainer's step needs all of them anyway.
-        ev.denominators = denominators(ev.steps, gather=trainer is not None)
-    module = trainer.model if trainer is not None else model
-    if batches and module is not None and not isinstance(module, Limits):
-        from .leaks import leaks_in
 
-        ev.leaks = leaks_in(ev.seen, module, batches)
-    return ev
+def _add_denominators(ev: Evidence, trainer: Any) -> None:
+    # By sequence, tokens are meant to weigh differently: that is what our own trainer was configured for.
+    if not ev.steps or getattr(trainer, "denominator", None) == "sequence":
+        return
+    from .rehearsal import denominators
+
+    # A batch or a probe may be audited on one rank alone; a trainer's step needs all of them anyway.
+    ev.denominators = denominators(ev.steps, gather=trainer is not None)
 
 
 def _add_limits(ev: Evidence, model: Any, trainer: Any) -> None:
