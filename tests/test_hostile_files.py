@@ -101,15 +101,17 @@ def test_an_offset_that_leads_out_of_the_file_is_an_error_of_ours(tmp_path, kind
 
 
 def test_a_bad_offset_behind_a_text_that_is_not_utf8_is_found(tmp_path):
-    data = arrow(pa.ipc.new_file, rows=[{"x": "abcd", "y": "2"}] * 30)
-    at, offsets = data.find(b"abcd"), data.find(struct.pack("<4i", 0, 4, 8, 12))
+    """In one column: an object whose first text isn't UTF-8, and whose second one has the offset."""
+    data = arrow(pa.ipc.new_file, rows=[{"x": {"a": "abcd", "b": "efgh"}, "y": "2"}] * 30)
+    first = data.find(struct.pack("<4i", 0, 4, 8, 12))
+    second = data.find(struct.pack("<4i", 0, 4, 8, 12), first + 16)
     damaged = bytearray(data)
-    damaged[at] = 0xFF
+    damaged[data.find(b"abcd")] = 0xFF
     (tmp_path / "text.arrow").write_bytes(damaged)
-    damaged[offsets + 80 : offsets + 84] = struct.pack("<i", 2**30)
+    damaged[second + 80 : second + 84] = struct.pack("<i", 2**30)
     (tmp_path / "both.arrow").write_bytes(damaged)
     assert in_a_process(OUTCOMES, tmp_path / "text.arrow", tmp_path / "both.arrow") == [
-        "read unreadable_value", "the column 'x' is damaged",
+        "read unreadable_value wrong_type", "the column 'x' is damaged",
     ]  # fmt: skip
 
 
