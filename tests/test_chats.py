@@ -564,9 +564,16 @@ def test_a_dropped_call_is_refused_and_a_dropped_context_told():
     assert any("messages[1].tool_calls[0].function.name is left out" in n for n in context.notes)
 
 
-def test_a_dropped_system_message_is_told():
+def test_a_dropped_system_message_is_refused_or_told():
     template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
-    notes = encoder(template)({"messages": [system(), user(), reply()], "tools": [call()]}).only.notes
+    row = {"messages": [system(), user(), reply()], "tools": [call()]}
+    error = refusal(encoder(template), *row["messages"])
+    assert (error.reason, error.field, "whole message of the system" in error.what) == (
+        "dropped_field",
+        "messages[0]",
+        True,
+    )
+    notes = encoder(template, dropped="warn")(row).only.notes
     assert "messages[0].content is left out by the template" in notes
     assert "tools is left out by the template" in notes
 
@@ -579,8 +586,10 @@ def test_what_a_user_says_is_not_dropped_where_it_is_trained():
     without = CHATML.replace("m['content'] +", "(m['content'] if m['role'] != 'system' else '') +")
     messages = [system(), user(), reply()]
     assert refusal(encoder(without, train="prompt=0.1"), *messages).field == "messages[0].content"
-    assert "left out" in encoder(without)({"messages": messages}).only.notes[0]
-    assert trained(encoder(without, train="roles=user")({"messages": messages})) == "What is 2 + 2?"
+    warned = encoder(without, dropped="warn")
+    assert "left out" in warned({"messages": messages}).only.notes[0]
+    users = encoder(without, train="roles=user", dropped="warn")
+    assert trained(users({"messages": messages})) == "What is 2 + 2?"
 
 
 def test_reasoning_without_weight_may_be_dropped():
@@ -621,7 +630,7 @@ def test_replies_that_begin_alike_are_each_trained_whole():
         "{% if messages[-1].role == 'assistant' %}{{ messages[-1].content }}<|im_end|>{% endif %}"
     )
     rows = [user("Greet me"), reply("hello there"), user("Greet me"), reply("hello again")]
-    first, second = encoder(template)({"messages": rows}).sequences
+    first, second = encoder(template, dropped="warn")({"messages": rows}).sequences
     assert "".join(first.trained) == "hello there<|im_end|>"
     assert "".join(second.trained) == "hello again<|im_end|>"
 

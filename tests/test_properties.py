@@ -13,10 +13,10 @@ from templates.conversations import call
 from templates.stock import stock_templates, tokenizer_for
 
 from ygivenx import Encoder, RowError
-from ygivenx.encoder.origins import Text, join
-from ygivenx.encoder.writing import percent
 from ygivenx.errors import YgivenxError
 from ygivenx.rows.formats import normalise
+from ygivenx.templating.origins import Text, join
+from ygivenx.templating.writing import percent
 
 SHELF = stock_templates()
 TEMPLATES = [

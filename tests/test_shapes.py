@@ -13,13 +13,13 @@ from test_properties import CONTROL, many, messages, words
 from tokenizers import AddedToken
 
 from ygivenx import Encoder, Example, Rejected, RowError
-from ygivenx.encoder.asking import AskingEnvironment
-from ygivenx.encoder.holes import Sheet, Undecided, marked_text
-from ygivenx.encoder.inputs import Inputs
+from ygivenx.encoder.chats import candidates
 from ygivenx.encoder.pieces import cutting_tokens
-from ygivenx.encoder.sandbox import environment
-from ygivenx.encoder.template import Template
 from ygivenx.encoder.tokens import Tokens
+from ygivenx.templating.inputs import Inputs
+from ygivenx.templating.placeholders import PathConditions, Undecided, text_with_marks
+from ygivenx.templating.symbolic import SymbolicEnvironment
+from ygivenx.templating.template import Template
 
 TEMPLATES = stock_templates()
 STOCK = [n for n in TEMPLATES if not n.endswith("_training")]
@@ -39,7 +39,7 @@ def twins(name: str, template: str = "", **options) -> tuple[Encoder, Encoder]:
     """An encoder, and one that proves each row by itself."""
     tokenizer = tokenizer_for(name, template or TEMPLATES[name])
     fast, slow = Encoder(tokenizer, **options), Encoder(tokenizer, **options)
-    slow._chats._known = lambda row, inputs: None
+    slow._chats._proofs.candidates = candidates  # the slow twin itself
     return fast, slow
 
 
@@ -52,7 +52,7 @@ def plain(done: tuple[list[Example], list[Rejected]]) -> list:
 
 
 def proofs(encoder: Encoder) -> int:
-    return sum(len(p) for s in encoder._chats._shapes.values() for p in s._proofs.values())
+    return sum(map(len, encoder._chats._proofs.by_shape.values()))
 
 
 def row(*texts: str) -> dict:
@@ -173,23 +173,22 @@ LOOKED_INTO = [
 ]  # fmt: skip
 
 
-def asked(source: str, text: str) -> tuple[str, Sheet]:
-    sheet = Sheet()
-    environment(AskingEnvironment).sheet = sheet
-    inputs = Inputs((), kwargs={"t": sheet.hole(text)})
-    return marked_text(Template(source).pieces(AskingEnvironment, inputs, False)), sheet
+def asked(source: str, text: str) -> tuple[str, PathConditions]:
+    sheet = PathConditions()
+    inputs = Inputs((), kwargs={"t": sheet.placeholder(text)})
+    return text_with_marks(Template(source).pieces(SymbolicEnvironment, inputs, False)), sheet
 
 
 @pytest.mark.parametrize(("source", "questions"), ASKED)
 def test_what_a_template_may_ask(source, questions):
     made, sheet = asked(source, "Hello")
     filled = made
-    for hole in sheet.holes:
+    for hole in sheet.placeholders:
         filled = filled.replace(hole.mark, hole.text)
     assert filled == Template(source).render(Inputs((), kwargs={"t": "Hello"}))
     kinds = [what for _, what, _ in sheet.answers]
     assert {k: kinds.count(k) for k in kinds} == questions
-    assert sheet.answered_alike(["Hello"])
+    assert sheet.hold_for(["Hello"])
 
 
 @pytest.mark.parametrize("source", LOOKED_INTO)
@@ -200,9 +199,9 @@ def test_what_looks_into_a_text_is_undecided(source):
 
 def test_other_answers_are_noticed():
     _, sheet = asked("{% if '</think>' in t %}{% endif %}{{ t | trim }}", "Hello")
-    assert sheet.answered_alike(["Bye"])
-    assert not sheet.answered_alike(["</think>"])
-    assert not sheet.answered_alike([" Bye"])
+    assert sheet.hold_for(["Bye"])
+    assert not sheet.hold_for(["</think>"])
+    assert not sheet.hold_for([" Bye"])
 
 
 # --- encoding part by part -------------------------------------------------------------------------------
@@ -293,11 +292,11 @@ def test_what_is_not_known_to_work_part_by_part_is_encoded_whole(step):
 
 def test_where_renderings_part_at_a_hole_its_text_is_asked():
     """That they part there, and not later, depends on how the text begins: other rows have to answer alike."""
-    sheet = Sheet()
-    sheet.hole("yes").begins_otherwise("no")
-    assert sheet.answered_alike(["perhaps"])
-    assert not sheet.answered_alike(["never"])
-    assert not sheet.answered_alike([""])
-    for text, rest in (("yes", "yet"), ("", "no"), ("yes", sheet.holes[0].mark)):
+    sheet = PathConditions()
+    sheet.placeholder("yes").require_other_beginning("no")
+    assert sheet.hold_for(["perhaps"])
+    assert not sheet.hold_for(["never"])
+    assert not sheet.hold_for([""])
+    for text, rest in (("yes", "yet"), ("", "no"), ("yes", sheet.placeholders[0].mark)):
         with pytest.raises(Undecided):
-            sheet.hole(text).begins_otherwise(rest)
+            sheet.placeholder(text).require_other_beginning(rest)

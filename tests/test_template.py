@@ -9,11 +9,11 @@ from templates.conversations import ALL, call, calls, reply, user
 from templates.stock import stock_templates, tokenizer_for
 
 from ygivenx import RowError
-from ygivenx.encoder.inputs import Inputs, inputs_of
-from ygivenx.encoder.origins import OriginsLost, Text, join, source_at
-from ygivenx.encoder.template import Template
-from ygivenx.encoder.tracing import marked
 from ygivenx.rows.formats import normalise
+from ygivenx.templating.inputs import Inputs, inputs_of
+from ygivenx.templating.origins import OriginsLost, Text, join, source_at
+from ygivenx.templating.template import Template
+from ygivenx.templating.tracing import marked
 
 SHELF = stock_templates()
 STOCK = [n for n in SHELF if not n.endswith("_training")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..errors import RowError
 from ..sequence import Segment, Sequence
 from .policy import Policy
-from .tokens import Encoded, Tokens, across
+from .tokens import Encoded, Tokens
 
 UNTRAINED_FIRST = "the first token has no context to be predicted from: it isn't trained"
 
@@ -31,18 +31,33 @@ class Options:
     repairs: frozenset[str] = frozenset()
     max_length: int | None = None
     overflow: str = "refuse"
+    thoughts: str = "as_written"
     bos: bool | str = "auto"
     eos: bool | str = "auto"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     now: datetime = field(default_factory=datetime.now)
 
 
+class Work(Protocol):
+    """A row on its way through the tokenizer: texts to encode, each with the characters where it is cut."""
+
+    @property
+    def texts(self) -> list[tuple[str, tuple[int, ...]]]: ...
+    def finish(self, parts: list[Encoded]) -> list[Sequence]:
+        """The sequences of the encoded texts; raises RowError."""
+        ...
+
+
 @dataclass(frozen=True)
 class Job:
-    """A row on its way: texts to encode, each with the characters where it is cut, and what to make of them."""
+    """The work of a row that is encoded in one way alone."""
 
     texts: list[tuple[str, tuple[int, ...]]]
-    finish: Callable[[list[Encoded]], list[Sequence]]
+    make: Callable[[list[Encoded]], list[Sequence]]
+
+    def finish(self, parts: list[Encoded]) -> list[Sequence]:
+        """See `Work`."""
+        return self.make(parts)
 
 
 def made(
@@ -73,6 +88,8 @@ def fitted(sequences: list[Sequence], most: int | None, overflow: str) -> list[S
     long = [s for s in trained if most is not None and len(s) > most]
     if most is None or not long:
         return trained
+    if overflow == "drop_reply":
+        return _with_whole_replies(trained, most)
     if overflow != "truncate":
         raise too_long(long[0], most)
     kept = [s for s in trained if s.weights[:most].any()]
@@ -84,6 +101,43 @@ def fitted(sequences: list[Sequence], most: int | None, overflow: str) -> list[S
         note = f"{left_out} later turns with nothing to train in {most} tokens are left out"
         cut[-1] = replace(cut[-1], notes=(*cut[-1].notes, f"{note}: {lost} trained tokens lost"))
     return cut
+
+
+def _with_whole_replies(sequences: list[Sequence], most: int) -> list[Sequence]:
+    """Each sequence up to `most` tokens, replies that don't fit whole without weight; raises RowError `too_long`."""
+    fitting = [_without_cut_reply(s, most) for s in sequences]
+    kept = [s for s in fitting if s.weights.any()]
+    if not kept:
+        raise too_long(min(sequences, key=len), most, "no reply stands whole before that")
+    if left_out := len(fitting) - len(kept):
+        lost = sum(
+            int((s.weights > 0).sum()) for s, f in zip(sequences, fitting, strict=True) if not f.weights.any()
+        )
+        note = (
+            f"{left_out} later turns that don't fit in {most} tokens are left out: {lost} trained tokens lost"
+        )
+        kept[-1] = replace(kept[-1], notes=(*kept[-1].notes, note))
+    return kept
+
+
+def _without_cut_reply(sequence: Sequence, most: int) -> Sequence:
+    """The first `most` tokens of a longer sequence; a reply that reaches further is context, with a note."""
+    if len(sequence) <= most:
+        return sequence
+    cut = {s.message for s in sequence.segments if s.output and s.stop > most}
+    weights = sequence.weights[:most].copy()
+    segments = []
+    for s in sequence.segments:
+        if s.start < most:
+            is_context = s.output and s.message in cut
+            weights[s.start : s.stop] *= not is_context
+            segments.append(
+                Segment(s.start, min(s.stop, most), s.kind, s.output and not is_context, s.message)
+            )
+    lost = int((sequence.weights > 0).sum() - (weights > 0).sum())
+    note = f"cut from {len(sequence)} to {most} tokens: {len(cut)} replies that don't fit are context, "
+    note += f"{lost} trained tokens lost"
+    return made(sequence.ids[:most], weights, segments, sequence.tokens[:most], (*sequence.notes, note))
 
 
 def _nothing_trained(sequences: list[Sequence]) -> RowError:
@@ -112,31 +166,6 @@ def too_long(sequence: Sequence, most: int, why: str = "") -> RowError:
         f"{len(sequence)} tokens, more than max_length={most}",
         reason="too_long",
         why=why,
-        fix="raise max_length, or overflow='drop_turns' (whole oldest turns) or 'truncate'",
-    )
-
-
-def control_text(token: str, path: str, why: str = "") -> RowError:
-    return RowError(
-        f"{token!r} is a control token of the tokenizer, written in the row's text",
-        reason="control_text",
-        field=path,
-        why=why or "parsed, it would forge the structure of the conversation",
-        fix="control='text' encodes it as ordinary text, control='parse' as the token; or mend the row",
-    )
-
-
-def straddle(encoded: Encoded, at: int, field: str) -> RowError:
-    if (k := across(encoded, at)) is not None:
-        token = repr(encoded.text[encoded.starts[k] : encoded.stops[k]])
-        what = f"the token {token} holds the end of x and the beginning of y"
-    else:
-        what = "the ids of x aren't a prefix of the ids of x and y together"
-    return RowError(
-        what,
-        reason="straddling_token",
-        field=field,
-        why="inference shows x encoded alone: the model would be trained on ids that it never sees",
-        fix="border='split' encodes x and y apart, border='mask' leaves a token that holds both out of y, "
-        "border='refuse' (the default) keeps such rows out",
+        fix="raise max_length, or overflow='drop_turns' (whole oldest turns), 'drop_reply' (replies that don't fit) "
+        "or 'truncate'",
     )

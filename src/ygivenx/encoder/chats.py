@@ -1,31 +1,40 @@
-"""Conversations: rendered, proven, kept from forging control tokens, encoded, weighed and fitted."""
+"""Conversations through the encoder: render, prove, tokenize, weigh.
+
+`candidates` gives, one after the other, what each strategy makes of a row: a `Candidate`, whose text is proven, or the
+`RowError` that says why it isn't one. `ChatWork` has a candidate encoded and `sequences_of` checks its ids and weighs
+it; where the ids don't fit, the next candidate is taken. The refusal of a row that has none is that of the row as it
+stands.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import RowError
+from ..errors import RowError, nearest
 from ..rows.messages import unread_keys
 from ..rows.nouns import Conversation
 from ..sequence import Segment, Sequence
-from .assemble import Job, Options, fitted, made, straddle
-from .contract import Contract
+from ..templating.inputs import Inputs, inputs_of
+from ..templating.template import Template
+from .assemble import Options, fitted, made
+from .candidates import Candidate, Rendering, Renderings
+from .contract import prove, prove_as_rendered, unasked
 from .control import control_cuts, refuse_alike, refuse_control
-from .fields import lost_of_context, lost_of_reply, printed_arguments
-from .inputs import Inputs, inputs_of
-from .layout import KIND_OF_ROLE, Outline, outline_of, segments_of, with_thoughts
+from .dropped import lost_messages, lost_of_context, lost_of_reply, printed_arguments, unfaithful
 from .policy import Part, weight_of
-from .renderings import Draft, Row
-from .repair import IN_TURNS, alternatives
-from .shapes import Shapes
+from .proofs import Proofs
+from .refusals import dropped, dropped_message, not_json, straddle
+from .refusals import unfaithful as says_otherwise
+from .repairs import IN_TURNS, Strategy, strategies
+from .segments import KIND_OF_ROLE, Outline, outline_of, segments_of, with_thoughts
 from .spans import apply_spans, left_open
-from .template import Template
+from .thoughts import Tags, tags_of
 from .tokens import Encoded, Pieces, across
 
 _KIND_OF_FIELD = {
@@ -34,296 +43,355 @@ _KIND_OF_FIELD = {
     "reasoning": "reasoning",
     "tool_calls": "tool_call",
 }
+_KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 
 
-Cut = tuple[Outline, tuple[int, ...]]  # a text, and where it is cut so that no control token is a row's
+@dataclass(frozen=True)
+class Chat:
+    """A conversation under the template that it is written with.
 
+    wanted: the replies of which some part would be trained; the others are context.
+    """
 
-class Chats:
-    """Conversations to jobs."""
+    row: Conversation
+    inputs: Inputs
+    template: Template
+    tags: Tags
+    options: Options
+    wanted: tuple[int, ...]
 
-    def __init__(self, options: Options) -> None:
-        self.options, self.tokens = options, options.tokens
-        self.contract = Contract(self.tokens)
-        self._templates: dict[str, Template] = {}
-        self._shapes: dict[str, Shapes] = {}
-
-    def job(self, row: Conversation, notes: tuple[str, ...] = ()) -> Job:
-        kwargs = {**self.options.template_kwargs, **row.template_kwargs}
-        inputs = inputs_of(row.messages, row.tools, row.documents, kwargs, self.options.now)
-        texts = self._known(row, inputs)
-        if texts is None:
-            texts = self._made(row, inputs)
-        if row.continue_final_message:
-            texts = [(left_open(o, len(row.messages) - 1), cuts) for o, cuts in texts]
-        if unread := unread_keys(row.messages, self._template(inputs).source):
-            notes += tuple(
-                f"the message key {key!r} is read by neither the template nor ygivenx" for key in unread
-            )
-
-        def finish(parts: list[Encoded]) -> list[Sequence]:
-            try:
-                return self._finish(row, texts, parts, notes)
-            except RowError as e:
-                if e.reason == "too_long" and self.options.overflow == "drop_turns":
-                    return self._shorter(row, e)
-                if e.reason == "straddling_token" and self.options.border == "refuse":
-                    return self._repaired(row, inputs, notes, e)
-                raise
-
-        return Job([(outline.text, cuts) for outline, cuts in texts], finish)
-
-    # --- texts -------------------------------------------------------------------------------------------
-
-    def _template(self, inputs: Inputs) -> Template:
-        tokenizer = self.tokens.tokenizer
-        if not tokenizer.chat_template:
-            raise RowError(
-                "the tokenizer has no chat template, and this row is a conversation",
-                reason="no_template",
-                fix="set tokenizer.chat_template, or give the row as text: columns prompt and completion, or x and y",
-            )
-        source = tokenizer.get_chat_template(tools=inputs.tools)
-        if source not in self._templates:
-            self._templates[source] = Template(source, tokenizer.special_tokens_map)
-            self._shapes[source] = Shapes(self._templates[source], self.tokens)
-        return self._templates[source]
-
-    def _known(self, row: Conversation, inputs: Inputs) -> list[Cut] | None:
-        """The texts by what was proven of rows of the same shape."""
-
-        def prove(holed: Row) -> list[Outline]:
-            try:
-                drafts = self._proven(holed, wanted, frozenset(), row)
-            except RowError:
-                drafts = self._proven(holed, wanted, self._certain(template, inputs), row)
-            return [outline_of(d, row.messages) for d in drafts]
-
-        template, wanted = self._template(inputs), self._wanted(row)
-        outlines = self._shapes[template.source].outlines(row, inputs, prove)
-        return None if outlines is None else [(o, ()) for o in outlines]
-
-    def _certain(self, template: Template, inputs: Inputs) -> frozenset[str]:
-        """Repairs that no text of the row has a part in, unless another would come before them: see `_attempts`."""
-        others = any(alternatives(template, inputs, self.options.repairs))
-        none = others or self.options.context != "inference"
-        return frozenset() if none else self.options.repairs & {"opening", "only_end"}
-
-    def _made(self, row: Conversation, inputs: Inputs) -> list[Cut]:
-        """The texts by a proof of this row's own."""
-        if self.options.control == "refuse":
-            refuse_control(self.tokens, inputs)
-        drafts, control = self._drafts(inputs, row), self.options.control
-        return [(outline_of(d, row.messages), control_cuts(self.tokens, d, control)) for d in drafts]
-
-    def _wanted(self, row: Conversation) -> list[int]:
-        """The replies of which some part would be trained; the others are context."""
-        replies = [i for i, m in enumerate(row.messages) if m.get("role") == "assistant"]
-        return [i for i in replies if any(self._weight(row, k, i, replies[-1]) for k in _KINDS)]
-
-    def _weight(self, row: Conversation, kind: str, i: int, last: int) -> float:
-        part = Part(kind, True, i, "assistant", i == last, row.messages[i].get("weight", 1.0))
+    def weight(self, kind: str, i: int) -> float:
+        """The weight of a part of reply i, by the policy and the row."""
+        last = max((k for k, m in enumerate(self.row.messages) if m.get("role") == "assistant"), default=-1)
+        part = Part(kind, True, i, "assistant", i == last, self.row.messages[i].get("weight", 1.0))
         return weight_of(self.options.policy, part)
 
-    def _is_trained(self, row: Conversation, path: str) -> bool:
-        """Whether the message of a path, if it isn't a reply, has a weight of its own."""
-        found = _OF_MESSAGE.match(path)
-        if not found:
-            return False
-        i = int(found[1])
-        role, own = str(row.messages[i]["role"]), row.messages[i].get("weight", 1.0)
-        part = Part(KIND_OF_ROLE.get(role, role), False, i, role, weight=own)
-        return role != "assistant" and weight_of(self.options.policy, part) > 0
 
-    def _drafts(self, inputs: Inputs, row: Conversation) -> list[Draft]:
-        """The texts, as the row stands or, where that can't be proven, as the first repair that can makes them."""
-        template, wanted = self._template(inputs), self._wanted(row)
-        refusal: RowError | None = None
-        for tried, notes, repairs in self._attempts(template, inputs):
-            try:
-                drafts = self._proven(Row(template, tried), wanted, repairs, row)
-            except RowError as e:
-                refusal = (
-                    e if refusal is None or not notes else refusal
-                )  # that of the row as it stands, repaired
-                continue
-            return [replace(d, notes=d.notes + notes) for d in drafts] if notes else drafts
-        assert refusal is not None
-        raise refusal
+def chat_of(row: Conversation, options: Options, templates: dict[str, tuple[Template, Tags]]) -> Chat:
+    """The chat of a row; templates that are met for the first time are compiled and kept in `templates`."""
+    kwargs = {**options.template_kwargs, **row.template_kwargs}
+    inputs = inputs_of(row.messages, row.tools, row.documents, kwargs, options.now)
+    template, tags = _template(options.tokens.tokenizer, inputs, templates)
+    for name in kwargs:
+        if name in _RESERVED or name in template.variables or name.endswith("_token"):
+            raise _reserved(name)
+    replies = [i for i, m in enumerate(row.messages) if m.get("role") == "assistant"]
+    chat = Chat(row, inputs, template, tags, options, ())
+    return replace(chat, wanted=tuple(i for i in replies if any(chat.weight(k, i) for k in _KINDS)))
 
-    def _repaired(
-        self, row: Conversation, inputs: Inputs, notes: tuple[str, ...], refusal: RowError
-    ) -> list[Sequence]:
-        """The row by the first repair under which the ids of each prompt begin those of its reply, too."""
-        template, wanted = self._template(inputs), self._wanted(row)
-        for tried, told, repairs in self._attempts(template, inputs):
-            try:
-                drafts = self._proven(Row(template, tried), wanted, repairs, row)
-                control = self.options.control
-                texts = [(outline_of(d, row.messages), control_cuts(self.tokens, d, control)) for d in drafts]
-                encoded = self.tokens.encode_cut([(outline.text, cuts) for outline, cuts in texts])
-                return self._finish(row, texts, encoded, (*notes, *told))
-            except RowError:
-                continue
-        raise refusal
 
-    def _attempts(
-        self, template: Template, inputs: Inputs
-    ) -> Iterator[tuple[Inputs, tuple[str, ...], frozenset[str]]]:
-        """(inputs, notes, repairs inside turns), the least change first."""
-        repairs = self.options.repairs
-        in_turns = repairs & IN_TURNS if self.options.context == "inference" else frozenset()
-        for inside in (frozenset[str](), in_turns) if in_turns else (frozenset[str](),):
-            yield inputs, (), inside
-            yield from ((i, notes, inside) for i, notes in alternatives(template, inputs, repairs))
-
-    def _proven(
-        self, rendered: Row, wanted: list[int], repairs: frozenset[str], row: Conversation
-    ) -> list[Draft]:
-        if self.options.context == "rendered":
-            drafts = self.contract.rendered(rendered, wanted)
-        else:
-            wanted, told = self._asked_for(rendered, wanted, repairs, row)
-            drafts = self.contract.drafts(rendered, wanted, repairs)
-            drafts[:1] = [replace(d, notes=d.notes + told) for d in drafts[:1]]
-        done = [self._complete(d, rendered, row) for d in drafts]
-        lost = lost_of_context(done[-1], set(wanted), done[-1].upto)
-        if self.options.dropped == "refuse" and (paths := [p for p in lost if self._is_trained(row, p)]):
-            raise _dropped(paths[0], "a message")
-        done[-1] = replace(
-            done[-1], notes=(*done[-1].notes, *(f"{p} is left out by the template" for p in lost))
+def _template(
+    tokenizer: Any, inputs: Inputs, templates: dict[str, tuple[Template, Tags]]
+) -> tuple[Template, Tags]:
+    if not tokenizer.chat_template:
+        raise RowError(
+            "the tokenizer has no chat template, and this row is a conversation",
+            reason="no_template",
+            fix="set tokenizer.chat_template, or give the row as text: columns prompt and completion, or x and y",
         )
-        return done
-
-    def _asked_for(
-        self, rendered: Row, wanted: list[int], repairs: frozenset[str], row: Conversation
-    ) -> tuple[list[int], tuple[str, ...]]:
-        """The wanted replies without those that open the conversation unasked, and a note for each of these.
-
-        Nothing is left out if it is all that would be trained, or if the row itself gives it a weight.
-        """
-        unasked = self.contract.unasked(rendered, wanted) if "opening" in repairs else []
-        unasked = [i for i in unasked if "weight" not in row.messages[i]]
-        if len(unasked) == len(wanted):
-            return wanted, ()
-        said = "the template can't ask for a reply before the first question: it is context"
-        return [i for i in wanted if i not in unasked], tuple(f"messages[{i}]: {said}" for i in unasked)
-
-    def _complete(self, draft: Draft, rendered: Row, row: Conversation) -> Draft:
-        """The draft with notes of what its template leaves out; raises RowError if that is part of a reply."""
-        last = max(rendered.replies(), default=-1)
-        for turn in draft.turns:
-            said = rendered.inputs.messages[turn.message]
-            if path := printed_arguments(draft.text[turn.start : turn.stop], said):
-                raise _not_json(f"messages[{turn.message}].{path}")
-            for path, name in lost_of_reply(draft, turn, said):
-                kind = _KIND_OF_FIELD.get(name, "answer")
-                if self.options.dropped == "refuse" and self._weight(row, kind, turn.message, last):
-                    raise _dropped(path)
-                draft = replace(draft, notes=(*draft.notes, f"{path} is left out by the template"))
-        return draft
-
-    # --- sequences ---------------------------------------------------------------------------------------
-
-    def _finish(
-        self, row: Conversation, texts: list[Cut], parts: list[Encoded], notes: tuple[str, ...]
-    ) -> list[Sequence]:
-        sequences: list[Sequence] = []
-        for (outline, cuts), encoded in self._apart(texts, parts):
-            if self.options.control != "parse":
-                given = {"messages": row.messages, "tools": row.tools, "documents": row.documents}
-                refuse_alike(self.tokens, encoded, given)
-            outline = with_thoughts(outline)
-            borders = self._borders(outline, encoded, cuts)
-            segments = segments_of(outline, encoded, borders)
-            weights = self._weights(row, segments, len(encoded.ids))
-            of_spans = apply_spans(weights, segments, encoded, row.messages)
-            if sequences:
-                # What an earlier sequence has already weighed: no reply of this one, even if it begins alike.
-                own = min((borders[start] for _, start, _, _ in outline.turns), default=len(weights))
-                known = max(_common(s.ids, encoded.ids) for s in sequences)
-                weights[: min(own, known)] = 0
-            told = (*notes, *outline.notes, *of_spans, *([_AS_TEXT] if cuts else []))
-            pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
-            sequences.append(made(encoded.ids, weights, segments, pieces, told))
-        return fitted(sequences, self.options.max_length, self.options.overflow)
-
-    def _apart(self, texts: list[Cut], parts: list[Encoded]) -> Iterator[tuple[Cut, Encoded]]:
-        """With border="split", a turn whose first token would hold the end of x has a sequence of its own, in which x
-        and y are encoded apart; for what follows it is history, as inference would encode it."""
-        for (outline, cuts), encoded in zip(texts, parts, strict=True):
-            split = self.options.border == "split"
-            torn = [t for t in outline.turns if split and self.tokens.border(encoded, t[1], cuts) is None]
-            if not torn:
-                yield (outline, cuts), encoded
-                continue
-            self.tokens.need_plain_joints("border='split'")
-            if whole := tuple(t for t in outline.turns if t not in torn):
-                yield (outline.only(whole, len(outline.text)), cuts), encoded
-            for turn in torn:
-                message, start, _, stop = turn
-                own = outline.only((turn,), stop, f"messages[{message}]: {_SPLIT}")
-                at = tuple(sorted({start, *(c for c in cuts if c < stop)}))
-                yield (own, cuts), self.tokens.encode_cut([(own.text, at)])[0]
-
-    def _borders(self, outline: Outline, encoded: Encoded, cuts: tuple[int, ...]) -> dict[int, int]:
-        borders: dict[int, int] = {}
-        for message, start, end, stop in outline.turns:
-            for at in (start, end, stop):
-                border = self.tokens.border(encoded, at, cuts)
-                if border is None and at == start and self.options.border == "mask":
-                    token = across(encoded, at)
-                    border = None if token is None else token + 1
-                if border is None and at == stop:
-                    border = self.tokens.after(encoded, end, stop)
-                if border is None:
-                    raise straddle(encoded, at, f"messages[{message}]")
-                borders[at] = border
-        for at in [r[0] for r in outline.runs if r[2] and not encoded.tiled]:  # else offsets tell
-            if at not in borders and (within := self.tokens.border(encoded, at, cuts)) is not None:
-                borders[at] = within
-        return borders
-
-    def _weights(self, row: Conversation, segments: list[Segment], length: int) -> np.ndarray:
-        weights = np.zeros(length, np.float32)
-        last = max((i for i, m in enumerate(row.messages) if m.get("role") == "assistant"), default=-1)
-        for s in segments:
-            message: Mapping[str, Any] = row.messages[s.message] if s.message is not None else {}
-            part = Part(
-                s.kind,
-                s.output,
-                s.message,
-                message.get("role"),
-                s.message == last,
-                message.get("weight", 1.0),
-            )
-            weights[s.start : s.stop] = weight_of(self.options.policy, part)
-        return weights * np.float32(row.weight)
-
-    # --- length ------------------------------------------------------------------------------------------
-
-    def _shorter(self, row: Conversation, refusal: RowError) -> list[Sequence]:
-        """The row without its oldest turns, as few as fit; what stands before the first user stays."""
-        first, *later = _turns(row.messages) or [0]
-        chats = Chats(replace(self.options, overflow="refuse"))
-        for n, start in enumerate(later, 1):
-            kept = replace(row, messages=row.messages[:first] + row.messages[start:])
-            note = f"the oldest {n} of {1 + len(later)} turns were dropped to fit max_length={self.options.max_length}"
-            job = chats.job(kept, (note,))
-            try:
-                sequences = job.finish(self.tokens.encode_cut(job.texts))
-            except RowError as e:
-                if e.reason not in ("too_long", "nothing_trained"):
-                    raise
-                continue
-            return [_renumbered(s, first, start - first) for s in sequences]
-        raise refusal
+    try:
+        source = tokenizer.get_chat_template(tools=inputs.tools)
+    except ValueError as e:  # several by name, and none is the default
+        fix = "name one of them 'default', or set tokenizer.chat_template to it"
+        raise RowError("no chat template fits this row", reason="no_template", why=str(e), fix=fix) from e
+    if source not in templates:
+        template = Template(source, tokenizer.special_tokens_map)
+        templates[source] = template, tags_of(template)
+    return templates[source]
 
 
-_AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
-_SPLIT = "x and y are encoded apart, as inference would: the ids differ from the template's"
-_OF_MESSAGE = re.compile(r"messages\[(\d+)\]")
-_KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
+def _reserved(name: str) -> RowError:
+    return RowError(
+        f"{name!r} isn't a switch of the template's",
+        reason="reserved_kwarg",
+        field=f"chat_template_kwargs.{name}",
+        why="set by a row, it would change which tokens are y",
+        fix="remove it; messages, tools and documents are columns of the row",
+    )
+
+
+def notes_on(chat: Chat) -> tuple[str, ...]:
+    """What a row says that neither the template nor the encoder reads."""
+    source, read = chat.template.source, chat.template.undeclared
+    keys = unread_keys(chat.row.messages, source)
+    return (
+        *(f"the message key {key!r} is read by neither the template nor ygivenx" for key in keys),
+        *(
+            f"the template doesn't read {name!r} of chat_template_kwargs{nearest(name, read)}"
+            for name in chat.inputs.kwargs
+            if name not in source
+        ),
+    )
+
+
+# --- render and prove ------------------------------------------------------------------------------------
+
+
+def candidates(chat: Chat) -> Iterator[Candidate | RowError]:
+    """What each strategy makes of a row, the least change first."""
+    if chat.options.control == "refuse":
+        refuse_control(chat.options.tokens, chat.inputs)
+    for strategy in strategies_for(chat):
+        found = candidate(chat, Renderings(chat.template, strategy.inputs, chat.tags), strategy)
+        # Of a strategy that changes the row's inputs the refusal would speak of what the user didn't write.
+        if isinstance(found, Candidate) or not strategy.notes:
+            yield found
+    if chat.options.context == "inference" and len(chat.wanted) > 1 and chat.options.repairs:
+        found = reply_by_reply(chat)
+        if isinstance(found, Candidate):
+            yield found
+
+
+def strategies_for(chat: Chat) -> Iterator[Strategy]:
+    """The strategies for a chat."""
+    o = chat.options
+    repairs = o.repairs if o.context == "inference" else o.repairs - IN_TURNS
+    return strategies(chat.template, chat.inputs, chat.wanted, chat.tags, repairs, o.thoughts)
+
+
+def candidate(chat: Chat, rendered: Renderings, strategy: Strategy) -> Candidate | RowError:
+    """The candidate that a strategy gives, or why it gives none."""
+    try:
+        renderings = _rendered(chat, rendered, strategy)
+        # What placeholders stand for is looked at once they are filled.
+        cut = rendered.renderer is chat.template
+        outlines = tuple(_outline(chat, r, cut) for r in renderings)
+    except RowError as e:
+        return e
+    return Candidate(outlines, strategy.notes)
+
+
+def _outline(chat: Chat, rendering: Rendering, cut: bool) -> Outline:
+    cuts = control_cuts(chat.options.tokens, rendering, chat.options.control) if cut else ()
+    outline = outline_of(rendering, chat.row.messages, cuts)
+    return left_open(outline, len(chat.row.messages) - 1) if chat.row.continue_final_message else outline
+
+
+def _rendered(chat: Chat, rendered: Renderings, strategy: Strategy) -> list[Rendering]:
+    """The proven texts of a strategy, with notes of what the template leaves out."""
+    tokens, wanted = chat.options.tokens, list(chat.wanted)
+    if chat.options.context == "rendered":
+        renderings = prove_as_rendered(tokens, rendered, wanted)
+    else:
+        wanted, notes = _asked_for(chat, rendered, strategy)
+        renderings = prove(tokens, rendered, wanted, strategy.in_turns, strategy.forced)
+        renderings[:1] = [replace(r, notes=r.notes + notes) for r in renderings[:1]]
+    for rendering in renderings:
+        _check_texts(chat, rendering, rendered, strategy)
+    done = [_complete(chat, r, rendered) for r in renderings]
+    done[-1] = _with_lost_context(chat, done[-1], set(wanted))
+    return done
+
+
+def _check_texts(chat: Chat, rendering: Rendering, rendered: Renderings, strategy: Strategy) -> None:
+    """Raise RowError where a repair changes what a text of the row says."""
+    is_repaired = strategy.notes or any(t.notes for t in rendering.turns)
+    if not is_repaired or rendered.renderer is not chat.template:  # a placeholder is only ever written bare
+        return
+    plain = Renderings(chat.template, chat.inputs, chat.tags)
+    try:
+        traced = plain.traced(rendering.upto)
+    except RowError:  # the template takes the row with the repair alone
+        traced = None
+    if path := unfaithful(rendering, chat.inputs.messages, chat.tags, traced):
+        raise says_otherwise(path)
+
+
+def _asked_for(chat: Chat, rendered: Renderings, strategy: Strategy) -> tuple[list[int], tuple[str, ...]]:
+    """The wanted replies without those that open the conversation unasked, and a note for each of these.
+
+    Nothing is left out if it is all that would be trained, or if the row itself gives it a weight.
+    """
+    wanted = list(chat.wanted)
+    if "opening" not in strategy.in_turns:
+        return wanted, ()
+    left = [i for i in unasked(chat.options.tokens, rendered, wanted) if "weight" not in chat.row.messages[i]]
+    if len(left) == len(wanted):
+        return wanted, ()
+    why = "the template can't ask for a reply before the first question: it is context"
+    return [i for i in wanted if i not in left], tuple(f"messages[{i}]: {why}" for i in left)
+
+
+def _complete(chat: Chat, rendering: Rendering, rendered: Renderings) -> Rendering:
+    """The rendering with notes of what its template leaves out of replies; raises RowError if that is trained."""
+    for turn in rendering.turns:
+        message = rendered.inputs.messages[turn.message]
+        if path := printed_arguments(rendering, turn, message):
+            raise not_json(f"messages[{turn.message}].{path}")
+        for path, name in lost_of_reply(rendering, turn, message, chat.tags):
+            kind = _KIND_OF_FIELD.get(name, "answer")
+            if chat.options.dropped == "refuse" and chat.weight(kind, turn.message):
+                raise dropped(path)
+            rendering = replace(rendering, notes=(*rendering.notes, f"{path} is left out by the template"))
+    return rendering
+
+
+def _with_lost_context(chat: Chat, rendering: Rendering, wanted: set[int]) -> Rendering:
+    """The rendering with notes of what the template leaves out around replies.
+
+    Raises RowError where that is trained, or is a whole message before a trained reply.
+    """
+    lost = lost_of_context(rendering, wanted, rendering.upto, chat.tags)
+    if chat.options.dropped == "refuse":
+        if paths := [p for p in lost if _is_trained(chat.row, p, chat.options)]:
+            raise dropped(paths[0], "a message")
+        last = max((t.message for t in rendering.turns), default=0)
+        if whole := lost_messages(rendering, last):
+            raise dropped_message(whole[0], str(chat.row.messages[whole[0]].get("role")))
+    notes = tuple(f"{path} is left out by the template" for path in lost)
+    return replace(rendering, notes=(*rendering.notes, *notes))
+
+
+def _is_trained(row: Conversation, path: str, options: Options) -> bool:
+    """Whether the message of a path, if it isn't a reply, has a weight of its own."""
+    found = _OF_MESSAGE.match(path)
+    if not found:
+        return False
+    i = int(found[1])
+    role, own = str(row.messages[i]["role"]), row.messages[i].get("weight", 1.0)
+    part = Part(KIND_OF_ROLE.get(role, role), False, i, role, weight=own)
+    return role != "assistant" and weight_of(options.policy, part) > 0
+
+
+def reply_by_reply(chat: Chat) -> Candidate | RowError:
+    """Each reply by the first strategy that is proven for it alone: a data set may mix replies with and without
+    thoughts even in one conversation."""
+    outlines: list[Outline] = []
+    for i in chat.wanted:
+        alone = replace(
+            chat,
+            row=replace(chat.row, messages=chat.row.messages[: i + 1]),
+            inputs=chat.inputs.upto(i + 1),
+            wanted=(i,),
+        )
+        refusal: RowError | None = None
+        for strategy in strategies_for(alone):
+            found = candidate(alone, Renderings(chat.template, strategy.inputs, chat.tags), strategy)
+            error = found if isinstance(found, RowError) else ids_fault(found, chat.options)
+            if error is None and isinstance(found, Candidate):
+                break
+            refusal = refusal or error
+        else:
+            assert refusal is not None
+            return refusal
+        assert isinstance(found, Candidate)
+        outlines += [replace(o, notes=(*found.notes, *o.notes)) for o in found.outlines]
+    return Candidate(tuple(outlines))
+
+
+# --- tokenize --------------------------------------------------------------------------------------------
+
+
+def ids_fault(found: Candidate, options: Options) -> RowError | None:
+    """Why the ids of a candidate's prompts don't begin those of its texts; None where they do."""
+    for outline, encoded in zip(found.outlines, options.tokens.encode_cut(found.texts), strict=True):
+        try:
+            _borders(outline, encoded, options, "refuse")
+        except RowError as e:
+            return e
+    return None
+
+
+def _borders(outline: Outline, encoded: Encoded, options: Options, border: str) -> dict[int, int]:
+    """How many tokens stand before each border of each turn, by character; raises RowError `straddling_token`."""
+    tokens, cuts = options.tokens, outline.cuts
+    borders: dict[int, int] = {}
+    for message, start, end, stop in outline.turns:
+        for at in (start, end, stop):
+            found = tokens.border(encoded, at, cuts)
+            if found is None and at == start and border == "mask":
+                token = across(encoded, at)
+                found = None if token is None else token + 1
+            if found is None and at == stop:
+                found = tokens.after(encoded, end, stop)
+            if found is None:
+                raise straddle(encoded, at, f"messages[{message}]")
+            borders[at] = found
+    for at in [r[0] for r in outline.runs if r[2] and not encoded.tiled]:  # else offsets tell
+        if at not in borders and (within := tokens.border(encoded, at, cuts)) is not None:
+            borders[at] = within
+    return borders
+
+
+def _apart(texts: Iterable[tuple[Outline, Encoded]], options: Options) -> Iterator[tuple[Outline, Encoded]]:
+    """With border="split", a turn whose first token would hold the end of x has a sequence of its own, in which x
+    and y are encoded apart; for what follows it is history, as inference would encode it."""
+    tokens = options.tokens
+    for outline, encoded in texts:
+        torn = [t for t in outline.turns if tokens.border(encoded, t[1], outline.cuts) is None]
+        if not torn:
+            yield outline, encoded
+            continue
+        tokens.need_plain_joints("border='split'")
+        if whole := tuple(t for t in outline.turns if t not in torn):
+            yield outline.only(whole, len(outline.text)), encoded
+        for turn in torn:
+            message, start, _, stop = turn
+            own = outline.only((turn,), stop, f"messages[{message}]: {_SPLIT}")
+            own = replace(own, cuts=tuple(sorted({start, *own.cuts})))
+            yield own, tokens.encode_cut([(own.text, own.cuts)])[0]
+
+
+# --- weigh -----------------------------------------------------------------------------------------------
+
+
+def sequences_of(
+    chat: Chat, found: Candidate, parts: list[Encoded], notes: tuple[str, ...], border: str
+) -> list[Sequence]:
+    """The sequences of a candidate with its ids; raises RowError `straddling_token` where these don't fit."""
+    options, sequences = chat.options, list[Sequence]()
+    texts: Iterable[tuple[Outline, Encoded]] = zip(found.outlines, parts, strict=True)
+    for outline, encoded in _apart(texts, options) if border == "split" else texts:
+        if options.control != "parse":
+            given = {"messages": chat.row.messages, "tools": chat.row.tools, "documents": chat.row.documents}
+            refuse_alike(options.tokens, encoded, given)
+        outline = with_thoughts(outline, chat.tags, options.thoughts == "empty_masked")
+        borders = _borders(outline, encoded, options, border)
+        segments = segments_of(outline, encoded, borders)
+        weights = _weights(chat, segments, len(encoded.ids))
+        of_spans = apply_spans(weights, segments, encoded, chat.row.messages)
+        if sequences:
+            # What an earlier sequence has already weighed: no reply of this one, even if it begins alike.
+            own = min((borders[start] for _, start, _, _ in outline.turns), default=len(weights))
+            known = max(_common(s.ids, encoded.ids) for s in sequences)
+            weights[: min(own, known)] = 0
+        as_text = (_AS_TEXT,) if set(outline.cuts) - {t[1] for t in outline.turns} else ()
+        pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
+        all_notes = (*notes, *outline.notes, *of_spans, *found.notes, *as_text)
+        sequences.append(made(encoded.ids, weights, segments, pieces, all_notes))
+    return fitted(sequences, options.max_length, options.overflow)
+
+
+def _weights(chat: Chat, segments: list[Segment], length: int) -> npt.NDArray[np.float32]:
+    row, weights = chat.row, np.zeros(length, np.float32)
+    last = max((i for i, m in enumerate(row.messages) if m.get("role") == "assistant"), default=-1)
+    for s in segments:
+        message: Mapping[str, Any] = row.messages[s.message] if s.message is not None else {}
+        own = message.get("weight", 1.0)
+        part = Part(s.kind, s.output, s.message, message.get("role"), s.message == last, own)
+        weights[s.start : s.stop] = weight_of(chat.options.policy, part)
+    return weights * np.float32(row.weight)
+
+
+def _common(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
+    """The length of the common prefix of two arrays."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+# --- length ----------------------------------------------------------------------------------------------
+
+
+def shorter_rows(row: Conversation) -> Iterator[tuple[Conversation, int, int, int]]:
+    """The row without its oldest turns, as few as can be first; what stands before the first user stays.
+
+    Each with how many turns are dropped, and of how many; and how many messages stand before those that are.
+    """
+    first, *later = _turns(row.messages) or [0]
+    for n, start in enumerate(later, 1):
+        yield replace(row, messages=row.messages[:first] + row.messages[start:]), n, 1 + len(later), first
 
 
 def _turns(messages: Iterable[Mapping[str, Any]]) -> list[int]:
@@ -341,37 +409,113 @@ def _turns(messages: Iterable[Mapping[str, Any]]) -> list[int]:
     return begins
 
 
-def _renumbered(sequence: Sequence, first: int, dropped: int) -> Sequence:
+def renumbered(sequence: Sequence, first: int, dropped_messages: int) -> Sequence:
     """The sequence with the messages from `first` on numbered as they are in the row, where more stand before them."""
     segments = (
-        replace(s, message=s.message + dropped) if s.message is not None and s.message >= first else s
+        replace(s, message=s.message + dropped_messages)
+        if s.message is not None and s.message >= first
+        else s
         for s in sequence.segments
     )
     return replace(sequence, segments=tuple(segments))
 
 
-def _common(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
-    """The length of the common prefix of two arrays."""
-    n = min(len(a), len(b))
-    differ = np.flatnonzero(a[:n] != b[:n])
-    return int(differ[0]) if len(differ) else n
+# --- a row on its way ------------------------------------------------------------------------------------
 
 
-def _not_json(path: str) -> RowError:
-    return RowError(
-        "the template writes these arguments as Python prints them",
-        reason="not_json",
-        field=path,
-        why="a model would be trained on calls that no parser reads",
-        fix="repair='arguments_as_text' gives them as JSON text, or give a template that writes JSON",
-    )
+@dataclass
+class ChatWork:
+    """The work of a conversation: its candidates, of which the first is encoded with those of other rows.
+
+    refusal: why the row as it stands is none.
+    """
+
+    chat: Chat
+    left: Iterator[Candidate | RowError]
+    notes: tuple[str, ...] = ()
+    refusal: RowError | None = None
+    current: Candidate | None = field(default=None, init=False)
+    straddling: tuple[Candidate, list[Encoded]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.advance()
+
+    @property
+    def texts(self) -> list[tuple[str, tuple[int, ...]]]:
+        """See `assemble.Work`."""
+        return self.current.texts if self.current else []
+
+    def advance(self) -> None:
+        """Take the next candidate whose text is proven; raises the refusal where there is none."""
+        for found in self.left:
+            if isinstance(found, Candidate):
+                self.current = found
+                return
+            if self.straddling is None:
+                self.refusal = found
+        self.current = None
+        if self.straddling is None:
+            assert self.refusal is not None
+            raise self.refusal
+
+    def finish(self, parts: list[Encoded]) -> list[Sequence]:
+        """The sequences of the first candidate whose ids fit, or with another border as the options say."""
+        options = self.chat.options
+        while self.current is not None:
+            try:
+                return sequences_of(self.chat, self.current, parts, self.notes, "refuse")
+            except RowError as e:
+                if e.reason != "straddling_token":
+                    raise
+                if self.straddling is None:
+                    self.refusal, self.straddling = e, (self.current, parts)
+            self.advance()
+            parts = options.tokens.encode_cut(self.texts)
+        assert self.straddling is not None
+        assert self.refusal is not None
+        if options.border in ("mask", "split"):
+            return sequences_of(self.chat, *self.straddling, self.notes, options.border)
+        raise self.refusal
 
 
-def _dropped(path: str, of: str = "a reply") -> RowError:
-    return RowError(
-        f"the template leaves out this part of {of} that would be trained",
-        reason="dropped_field",
-        field=path,
-        why="the model would be trained to answer without it",
-        fix="give a template that writes it, remove the field, or dropped='warn'",
-    )
+_AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
+_SPLIT = "x and y are encoded apart, as inference would: the ids differ from the template's"
+_OF_MESSAGE = re.compile(r"messages\[(\d+)\]")
+
+
+class Chats:
+    """Conversations to work, with what is kept from row to row: compiled templates, and proofs by shape."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self._templates: dict[str, tuple[Template, Tags]] = {}
+        self._proofs = Proofs()
+
+    def job(self, row: Conversation, notes: tuple[str, ...] = ()) -> ChatWork:
+        """The work of a row; raises RowError where no text of it can be proven."""
+        chat = chat_of(row, self.options, self._templates)
+        return ChatWork(chat, self._proofs.candidates(chat), (*notes, *notes_on(chat)))
+
+    def template(self, inputs: Inputs) -> Template:
+        """The template that a row's inputs are written with."""
+        return _template(self.options.tokens.tokenizer, inputs, self._templates)[0]
+
+    def sequences(self, row: Conversation, notes: tuple[str, ...] = ()) -> list[Sequence]:
+        """The sequences of one row by itself; raises RowError."""
+        work = self.job(row, notes)
+        return work.finish(self.options.tokens.encode_cut(work.texts))
+
+    def shorter(self, row: Conversation, refusal: RowError) -> list[Sequence]:
+        """The sequences of a row without as many of its oldest turns as it takes to fit; raises the refusal."""
+        fitting = Chats(replace(self.options, overflow="refuse"))
+        for kept, n, count, first in shorter_rows(row):
+            most = self.options.max_length
+            note = f"the oldest {n} of {count} turns were dropped to fit max_length={most}"
+            try:
+                sequences = fitting.sequences(kept, (note,))
+            except RowError as e:
+                if e.reason not in ("too_long", "nothing_trained"):
+                    raise
+                continue
+            return [renumbered(s, first, len(row.messages) - len(kept.messages)) for s in sequences]
+        raise refusal

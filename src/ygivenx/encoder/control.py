@@ -9,11 +9,11 @@ from re import Match
 from typing import Any
 
 from ..errors import RowError
-from .assemble import control_text
-from .inputs import ROLES, Inputs
-from .origins import Source, within
-from .renderings import Draft
-from .template import Template
+from ..templating.inputs import ROLES, Inputs
+from ..templating.origins import Source, within
+from ..templating.template import Template
+from .candidates import Rendering
+from .refusals import control_text
 from .tokens import Encoded, Tokens
 
 # A reply may bring its thought in its text, marks and all.
@@ -83,7 +83,7 @@ def refuse_alike(tokens: Tokens, encoded: Encoded, given: Mapping[str, Any]) -> 
         )
 
 
-def control_cuts(tokens: Tokens, draft: Draft, control: str) -> tuple[int, ...]:
+def control_cuts(tokens: Tokens, rendering: Rendering, control: str) -> tuple[int, ...]:
     """Where the text is cut so that no control token is made of a row's characters.
 
     Raises RowError where control="refuse" and the template and the row write such a token together, and where the
@@ -91,7 +91,7 @@ def control_cuts(tokens: Tokens, draft: Draft, control: str) -> tuple[int, ...]:
     """
     if control == "parse":
         return ()
-    traced = next((t.traced for t in draft.turns if t.traced), draft.traced)
+    traced = next((t.traced for t in rendering.turns if t.traced), rendering.traced)
     if traced is None:
         what = "the origin of this text's characters can't be followed through the template"
         why = "so control tokens of the row's can't be told from the template's"
@@ -102,9 +102,9 @@ def control_cuts(tokens: Tokens, draft: Draft, control: str) -> tuple[int, ...]:
         inside = (sources[s] for s in within(runs, *found.span()) if s)
         return next((s for s in inside if s.field != "role" or s.text not in ROLES), None)
 
-    cuts = tokens.cuts(draft.text, lambda found: foreign(found) is not None)
+    cuts = tokens.cuts(rendering.text, lambda found: foreign(found) is not None)
     if cuts and control == "refuse":
-        found = tokens.control(draft.text, cuts[0] - 1)[0]
+        found = tokens.control(rendering.text, cuts[0] - 1)[0]
         source = foreign(found)
         raise control_text(
             found[0], source.path if source else "", "the template and the row write it together"

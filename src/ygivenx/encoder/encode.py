@@ -24,24 +24,25 @@ from ..rows.columns import preference
 from ..rows.data import Row
 from ..rows.formats import Conversation, Pair, Preference, TokenRow, normalise
 from ..rows.nouns import Message
-from ..sequence import Example, Rejected
-from .assemble import Job, Options
-from .chats import Chats
+from ..sequence import Example, Rejected, Sequence
+from ..templating.inputs import inputs_of
+from .assemble import Options, Work
+from .chats import Chats, ChatWork
 from .control import headers_of
-from .inputs import inputs_of
 from .pairs import Pairs
 from .policy import Policy, policy_of
 from .rendered_text import RenderedChats
-from .repair import chosen
+from .repairs import chosen
 from .token_jobs import token_job
-from .tokens import Tokens
+from .tokens import Encoded, Tokens
 
 CHOICES = {
     "control": ("refuse", "text", "parse"),
     "border": ("refuse", "mask", "split", "y"),
     "context": ("inference", "rendered"),
     "dropped": ("refuse", "warn"),
-    "overflow": ("refuse", "drop_turns", "truncate"),
+    "overflow": ("refuse", "drop_turns", "drop_reply", "truncate"),
+    "thoughts": ("as_written", "off", "empty", "empty_masked"),
 }
 
 
@@ -55,8 +56,11 @@ class Encoder:
     context: train each reply after what `inference` shows, or in the one text as `rendered` (with a note).
     repair: names of repair.py, "default", "all" or "none". dropped: `refuse` a row of which the template leaves
     out a part that would be trained, or `warn` in the notes.
-    max_length, overflow: `refuse` what is longer, `drop_turns` (whole oldest turns, rendered anew) or
-    `truncate` (the note says how many trained tokens that cost).
+    max_length, overflow: `refuse` what is longer, `drop_turns` (whole oldest turns, rendered anew), `drop_reply` (the
+    replies that fit are trained, the one that is cut is context) or `truncate`; notes say what that cost.
+    thoughts: of replies without one, where a prompt opens a thought: `as_written` (what inference with the row's own
+    switch shows; switched off where nothing else is exact), `off` (thinking is switched off for them), `empty` (an
+    empty thought is trained) or `empty_masked` (it is context).
     bos, eos: of plain pairs: True, False, or "auto": a BOS where the tokenizer itself adds one; an eos after
     y where the tokenizer has one and y doesn't end in it.
     stops: further tokens that end a turn, beside the tokenizer's eos. template_kwargs: for every row.
@@ -76,6 +80,7 @@ class Encoder:
         dropped: str = "refuse",
         max_length: int | None = None,
         overflow: str = "refuse",
+        thoughts: str = "as_written",
         bos: bool | str = "auto",
         eos: bool | str = "auto",
         stops: str | Iterable[str] = (),
@@ -88,6 +93,7 @@ class Encoder:
             "context": context,
             "dropped": dropped,
             "overflow": overflow,
+            "thoughts": thoughts,
         }
         for name, value in choice.items():
             if value not in CHOICES[name]:
@@ -178,7 +184,7 @@ class Encoder:
 
     def _encode(self, rows: list[Any], first: int = 0) -> list[Example | RowError]:
         jobs = [self._try(n, row) for n, row in enumerate(rows, first)]
-        texts = [t for job in jobs if isinstance(job, Job) for t in job.texts]
+        texts = [t for job in jobs if not isinstance(job, RowError) for t in job.texts]
         encoded = iter(self.tokens.encode_cut(texts))
         done: list[Example | RowError] = []
         for n, (row, job) in enumerate(zip(rows, jobs, strict=True), first):
@@ -188,12 +194,22 @@ class Encoder:
             parts = [next(encoded) for _ in job.texts]
             try:
                 index = row.index if isinstance(row, Row) else n
-                done.append(Example(tuple(job.finish(parts)), _raw(row), index=index))
+                done.append(Example(tuple(self._finished(job, parts)), _raw(row), index=index))
             except RowError as e:
                 done.append(_located(e, n, row))
         return done
 
-    def _try(self, number: int, row: Any) -> Job | RowError:
+    def _finished(self, work: Work, parts: list[Encoded]) -> list[Sequence]:
+        """The sequences of a row, without its oldest turns where it is too long and the options say so."""
+        try:
+            return work.finish(parts)
+        except RowError as e:
+            drops = e.reason == "too_long" and self._options.overflow == "drop_turns"
+            if not drops or not isinstance(work, ChatWork):
+                raise
+            return self._chats.shorter(work.chat.row, e)
+
+    def _try(self, number: int, row: Any) -> Work | RowError:
         try:
             value = row.value if isinstance(row, Row) else row
             if not isinstance(value, Conversation | Pair | Preference | TokenRow):
@@ -206,7 +222,7 @@ class Encoder:
         except RowError as e:
             return _located(e, number, row)
 
-    def _pair_job(self, row: Pair) -> Job:
+    def _pair_job(self, row: Pair) -> Work:
         """A pair as it stands; a text that is a rendered chat, as the conversation that it was."""
         try:
             return self._pairs.job(row)
@@ -222,7 +238,7 @@ class Encoder:
 
         def render(messages: list[Message]) -> str:
             inputs = inputs_of(messages, None, None, options.template_kwargs, options.now)
-            return self._chats._template(inputs).render(inputs)
+            return self._chats.template(inputs).render(inputs)
 
         return RenderedChats(render, self.tokenizer.bos_token or "")
 

@@ -9,9 +9,10 @@ import numpy as np
 from ..errors import ConfigError, RowError
 from ..rows.nouns import Pair
 from ..sequence import Segment, Sequence
-from .assemble import Job, Options, control_text, fitted, made, straddle
+from .assemble import Job, Options, fitted, made
 from .control import refuse_alike
 from .policy import Part, weight_of
+from .refusals import control_text, straddle
 from .tokens import Encoded, Pieces, across, joined
 
 

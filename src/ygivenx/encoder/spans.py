@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..errors import RowError
 from ..sequence import Segment
-from .layout import Outline
+from .segments import Outline
 from .tokens import Encoded
 
 _STRADDLES = "a token that holds the border of a span has the smaller weight of both sides"

@@ -91,9 +91,11 @@ class Tokens:
         self.backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         special = {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        _check_ends(tokenizer)
         special |= _added(tokenizer, (*stops, *headers))
         self.special: dict[str, int] = {t: i for t, i in special.items() if t}
         self.stops = frozenset({tokenizer.eos_token, *stops} & self.special.keys())
+        self.declares_stops = bool(tuple(stops))
         self._ids_of = lru_cache(256)(self.ids)  # of what stands before a reply: mostly one header
 
     @cached_property
@@ -244,6 +246,20 @@ class Tokens:
         """Whether the tokenizer itself begins a text with its BOS."""
         bos = self.tokenizer.bos_token_id
         return bos is not None and list(self.tokenizer("a")["input_ids"])[:1] == [bos]
+
+
+def _check_ends(tokenizer: Any) -> None:
+    """Raise ConfigError for a bos or eos that the vocabulary lacks: its pieces would be trained in its place."""
+    for name in ("bos_token", "eos_token"):
+        token = getattr(tokenizer, name)
+        if token and tokenizer.encode(token, add_special_tokens=False) != [
+            tokenizer.convert_tokens_to_ids(token)
+        ]:
+            raise ConfigError(
+                f"tokenizer.{name} is {token!r}, which is no token of this tokenizer",
+                why="it would be written in pieces, at which no generation stops",
+                fix=f"set tokenizer.{name} to a token of the vocabulary, or add it to tokenizer and model",
+            )
 
 
 def across(encoded: Encoded, character: int) -> int | None:

@@ -10,6 +10,7 @@ from typing import Any
 from ..rows.weights import WEIGHT_KEYS
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")  # the names that transformers unites
+_UNSEEN = frozenset({*WEIGHT_KEYS, "spans"})  # what a message says about its weights
 # A template may build a header from a role's name, such as '<|' + role + '|>'.
 ROLES = frozenset(
     {"system", "user", "assistant", "tool", "developer", "function", "ipython", "model", "observation"}
@@ -21,7 +22,7 @@ class Inputs:
     """What a template sees of a row: messages without nulls and weights, and its further arguments.
 
     now: the time, which some templates write; it stands still, as renderings are compared, and rows of one shape
-    share a proof.
+    share a proof. written: the JSON of the row's values, made once for all its renderings.
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -29,6 +30,7 @@ class Inputs:
     documents: list[dict[str, Any]] | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     now: datetime = field(default_factory=datetime.now)
+    written: dict[Any, tuple[Any, str]] = field(default_factory=dict, compare=False, repr=False)
 
     def upto(self, stop: int, *more: dict[str, Any]) -> Inputs:
         """The same with messages[:stop] and `more`."""
@@ -43,6 +45,6 @@ def inputs_of(
 
 
 def _prepared(message: Mapping[str, Any]) -> dict[str, Any]:
-    m = {k: v for k, v in message.items() if v is not None and k not in WEIGHT_KEYS}
+    m = {k: v for k, v in message.items() if v is not None and k not in _UNSEEN}
     reasoning = next((m[k] for k in REASONING_FIELDS if k in m), None)
     return m if reasoning is None else {"thinking": reasoning, **m, "reasoning_content": reasoning}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..sequence import Segment
-from .inputs import REASONING_FIELDS
-from .origins import Source
-from .renderings import Draft, Turn
-from .repair import OPENED
+from ..templating.inputs import REASONING_FIELDS
+from ..templating.origins import Source
 from .tokens import Encoded
+
+if TYPE_CHECKING:
+    from .candidates import Rendering, Turn
+    from .thoughts import Tags
 
 Messages = Sequence[Mapping[str, Any]]
 Piece = tuple[int, int, Source | None]  # characters [start, stop), source: None for the template's own
@@ -33,6 +34,7 @@ class Outline:
     """A text to be encoded: where its runs begin, and the borders of its turns.
 
     control: where control tokens must stand in the text, if that isn't known otherwise.
+    cuts: the characters at which it is cut, its parts encoded apart.
     """
 
     text: str
@@ -40,6 +42,7 @@ class Outline:
     runs: tuple[Run, ...]
     notes: tuple[str, ...] = ()
     control: Spans = ()
+    cuts: tuple[int, ...] = ()
 
     @property
     def places(self) -> Iterator[int]:
@@ -56,13 +59,16 @@ class Outline:
         mine = {turn[0] for turn in kept}
         runs = [r if r[3] in mine or not r[2] else _as_context(r) for r in self.runs if r[0] < stop]
         notes = (*self.notes, *notes)
-        return replace(self, text=self.text[:stop], turns=kept, runs=tuple(runs), notes=notes)
+        cuts = tuple(c for c in self.cuts if c < stop)
+        return replace(self, text=self.text[:stop], turns=kept, runs=tuple(runs), notes=notes, cuts=cuts)
 
     def moved(self, text: str, to: Mapping[int, int]) -> Outline:
         """The same of another text, in which each of its places stands elsewhere."""
         turns = tuple([(i, to[a], to[b], to[c]) for i, a, b, c in self.turns])
         runs = tuple([(to[at], kind, output, i) for at, kind, output, i in self.runs])
-        return Outline(text, turns, runs, self.notes, [(to[a], to[b]) for a, b in self.control])
+        return replace(
+            self, text=text, turns=turns, runs=runs, control=[(to[a], to[b]) for a, b in self.control]
+        )
 
 
 def _as_context(run: Run) -> Run:
@@ -70,37 +76,42 @@ def _as_context(run: Run) -> Run:
     return (at, "template", False, None) if kind == "end_of_turn" else (at, kind, False, message)
 
 
-def outline_of(draft: Draft, messages: Messages) -> Outline:
-    turns = tuple((t.message, t.start, t.end, t.stop) for t in draft.turns)
-    notes = draft.notes + tuple(n for t in draft.turns for n in t.notes)
-    return Outline(draft.text, turns, tuple(_merged(_runs(draft, messages))), notes)
+def outline_of(rendering: Rendering, messages: Messages, cuts: tuple[int, ...] = ()) -> Outline:
+    """The outline of a text that is cut at `cuts`, and before each reply that is encoded apart."""
+    turns = tuple((t.message, t.start, t.end, t.stop) for t in rendering.turns)
+    notes = rendering.notes + tuple(n for t in rendering.turns for n in t.notes)
+    cuts = tuple(sorted({*cuts, *(t.start for t in rendering.turns if t.is_apart)}))
+    return Outline(rendering.text, turns, tuple(_merged(_runs(rendering, messages))), notes, cuts=cuts)
 
 
-_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
-_THOUGHT_ON = re.compile(r".*?</think>\s*", re.DOTALL)
+def with_thoughts(outline: Outline, tags: Tags, masked: bool = False) -> Outline:
+    """The outline with the thought that a reply's content begins with, marks and all, as reasoning.
 
-
-def with_thoughts(outline: Outline) -> Outline:
-    """The outline with the thought that a reply's content begins with, marks and all, as reasoning."""
-    if "</think>" not in outline.text:
+    masked: an empty thought is context instead, as if its prompt had it.
+    """
+    if not tags.marks.search(outline.text):
         return outline
     runs = list(outline.runs)
     for turn in outline.turns:
-        stop = _after_thought(outline.text, turn)
+        stop = _after_thought(outline.text, turn, tags)
         mine = [r for r in runs if r[2] and r[3] == turn[0]]
         if stop is None or any(kind == "reasoning" for _, kind, _, _ in mine):
             continue
+        is_empty = masked and not tags.marks.sub("", outline.text[turn[1] : stop]).strip()
+        kind, output = ("template", False) if is_empty else ("reasoning", True)
         there = next(r for r in reversed(mine) if r[0] <= stop)
-        thought = [(at, "reasoning", True, i) for at, _, _, i in mine[:1]]
+        thought = [(at, kind, output, i if output else None) for at, _, _, i in mine[:1]]
         rest = [(stop, *there[1:]), *(r for r in mine if r[0] > stop)]
         runs = sorted([r for r in runs if r not in mine] + thought + rest, key=lambda r: r[0])
     return replace(outline, runs=tuple(runs))
 
 
-def _after_thought(text: str, turn: Borders) -> int | None:
+def _after_thought(text: str, turn: Borders, tags: Tags) -> int | None:
     """Where the answer begins after the thought of a turn that begins with one, or goes on with one of its prompt's."""
     _, start, end, _ = turn
-    found = (_THOUGHT_ON if OPENED.search(text, 0, start) else _THOUGHT).match(text, start, end)
+    found = (tags.rest_of_thought if tags.opened.search(text[:start]) else tags.thought).match(
+        text, start, end
+    )
     return found and found.end()
 
 
@@ -134,27 +145,27 @@ def _merged(runs: list[Run]) -> list[Run]:
     return runs[:1] + [b for a, b in pairwise(runs) if a[1:] != b[1:]]
 
 
-def _runs(draft: Draft, messages: Messages) -> list[Run]:
-    pieces = _pieces(draft)
+def _runs(rendering: Rendering, messages: Messages) -> list[Run]:
+    pieces = _pieces(rendering)
     runs: list[Run] = []
     done = 0
-    for turn in draft.turns:
+    for turn in rendering.turns:
         runs += _outside(_between(pieces, done, turn.start), messages)
-        runs += _inside(draft.text, turn, _between(pieces, turn.start, turn.end))
+        runs += _inside(rendering.text, turn, _between(pieces, turn.start, turn.end))
         done = turn.stop
-    return runs + _outside(_between(pieces, done, len(draft.text)), messages)
+    return runs + _outside(_between(pieces, done, len(rendering.text)), messages)
 
 
-def _pieces(draft: Draft) -> list[Piece]:
+def _pieces(rendering: Rendering) -> list[Piece]:
     """The whole text by source; one piece where origins aren't known."""
     pieces: list[Piece] = []
     at = 0
-    if draft.traced is not None:
-        for stop, s in draft.traced.text.runs:
-            pieces.append((at, stop, draft.traced.sources[s] if s else None))
+    if rendering.traced is not None:
+        for stop, s in rendering.traced.text.runs:
+            pieces.append((at, stop, rendering.traced.sources[s] if s else None))
             at = stop
-    if at < len(draft.text):  # unknown, or a header that was appended
-        pieces.append((at, len(draft.text), None))
+    if at < len(rendering.text):  # unknown, or a header that was appended
+        pieces.append((at, len(rendering.text), None))
     return pieces
 
 
@@ -201,4 +212,4 @@ def _inside(text: str, turn: Turn, pieces: list[Piece]) -> list[Run]:
         at, before = b, kind
     if at < turn.end:
         runs.append((at, before or "answer", True, turn.message))
-    return [*runs, (turn.end, "end_of_turn", True, turn.message)]
+    return [*runs, (turn.end, "end_of_turn", True, turn.message)] if turn.end < turn.stop else runs

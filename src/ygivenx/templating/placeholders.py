@@ -1,11 +1,12 @@
-"""Texts that a template sees only through its questions.
+"""Texts that a template sees only through its questions: symbolic values, as symbolic execution has them.
 
-A `Hole` stands for one text of a row while a template is rendered. It isn't a str: a template can write it, put it
-beside other words, and ask it something (is it empty, does it hold `</think>`?). The answer is that of the text which
-it stands for, and is remembered on its `Sheet`. Whatever else a template does to it raises `Undecided`. So rows of one
-shape whose texts answer alike are rendered alike but for the texts: what is proven of one rendering is proven of all.
+A `Placeholder` stands for one text of a row while a template is rendered. It isn't a str: a template can write it, put
+it beside other words, and ask it something (is it empty, does it hold `</think>`?). The answer is that of the text
+which it stands for, and is kept as one of the `PathConditions`. Whatever else a template does to it raises `Undecided`.
+So rows of one shape whose texts answer alike are rendered alike but for the texts: what is proven of one rendering is
+proven of all.
 
-In a rendered text a hole is one character, half a surrogate pair, which no row's text can hold.
+In a rendered text a placeholder is one character, half a surrogate pair, which no row's text can hold.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from .origins import OriginsLost
 FIRST, MOST = 0xD800, 2048
 MARK = re.compile("[\ud800-\udfff]")
 
-Question = tuple[int, str, tuple[Any, ...]]  # of which hole, what, with which arguments
+PathCondition = tuple[int, str, tuple[Any, ...]]  # of which placeholder, what, with which arguments
 
 
 class Undecided(OriginsLost):
-    """What happens depends on the text that a hole stands for."""
+    """What happens depends on the text that a placeholder stands for."""
 
 
 def undecided(*args: Any, **kwargs: Any) -> NoReturn:
@@ -42,37 +43,37 @@ ASK: dict[str, Callable[..., bool]] = {
 }
 
 
-class Sheet:
-    """The holes of one row and what a template asked them."""
+class PathConditions:
+    """The placeholders of one row and what a template asked them."""
 
     def __init__(self) -> None:
-        self.holes: list[Hole] = []
-        self.answers: dict[Question, bool] = {}
+        self.placeholders: list[Placeholder] = []
+        self.answers: dict[PathCondition, bool] = {}
 
-    def hole(self, text: str, made: tuple[int, str, str | None] | None = None) -> Hole:
-        """A new hole; `made`: (number, method, characters) of the hole that was stripped to this text."""
-        if len(self.holes) == MOST:
+    def placeholder(self, text: str, made: tuple[int, str, str | None] | None = None) -> Placeholder:
+        """A new placeholder; `made`: (number, method, characters) of the placeholder that was stripped to this text."""
+        if len(self.placeholders) == MOST:
             raise Undecided
-        self.holes.append(Hole(self, len(self.holes), text, made))
-        return self.holes[-1]
+        self.placeholders.append(Placeholder(self, len(self.placeholders), text, made))
+        return self.placeholders[-1]
 
-    def stripped(self, hole: Hole, method: str, chars: str | None) -> Hole:
-        """The one hole for this hole's text without white space at its ends."""
-        made = (hole.number, method, chars)
-        known = next((h for h in self.holes if h.made == made), None)
-        return known or self.hole(getattr(hole.text, method)(chars), made)
+    def stripped(self, placeholder: Placeholder, method: str, chars: str | None) -> Placeholder:
+        """The one placeholder for this placeholder's text without white space at its ends."""
+        made = (placeholder.number, method, chars)
+        known = next((h for h in self.placeholders if h.made == made), None)
+        return known or self.placeholder(getattr(placeholder.text, method)(chars), made)
 
     def texts(self, given: Sequence[str]) -> list[str]:
-        """The text for each hole in another row, whose texts for the holes that weren't made are `given`."""
+        """The text for each placeholder in another row, whose texts for those that weren't made are `given`."""
         texts = list(given)
-        for h in self.holes[len(given) :]:
+        for h in self.placeholders[len(given) :]:
             assert h.made is not None
             of, method, chars = h.made
             texts.append(getattr(texts[of], method)(chars))
         return texts
 
-    def answered_alike(self, texts: Sequence[str]) -> bool:
-        """Whether these texts, one for each hole, would have answered as the holes did."""
+    def hold_for(self, texts: Sequence[str]) -> bool:
+        """Whether these texts, one for each placeholder, would have answered as the placeholders did."""
         return all(ASK[what](texts[n], *args) == a for (n, what, args), a in self.answers.items())
 
 
@@ -82,10 +83,10 @@ class Opaque:
     __slots__ = ()
 
     def __add__(self, other: Any) -> Any:
-        return side_by_side((self, other)) if _is_text(other) else NotImplemented
+        return concatenated((self, other)) if _is_text(other) else NotImplemented
 
     def __radd__(self, other: Any) -> Any:
-        return side_by_side((other, self)) if _is_text(other) else NotImplemented
+        return concatenated((other, self)) if _is_text(other) else NotImplemented
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -95,21 +96,21 @@ class Opaque:
     __lt__ = __le__ = __gt__ = __ge__ = __mul__ = __rmul__ = __mod__ = __rmod__ = __eq__ = undecided
 
 
-class Hole(Opaque):
+class Placeholder(Opaque):
     """One text; see the module."""
 
-    __slots__ = ("made", "number", "sheet", "text")
+    __slots__ = ("conditions", "made", "number", "text")
 
     def __init__(
-        self, sheet: Sheet, number: int, text: str, made: tuple[int, str, str | None] | None
+        self, conditions: PathConditions, number: int, text: str, made: tuple[int, str, str | None] | None
     ) -> None:
-        self.sheet, self.number, self.text, self.made = sheet, number, text, made
+        self.conditions, self.number, self.text, self.made = conditions, number, text, made
 
     @property
     def mark(self) -> str:
         return chr(FIRST + self.number)
 
-    def begins_otherwise(self, rest: str) -> None:
+    def require_other_beginning(self, rest: str) -> None:
         """Ask that this text isn't empty and doesn't begin as `rest` does; raises Undecided if it does."""
         if not self or (rest and (MARK.match(rest) or self._ask("startswith", rest[0]))):
             raise Undecided
@@ -118,7 +119,7 @@ class Hole(Opaque):
         if not all(_is_plain(a) for a in args):
             raise Undecided
         answer = ASK[what](self.text, *args)
-        self.sheet.answers[self.number, what, args] = answer
+        self.conditions.answers[self.number, what, args] = answer
         return answer
 
     def __bool__(self) -> bool:
@@ -142,37 +143,37 @@ class Hole(Opaque):
     def endswith(self, suffix: Any) -> bool:
         return self._ask("endswith", suffix)
 
-    def strip(self, chars: str | None = None) -> Hole:
+    def strip(self, chars: str | None = None) -> Placeholder:
         return self._stripped("strip", chars)
 
-    def lstrip(self, chars: str | None = None) -> Hole:
+    def lstrip(self, chars: str | None = None) -> Placeholder:
         return self._stripped("lstrip", chars)
 
-    def rstrip(self, chars: str | None = None) -> Hole:
+    def rstrip(self, chars: str | None = None) -> Placeholder:
         return self._stripped("rstrip", chars)
 
-    def _stripped(self, method: str, chars: str | None) -> Hole:
+    def _stripped(self, method: str, chars: str | None) -> Placeholder:
         if self._ask(method, chars):
             return self
         if chars is not None and not chars.isspace():
             raise Undecided  # a part of the text is lost
-        return self.sheet.stripped(self, method, chars)
+        return self.conditions.stripped(self, method, chars)
 
-    def split(self, sep: Any = None, maxsplit: int = -1) -> list[Hole]:
+    def split(self, sep: Any = None, maxsplit: int = -1) -> list[Placeholder]:
         self._lacks(sep)
         return [self]
 
     rsplit = split
 
-    def partition(self, sep: Any) -> tuple[Hole, str, str]:
+    def partition(self, sep: Any) -> tuple[Placeholder, str, str]:
         self._lacks(sep)
         return self, "", ""
 
-    def rpartition(self, sep: Any) -> tuple[str, str, Hole]:
+    def rpartition(self, sep: Any) -> tuple[str, str, Placeholder]:
         self._lacks(sep)
         return "", "", self
 
-    def replace(self, old: Any, new: Any, count: int = -1) -> Hole:
+    def replace(self, old: Any, new: Any, count: int = -1) -> Placeholder:
         self._lacks(old)
         return self
 
@@ -182,11 +183,11 @@ class Hole(Opaque):
 
 
 class Words(Opaque):
-    """Words of the template and holes beside each other."""
+    """Words of the template and placeholders beside each other."""
 
     __slots__ = ("parts",)
 
-    def __init__(self, parts: tuple[str | Hole, ...]) -> None:
+    def __init__(self, parts: tuple[str | Placeholder, ...]) -> None:
         self.parts = parts
 
     def __bool__(self) -> bool:
@@ -195,24 +196,24 @@ class Words(Opaque):
     __hash__ = undecided
 
 
-def side_by_side(parts: Iterable[Any]) -> str | Hole | Words:
+def concatenated(parts: Iterable[Any]) -> str | Placeholder | Words:
     flat = list(_flat(parts))
-    if not any(isinstance(p, Hole) for p in flat):
+    if not any(isinstance(p, Placeholder) for p in flat):
         return "".join(flat)
     return flat[0] if len(flat) == 1 else Words(tuple(flat))
 
 
 def _flat(parts: Iterable[Any]) -> Iterator[Any]:
     for part in parts:
-        part = written(part)
+        part = as_written(part)
         if isinstance(part, Words):
             yield from part.parts
-        elif isinstance(part, Hole) or part:
+        elif isinstance(part, Placeholder) or part:
             yield part
 
 
-def written(value: Any) -> Any:
-    """As `str` writes it; what holds a hole can't be looked into (its repr raises)."""
+def as_written(value: Any) -> Any:
+    """As `str` writes it; what holds a placeholder can't be looked into (its repr raises)."""
     return value if _is_text(value) else str(value)
 
 
@@ -226,9 +227,9 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def marked_text(pieces: Iterable[Any]) -> str:
-    """What was written, each hole as its mark."""
+def text_with_marks(pieces: Iterable[Any]) -> str:
+    """What was written, each placeholder as its mark."""
     flat = list(_flat(pieces))
     if any(isinstance(p, str) and MARK.search(p) for p in flat):
         raise Undecided  # the template itself writes what we take for marks
-    return "".join(p.mark if isinstance(p, Hole) else p for p in flat)
+    return "".join(p.mark if isinstance(p, Placeholder) else p for p in flat)

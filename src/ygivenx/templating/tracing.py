@@ -115,7 +115,7 @@ class TracingEnvironment(Environment):
         if super().wrap_str_format(value) is None:
             return None
         plain = super().wrap_str_format(getattr(str.__str__(value.__self__), value.__name__))
-        return partial(braces, value.__self__, plain)
+        return plain and partial(braces, value.__self__, plain)
 
 
 def _wrapped(obj: Any) -> Any:

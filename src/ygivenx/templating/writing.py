@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def percent(pattern: str, values: Any) -> Text:
     return _filled(Text.split(_as_origin(pattern), "%s"), items)
 
 
-def braces(pattern: str, plain: Any, *values: Any, **named: Any) -> str:
+def braces(pattern: str, plain: Callable[..., str], *values: Any, **named: Any) -> str:
     """`pattern.format(...)`, which `plain` makes, where only a plain {} takes texts with an origin."""
     if not has_origin((pattern, values, named)):
         return plain(*values, **named)

@@ -1,20 +1,37 @@
-"""Chat templates, rendered as transformers renders them, and once more with the origin of every character."""
+"""Chat templates, rendered as transformers renders them, and once more with the origin of every character.
+
+A `Renderer` is what the encoder needs of a template: `Template` renders texts, `symbolic.SymbolicTemplate` renders
+placeholders in their stead.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import jinja2.meta
 
 from ..errors import RowError
 from .inputs import Inputs
 from .origins import OriginsLost, join
-from .sandbox import MAX_CHARACTERS, Environment, compiled, environment, spent
+from .sandbox import MAX_CHARACTERS, STATE, Environment, State, compiled, environment, spent
 from .tracing import Marked, Traced, TracingEnvironment
 
 _PLAIN: Any = Environment  # a class that mypy doesn't take for hashable
+
+
+class Renderer(Protocol):
+    """Renders conversations, and compares its renderings."""
+
+    source: str
+
+    @property
+    def undeclared(self) -> frozenset[str]: ...
+    def render(self, inputs: Inputs, *, add_generation_prompt: bool = False) -> str: ...
+    def trace(self, marked: Marked, plain: str, *, add_generation_prompt: bool = False) -> Traced | None: ...
+    def begins(self, text: str, with_: str) -> bool: ...
+    def common_prefix(self, a: str, b: str) -> int: ...
 
 
 class Template:
@@ -43,6 +60,14 @@ class Template:
             return None
         return Traced(text, marked.sources) if text == plain else None
 
+    def begins(self, text: str, with_: str) -> bool:
+        """Whether a rendering begins with another."""
+        return text.startswith(with_)
+
+    def common_prefix(self, a: str, b: str) -> int:
+        """The length of the common prefix of two renderings."""
+        return common_prefix(a, b)
+
     def pieces(self, kind: Any, inputs: Inputs, prompt: bool) -> list[Any]:
         """What the template writes, piece by piece, in an environment of this kind."""
         template = compiled(self.source, kind)
@@ -54,9 +79,9 @@ class Template:
                 "add_generation_prompt": prompt,
                 **self.variables,
                 **inputs.kwargs,
+                STATE: State(inputs),
             }
         )
-        environment(kind).begin(inputs)
         pieces: list[Any] = []
         size, size_of = 0, kind.size
         try:
@@ -77,3 +102,17 @@ class Template:
                 fix="mend the row as the template says, or give another template",
             ) from e
         return pieces
+
+
+def common_prefix(a: str, b: str) -> int:
+    """The length of the common prefix of two texts."""
+    if b.startswith(a):
+        return len(a)
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[:middle] == b[:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

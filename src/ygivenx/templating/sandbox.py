@@ -1,14 +1,15 @@
 """The sandbox in which chat templates run, as transformers has it, and a budget for each rendering.
 
 The same globals, filters and tags as transformers' `apply_chat_template`; beyond them limits on loop rounds, seconds
-and characters, since a template is untrusted code.
+and characters, since a template is untrusted code. An environment holds nothing that changes: what belongs to one
+rendering (its budget, its time, the JSON of its row's values) is a `State` in the rendering's own context, so that
+threads and encoders with different times share nothing.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
 from functools import cache, lru_cache
 from time import monotonic
 from typing import Any
@@ -17,7 +18,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.utils
-from jinja2.runtime import LoopContext
+from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ..errors import RowError
@@ -35,11 +36,15 @@ def spent(what: str) -> RowError:
     )
 
 
-class _Meter:
-    """What is left to one rendering."""
+STATE = "the state of this rendering"  # with spaces, so that no template can name it
 
-    def __init__(self) -> None:
+
+class State:
+    """What belongs to one rendering: what is left of its budget, its time, and its row's values as JSON."""
+
+    def __init__(self, inputs: Inputs) -> None:
         self.rounds, self.deadline = MAX_ROUNDS, monotonic() + MAX_SECONDS
+        self.now, self.written = inputs.now, inputs.written
 
     def charge(self, rounds: int) -> None:
         self.rounds -= rounds
@@ -110,25 +115,13 @@ class Environment(ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         loops = jinja2.ext.loopcontrols
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loops])
-        self.meter = _Meter()
-        self.now = datetime.now()
-        self.row: Any = None
-        self.written: dict[Any, tuple[Any, str]] = {}
-        self.filters["tojson"] = self._tojson
-        self.filters |= {"_metered": self._metered, "_sized": _sized}
+        self.filters |= {"tojson": _to_json, "_metered": _metered, "_sized": _sized}
         self.globals |= {
             "raise_exception": _raise_exception,
-            "strftime_now": lambda pattern: self.now.strftime(pattern),
+            "strftime_now": _strftime_now,
             "dict": _Dict(),
             "namespace": _Namespace,
         }
-
-    def begin(self, inputs: Inputs) -> None:
-        """A new budget for one rendering; what was written of another row is forgotten."""
-        self.meter, self.now = _Meter(), inputs.now
-        if inputs.tools is not self.row or inputs.tools is None:
-            self.row = inputs.tools
-            self.written.clear()
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         """The tree with a meter on what each loop runs over and on each text that a variable or call keeps."""
@@ -146,36 +139,6 @@ class Environment(ImmutableSandboxedEnvironment):
         made = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
         made.set_environment(self)
         return made
-
-    def _tojson(
-        self,
-        x: Any,
-        ensure_ascii: bool = False,
-        indent: Any = None,
-        separators: Any = None,
-        sort_keys: bool = False,
-    ) -> str:
-        """json.dumps, once for each value of a row: its tools are written in every one of its renderings."""
-        key = (id(x), ensure_ascii, indent, separators, sort_keys)
-        if key not in self.written:
-            text = json.dumps(
-                x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-            )
-            self.written[key] = (x, text)  # x too, so that its id isn't given to another value
-        return self.written[key][1]
-
-    def _metered(self, iterable: Any) -> Any:
-        try:
-            rounds = 1 + len(iterable)
-        except TypeError:
-            return self._counted(iterable)
-        self.meter.charge(rounds)
-        return iterable
-
-    def _counted(self, iterable: Iterable[Any]) -> Iterator[Any]:
-        for item in iterable:
-            self.meter.charge(1)
-            yield item
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and abs(right) > 64:
@@ -215,9 +178,57 @@ def _sized(value: Any) -> Any:
     return value
 
 
+@jinja2.pass_context
+def _to_json(
+    context: Context,
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: Any = None,
+    separators: Any = None,
+    sort_keys: bool = False,
+) -> str:
+    """json.dumps, once for each value of a row: its tools are written in every one of its renderings."""
+    written = _state(context).written
+    key = (id(x), ensure_ascii, indent, separators, sort_keys)
+    if key not in written:
+        text = json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+        written[key] = (x, text)  # x too, so that its id isn't given to another value
+    return written[key][1]
+
+
+@jinja2.pass_context
+def _metered(context: Context, iterable: Any) -> Any:
+    """What a loop runs over, its rounds charged to the rendering's budget."""
+    state = _state(context)
+    try:
+        rounds = 1 + len(iterable)
+    except TypeError:
+        return _counted(state, iterable)
+    state.charge(rounds)
+    return iterable
+
+
+def _counted(state: State, iterable: Iterable[Any]) -> Iterator[Any]:
+    for item in iterable:
+        state.charge(1)
+        yield item
+
+
+@jinja2.pass_context
+def _strftime_now(context: Context, pattern: str) -> str:
+    return _state(context).now.strftime(pattern)
+
+
+def _state(context: Context) -> State:
+    state: State = context.parent[STATE]
+    return state
+
+
 @cache
 def environment(kind: Callable[[], Environment]) -> Environment:
-    """The one environment of a kind (a class of them)."""
+    """The one environment of a kind (a class of them): nothing in it changes, so that threads can share it."""
     return kind()
 
 

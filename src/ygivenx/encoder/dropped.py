@@ -1,0 +1,207 @@
+"""What a template leaves out of a row, and whether what it writes is what the row says."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..templating.inputs import REASONING_FIELDS
+from ..templating.origins import Source
+from ..templating.tracing import Traced
+from .candidates import Rendering, Turn
+from .thoughts import Tags
+
+
+def lost_of_reply(
+    rendering: Rendering, turn: Turn, message: Mapping[str, Any], tags: Tags
+) -> list[tuple[str, str]]:
+    """(path, field) of what the reply holds and its output doesn't, such as `messages[3].tool_calls[0]...`."""
+    traced = turn.traced or rendering.traced
+    if traced is None:
+        return list(_missing_text(rendering.text[turn.start : turn.stop], turn.message, message, tags))
+    written = _written(traced, turn.start, turn.stop)
+    return [(_key(s), s.field or "") for s in _lost(traced, written, tags, turn.message)]
+
+
+def printed_arguments(rendering: Rendering, turn: Turn, message: Mapping[str, Any]) -> str | None:
+    """The path of a call's arguments that a template writes as Python prints them, which isn't JSON.
+
+    What the reply says in its content or reasoning doesn't count: it may well mention a dict.
+    """
+    calls = list(enumerate(message.get("tool_calls") or []))
+    if not calls:
+        return None
+    text = _around_calls(rendering, turn, message)
+    for i, call in calls:
+        arguments = call.get("function", call).get("arguments")
+        if isinstance(arguments, Mapping) and arguments and repr(arguments) in text:
+            return f"tool_calls[{i}].function.arguments"
+    return None
+
+
+def _around_calls(rendering: Rendering, turn: Turn, message: Mapping[str, Any]) -> str:
+    """The reply's text without what its content and reasoning say."""
+    traced = turn.traced or rendering.traced
+    if traced is None:
+        text = rendering.text[turn.start : turn.stop]
+        for name in ("content", *REASONING_FIELDS):
+            value = message.get(name)
+            text = text.replace(value.strip(), "\0") if isinstance(value, str) and value.strip() else text
+        return text
+    parts = []
+    for start, stop, source in _runs(traced, turn.start, turn.stop):
+        told = source.field in ("content", *REASONING_FIELDS)
+        parts.append("\0" if told else rendering.text[start:stop])
+    return "".join(parts)
+
+
+def lost_of_context(rendering: Rendering, trained: set[int], upto: int, tags: Tags) -> list[str]:
+    """Paths of what the messages around the trained replies, and tools and documents, hold in vain."""
+    traced = rendering.traced
+    if traced is None:
+        return []
+    written = _written(traced, 0, len(rendering.text))
+    paths = [
+        _key(s)
+        for s in _lost(traced, written, tags)
+        if s.message is not None and s.message not in trained and s.message < upto
+    ]
+    seen = {traced.sources[s].path.partition("[")[0] for _, s in traced.text.runs}
+    given = {s.path.partition("[")[0] for s in traced.sources if s.message is None}
+    return paths + sorted(({"tools", "documents"} & given) - seen)
+
+
+def lost_messages(rendering: Rendering, upto: int) -> list[int]:
+    """The messages before `upto` that say something, of which nothing at all is written."""
+    traced = rendering.traced
+    if traced is None:
+        return []
+    seen = {traced.sources[s].message for _, s in traced.text.runs if traced.sources[s].field != "role"}
+    speaking = {
+        s.message
+        for s in traced.sources
+        if s.message is not None and s.message < upto and _matters(s) and s.text.strip()
+        if s.field not in REASONING_FIELDS  # history goes without thoughts under most templates
+    }
+    return sorted(i for i in speaking - seen if i is not None)
+
+
+def unfaithful(
+    rendering: Rendering, messages: tuple[Mapping[str, Any], ...], tags: Tags, plain: Traced | None
+) -> str | None:
+    """The path of a text that a repaired rendering doesn't say as the row does; None where it says all of them.
+
+    What is written of a text has to be the text bare: neither quoted nor printed, unless the template does the same
+    without a repair (`plain`). A reply of history may lack its thought, and whole messages may be missing, which is
+    another matter (`lost_messages`).
+    """
+    traced = next((t.traced for t in rendering.turns if t.traced), rendering.traced)
+    if traced is None:
+        return _unfaithful_text(rendering, messages, tags)
+    written = _written(traced, 0, len(rendering.text))
+    unrepaired = _written(plain, 0, len(plain.text)) if plain else {}
+    for source in traced.sources:
+        if source.message is None or source.message >= rendering.upto or not _matters(source):
+            continue
+        wanted, found = _bare(source.text, tags), tags.marks.sub("", written.get(_key(source), ""))
+        is_reply = messages[source.message].get("role") == "assistant"
+        alike = unrepaired.get(_key(source)) == written.get(_key(source))
+        if found and not alike and wanted not in found and not (is_reply and found in wanted):
+            return source.path
+    return None
+
+
+def _unfaithful_text(rendering: Rendering, messages: tuple[Mapping[str, Any], ...], tags: Tags) -> str | None:
+    text, at = _bare(rendering.text, tags), 0
+    for i, message in enumerate(messages[: rendering.upto]):
+        content = message.get("content")
+        if isinstance(content, str) and (wanted := _bare(content, tags)):
+            found = text.find(wanted, at)
+            if found < 0:
+                return f"messages[{i}].content"
+            at = found + len(wanted)
+    return None
+
+
+def _lost(
+    traced: Traced, written: Mapping[str, str], tags: Tags, message: int | None = None
+) -> Iterator[Source]:
+    done: set[str] = set()
+    for source in traced.sources:
+        if (message is None or source.message == message) and _matters(source):
+            key = _key(source)
+            wanted = _bare(source.text, tags)
+            is_short = len(written.get(key, "")) < len(wanted) and key not in done
+            if is_short and not _in_another_form(source, wanted, written):
+                done.add(key)
+                yield source
+
+
+def _in_another_form(source: Source, wanted: str, written: Mapping[str, str]) -> bool:
+    """Whether a call's name stands in what is written of the same call, such as its id `functions.weather:0`."""
+    if source.field != "tool_calls" or not source.path.endswith(".name"):
+        return False
+    call = source.path.partition("].")[0] + "]." + source.path.partition("].")[2].partition("]")[0] + "]"
+    return any(path.startswith(call) and wanted in text for path, text in written.items())
+
+
+def _written(traced: Traced, start: int, stop: int) -> dict[str, str]:
+    """What text[start:stop] has of each field, white space apart."""
+    by_source: dict[int, list[str]] = defaultdict(list)
+    text = str.__str__(traced.text)
+    for a, b, s in _numbered_runs(traced, start, stop):
+        if s:
+            by_source[s].append("".join(text[a:b].split()))
+    written: dict[str, str] = {}
+    for s, parts in by_source.items():  # reasoning stands under several names: one of them is enough
+        key, made = _key(traced.sources[s]), "".join(parts)
+        if len(made) >= len(written.get(key, "")):
+            written[key] = made
+    return written
+
+
+def _numbered_runs(traced: Traced, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+    runs, at = traced.text.runs, start
+    for end, s in runs[bisect_right(runs, start, key=lambda r: r[0]) :]:
+        yield at, min(end, stop), s
+        if end >= stop:
+            break
+        at = end
+
+
+def _runs(traced: Traced, start: int, stop: int) -> Iterator[tuple[int, int, Source]]:
+    return ((a, b, traced.sources[s]) for a, b, s in _numbered_runs(traced, start, stop))
+
+
+def _key(source: Source) -> str:
+    """The path, one for all names of reasoning."""
+    return (
+        f"messages[{source.message}].{REASONING_FIELDS[0]}"
+        if source.field in REASONING_FIELDS
+        else source.path
+    )
+
+
+def _matters(source: Source) -> bool:
+    if source.field in ("content", *REASONING_FIELDS):
+        return not source.path.endswith(("(key)", "].type"))
+    return source.field == "tool_calls" and (
+        source.path.endswith(".name") or ".arguments" in source.path.removesuffix(".arguments (key)")
+    )
+
+
+def _bare(text: str, tags: Tags) -> str:
+    """The text without white space and the marks of a thought, which a template writes anew."""
+    return "".join(tags.marks.sub("", text).split())
+
+
+def _missing_text(output: str, i: int, message: Mapping[str, Any], tags: Tags) -> Iterator[tuple[str, str]]:
+    for name in ("content", "reasoning_content"):
+        value = message.get(name)
+        if isinstance(value, str) and _bare(value, tags) not in _bare(output, tags):
+            yield f"messages[{i}].{name}", name
+    for n, call in enumerate(message.get("tool_calls") or []):
+        if call.get("function", call).get("name", "") not in output:
+            yield f"messages[{i}].tool_calls[{n}].name", "tool_calls"

@@ -1,0 +1,254 @@
+"""Strategies: other ways to write a row that the template doesn't write as inference would show it, each by name.
+
+| name              | what it does                                                                  | by default |
+|-------------------|-------------------------------------------------------------------------------|-----|
+| template_kwargs   | sets a switch of the template's, such as enable_thinking=False                | yes |
+| arguments_as_text | gives tool calls' arguments as JSON text                                      | yes |
+| content_as_parts  | gives contents as lists of typed parts, reasoning among them                  | yes |
+| empty_content     | gives a missing content as "", or an empty one beside calls as none           | yes |
+| whitespace        | keeps the prompt where it and the row differ in white space alone             | yes |
+| history           | keeps the prompt where what is further back is written otherwise              | yes |
+| open_think        | puts a reply's own reasoning after a prompt that opens a thought              | yes |
+| closed_think      | keeps an empty, closed thought of the prompt's, which the row lacks           | yes |
+| opening           | takes a greeting before the first question, which nothing asks for, as context | yes |
+| only_end          | appends the one token that is known to stop, where nothing ends the turn      | yes |
+| append_end        | the same where several tokens are known to stop: the tokenizer's eos          | no  |
+| empty_think       | closes a thought that the prompt opens at once, where the reply has none      | no  |
+| developer_as_system | gives developer messages as system messages                                 | no  |
+| system_as_user    | gives later system messages as the user's                                     | no  |
+
+By default come those that leave no choice: they lose nothing that the model could be asked for, and what they add is
+what it would have to write. Each leaves a note. A strategy gives inputs that say the same, or puts a turn together by
+hand; whatever it gives has to be proven as any other candidate, and to say what the row says (dropped.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import ConfigError, nearest
+from ..templating.inputs import Inputs
+from ..templating.template import Renderer
+from .thoughts import Tags
+
+IN_ROWS = ("template_kwargs", "arguments_as_text", "content_as_parts", "empty_content")
+DEFAULT = (*IN_ROWS, "whitespace", "history", "open_think", "closed_think", "opening", "only_end")
+FOLDS = ("developer_as_system", "system_as_user")
+REPAIRS = (*DEFAULT, "append_end", "empty_think", *FOLDS)
+IN_TURNS = frozenset(REPAIRS) - {*IN_ROWS, *FOLDS}  # done while a turn is proven
+CERTAIN = frozenset({"opening", "only_end"})  # of these: no text of the row has a part in them
+
+_SWITCH = re.compile("think|reason")
+# Switches of how much history shows, not of whether to think.
+_LENGTH = re.compile("clear|truncate|preserve|keep|history|previous")
+
+
+def chosen(repair: str | Iterable[str]) -> frozenset[str]:
+    """The repairs of a choice: "default", "none", "all" or names; raises ConfigError for an unknown one."""
+    named = {"default": DEFAULT, "none": (), "all": REPAIRS}
+    if isinstance(repair, str):
+        repair = named.get(repair) or [n for n in repair.split(",") if n and n != "none"]
+    names: set[str] = set()
+    for name in repair:
+        if name != "default" and name not in REPAIRS:
+            raise ConfigError(f"repair={name!r}{nearest(name, REPAIRS)}", fix=f"known: {', '.join(REPAIRS)}")
+        names |= set(DEFAULT) if name == "default" else {name}
+    return frozenset(names)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One way to write a row: its inputs, what was changed in them, and what may be mended while turns are proven.
+
+    forced: a thought that the prompt opens is continued by hand even where the template seems to continue it.
+    is_symbolic: no text of the row has a part in it, so that it can be tried over placeholders.
+    """
+
+    inputs: Inputs
+    notes: tuple[str, ...] = ()
+    in_turns: frozenset[str] = frozenset()
+    forced: bool = False
+    is_symbolic: bool = False
+
+
+def strategies(
+    template: Renderer,
+    inputs: Inputs,
+    wanted: Iterable[int],
+    tags: Tags,
+    repairs: frozenset[str],
+    thoughts: str,
+) -> Iterator[Strategy]:
+    """Every strategy for a row, the least change first. wanted: the replies that are trained."""
+    wanted = list(wanted)
+    in_turns = repairs & IN_TURNS
+    switches = _switched(template, inputs, wanted, tags, repairs)
+    if thoughts == "off":
+        for switched, note in _switched_off(template, inputs, wanted, tags):
+            yield Strategy(switched, (note,), is_symbolic=True)
+            if in_turns:
+                yield Strategy(switched, (note,), in_turns)
+    yield Strategy(inputs, is_symbolic=True)
+    if thoughts.startswith("empty"):
+        yield Strategy(inputs, (), in_turns | {"empty_think"}, forced=True)
+    others = list(_said_otherwise(template, inputs, repairs))
+    for other, notes in others:
+        yield Strategy(other, notes)
+    for base, notes in [(inputs, ()), *others]:
+        for switched, note in switches(base):
+            yield Strategy(switched, (*notes, note), is_symbolic=base is inputs and not others)
+    if not in_turns:
+        return
+    alone = not others and not any(switches(inputs))
+    yield Strategy(inputs, (), in_turns, is_symbolic=alone)
+    for base, notes in [(inputs, ()), *others]:
+        if base is not inputs:
+            yield Strategy(base, notes, in_turns)
+        for switched, note in switches(base):
+            yield Strategy(switched, (*notes, note), in_turns)
+    yield Strategy(inputs, (), in_turns, forced=True)
+
+
+def _said_otherwise(
+    template: Renderer, inputs: Inputs, repairs: frozenset[str]
+) -> Iterator[tuple[Inputs, tuple[str, ...]]]:
+    """Other messages that say the same, each change alone and then all that apply together."""
+    changes = [
+        (change, note)
+        for name, change, note in _CHANGES
+        if name in repairs and (name != "content_as_parts" or _reads_parts(template.source))
+    ]
+    made: list[tuple[Inputs, str]] = []
+    for change, note in changes:
+        messages = change(inputs.messages)
+        if messages != inputs.messages:
+            made.append((replace(inputs, messages=messages), note))
+            yield made[-1][0], (note,)
+    if len(made) > 1:
+        messages = inputs.messages
+        for change, _ in changes:
+            messages = change(messages)
+        yield replace(inputs, messages=messages), tuple(note for _, note in made)
+
+
+Switched = Callable[[Inputs], list[tuple[Inputs, str]]]
+
+
+def _switched(
+    template: Renderer, inputs: Inputs, wanted: list[int], tags: Tags, repairs: frozenset[str]
+) -> Switched:
+    """What sets each of the template's switches, if that is among the repairs."""
+    names = sorted(n for n in template.undeclared if _SWITCH.search(n) and n not in inputs.kwargs)
+    values = (
+        [(n, v) for n in names for v in _values(n, inputs, wanted, tags)]
+        if "template_kwargs" in repairs
+        else []
+    )
+    return lambda base: [_with_switch(base, name, value) for name, value in values]
+
+
+def _with_switch(inputs: Inputs, name: str, value: bool) -> tuple[Inputs, str]:
+    note = f"rendered with {name}={value}: use the same at inference"
+    return replace(inputs, kwargs={**inputs.kwargs, name: value}), note
+
+
+def _values(name: str, inputs: Inputs, wanted: list[int], tags: Tags) -> tuple[bool, ...]:
+    """What a switch may be set to: thinking is switched off for replies without a thought alone, on for others."""
+    if _LENGTH.search(name) or not wanted:
+        return False, True
+    thoughts = {tags.thinks(inputs.messages[i]) for i in wanted}
+    return (thoughts.pop(),) if len(thoughts) == 1 else ()
+
+
+def _switched_off(
+    template: Renderer, inputs: Inputs, wanted: list[int], tags: Tags
+) -> Iterator[tuple[Inputs, str]]:
+    """The inputs with thinking switched off, if no trained reply has a thought."""
+    for name in sorted(template.undeclared - inputs.kwargs.keys()):
+        is_switch = _SWITCH.search(name) and not _LENGTH.search(name)
+        if is_switch and _values(name, inputs, wanted, tags) == (False,):
+            yield _with_switch(inputs, name, False)
+
+
+# --- other messages --------------------------------------------------------------------------------------
+
+Messages = tuple[dict[str, Any], ...]
+
+
+def _arguments_as_text(messages: Messages) -> Messages:
+    return tuple(map(_with_text, messages))
+
+
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call.get("function", call).get("arguments")
+        if isinstance(arguments, Mapping):
+            text = {"arguments": json.dumps(arguments, ensure_ascii=False)}
+            call = call | ({"function": call["function"] | text} if "function" in call else text)
+        calls.append(call)
+    return {**message, "tool_calls": calls}
+
+
+def _reads_parts(template: str) -> bool:
+    return "'type'" in template or '"type"' in template or ".type" in template
+
+
+def _content_as_parts(messages: Messages) -> Messages:
+    return tuple(map(_with_parts, messages))
+
+
+def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content, thought = message.get("content"), message.get("reasoning_content")
+    if not isinstance(content, str):
+        return message
+    parts: list[dict[str, Any]] = [{"type": "text", "text": content}]
+    if isinstance(thought, str) and thought:
+        parts.insert(0, {"type": "thinking", "thinking": thought, "text": thought})
+    return {**message, "content": parts}
+
+
+def _empty_content(messages: Messages) -> Messages:
+    return tuple(map(_with_content, messages))
+
+
+def _with_content(message: dict[str, Any]) -> dict[str, Any]:
+    if "content" not in message:
+        return {**message, "content": ""}
+    if message["content"] == "" and message.get("tool_calls"):
+        return {k: v for k, v in message.items() if k != "content"}
+    return message
+
+
+def _developer_as_system(messages: Messages) -> Messages:
+    return tuple({**m, "role": "system"} if m.get("role") == "developer" else m for m in messages)
+
+
+def _system_as_user(messages: Messages) -> Messages:
+    """Later system messages as the user's; the first one where there are no others."""
+    systems = [i for i, m in enumerate(messages) if m.get("role") == "system"]
+    folded = [i for i in systems if i] or systems
+    return tuple({**m, "role": "user"} if i in folded else m for i, m in enumerate(messages))
+
+
+_CHANGES: tuple[tuple[str, Callable[[Messages], Messages], str], ...] = (
+    (
+        "arguments_as_text",
+        _arguments_as_text,
+        "the template takes tool calls' arguments as text: given as JSON",
+    ),
+    (
+        "content_as_parts",
+        _content_as_parts,
+        "the template takes contents as lists of parts: given as one text part each",
+    ),
+    ("empty_content", _empty_content, "a missing content is given as an empty one, or the other way round"),
+    ("developer_as_system", _developer_as_system, "developer messages are given as system messages"),
+    ("system_as_user", _system_as_user, "system messages that come later are given as the user's"),
+)
