@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from ygivenx.cli import app, main
 from ygivenx.commands import inputs
-from ygivenx.commands.config import EncoderSection, Source
+from ygivenx.commands.config import EncoderSection, ModelOptions
 from ygivenx.commands.options import check_options, named_values
 from ygivenx.errors import ConfigError
 
@@ -65,7 +65,7 @@ def test_a_dtype_that_this_cpu_does_not_multiply_is_said(tmp_path, monkeypatch, 
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
     monkeypatch.setattr("ygivenx.head.edges.has_products", lambda dtype: has_products)
-    inputs.open_model(Source(str(tmp_path)), "bfloat16")
+    inputs.open_model(ModelOptions(str(tmp_path)), "bfloat16")
     assert ("no products in bfloat16" in capsys.readouterr().err) is not has_products
 
 

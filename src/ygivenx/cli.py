@@ -16,17 +16,17 @@ import typer
 from rich.console import Console
 
 from .commands.config import (
-    Columns,
+    ColumnOptions,
     DataSection,
-    EncodedRows,
+    EncodedRowOptions,
     EncoderSection,
     LoraSection,
+    ModelOptions,
     ModelSection,
     OutputSection,
-    Rows,
+    RowOptions,
     Sampling,
     Scoring,
-    Source,
     TrainConfig,
     TrainingSection,
     Weights,
@@ -112,7 +112,7 @@ def emit(document: Any) -> None:
 
 @command()
 def show(
-    data: Data, source: Source, columns: Columns, encoder: EncoderSection, row: RowNumber = 0,
+    data: Data, source: ModelOptions, columns: ColumnOptions, encoder: EncoderSection, row: RowNumber = 0,
     explain: Annotated[
         bool, typer.Option("--explain", help="first what inference shows, what the row renders to, and where they part")
     ] = False,
@@ -125,11 +125,11 @@ def show(
     from .commands.explain import explained
 
     reader = open_rows(data, columns, row + 1)
-    made, item = open_encoder(source, encoder), row_of(reader, row)
+    encode_row, item = open_encoder(source, encoder), row_of(reader, row)
     if explain:
-        for line in explained(made.tokenizer, item.value):
+        for line in explained(encode_row.tokenizer, item.value):
             say(line)
-    example = made(item)
+    example = encode_row(item)
     if as_json:
         return emit({"format": reader.format, "sequences": [_sequence_json(s) for s in example.sequences]})
     say(f"format: {reader.format}")
@@ -149,7 +149,7 @@ def _sequence_json(s: Any) -> dict[str, Any]:
 
 @command()
 def encode(
-    data: Data, source: Source, rows: EncodedRows, encoder: EncoderSection,
+    data: Data, source: ModelOptions, rows: EncodedRowOptions, encoder: EncoderSection,
     output: Annotated[Path, typer.Option("--output", "-o", help="a Parquet file")],
     ray: RayWorkers = 0, as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -177,7 +177,7 @@ def encode(
 
 @command()
 def ledger(
-    data: Data, weights: Weights, columns: Columns, encoder: EncoderSection, row: RowNumber = 0,
+    data: Data, weights: Weights, columns: ColumnOptions, encoder: EncoderSection, row: RowNumber = 0,
     html: HtmlFile = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Where the log-probability of one row goes, by segment; marginal + conditional = joint.
@@ -211,7 +211,7 @@ def _ledger_page(book: Any, row: int) -> Any:
 
 @command()
 def score(
-    data: Data, weights: Weights, rows: Rows, scoring: Scoring,
+    data: Data, weights: Weights, rows: RowOptions, scoring: Scoring,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help=".jsonl or .parquet; standard output if left out")
     ] = None,
@@ -230,7 +230,7 @@ def score(
 
 @command()
 def audit(
-    data: Data, source: Source, rows: EncodedRows, encoder: EncoderSection, suppress: Suppress = None,
+    data: Data, source: ModelOptions, rows: EncodedRowOptions, encoder: EncoderSection, suppress: Suppress = None,
     fail_on: FailOn = "warning", html: HtmlFile = None, sarif: SarifFile = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """What is wrong with rows and a tokenizer, before a run: findings with places, reasons and fixes.
@@ -242,9 +242,9 @@ def audit(
 
     reader = open_rows(data, rows)
     say(f"format: {reader.format}")
-    made = open_encoder(source, encoder)
+    encode_row = open_encoder(source, encoder)
     limits = read_limits(str(source.path), source.gguf_file)
-    report = examine_rows(rows=list(reader), encoder=made, model=limits, suppress=reasons(suppress))
+    report = examine_rows(rows=list(reader), encoder=encode_row, model=limits, suppress=reasons(suppress))
     finish(report, fail_on, html, sarif, as_json)
 
 
@@ -258,7 +258,7 @@ def audit(
 def probe(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="a training script; its own arguments follow it")],
-    columns: Columns,
+    columns: ColumnOptions,
     data: Annotated[
         str | None, typer.Option(help="the rows that it trains on, where its dataset holds token ids alone")
     ] = None,

@@ -11,17 +11,17 @@ from .errors import ConfigError
 
 
 @contextmanager
-def locked(path: Path, what: str, wanted: bool = True) -> Iterator[None]:
+def locked(path: Path, what: str, enabled: bool = True) -> Iterator[None]:
     """Hold `path`.lock. Raises ConfigError, with the holder's process id, while another process holds it.
 
     The system releases the lock when the process ends in whatever way, so nothing has to be cleaned up. Where there
-    are no such locks (Windows, some network file systems) none is held. wanted: False for ranks beside a writer.
+    are no such locks (Windows, some network file systems) none is held. enabled: False for ranks beside a writer.
     """
     try:
         import fcntl
     except ImportError:
-        wanted = False
-    if not wanted:
+        enabled = False
+    if not enabled:
         yield
         return
     file = path.with_name(f".{path.name}.lock")

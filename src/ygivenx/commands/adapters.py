@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, MissingExtra
 from ..models.resolve import located
-from .config import LoraSection, Source
+from .config import LoraSection, ModelOptions
 
 RANK = 16
 CONFIG, BASE = "adapter_config.json", "base"
@@ -36,7 +36,7 @@ def adapted(model: Any, section: LoraSection) -> Any:
         raise ConfigError("these adapters can't be made", where="lora", why=str(error)) from error
 
 
-def write_base(model: Any, source: Source, output_dir: Path) -> None:
+def write_base(model: Any, source: ModelOptions, output_dir: Path) -> None:
     """Write a base model that came from a GGUF file as safetensors, once, before it gets adapters."""
     _, gguf_file = located(str(source.path), source.gguf_file)
     if gguf_file is not None and not (output_dir / BASE / "config.json").exists():
@@ -46,7 +46,7 @@ def write_base(model: Any, source: Source, output_dir: Path) -> None:
         os.rename(staged, output_dir / BASE)
 
 
-def embed_base(final: Path, source: Source, output_dir: Path) -> None:
+def embed_base(final: Path, source: ModelOptions, output_dir: Path) -> None:
     """Put the base model beside its adapter, so that `final` is complete and names no path.
 
     transformers loads a folder that holds both from anywhere. A model of the hub goes by its name instead, which

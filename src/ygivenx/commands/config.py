@@ -1,4 +1,4 @@
-"""What commands can be told: sections of options, each of which stands here and nowhere else.
+"""What commands take: sections of options, each of which stands here and nowhere else.
 
 `ygx train` has all of them in one `TrainConfig`, from a YAML file, flags, or both. The other commands take the
 sections that they need.
@@ -38,7 +38,7 @@ CORES = os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
-class Columns:
+class ColumnOptions:
     """What the columns of a file mean."""
 
     format: str | None = option(None, "the row format, where columns fit several")
@@ -49,7 +49,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Rows(Columns):
+class RowOptions(ColumnOptions):
     """Rows of a file."""
 
     limit: int | None = option(None, "read at most so many rows", bounds=COUNT, default_text="all")
@@ -57,7 +57,7 @@ class Rows(Columns):
 
 
 @dataclass(frozen=True)
-class EncodedRows(Rows):
+class EncodedRowOptions(RowOptions):
     """Rows of a file that are encoded, in several processes where they are many."""
 
     processes: int = option(
@@ -66,7 +66,7 @@ class EncodedRows(Rows):
 
 
 @dataclass(frozen=True)
-class DataSection(EncodedRows):
+class DataSection(EncodedRowOptions):
     """The rows of a run."""
 
     path: str | None = option(None, "the rows to train on", flags="--data", required=True)
@@ -78,7 +78,7 @@ class DataSection(EncodedRows):
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelOptions:
     """Where a model lies."""
 
     path: str | None = option(
@@ -91,14 +91,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Weights(Source):
+class Weights(ModelOptions):
     """A model that is computed with."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the weights and products")
 
 
 @dataclass(frozen=True)
-class ModelSection(Source):
+class ModelSection(ModelOptions):
     """The model that is trained."""
 
     dtype: Literal["auto", "float32", "bf16", "fp16", "bfloat16", "float16"] = option(
@@ -308,8 +308,7 @@ class _Placed:
 
     def config(self) -> TrainConfig:
         """The sections, checked. Raises ConfigError for what couldn't run, before anything is loaded."""
-        made = {name: self._section(name) for name in SECTIONS}
-        config = TrainConfig(**made)
+        config = TrainConfig(**{name: self._section(name) for name in SECTIONS})
         required = {"data": config.data.path, "model": config.model.path, "output_dir": config.output.dir}
         missing = [key for key, value in required.items() if value is None]
         if missing:
@@ -320,14 +319,14 @@ class _Placed:
 
     def _section(self, name: str) -> Any:
         section, values = SECTIONS[name], self.values[name]
-        hints, made = get_type_hints(section), {}
+        hints, options = get_type_hints(section), {}
         for f in fields(section):
             if f.name in values:
                 where = self.where[name, f.name]
-                made[f.name] = checked(key_of(f), values[f.name], f, hints[f.name], where)
+                options[f.name] = checked(key_of(f), values[f.name], f, hints[f.name], where)
         if self.further[name]:
-            made["further"] = self._checked_further(name, self.further[name])
-        return section(**made)
+            options["further"] = self._checked_further(name, self.further[name])
+        return section(**options)
 
     def _checked_further(self, section: str, values: dict[str, Any]) -> dict[str, Any]:
         where = self.where[section, next(iter(values))]

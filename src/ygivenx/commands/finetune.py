@@ -178,10 +178,10 @@ def _when(section: TrainingSection, held_out: bool) -> dict[str, Any]:
     }
 
 
-def _checkpointing(wanted: bool) -> dict[str, bool]:
+def _checkpointing(enabled: bool) -> dict[str, bool]:
     """transformers 5.23 renamed `gradient_checkpointing`, and warns about the old name."""
     new = "activation_checkpointing"
-    return {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": wanted}
+    return {new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing": enabled}
 
 
 def refuse_lone_ranks(args: Any) -> None:

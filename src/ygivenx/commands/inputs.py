@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..rows.data import Reader, Row, read
 from ..sequence import Example, Rejected
 from ..show import visible
-from .config import Columns, EncoderSection, Rows, Source
+from .config import ColumnOptions, EncoderSection, ModelOptions, RowOptions
 
 if TYPE_CHECKING:
     from ..encoder.encode import Encoder
@@ -34,7 +34,7 @@ def say(text: str, to: Console | None = None) -> None:
     (to or console).print(visible(text), highlight=False, markup=False, soft_wrap=True)
 
 
-def open_model(source: Source, dtype: str = "float32") -> tuple[Any, Any]:
+def open_model(source: ModelOptions, dtype: str = "float32") -> tuple[Any, Any]:
     """(model, tokenizer), in this dtype by torch's name."""
     import torch
 
@@ -61,7 +61,7 @@ def options_of(section: EncoderSection) -> dict[str, Any]:
     return {**named, **section.further}
 
 
-def open_encoder(source: Source, section: EncoderSection, **options: Any) -> Encoder:
+def open_encoder(source: ModelOptions, section: EncoderSection, **options: Any) -> Encoder:
     """The encoder of a model; what the section says of `options` counts."""
     from ..encoder.encode import Encoder
 
@@ -78,9 +78,9 @@ def open_encoder(source: Source, section: EncoderSection, **options: Any) -> Enc
     return encoder
 
 
-def open_rows(data: str, columns: Columns, limit: int | None = None) -> Reader:
+def open_rows(data: str, columns: ColumnOptions, limit: int | None = None) -> Reader:
     """The rows of a file; `limit` counts where the columns bring none."""
-    if isinstance(columns, Rows):
+    if isinstance(columns, RowOptions):
         limit = columns.limit
     return read(
         data,

@@ -87,7 +87,7 @@ def fit(name: str, value: Any, hint: Any, where: str) -> Any:
             return _as(kind, value)
         except (TypeError, ValueError):
             continue
-    raise ConfigError(f"{name} must be {_wanted(hint)}, got {value!r}{_near(value, hint)}", where=where)
+    raise ConfigError(f"{name} must be {_described(hint)}, got {value!r}{_near(value, hint)}", where=where)
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -126,7 +126,7 @@ def _near(value: Any, hint: Any) -> str:
     return nearest(str(value), map(str, choices(hint)))
 
 
-def _wanted(hint: Any) -> str:
+def _described(hint: Any) -> str:
     """The type in words: `int`, `one of cosine, linear`."""
     if found := choices(hint):
         return f"one of {', '.join(map(str, found))}"
@@ -193,7 +193,9 @@ def with_sections(command: Callable[..., T], unset: bool = False) -> Callable[..
         for name, section in sections.items():
             own = {f.name: values.pop(key_of(f)) for f in fields(section)}
             own = {f.name: _parsed(f, own[f.name]) for f in fields(section)}
-            values[name] = {k: v for k, v in own.items() if v is not None} if unset else _made(section, own)
+            values[name] = (
+                {k: v for k, v in own.items() if v is not None} if unset else _section_from(section, own)
+            )
         return command(**values)
 
     functools.update_wrapper(flat, command, ("__module__", "__name__", "__qualname__", "__doc__"))
@@ -277,7 +279,7 @@ def default_of(f: Any) -> Any:
     return f.default_factory() if f.default_factory is not MISSING else f.default
 
 
-def _made(section: type[T], values: Mapping[str, Any]) -> T:
+def _section_from(section: type[T], values: Mapping[str, Any]) -> T:
     """A section from flags, checked; what wasn't given has its default."""
     hints = get_type_hints(section)
     named = {f.name: f for f in fields(section)}  # type: ignore[arg-type]

@@ -81,7 +81,7 @@ class _Look:
             raise self._error
         return self._value
 
-    def _once(self, trainer: Any) -> None:
+    def _look_at_first(self, trainer: Any) -> None:
         if self.done:
             return
         self.done = True
@@ -95,7 +95,7 @@ class _Look:
         train = transformers.Trainer.train
 
         def stop(trainer: Any, *args: Any, **kwargs: Any) -> Any:
-            self._once(trainer)
+            self._look_at_first(trainer)
             raise _Stop
 
         transformers.Trainer.train = stop

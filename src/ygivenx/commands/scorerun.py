@@ -28,15 +28,14 @@ from ..scores.requests import Request, RequestBuilder
 from ..scores.scorefile import ScoreFile, run_before, writing
 from ..sequence import Rejected
 from ..show import visible_json
-from .config import Rows as RowsSection
-from .config import Scoring, Weights
+from .config import RowOptions, Scoring, Weights
 from .inputs import Account, open_model, open_rows, say
 from .progress import SILENCE, bar
 from .quiet import quiet
 
 INTERRUPTED = 130  # what shells call a program that Ctrl-C ended
 # What scores requests: it may read ahead, and answers in order.
-Scorer = Callable[[Iterator[Request]], Iterator[Any]]
+AnswerStream = Callable[[Iterator[Request]], Iterator[Any]]
 
 
 class Numbered(NamedTuple):
@@ -92,7 +91,7 @@ def _raw(item: Any) -> Any:
     return item.row if isinstance(item, Rejected) else item.raw
 
 
-def records(numbered: Iterable[Numbered], scorer: Scorer) -> Iterator[dict[str, Any]]:
+def records(numbered: Iterable[Numbered], scorer: AnswerStream) -> Iterator[dict[str, Any]]:
     """One record per request, in order; `scorer` makes Scores of requests, reading ahead as it likes."""
     waiting: deque[tuple[int, int]] = deque()
 
@@ -147,7 +146,12 @@ class Means:
 
 
 def run(
-    rows: Rows, scorer: Scorer, tally: Any, file: ScoreFile | None, console: Console, silent: bool = False
+    rows: Rows,
+    scorer: AnswerStream,
+    tally: Any,
+    file: ScoreFile | None,
+    console: Console,
+    silent: bool = False,
 ) -> dict[str, Any]:
     """Score all rows, into a file or on standard output as JSON Lines unless `silent`; the account of the run.
 
@@ -209,7 +213,7 @@ def _shown(
 
 
 def score_file(
-    data: str, weights: Weights, columns: RowsSection, scoring: Scoring, output: Path | None, *, ray: int = 0,
+    data: str, weights: Weights, columns: RowOptions, scoring: Scoring, output: Path | None, *, ray: int = 0,
     console: Console, silent: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """`ygx score`: the rows of a file by a model; the account, which is printed too.
@@ -243,7 +247,7 @@ def _lines_in(output: Path) -> int:
 
 
 def _score_file(
-    data: str, weights: Weights, columns: RowsSection, scoring: Scoring, output: Path | None, ray: int,
+    data: str, weights: Weights, columns: RowOptions, scoring: Scoring, output: Path | None, ray: int,
     console: Console, silent: bool,
 ) -> dict[str, Any]:  # fmt: skip
     from ..scores.scoring import Tally, request_builder_for, scores
@@ -266,7 +270,7 @@ def _score_file(
     account = Account(reader.format, columns.quarantine)
     rows = Rows(reader, builder, (columns.x, columns.y, columns.plain), account)
     settings: dict[str, Any] = {"marginal": scoring.marginal, "tokens": scoring.tokens, "tally": Tally()}
-    scorer: Scorer = partial(scores, loaded, **settings)
+    scorer: AnswerStream = partial(scores, loaded, **settings)
     if ray:
         from ..scores.clusters import scores_on_ray
 
@@ -283,7 +287,7 @@ _BOS: dict[str, Bos] = {"auto": "auto", "always": True, "never": False}
 def _run_of(
     data: str,
     weights: Weights,
-    columns: RowsSection,
+    columns: RowOptions,
     scoring: Scoring,
     place: tuple[str, str | None],
     now: str,

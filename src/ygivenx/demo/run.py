@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 
-from ..commands.config import Source, TrainConfig
+from ..commands.config import ModelOptions, TrainConfig
 from ..commands.finetune import arguments_of, build
 from ..commands.inputs import open_model
 from ..commands.progress import tracked
@@ -64,7 +64,7 @@ def run_arm(arm: str, before: State | None, output_dir: Path, seed: int, console
     set_seed(seed)
     started = time.perf_counter()
     train_rows, held_out = splits(TRAIN_ROWS, HELD_OUT_ROWS, seed)
-    model, tokenizer = open_model(Source("sample"))
+    model, tokenizer = open_model(ModelOptions("sample"))
     encoder = Encoder(tokenizer, train=ARMS[arm])
     examples, rejected = encoder.batch(train_rows)
     console.print(

@@ -85,22 +85,22 @@ def mend(run_dir: Path) -> None:
                 os.rename(aside, final)
 
 
-def start(run_dir: Path, asked: str | bool | None, own: Container[str] = ()) -> Path | None:
+def start(run_dir: Path, resume: str | bool | None, own: Container[str] = ()) -> Path | None:
     """The complete checkpoint that a run in `run_dir` begins from; None for a fresh start.
 
-    asked: a checkpoint's directory, True (the newest complete one), "auto" (the same, or a fresh start), or None.
+    resume: a checkpoint's directory, True (the newest complete one), "auto" (the same, or a fresh start), or None.
     own: names of checkpoints in `run_dir` that may stand beside a fresh start. Raises CheckpointError if what was
     asked for isn't there, and where checkpoints of another run are: the newest of both would be kept and resumed from.
     """
     mend(run_dir)
-    if asked in (True, "auto"):
+    if resume in (True, "auto"):
         found = newest(run_dir)
-        if found is None and asked is True:
+        if found is None and resume is True:
             raise CheckpointError(
                 "no complete checkpoint", where=str(run_dir), fix='use "auto" to start afresh'
             )
     else:
-        found = Path(str(asked)) if asked else None
+        found = Path(str(resume)) if resume else None
         if found is not None:
             verify(found)
     others = [p.name for p in listed(run_dir) if p.name not in own]

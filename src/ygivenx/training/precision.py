@@ -19,8 +19,8 @@ def multiplies_bfloat16() -> bool:
     """Whether this machine's own instructions multiply bfloat16; emulated products would only cost accuracy."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in asked)
+    instructions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in instructions)
 
 
 def refuse_float16_weights(model: nn.Module) -> None:

@@ -116,15 +116,15 @@ def steps_done(directory: Path) -> int:
     return int(json.loads((directory / STATE).read_text())["global_step"])
 
 
-def same(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
+def refuse_another_run(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
     """Raise CheckpointError, naming what changed, unless a checkpoint with these settings belongs to this run."""
     now = json.loads(json.dumps(now))  # as the others came back
     changed = [k for k, v in now.items() if before.get(k) != v]
     if not changed:
         return
-    said = [k if k == "packs" else f"{k} {before.get(k)} → {now[k]}" for k in changed]
+    changes = [k if k == "packs" else f"{k} {before.get(k)} → {now[k]}" for k in changed]
     raise CheckpointError(
-        f"it belongs to another run: {', '.join(said)} changed",
+        f"it belongs to another run: {', '.join(changes)} changed",
         where=str(where),
         why="what follows would differ from the uninterrupted run"
         + (" (packs are rows as the encoder's options make them)" if "packs" in changed else ""),

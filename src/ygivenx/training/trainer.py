@@ -227,8 +227,8 @@ class Trainer(transformers.Trainer):
         measured in each backward pass, so it is right whoever divides.
         """
         scaler = self.accelerator.scaler
-        wanted = torch.full_like(grad, 1.0 if scaler is None else scaler.get_scale())
-        return grad if torch.equal(grad, wanted) else wanted
+        expected = torch.full_like(grad, 1.0 if scaler is None else scaler.get_scale())
+        return grad if torch.equal(grad, expected) else expected
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -337,7 +337,7 @@ class Trainer(transformers.Trainer):
         if path is None:
             return super().train(**kwargs)
         before = runs.recalled(path)
-        runs.same(before, self._run, path)
+        runs.refuse_another_run(before, self._run, path)
         done = transformers.TrainerState.load_from_json(str(path / runs.STATE))
         if done.global_step >= self.steps:  # transformers looks at its limit after a step
             return self._finished(path, done)
