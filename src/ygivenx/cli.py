@@ -20,6 +20,7 @@ from .commands.config import (
     DataSection,
     EncodedRowOptions,
     EncoderSection,
+    LimitedRowOptions,
     LoraSection,
     ModelOptions,
     ModelSection,
@@ -230,7 +231,7 @@ def score(
 
 @command()
 def audit(
-    data: Data, source: ModelOptions, rows: EncodedRowOptions, encoder: EncoderSection, suppress: Suppress = None,
+    data: Data, source: ModelOptions, rows: LimitedRowOptions, encoder: EncoderSection, suppress: Suppress = None,
     fail_on: FailOn = "warning", html: HtmlFile = None, sarif: SarifFile = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """What is wrong with rows and a tokenizer, before a run: findings with places, reasons and fixes.

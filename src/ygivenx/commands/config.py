@@ -49,10 +49,16 @@ class ColumnOptions:
 
 
 @dataclass(frozen=True)
-class RowOptions(ColumnOptions):
-    """Rows of a file."""
+class LimitedRowOptions(ColumnOptions):
+    """Some rows of a file."""
 
     limit: int | None = option(None, "read at most so many rows", bounds=COUNT, default_text="all")
+
+
+@dataclass(frozen=True)
+class RowOptions(LimitedRowOptions):
+    """Rows of a file, accepted or quarantined."""
+
     quarantine: str | None = option(None, "write rows that can't be used there, with reasons, as JSON Lines")
 
 

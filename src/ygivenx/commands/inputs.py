@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..rows.data import Reader, Row, read
 from ..sequence import Example, Rejected
 from ..show import visible
-from .config import ColumnOptions, EncoderSection, ModelOptions, RowOptions
+from .config import ColumnOptions, EncoderSection, LimitedRowOptions, ModelOptions
 
 if TYPE_CHECKING:
     from ..encoder.encode import Encoder
@@ -80,7 +80,7 @@ def open_encoder(source: ModelOptions, section: EncoderSection, **options: Any) 
 
 def open_rows(data: str, columns: ColumnOptions, limit: int | None = None) -> Reader:
     """The rows of a file; `limit` counts where the columns bring none."""
-    if isinstance(columns, RowOptions):
+    if isinstance(columns, LimitedRowOptions):
         limit = columns.limit
     return read(
         data,
