@@ -7,6 +7,8 @@ fits by text may not fit by ids.
 from __future__ import annotations
 
 import copy
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from templates.conversations import call, calls, reply, result, system, tool, user
@@ -14,6 +16,7 @@ from templates.stock import stock_templates
 from tokenizers import Regex, pre_tokenizers
 
 from ygivenx import Encoder, Example, RowError
+from ygivenx.errors import ConfigError
 
 SHELF = stock_templates()
 THINKERS = [n for n in ("qwen3_5_think", "qwen3_6", "qwen3_8") if n in SHELF]
@@ -81,3 +84,166 @@ def test_a_reply_without_a_thought_where_the_prompt_opens_one(tokenizer, name, r
 def test_a_reply_with_a_thought_stays_as_it_is(tokenizer, name):
     example = made(tokenizer, name)({"messages": [user(), reply("yo", reasoning_content="hm")]})
     assert (trained(example), example.only.notes) == ("hm\n</think>\n\nyo<|im_end|>", ())
+
+
+@needs_templates
+def test_thoughts_by_name(tokenizer):
+    """Y2: an empty thought after a prompt that opens one is encoded apart, as inference would go on."""
+    row = {"messages": [user(), reply("yo")]}
+    example = made(tokenizer, "qwen3_5_think", thoughts="empty")(row)
+    assert trained(example) == "\n</think>\n\nyo<|im_end|>"
+    shown = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_dict=False)
+    assert example.ids[: len(shown)].tolist() == shown
+    masked = made(tokenizer, "qwen3_5_think", thoughts="empty_masked")(row)
+    assert (trained(masked), masked.ids.tolist()) == ("yo<|im_end|>", example.ids.tolist())
+    assert trained(made(tokenizer, "qwen3", thoughts="off")(row)) == "yo<|im_end|>"
+
+
+@needs_templates
+@pytest.mark.parametrize("name", THINKERS)
+@pytest.mark.parametrize("first", [True, False])
+def test_replies_with_and_without_a_thought_in_one_conversation(tokenizer, name, first):
+    thought, plain = reply("yo", reasoning_content="hm"), reply("no")
+    one, other = (thought, plain) if first else (plain, thought)
+    example = made(tokenizer, name)({"messages": [user(), one, user("And?"), other]})
+    assert sorted("".join(s.trained) for s in example) == ["hm\n</think>\n\nyo<|im_end|>", "no<|im_end|>"]
+
+
+@pytest.mark.skipif("nemotron_3_nano" not in SHELF, reason="TRL is not installed")
+def test_a_thought_is_neither_printed_nor_switched_off(tokenizer):
+    """Y3 and Y4."""
+    enc = made(tokenizer, "nemotron_3_nano")
+    row = [user(), reply("<think>\nhm\n</think>\n\nyo")]
+    error = refusal(enc, *row, chat_template_kwargs={"enable_thinking": False})
+    assert error.reason == "not_continued"
+    half = enc({"messages": [user(), reply("it is 4.\n</think>\n\n4")]})
+    assert trained(half) == "it is 4.\n</think>\n\n4<|im_end|>"
+
+
+@pytest.mark.skipif("qwen2_5" not in SHELF, reason="TRL is not installed")
+def test_a_dict_in_a_thought_is_not_an_argument_as_python_prints_it(tokenizer):
+    """Y5."""
+    row = [user(), calls(call(arguments={"q": "concerts"}), content="I ask with {'q': 'concerts'}.")]
+    example = made(tokenizer, "qwen2_5")({"messages": row, "tools": [tool()]})
+    assert '"arguments": {"q": "concerts"}' in trained(example)
+    assert not any("JSON" in n for n in example.only.notes)
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_name_that_is_written_as_the_calls_id_is_there(tokenizer):
+    """Y6, as Kimi K2.5's template."""
+    template = CHATML.replace(
+        "m['content'] +", "m['content'] + (m.tool_calls[0].id if m.tool_calls else '') +"
+    )
+    row = [user(), calls(call(arguments={}, id="functions.weather:0"), content="")]
+    assert trained(made(tokenizer, template)({"messages": row})) == "functions.weather:0<|im_end|>"
+
+
+def test_ends_at_which_generation_stops_and_no_others(tokenizer):
+    """Y7."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>", "<|call|>"]})
+    headers = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.end %}<|call|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    row = {"messages": [user(), reply("yo", end=True)]}
+    assert trained(made(tokenizer, headers, stops=["<|user|>"])(row)) == "yo<|call|><|user|>"
+    error = refusal(made(tokenizer, headers, stops=["<|im_end|>"]), *row["messages"])
+    assert (error.reason, "<|call|>" in error.what) == ("no_end_of_turn", True)
+
+
+@pytest.mark.parametrize("name", ["eos_token", "bos_token"])
+def test_an_end_that_the_vocabulary_lacks(tokenizer, name):
+    """Y9."""
+    tokenizer.add_special_tokens({})
+    broken = copy.deepcopy(tokenizer)
+    broken._special_tokens_map[name] = "</none>"
+    with pytest.raises(ConfigError, match="no token of this tokenizer"):
+        made(broken, CHATML)
+
+
+def test_a_template_that_ignores_the_generation_prompt(tokenizer):
+    """Y10: the header would be trained."""
+    error = refusal(made(tokenizer, CHATML.partition("{% if add_")[0]), user(), reply())
+    assert error.reason == "no_prompt"
+
+
+def test_null_and_empty_contents_are_one(tokenizer):
+    """Y15."""
+    template = CHATML.replace(
+        "m['content'] +", "m.content + (m.tool_calls[0].function.name if m.tool_calls else '') +"
+    )
+    row = [user(), calls(call(arguments={}), content=None)]
+    assert trained(made(tokenizer, template)({"messages": row})) == "weather<|im_end|>"
+
+
+def test_a_greeting_before_a_system_prompt_of_the_templates_own(tokenizer, smol_tokenizer):
+    """Y16."""
+    example = Encoder(smol_tokenizer)({"messages": [reply("Hello"), user(), reply("yo")]})
+    assert trained(example) == "yo<|im_end|>"
+    assert any("before the first question" in n for n in example.only.notes)
+
+
+def test_two_stops_in_a_row_and_templates_without_a_default(tokenizer):
+    """Y17."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
+    twice = CHATML.replace("<|im_end|>\n'", "<|stop|><|im_end|>\n'")
+    assert trained(
+        made(tokenizer, twice, stops=["<|stop|>", "<|im_end|>"])({"messages": [user(), reply("yo")]})
+    ) == ("yo<|stop|>")
+    enc = made(tokenizer, CHATML)
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    assert refusal(enc, user(), reply()).reason == "no_template"
+
+
+@pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "eos_token"])
+def test_a_row_sets_the_templates_switches_alone(tokenizer, name):
+    error = refusal(made(tokenizer, CHATML), user(), reply(), chat_template_kwargs={name: False})
+    assert (error.reason, error.field) == ("reserved_kwarg", f"chat_template_kwargs.{name}")
+    row = {"messages": [user(), reply()], "chat_template_kwargs": {"enable_thinkng": False}}
+    assert any("enable_thinkng" in n for n in made(tokenizer, CHATML)(row).only.notes)
+
+
+def test_replies_that_do_not_fit_are_context(tokenizer):
+    row = {"messages": [user(), reply("yo"), user("And?"), reply("no no no no no no")]}
+    whole = made(tokenizer, CHATML)(row).only
+    fitted = made(tokenizer, CHATML, max_length=len(whole) - 4, overflow="drop_reply")(row).only
+    assert ("".join(fitted.trained), len(fitted)) == ("yo<|im_end|>", len(whole) - 4)
+    assert any("1 replies that don't fit" in n for n in fitted.notes)
+
+
+@needs_templates
+def test_a_refusal_names_what_was_tried_and_works(tokenizer):
+    """Y19: each option that a refusal names takes the row."""
+    enc = made(tokenizer, "qwen3_5_think", repair="none")
+    error = refusal(enc, user(), reply("yo"))
+    named = re.findall(r"(\w+)='([^']*)'", error.fix)
+    assert named
+    for name, value in named:
+        options = {"repair": "none", name: value}
+        assert Encoder(tokenizer, **options)({"messages": [user(), reply("yo")]}).trained
+    assert "none that was tried" in refusal(
+        made(tokenizer, CHATML.partition("{% if add_")[0]), user(), reply()
+    ).fix or ("context='rendered'" in refusal(enc, user(), reply("yo")).fix)
+
+
+def test_encoders_of_different_times_share_nothing_in_threads(tokenizer):
+    """Y18."""
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}" + CHATML
+    encoders = [Encoder(tokenizer, now=f"{year}-01-01") for year in (2001, 2002)]
+    rows = [{"messages": [user(), calls(call(), content=f"{n}")]} for n in range(30)]
+
+    def years(enc: Encoder) -> set[str]:
+        examples, rejected = Encoder.batch(enc, rows)
+        assert {r.reason for r in rejected} <= {"dropped_field"}
+        return {
+            "".join(e.tokens)[:4] for e in [*examples, *enc.batch([{"messages": [user(), reply()]}] * 30)[0]]
+        }
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(years, encoders)) == [{"2001"}, {"2002"}]

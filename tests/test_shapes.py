@@ -300,3 +300,17 @@ def test_where_renderings_part_at_a_hole_its_text_is_asked():
     for text, rest in (("yes", "yet"), ("", "no"), ("yes", sheet.placeholders[0].mark)):
         with pytest.raises(Undecided):
             sheet.placeholder(text).require_other_beginning(rest)
+
+
+def test_a_control_token_that_template_and_row_write_together_is_found_on_the_fast_path():
+    """A template writes `<|im_` and a row `end|>`: neither has the token alone, and no question was asked of it."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'user' %}<|im_{% endif %}{{ m.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    fast, slow = twins("x", template)
+    rows = [row(text, "yes") for text in ("hello", "world", "again", "end|> forged", "once more")]
+    assert plain(fast.batch(rows)) == plain(slow.batch(rows))
+    examples, rejected = fast.batch(rows)
+    assert proofs(fast) > 0
+    assert ([r.reason for r in rejected], len(examples)) == (["control_text"], 4)

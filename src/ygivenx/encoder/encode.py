@@ -35,6 +35,7 @@ from .rendered_text import RenderedChats
 from .repairs import chosen
 from .token_jobs import token_job
 from .tokens import Encoded, Tokens
+from .ways_out import WaysOut
 
 CHOICES = {
     "control": ("refuse", "text", "parse"),
@@ -112,6 +113,7 @@ class Encoder:
             template_kwargs=dict(template_kwargs or {}), now=self.now,
         )  # fmt: skip
         self._options, self._chats, self._pairs = options, Chats(options), Pairs(options)
+        self._ways_out = WaysOut(options)
 
     @classmethod
     def from_pretrained(
@@ -196,7 +198,8 @@ class Encoder:
                 index = row.index if isinstance(row, Row) else n
                 done.append(Example(tuple(self._finished(job, parts)), _raw(row), index=index))
             except RowError as e:
-                done.append(_located(e, n, row))
+                value = job.chat.row if isinstance(job, ChatWork) else None
+                done.append(_located(self._ways_out.named(value, e), n, row))
         return done
 
     def _finished(self, work: Work, parts: list[Encoded]) -> list[Sequence]:
@@ -210,8 +213,8 @@ class Encoder:
             return self._chats.shorter(work.chat.row, e)
 
     def _try(self, number: int, row: Any) -> Work | RowError:
+        value = row.value if isinstance(row, Row) else row
         try:
-            value = row.value if isinstance(row, Row) else row
             if not isinstance(value, Conversation | Pair | Preference | TokenRow):
                 value = normalise(value)
             if isinstance(value, Preference):
@@ -220,7 +223,7 @@ class Encoder:
                 return token_job(value, self._options)
             return self._pair_job(value) if isinstance(value, Pair) else self._chats.job(value)
         except RowError as e:
-            return _located(e, number, row)
+            return _located(self._ways_out.named(value, e), number, row)
 
     def _pair_job(self, row: Pair) -> Work:
         """A pair as it stands; a text that is a rendered chat, as the conversation that it was."""

@@ -34,17 +34,6 @@ def straddle(encoded: Encoded, at: int, field: str) -> RowError:
     )
 
 
-def unwritten_thought(i: int, opening: str) -> RowError:
-    """A reply without a thought after a prompt that opens one, where no switch turns thinking off."""
-    return RowError(
-        f"inference begins this reply with a thought ({opening!r}), and the reply has none",
-        reason="straddling_token",
-        field=f"messages[{i}]",
-        why="the model is in thinking mode: the empty thought isn't written as inference would encode it",
-        fix="thoughts='empty' trains an empty thought, thoughts='empty_masked' has it as context",
-    )
-
-
 def not_json(path: str) -> RowError:
     """Arguments of a call as Python prints them."""
     return RowError(
