@@ -9,7 +9,7 @@ from ..sequence import Example
 
 
 @dataclass(frozen=True)
-class State:
+class MeasuredState:
     """A model's behaviour on the held-out rows: exact match, nats per token, and the first row's ledger."""
 
     exact_match: float
@@ -23,8 +23,8 @@ class State:
 class Arm:
     """One fine-tune: before, after, and what was logged on the way."""
 
-    before: State
-    after: State
+    before: MeasuredState
+    after: MeasuredState
     history: list[dict[str, float]]
     examples: list[Example]
     ledgers: list[Ledger]

@@ -21,7 +21,7 @@ from ..encoder.encode import Encoder
 from ..scores.ledger import ledger
 from ..sequence import Example
 from ..training.evaluation import evaluate, rates
-from .measured import Arm, State
+from .measured import Arm, MeasuredState
 from .page import write_page
 from .task import splits
 
@@ -59,7 +59,7 @@ def _run(output_dir: Path, control: bool, seed: int, console: Console) -> dict[s
     return result
 
 
-def run_arm(arm: str, before: State | None, output_dir: Path, seed: int, console: Console) -> Arm:
+def run_arm(arm: str, before: MeasuredState | None, output_dir: Path, seed: int, console: Console) -> Arm:
     """Load the base model, measure it (unless `before` is known), train it, and measure it again."""
     set_seed(seed)
     started = time.perf_counter()
@@ -106,7 +106,7 @@ def fit(
 
 def measure(
     model: Any, tokenizer: Any, ruler: list[Example], rows: list[dict[str, Any]], console: Console, when: str
-) -> State:
+) -> MeasuredState:
     """Ledger, nats per token and exact match (generated, greedy) on the held-out rows; printed."""
     model.eval()
     book = ledger(model, ruler[0])
@@ -122,7 +122,7 @@ def measure(
         highlight=False,
         soft_wrap=True,
     )
-    return State(exact, nats["conditional_nats"], nats["marginal_nats"], generated, book)
+    return MeasuredState(exact, nats["conditional_nats"], nats["marginal_nats"], generated, book)
 
 
 @torch.no_grad()

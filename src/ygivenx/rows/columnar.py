@@ -70,7 +70,7 @@ def _parquet_batches(source: Any) -> Iterator[RecordBatch]:
 def _decoded_size(chunk: Any) -> int:
     """The bytes of a column chunk's values, at least: runs of equal numbers take no place in the file."""
     widths = {"BOOLEAN": 1, "INT32": 4, "FLOAT": 4}
-    return max(chunk.total_uncompressed_size, chunk.num_values * widths.get(chunk.physical_type, 8))
+    return int(max(chunk.total_uncompressed_size, chunk.num_values * widths.get(chunk.physical_type, 8)))
 
 
 def _refuse_expansion(chunk: Any, rows: int, schema: Any) -> None:
@@ -138,7 +138,7 @@ def _rows_at_a_time(batch: RecordBatch) -> int:
     size = sum(buffer.size for column in batch.columns for buffer in column.buffers() if buffer is not None)
     if size <= MAX_ROW_BYTES and not any(_shares(column.type) for column in batch.columns):
         return _BATCH
-    return min(max(MAX_BATCH_BYTES // max(size + _dictionary_size(batch), 1), 1), _BATCH)
+    return int(min(max(MAX_BATCH_BYTES // max(size + _dictionary_size(batch), 1), 1), _BATCH))
 
 
 def _shares(kind: Any) -> bool:
