@@ -192,21 +192,54 @@ def test_rows_beyond_the_learned_positions_are_refused(monkeypatch, case):
         ("Phimoe", {"num_local_experts": 4}),
     ],
 )
-def test_windows_that_only_the_mask_knows_are_kept_by_running_sequences_unshared(monkeypatch, name, extra):
-    """The comparison on first use is of 17 tokens, fewer than the window."""
+def test_windows_that_only_the_mask_knows_are_kept(monkeypatch, name, extra):
+    """The comparison on first use is of 17 tokens, fewer than the window: it is made again with a smaller one."""
     monkeypatch.setitem(CASES, name, (name, {**extra, "sliding_window": 30}))
     model, rows = build(name), tree(2)
-    short = [r for r in rows if len(r.ids) <= 30]
-    assert len(short) > 2
-    assert yx.loss(model, short, route="dense").value.item() == pytest.approx(
-        reference.loss(model, short).item(), rel=1e-5
-    )
+    assert max(map(len, rows)) > 31
+    assert_exact(model, rows, *OUR_ROUTES)
+    assert model.config.sliding_window == 30
+
+
+def test_windows_that_cant_be_kept_are_kept_by_running_sequences_unshared(monkeypatch):
+    monkeypatch.setattr(sharing, "_window_is_kept", lambda *_: False)
+    monkeypatch.setitem(CASES, "phimoe", ("Phimoe", {"num_local_experts": 4, "sliding_window": 30}))
+    model, rows = build("phimoe"), tree(2)
+    assert_exact(model, [r for r in rows if len(r.ids) <= 30], route="dense")
     assert_exact(model, rows)
-    for options in OUR_ROUTES:
-        with pytest.raises(
-            ModelError, match="can't be used: its sliding window of 30 tokens stands in its own mask"
-        ):
+    with pytest.raises(
+        ModelError, match="can't be used: its sliding window of 30 tokens stands in its own mask"
+    ):
+        yx.loss(model, rows, route="dense")
+
+
+def test_chunks_by_position_are_kept(monkeypatch):
+    chunks = {
+        "layer_types": ["chunked_attention"] * 2 + ["full_attention"],
+        "attention_chunk_size": 8,
+        "head_dim": 8,
+    }
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48}
+    monkeypatch.setitem(CASES, "llama4", ("Llama4Text", chunks | experts))
+    assert_exact(build("llama4"), tree(2), *OUR_ROUTES)
+
+
+@pytest.mark.parametrize("name", ["GPTJ", "StableLm", "Nemotron"])
+def test_attention_by_hand_is_given_the_forests_mask(monkeypatch, name):
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4} if name == "GPTJ" else {}
+    monkeypatch.setitem(CASES, name, (name, sizes))
+    model, rows = build(name), tree(2)
+    assert_exact(model, rows, {}, {"route": "dense"}, {"chunk": 37})
+    assert not sharing_of(model).reason
+    for options in ({"route": "blocks"}, {"route": "dense", "chunk": 37}):
+        with pytest.raises(ModelError, match="written by hand"):
             yx.loss(model, rows, **options)
+
+
+def test_what_a_model_does_before_its_head_is_done(monkeypatch):
+    monkeypatch.setitem(CASES, "modernbert", ("ModernBertDecoder", {"local_attention": 12, "sep_token_id": 3,
+                                                                    "cls_token_id": 4}))  # fmt: skip
+    assert_exact(build("modernbert"), tree(2), {}, {"chunk": 37}, {"route": "unshared"})
 
 
 def test_layers_that_attend_twice_share_at_once_but_not_in_chunks(monkeypatch):
@@ -449,7 +482,7 @@ def test_what_is_no_causal_model_is_refused():
 
 def test_a_head_that_does_more_than_a_product_is_refused(monkeypatch):
     model = llama()
-    monkeypatch.setattr("ygivenx.models.model.PROVEN", frozenset())
+    monkeypatch.setattr("ygivenx.models.logits.PROVEN", frozenset())
     product = model.lm_head.forward
     monkeypatch.setattr(
         model.lm_head, "forward", lambda h: product(h) - product(h).mean(-1, keepdim=True) * 2

@@ -46,27 +46,29 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # as torch's own attention does; rotated keys may have stayed wider
         query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
-    if window := _window_in_mask(module, options):
-        ygx.window_in_mask = window
-        if window <= ygx.depth.max():
-            _refuse_window(module, window)
+    if "sliding_window" not in options and (window := _window_in_mask(module)):
+        ygx.window_in_mask = options["sliding_window"] = window
     key, value = ygx.join(module, key, value)
-    out = _routed(ygx, query, key, value, _Options.of(query, options))
+    out = _routed(ygx, query, key, value, _Options.of(module, query, options))
     return out.transpose(1, 2).contiguous(), None
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What a layer asks for: softmax(softcap(scale·q·k)) with a window, sinks and dropout on its weights."""
+    """What a layer asks for: softmax(softcap(scale·q·k)) with a window, sinks and dropout on its weights.
+
+    chunk: tokens see only those whose position falls into the same chunk of so many.
+    """
 
     scale: float
     window: int | None
+    chunk: int | None
     softcap: float | None
     sinks: Tensor | None
     dropout: float
 
     @classmethod
-    def of(cls, query: Tensor, options: dict[str, Any]) -> _Options:
+    def of(cls, module: nn.Module, query: Tensor, options: dict[str, Any]) -> _Options:
         for name in ("position_bias",):
             if options.get(name) is not None:
                 raise ModelError(f"attention with {name} can't be computed over a forest")
@@ -74,34 +76,47 @@ class _Options:
         return cls(
             query.shape[-1] ** -0.5 if scale is None else scale,
             options.get("sliding_window"),
+            _chunk_of(module),
             options.get("softcap"),
             options.get("s_aux"),
             options.get("dropout", 0.0),
         )
 
 
-def _window_in_mask(module: nn.Module, options: dict[str, Any]) -> int | None:
-    """The sliding window that a layer leaves to the model's own mask; None where it hands it over, or has none."""
-    if "sliding_window" in options:
-        return None
-    config: Any = getattr(module, "config", None)
-    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-    slides = kinds is None or layer is None or kinds[layer] == "sliding_attention"
-    return getattr(config, "sliding_window", None) if slides else None
+def _kind_of(module: Any) -> str | None:
+    """A layer's type by its config; None where that doesn't tell layers apart."""
+    kinds, layer = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    return None if kinds is None or layer is None else kinds[layer]
 
 
-def _refuse_window(module: nn.Module, window: int) -> None:
-    raise ModelError(
-        f"its sliding window of {window:,} tokens can't be kept over a forest",
-        where=type(module).__name__,
-        why="the layer doesn't hand it to transformers' attention interface, only to the mask",
-        fix=f'use sequences of at most {window:,} tokens, or route="unshared"',
-    )
+def _window_in_mask(module: Any) -> int | None:
+    """The sliding window that a layer leaves to the model's own mask, which isn't made over a forest.
+
+    Whether that mask really has it is found out by the comparison of `sharing`.
+    """
+    slides = _kind_of(module) in (None, "sliding_attention")
+    return getattr(module.config, "sliding_window", None) if slides else None
+
+
+def _chunk_of(module: Any) -> int | None:
+    return module.config.attention_chunk_size if _kind_of(module) == "chunked_attention" else None
 
 
 def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) -> Tensor:
-    """The plan's route, or the twin for what that route has no kernel for."""
-    window = o.window if o.window is not None and o.window <= plan.depth.max() else None
+    """The plan's route, or the twin, dense, for what that route has no kernel for.
+
+    | route | has no kernel for |
+    |---|---|
+    | plain, varlen | windows, soft-caps, sinks, dropout: the forest's automatic route is asked instead |
+    | varlen | values of another width than queries |
+    | blocks | soft-caps, sinks, dropout, values of another width |
+    | flex | sinks, dropout, heads or forests that are too small |
+    | all but dense | chunks |
+    """
+    deepest = plan.depth.max()
+    if o.chunk is not None and o.chunk <= deepest:
+        return dense(query, key, value, plan.once(chunked_mask, o.chunk), o)
+    window = o.window if o.window is not None and o.window <= deepest else None
     simple = o.softcap is None and o.sinks is None and not o.dropout
     same_width = query.shape[-1] == value.shape[-1]
     route = plan.route
@@ -128,6 +143,13 @@ def dense_mask(plan: Plan, window: int | None) -> Tensor:
     q = k[plan.first :, None]
     allowed = (k <= q) & (q < end)
     return allowed if window is None else allowed & (depth[q] - depth < window)
+
+
+def chunked_mask(plan: Plan, chunk: int | None) -> Tensor:
+    """`dense_mask` where q and k are also in the same chunk of `chunk` positions."""
+    assert chunk is not None
+    number = torch.from_numpy(plan.depth // chunk).to(plan.device)
+    return dense_mask(plan, None) & (number[plan.first :, None] == number)
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, o: _Options) -> Tensor:

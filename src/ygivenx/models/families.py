@@ -22,14 +22,20 @@ PROVEN = {
 }  # fmt: skip
 
 
+# Families whose attention is written by hand: it adds the mask that it is given to its scores, and so can be given a
+# forest's. Whether it does nothing else by place is known of these by reading them, and compared on first use.
+BY_HAND = {"codegen", "falcon", "gptj", "gpt_neox_japanese", "nemotron", "stablelm", "xglm"}
+
+
 def decoder_of(model: Any) -> Any:
     """The part that maps tokens to final hidden states. Raises ModelError for what isn't a causal LM."""
     decoder: Any = getattr(model, "get_decoder", lambda: None)()
     if not hasattr(decoder, "get_input_embeddings"):  # ModernBERT's `decoder` is its logit head
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         decoder = getattr(whole, "base_model", None)
-    elif decoder is not model and getattr(decoder, "get_output_embeddings", lambda: None)() is not None:
-        decoder = decoder.get_decoder()  # Llama 4's language model is a causal LM itself
+    elif getattr(decoder, "get_output_embeddings", lambda: None)() is not None:  # a causal LM, as in Llama 4
+        inner = decoder.get_decoder()
+        decoder = getattr(decoder, "model", decoder) if inner is decoder else inner
     if not hasattr(decoder, "get_input_embeddings"):
         wrapped = inner_of(model) is not model
         fix = "pass the model inside it, .module" if wrapped else "load it with AutoModelForCausalLM"
@@ -68,6 +74,13 @@ def refuse_unknown_ids(decoder: Any, token: Ints) -> None:
         )
 
 
+def _expected_layers(decoder: nn.Module, config: Any) -> int:
+    """How many layers have to ask how to attend; those that read images are left out where there are none."""
+    layers = getattr(config, "decoder_layers", None) or recurrent.expected_layers(decoder, config)
+    images = [i for i in getattr(config, "cross_attention_layers", None) or () if i < layers]
+    return int(layers) - len(images)
+
+
 def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None = None) -> Tensor:
     """Final hidden states [n, H] of the plan's queries, whose ids are token [n]; of those `needed`, where given.
 
@@ -77,18 +90,34 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None 
     ids, depth = (
         torch.from_numpy(np.ascontiguousarray(a)).to(plan.device) for a in (token, plan.depth[plan.first :])
     )
+    config = config_of(decoder)
+    by_hand = config.model_type in BY_HAND
     # A 4-D mask stops the model from making one of its own; our attention doesn't look at it.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.device)
+    if by_hand:
+        mask = plan.additive_mask(embeddings_of(decoder).dtype)
     positions = {"position_ids": depth[None]}
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         positions = {}
     with last_layer.only(decoder, needed, len(token)), recurrent.carried(decoder, plan):
         out = decoder(input_ids=ids[None], attention_mask=mask, use_cache=False, ygx=plan, **positions)
-    layers = recurrent.expected_layers(decoder, config_of(decoder))
-    if len(plan.layers) != layers:
+    layers = _expected_layers(decoder, config)
+    if (
+        layers not in (len(plan.layers), plan.calls) and not by_hand
+    ):  # some families run their layers several times
         raise ModelError(
             f"{len(plan.layers)} of its {layers} layers use transformers' attention interface",
             where=type(decoder).__name__,
             why="the others would mix tokens that don't stand on one path",
         )
     return out.last_hidden_state[0]
+
+
+def feed_sequences(decoder: nn.Module, ids: Tensor) -> Tensor:
+    """Final hidden states [n, T, H] of ids [n, T], as the model itself would run them."""
+    parameters = inspect.signature(decoder.forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
+    out = decoder(input_ids=ids, **options)
+    hidden: Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]
+    return hidden

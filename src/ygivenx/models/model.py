@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
 
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError
 from ..forest import Forest, Ints
-from ..head.logit_head import LogitHead
 from . import chunked_backward, streaming
-from .adapters import product, with_adapter
-from .families import PROVEN, config_of, decoder_of
+from .adapters import with_adapter
+from .families import decoder_of
+from .logits import head_of as head_of
+from .logits import softcap_and_scale as softcap_and_scale
 from .plan import refuse_unknown_route
 from .position_limits import refuse_lengths
 from .resolve import base_of_adapter, located, quiet_loading
@@ -62,69 +61,10 @@ def _forget_quantization(model: Any) -> None:
         del model.quantization_method
 
 
-def head_of(model: nn.Module) -> LogitHead:
-    """The head of a causal language model, for `selective_cross_entropy`.
-
-    A LoRA on it is part of its weight, with gradients. Soft cap and scale are read from the config; where the family
-    isn't a proven one they are checked once against the model's own logits. Raises ModelError without a head, or if
-    it does more than `LogitHead` says.
-    """
-    return LogitHead(*product(_head_layer(model)), *softcap_and_scale(model))
-
-
-def softcap_and_scale(model: nn.Module) -> tuple[float | None, float]:
-    """What is done to the product of hidden states and head; see `LogitHead`. Raises ModelError like `head_of`."""
-    config = config_of(model)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if config.model_type in PROVEN:
-        return softcap, 1.0
-    if model not in _scales:
-        _scales[model] = _measured_scale(model, LogitHead(*product(_head_layer(model)), softcap, 1.0), config)
-    return softcap, _scales[model]
-
-
-def _head_layer(model: Any) -> Any:
-    layer = getattr(model, "get_output_embeddings", lambda: None)()
-    if layer is None:
-        raise ModelError(f"{type(model).__name__} has no language-model head", fix="load it as a causal LM")
-    return layer
-
-
-# What configs call the factor of the logits. One family multiplies by what another divides by under the same name.
-_SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-_scales: WeakKeyDictionary[nn.Module, float] = WeakKeyDictionary()
-
-
-@torch.no_grad()
-def _measured_scale(model: Any, head: LogitHead, config: Any) -> float:
-    """The factor, 1 or one that the config names, with which `head` gives the logits of the model itself."""
-    ids = torch.arange(4, device=head.weight.device)[None] % config.vocab_size
-    training = model.training
-    model.eval()
-    try:
-        hidden = decoder_of(model)(input_ids=ids, use_cache=False).last_hidden_state
-        theirs = model(input_ids=ids, use_cache=False).logits.double()
-    finally:
-        model.train(training)
-    raw = head.product(hidden).double()
-    named = [float(v) for v in (getattr(config, n, None) for n in _SCALES) if v]
-    for scale in [1.0, *named, *(1 / v for v in named)]:
-        z, _ = replace(head, scale=scale).from_product(raw)
-        # The same products on the same numbers: all that differs is the rounding of the scale.
-        if (z - theirs).norm() <= 4 * torch.finfo(head.weight.dtype).eps * theirs.norm():
-            return scale
-    raise ModelError(
-        "its logits aren't its head's product with the last hidden states",
-        where=type(model).__name__,
-        why="neither 1 nor a factor in its config makes them equal, so log-probabilities would be wrong",
-        fix="use a model of a proven family: " + ", ".join(sorted(PROVEN)),
-    )
-
-
 def hidden_states(
     model: nn.Module, forest: Forest, *, route: str = "auto", chunk: int | None = None, needed: Ints | None = None
 ) -> Tensor:  # fmt: skip
-    """Final hidden states, after the last norm, of the nodes with children: [F, H], differentiable.
+    """What the logit head reads, of the nodes with children: [F, H], differentiable. Most often the last norm's output.
 
     Row i belongs to node forest.fed[i]. chunk: compute so many tokens at a time, exact all the same, in memory
     that is bounded by the chunk; by default that happens where the forest needs more than half of the memory.

@@ -51,7 +51,8 @@ class Plan:
     that leads to it. fresh: the chunk's own, put there by the layers if it isn't None. kept: int64, the nodes whose
     states recurrent layers put there. layers: the layers that asked so far. made: masks and blocks by window.
     window_in_mask: a sliding window that some layer left to the model's own mask, which isn't made over a forest.
-    attends_twice: whether some layer asked more than once.
+    attends_twice: whether some layer asked more than once. calls: how
+    often layers asked.
     """
 
     end: Ints
@@ -66,6 +67,7 @@ class Plan:
     made: dict[Any, Any] = field(default_factory=dict)
     window_in_mask: int | None = None
     attends_twice: bool = False
+    calls: int = 0
 
     @classmethod
     def of(cls, end: Ints, depth: Ints, device: torch.device, route: str = "auto", first: int = 0) -> Plan:
@@ -91,6 +93,7 @@ class Plan:
     def join(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's keys and values after those of the path."""
         self.attends_twice |= module in self.layers
+        self.calls += 1
         self.layers.add(module)
         if self.fresh is not None:
             self.fresh[module] = key, value
@@ -98,6 +101,14 @@ class Plan:
             return key, value
         past_key, past_value = self.past[module]
         return torch.cat((past_key, key), 2), torch.cat((past_value, value), 2)
+
+    def additive_mask(self, dtype: torch.dtype) -> Tensor:
+        """0 where a query sees a key, else the least number of the dtype: [1, 1, K - first, K]."""
+        end = torch.from_numpy(self.end).to(self.device)
+        k = torch.arange(len(end), device=self.device)
+        seen = (k <= k[self.first :, None]) & (k[self.first :, None] < end)
+        zeros = torch.zeros(seen.shape, dtype=dtype, device=self.device)
+        return zeros.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 
     def once(self, make: Callable[..., Any], window: int | None) -> Any:
         """make(self, window), kept for the layers that ask later."""

@@ -24,7 +24,7 @@ from ..errors import ModelError
 from ..forest import Forest
 from . import attention, memory, recurrent
 from .adapters import refuse_unread
-from .families import PROVEN, config_of, decoder_of, embeddings_of, feed
+from .families import BY_HAND, PROVEN, config_of, decoder_of, embeddings_of, feed
 from .plan import Plan, automatic
 from .streaming import ONE_PASS
 from .unshared import UnsharedRun
@@ -33,11 +33,14 @@ from .wrappers import sharded
 logger = logging.getLogger(__name__)
 
 # Layers whose only way from token to token is attention that a forest's mask describes.
-SHAREABLE_LAYERS = {"full_attention", "sliding_attention"}
+SHAREABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Proven with full attention only: their sliding window stands in the mask alone.
 WINDOW_IN_MASK = {"qwen2_moe"}
+# Their indexers choose keys without a causal mask, which shows only in sequences longer than what they choose.
+LOOKING_AHEAD = {"axk2", "hy_v4"}
 # Rounding of hidden states, and of gradients, in units of the dtype's eps; what mixes branches is off by far more.
 HIDDEN_ROUNDING, GRADIENT_ROUNDING = 300, 3000
+SMALL_WINDOW = 5  # tokens, of sequences of 15 to 17
 FAR = 0.5  # relative, where eps is so large that the units above would allow anything
 
 
@@ -76,6 +79,13 @@ def sharing_of(model: Any) -> Sharing:
             why="its tokens depend on what an encoder read, and rows here are one text",
             fix="use a decoder-only model",
         )
+    if config.model_type in LOOKING_AHEAD:
+        raise ModelError(
+            f"models of type {config.model_type} look ahead",
+            where=type(decoder).__name__,
+            why="which keys a token sees is chosen among later ones too, in transformers' own code without a cache",
+            fix="use another model",
+        )
     if decoder not in _known:
         _known[decoder] = _judged(decoder, config)
     if not _known[decoder].reason:
@@ -92,6 +102,9 @@ def reason_unshared(model: Any, forest: Forest, route: str, in_chunks: bool) -> 
     reason = sharing_of(model).reason_for(longest, in_chunks)
     if route == "unshared":
         return reason or "so it was asked"
+    by_hand = config_of(model).model_type in BY_HAND
+    if by_hand and not reason and route not in ("auto", "dense"):
+        reason = "its attention is written by hand, and can only be given a whole mask"
     if not reason:
         return ""
     if route != "auto":
@@ -145,10 +158,13 @@ def _compared(decoder: Any, config: Any) -> Sharing:
             why="its decoder has to give hidden states for token ids alone",
             fix="use a causal language model that reads text",
         )
-    plan = Plan.of(forest.fed_end, forest.depth[forest.fed], embeddings_of(decoder).device)
+    plan = _plan(decoder, forest)
     reason = _known_reason(decoder, config) or _difference_shared(decoder, config, forest, plan, single)
     if not reason:
-        return Sharing("", plan.window_in_mask, _in_one_pass(decoder, plan))
+        window = plan.window_in_mask
+        if window is not None and _window_is_kept(decoder, config, forest):
+            window = None
+        return Sharing("", window, _in_one_pass(decoder, config, plan))
     batch = _attempted(decoder, lambda: UnsharedRun.of(decoder, decoder, forest, size=ONE_PASS).at_once())
     if worse := _difference(batch, single):
         raise ModelError(
@@ -161,7 +177,8 @@ def _compared(decoder: Any, config: Any) -> Sharing:
 
 
 def _prepare(decoder: nn.Module, config: Any) -> None:
-    attention.prepare(config)
+    if config.model_type not in BY_HAND:  # they ask for their attention by name, and would take another
+        attention.prepare(config)
     recurrent.prepare(decoder)
 
 
@@ -171,6 +188,8 @@ def _known_reason(decoder: nn.Module, config: Any) -> str:
     mixers = recurrent.mixers(decoder)
     if types and not mixers:
         return f"its layers of type {', '.join(sorted(types))} may carry a state from token to token"
+    if config.model_type == "gpt_neo" and "local" in config.attention_layers:
+        return "its local attention goes by the order of the batch"
     if getattr(config, "index_topk", None):
         return "its layers choose which keys a token sees by their order in the batch"
     accepted = inspect.signature(decoder.forward).parameters
@@ -179,7 +198,24 @@ def _known_reason(decoder: nn.Module, config: Any) -> str:
     return ""
 
 
-def _in_one_pass(decoder: nn.Module, plan: Plan) -> str:
+def _window_is_kept(decoder: Any, config: Any, forest: Forest) -> bool:
+    """Whether the model's own mask has the window that we take for it: compared where it is shorter than sequences."""
+    window, config.sliding_window = config.sliding_window, SMALL_WINDOW
+    try:
+        single = _attempted(decoder, lambda: UnsharedRun.of(decoder, decoder, forest, size=1).at_once())
+        plan = _plan(decoder, forest)
+        return not isinstance(single, str) and not _difference_shared(decoder, config, forest, plan, single)
+    finally:
+        config.sliding_window = window
+
+
+def _plan(decoder: Any, forest: Forest) -> Plan:
+    return Plan.of(forest.fed_end, forest.depth[forest.fed], embeddings_of(decoder).device)
+
+
+def _in_one_pass(decoder: nn.Module, config: Any, plan: Plan) -> str:
+    if config.model_type in BY_HAND:
+        return "its attention is written by hand and keeps no keys and values for later chunks"
     if recurrent.scans(decoder):
         return "its selective scans begin with no state, and this forest is longer than one pass"
     return "its layers attend twice, which can't be computed in chunks" if plan.attends_twice else ""
@@ -230,7 +266,7 @@ def _embedded(decoder: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
         if not torch.is_grad_enabled() or not inputs or output.shape[:-1] != inputs[0].shape:
             return None
         found.append((inputs[0], output.detach().requires_grad_()))
-        return found[-1][1]
+        return found[-1][1].clone()  # a leaf may not be written into, and some models scale it in place
 
     hook = decoder.get_input_embeddings().register_forward_hook(keep)
     try:

@@ -22,6 +22,7 @@ from ..errors import ModelError
 from ..forest import Forest, Ints
 from . import memory, recurrent
 from .families import config_of, decoder_of, embeddings_of, feed
+from .logits import head_input
 from .plan import CHAINS, NO_NODES, KeysValues, Plan, picked, renamed
 from .segments import junctions
 
@@ -75,8 +76,11 @@ class Run:
         """Hidden states [F, H] of all fed nodes, differentiable."""
         if not len(self.token):
             return embeddings_of(self.decoder)[:0]
-        return feed(
-            self.decoder, Plan.of(self.end, self.depth, self.device, self.route), self.token, self.needed
+        return head_input(
+            self.model,
+            feed(
+                self.decoder, Plan.of(self.end, self.depth, self.device, self.route), self.token, self.needed
+            ),
         )
 
     def for_gradients(self) -> Run:
@@ -150,6 +154,7 @@ class Run:
         plan.kept = np.searchsorted(seen, own)
         with uncached_autocast(self.device):
             hidden = feed(self.decoder, plan, self.token[chunk.start : chunk.stop], self._needed_of(chunk))
+            hidden = head_input(self.model, hidden)
         fresh, plan.fresh = plan.fresh, None  # what gradient checkpointing runs again is not kept again
         return hidden, renamed(fresh, lambda place: int(seen[place]))
 

@@ -7,7 +7,6 @@ several paths hold is read from the first of them, which is exact since all of t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..forest import Forest, Ints
-from .families import embeddings_of, refuse_unknown_ids
+from .families import embeddings_of, feed_sequences, refuse_unknown_ids
+from .logits import head_input
 from .plan import KeysValues
 from .streaming import ONE_PASS, Chunk, uncached_autocast
 
@@ -77,7 +77,8 @@ class UnsharedRun:
         ids, places = (torch.from_numpy(a).to(self.device) for a in (batch.ids, batch.places))
         with uncached_autocast(self.device):
             hidden = feed_sequences(self.decoder, ids)
-        return hidden.flatten(0, 1).index_select(0, places.to(hidden.device)), {}
+        own = hidden.flatten(0, 1).index_select(0, places.to(hidden.device))
+        return own if self.model is self.decoder else head_input(self.model, own), {}
 
     def at_once(self) -> Tensor:
         """Hidden states [F, H] of all fed nodes, differentiable."""
@@ -91,16 +92,6 @@ class UnsharedRun:
         """(rows int64 [n], hidden [n, H]), batch by batch, without gradients."""
         for batch in self.chunks:
             yield self.order[batch.start : batch.stop], self(batch, {})[0]
-
-
-def feed_sequences(decoder: nn.Module, ids: Tensor) -> Tensor:
-    """Final hidden states [n, T, H] of ids [n, T], as the model itself would run them."""
-    parameters = inspect.signature(decoder.forward).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
-    out = decoder(input_ids=ids, **options)
-    hidden: Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]
-    return hidden
 
 
 def _leaf_paths(forest: Forest) -> list[tuple[int, Ints]]:

@@ -1,0 +1,250 @@
+"""Every causal model type of the installed transformers, built small: is it exact, and does it share?
+
+    python benchmarks/models_table.py [TYPE ...] [--write docs/models.md]
+
+Each type is built with random weights (a few layers, hidden size 32) and computes the loss of branching sequences. The
+definition that it is compared with is `ygivenx.reference.loss`: one sequence at a time, all logits, float64. A type is
+exact where the loss is off by at most 1e-5 (relative) and no parameter's gradient by more than 1e-3 (relative, L2).
+Types that look ahead are named and not counted: what they read isn't a prefix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import ygivenx as yx
+from ygivenx import reference
+from ygivenx.errors import YgivenxError
+from ygivenx.models.sharing import reason_unshared
+
+LOSS, GRADIENT = 1e-5, 1e-3  # relative errors that count as exact in float32
+MOST = 40_000_000  # parameters; a type whose smallest form is larger isn't built
+VOCABULARY = 97
+
+# What the fields of configs are set to, under the names that transformers' families give them.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim",
+                     "attention_hidden_size", "lru_width"), 32),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "dff", "d_inner",
+                     "feed_forward_size", "ffn_hidden_size", "dim_ff"), 48),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers", "decoder_layers",
+                     "num_decoder_layers"), 4),
+    **dict.fromkeys(("encoder_layers", "num_encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
+                     "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_global_key_value_heads"), 2),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "global_head_dim", "dim_head"), 8),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 512),
+    **dict.fromkeys(("sliding_window", "local_attention", "attention_window_size", "window_size"), 12),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_intermediate_size",
+                     "expert_ffn_hidden_size", "shared_intermediate_size"), 16),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "num_expert_group", "first_k_dense_replace",
+                     "moe_num_shared_experts", "mamba_n_groups", "mamba_ngroups", "n_groups"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "index_head_dim"), 8),
+    **dict.fromkeys(("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_num_heads", "mamba_head_dim",
+                     "n_mamba_heads", "ssm_state_size", "state_size"), 8),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
+    "mamba_d_ssm": 64, "mamba_expand": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "index_n_heads": 2,
+    "index_topk": 8, "attention_chunk_size": 16, "rotary_dim": 4, "vocab_size": VOCABULARY, "initializer_range": 0.2,
+    "init_std": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 4, "position_bias_max_distance": 64, "num_block": 1,
+    "time_step_rank": 4, "mamba_dt_rank": 4, "tie_word_embeddings": False,
+    "use_cache": False,
+}  # fmt: skip
+
+# What single types need beyond that.
+FURTHER: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"sliding_window": 12},
+    "dots3_note_text": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "bamba": {"attn_layer_indices": [1]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"is_decoder": True, "attn_layers": ["local", "local"],
+                 "axial_pos_shape": [16, 32], "axial_pos_embds_dim": [16, 16]},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid", "linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+                     "intermediate_size": [48] * 4, "activation_sparsity_pattern": [0.5, 0.0] * 2},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+             "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """What was found of one type. kind: shared, unshared, refused, looks ahead, or not built."""
+
+    name: str
+    kind: str
+    why: str = ""
+    loss: float = 0.0
+    gradient: float = 0.0
+
+    @property
+    def exact(self) -> bool:
+        return self.kind in ("shared", "unshared") and self.loss <= LOSS and self.gradient <= GRADIENT
+
+
+def small_config(name: str, cls: Any) -> Any:
+    """A config with all sizes that SIZES names, and its sub-configs likewise."""
+    known = set(cls().to_dict()) | set(inspect.signature(cls.__init__).parameters)
+    settings = {k: v for k, v in SIZES.items() if k in known}
+    if "qk_rope_head_dim" in known:  # its head_dim is that of the rotated part, set by the config itself
+        settings.pop("head_dim", None)
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
+    kinds = list(dict.fromkeys(getattr(cls(), "layer_types", None) or ()))
+    if len(kinds) > 1 and "layer_types" in known:  # each kind of layer at least once
+        settings["layer_types"] = [kinds[i % len(kinds)] for i in range(4)]
+    for key, sub in (getattr(cls, "sub_configs", None) or {}).items():
+        if isinstance(sub, type) and sub.__name__ != "AutoConfig" and "text" in key:
+            settings[key] = small_config(getattr(sub, "model_type", ""), sub)
+    return cls(**settings | FURTHER.get(name, {}))
+
+
+def build(name: str) -> Any:
+    """The causal model of a type, small and random, in eval mode."""
+    config = small_config(name, CONFIG_MAPPING[name])
+    with torch.device("meta"):
+        size = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+    if size > MOST:
+        raise ValueError(f"{size:,} parameters at its smallest here")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 1:  # norms of one and biases of zero would hide mistakes
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def rows() -> list[yx.Sequence]:
+    """Branching sequences with random weights; one of them is a prefix of another."""
+    rng = np.random.default_rng(2)
+    trunk = rng.integers(3, VOCABULARY, 20)
+    tails = [rng.integers(3, VOCABULARY, n) for n in (7, 15, 4)]
+    found = [np.concatenate((trunk, tail)) for tail in tails]
+    found += [np.concatenate((found[1][:27], rng.integers(3, VOCABULARY, 9))), found[1][:24]]
+    found.append(rng.integers(3, VOCABULARY, 11))
+    return [yx.Sequence(ids, np.where(np.arange(len(ids)) > 0, rng.random(len(ids)), 0)) for ids in found]
+
+
+@torch.no_grad()
+def looks_ahead(model: Any) -> bool:
+    """Whether what follows changes what the model says of a prefix."""
+    ids = torch.arange(3, 20)[None]
+    whole, prefix = (model(input_ids=i).logits[0, :9].double() for i in (ids, ids[:, :9]))
+    return bool((whole - prefix).norm() > 1e-3 * prefix.norm())
+
+
+def gradients(model: Any, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    value.backward()
+    return {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def worst(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """The largest relative error of a tensor; one that is zero but for rounding has none."""
+    floor = 1e-6 * max(g.norm() for g in exact.values())
+    zero = torch.zeros(())
+    pairs = ((ours.get(n, zero), exact.get(n, zero)) for n in ours.keys() | exact.keys())
+    return float(max(((a - b).norm() - floor).clamp(min=0) / b.norm().clamp(min=floor) for a, b in pairs))
+
+
+def measure(name: str) -> Line:
+    try:
+        model = build(name)
+        ahead = looks_ahead(model)
+    except Exception as error:  # of transformers, which we ask for something that it may not have
+        return Line(name, "not built", f"{type(error).__name__}: {' '.join(str(error).split())[:90]}")
+    sequences = rows()
+    try:
+        found = yx.loss(model, sequences)
+        why = reason_unshared(model, found.forest, "auto", in_chunks=False)
+        ours = gradients(model, found.value)
+    except YgivenxError as error:
+        return Line(name, "looks ahead" if ahead else "refused", error.what)
+    expected = reference.loss(model, sequences)
+    off = abs(found.value.item() - expected.item()) / abs(expected.item())
+    return Line(name, "unshared" if why else "shared", why, off, worst(ours, gradients(model, expected)))
+
+
+def summary(lines: list[Line]) -> Iterator[str]:
+    causal = [line for line in lines if line.kind not in ("looks ahead", "not built")]
+    exact = [line for line in causal if line.exact]
+    shared = [line for line in exact if line.kind == "shared"]
+    share = max(len(causal), 1)
+    yield (
+        f"{len(causal)} causal types of transformers {transformers.__version__} are built: {len(exact)} are exact "
+        f"({len(exact) / share:.0%}), and {len(shared)} of them share ({len(shared) / share:.0%})."
+    )
+    counts = Counter(line.kind for line in lines)
+    yield f"Further {counts['looks ahead']} look ahead, and {counts['not built']} aren't built by this script."
+
+
+def table(lines: list[Line]) -> Iterator[str]:
+    yield "| type | route | loss off by | worst gradient off by | why |"
+    yield "|---|---|---|---|---|"
+    for line in lines:
+        exact = f"{line.loss:.0e} | {line.gradient:.0e}" if line.kind in ("shared", "unshared") else "– | –"
+        kind = (
+            line.kind
+            if line.exact or line.kind not in ("shared", "unshared")
+            else f"**{line.kind}, inexact**"
+        )
+        yield f"| {line.name} | {kind} | {exact} | {line.why.replace('|', '/')} |"
+
+
+BEGIN, END = (
+    "<!-- table: python benchmarks/models_table.py --write docs/models.md -->",
+    "<!-- end of table -->",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", help="model types; by default all")
+    parser.add_argument("--write", type=Path, help="a page whose table is replaced")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    lines = []
+    for name in arguments.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        lines.append(measure(name))
+        print(lines[-1], flush=True)
+    text = "\n".join([*summary(lines), "", *table(lines)])
+    print(*summary(lines), sep="\n")
+    if arguments.write:
+        page = arguments.write.read_text()
+        before, after = page.split(BEGIN)[0], page.split(END)[1]
+        arguments.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    return (
+        0
+        if all(line.exact for line in lines if line.kind not in ("looks ahead", "not built", "refused"))
+        else 1
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
