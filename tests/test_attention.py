@@ -312,11 +312,11 @@ def test_one_sequence_goes_plain_and_a_forest_may_not():
 def test_position_bias_is_refused():
     q = torch.zeros(1, 1, 1, 4)
     with pytest.raises(ModelError, match="position_bias"):
-        attention._Options.of(q, {"position_bias": q})
+        attention._Options.of(None, q, {"position_bias": q})
 
 
 def test_a_scale_of_zero_is_a_scale():
-    assert attention._Options.of(torch.zeros(1, 1, 1, 4), {"scaling": 0.0}).scale == 0
+    assert attention._Options.of(None, torch.zeros(1, 1, 1, 4), {"scaling": 0.0}).scale == 0
 
 
 @pytest.mark.parametrize("stock", ["sdpa", "eager"])

@@ -62,10 +62,10 @@ class _Options:
 
     scale: float
     window: int | None
-    chunk: int | None
     softcap: float | None
     sinks: Tensor | None
     dropout: float
+    chunk: int | None = None
 
     @classmethod
     def of(cls, module: nn.Module, query: Tensor, options: dict[str, Any]) -> _Options:
@@ -76,10 +76,10 @@ class _Options:
         return cls(
             query.shape[-1] ** -0.5 if scale is None else scale,
             options.get("sliding_window"),
-            _chunk_of(module),
             options.get("softcap"),
             options.get("s_aux"),
             options.get("dropout", 0.0),
+            _chunk_of(module),
         )
 
 
