@@ -85,7 +85,8 @@ class _Options:
 
 def _kind_of(module: Any) -> str | None:
     """A layer's type by its config; None where that doesn't tell layers apart."""
-    kinds, layer = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    config = getattr(module, "config", None)
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
     return None if kinds is None or layer is None else kinds[layer]
 
 
@@ -95,7 +96,7 @@ def _window_in_mask(module: Any) -> int | None:
     Whether that mask really has it is found out by the comparison of `sharing`.
     """
     slides = _kind_of(module) in (None, "sliding_attention")
-    return getattr(module.config, "sliding_window", None) if slides else None
+    return getattr(getattr(module, "config", None), "sliding_window", None) if slides else None
 
 
 def _chunk_of(module: Any) -> int | None:
