@@ -38,6 +38,11 @@ def test_policies(train, weights):
     assert tuple(weight_of(policy, p) for p in PARTS) == weights
 
 
+def test_a_factor_is_for_what_the_model_produces():
+    """A thought in the context of another reply is x: `all` trains it, whatever thoughts of replies weigh."""
+    assert weight_of(policy_of("all,reasoning=0"), Part("reasoning", False, 1, "assistant")) == 1
+
+
 def test_the_older_name_of_a_role_is_its_own():
     """Rows have `tool` for OpenAI's `function`."""
     assert policy_of("roles=function+user")(Part("tool", False, 2, "tool")) == 1

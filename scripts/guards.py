@@ -1,0 +1,143 @@
+"""Guards: one line each of the core modules, the change that takes it away, and the tests that have to notice.
+
+`mutate.py` applies them. A guard whose loss no test can notice says why in `survives`: the change then makes the same
+numbers at another price, or can't be reached.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Guard(NamedTuple):
+    """`old`, which stands once in `module` of src/ygivenx, becomes `new`; `tests` are pytest's arguments."""
+
+    what: str
+    module: str
+    old: str
+    new: str
+    tests: str
+    survives: str = ""
+
+
+FOREST = "tests/test_forest.py tests/test_reference.py -k 'not encoder'"
+OBJECTIVE = "tests/test_objective.py tests/test_streaming.py tests/test_log_probs.py -m 'not model and not full'"
+HEAD = "tests/test_head.py tests/test_reweight.py -m 'not full'"
+CHECKPOINT = "tests/test_checkpoint.py"
+PACKS = "tests/test_packs.py"
+POLICY = "tests/test_policy.py"
+
+GUARDS = [
+    # The forest
+    Guard("weights add up where sequences meet", "forest.py",
+          "weight[path] += sequences[i].weights", "weight[path] = np.maximum(weight[path], sequences[i].weights)", FOREST),
+    Guard("weights add up in float64", "forest.py",
+          "end, weight = np.full(count, count), np.zeros(count)",
+          "end, weight = np.full(count, count), np.zeros(count, np.float32)", FOREST),
+    Guard("a subtree ends where its last path does", "forest.py",
+          "end[path[k:]] = n", "end[path[k:]] = n + 1", FOREST),
+    Guard("a branch's parent is the last shared node", "forest.py",
+          "parent[n] = path[k - 1] if k else -1", "parent[n] = path[k - 2] if k > 1 else -1", FOREST),
+    Guard("a node's depth is its position", "forest.py",
+          "depth[n:stop] = np.arange(k, k + stop - n)", "depth[n:stop] = np.arange(0, stop - n)", FOREST),
+    Guard("only nodes with children are fed", "forest.py",
+          "self.end > np.arange(len(self.end)) + 1", "self.end > np.arange(len(self.end))", FOREST),
+    Guard("a root is no target", "forest.py",
+          "chosen & (self.parent >= 0)", "chosen & (self.parent >= -1)", FOREST),
+    Guard("edges in the order of their rows", "forest.py",
+          "nodes = nodes[np.argsort(self.parent[nodes], kind=\"stable\")]", "nodes = nodes[::-1]", FOREST),
+    Guard("ids that differ don't merge", "forest.py",
+          "differs = flat[np.minimum(before, len(flat) - 1)] != flat", "differs = flat != flat", FOREST),
+    Guard("a shorter sequence shares no more than it has", "forest.py",
+          "differs |= position >= np.repeat(np.concatenate(([0], length[:-1])), length)",
+          "differs |= position > np.repeat(np.concatenate(([0], length[:-1])), length)", FOREST),
+    Guard("a negative id is refused", "forest.py", "if s.ids.min() < 0:", "if s.ids.min() < -1000:", FOREST),
+    Guard("a sequence without tokens is refused", "forest.py", "        if not len(s):\n", "        if False:\n", FOREST),
+    Guard("packs hold at most max_tokens", "forest.py",
+          "if unit.cost(there) > room:", "if unit.cost(there) > 2 * room:", FOREST),
+    Guard("packs may be full to the token", "forest.py",
+          "if unit.cost(there) > room:", "if unit.cost(there) >= room:", FOREST),
+    Guard("the epoch is a part of the order", "forest.py",
+          "np.random.default_rng((seed, epoch))", "np.random.default_rng(seed)", FOREST),
+    # The loss
+    Guard("weights count", "objective.py",
+          "shares = (edges.weights / np.float64(weight_sum))", "shares = (np.sign(edges.weights) / np.float64(weight_sum))",
+          OBJECTIVE),
+    Guard("the denominator adds up in float64", "objective.py",
+          "edges.weights.sum(dtype=np.float64)", "edges.weights.sum(dtype=np.float32)", OBJECTIVE),
+    Guard("0 / 0 is no loss", "objective.py", "if not weight_sum > 0:", "if False:", OBJECTIVE),
+    Guard("a given denominator is used", "objective.py",
+          "if denominator is None else float(denominator)", "if True else float(denominator)", OBJECTIVE),
+    Guard("log p in the order of the edges", "objective.py",
+          "np.argsort(np.concatenate(which))", "np.arange(len(np.concatenate(which)))", OBJECTIVE),
+    Guard("an edge meets its own hidden state", "forest.py",
+          "        place[rows] = np.arange(len(rows))\n", "        place[rows] = np.arange(len(rows))[::-1]\n", OBJECTIVE),
+    # The head
+    Guard("a sum that is no number is computed again", "head/tiles.py",
+          "(~(sums[: self.b - self.a] <= HUGE_SUM))", "((sums[: self.b - self.a] > HUGE_SUM))", HEAD),
+    Guard("vast sums are shifted by the maximum", "head/tiles.py", "if len(far):", "if False:", HEAD),
+    Guard("the target is left out of its own sum", "head/tiles.py",
+          "self.without_target.add_to(z, start)", "pass", HEAD),
+    Guard("what bfloat16 rounds off is added", "head/tiles.py", "z.copy_(out).add_(lost)", "z.copy_(out)", HEAD),
+    Guard("the cap's slope is in the gradient", "head/tiles.py", "            z *= slope\n", "            pass\n", HEAD),
+    Guard("the bias of these tokens", "head/tiles.py",
+          "z += head.bias[start : start + len(out), None]", "z += head.bias[: len(out), None]", HEAD),
+    Guard("log Z by expm1 and log1p", "head/edges.py",
+          "torch.log1p(self.sums[a:b] + torch.expm1(self.picked[self.first[a:b]] - shift))",
+          "(self.sums[a:b].float() + (self.picked[self.first[a:b]] - shift).float().exp()).log().double()", HEAD),
+    Guard("of a row's targets the most probable one is left out", "head/edges.py",
+          "torch.argsort(picked, descending=True)", "torch.argsort(picked)", HEAD),
+    Guard("z-loss is of logsumexp", "head/edges.py",
+          "lse = (self.shift + self.log_z)[self.column]", "lse = self.log_z[self.column]", HEAD),
+    Guard("weights that cancel", "head/edges.py",
+          "c = torch.where(c.abs() < 1e-12 * size, 1e-12 * size, c)", "c = c + 0", HEAD),
+    Guard("float16 isn't multiplied in float16", "head/edges.py",
+          "torch.float32 if slow or weight.dtype == torch.float16", "torch.float32 if slow", HEAD),
+    Guard("scale before the cap", "head/logit_head.py", "z = product * self.scale", "z = product", HEAD),
+    Guard("the cap's slope", "head/logit_head.py", "slope = 1 - z * z", "slope = torch.ones_like(z)", HEAD),
+    Guard("a mask is no index", "head/selective.py", "if index.dtype not in INDEX_DTYPES:", "if False:", HEAD),
+    Guard("no index outside the head", "head/selective.py",
+          "if len(index) and not 0 <= int(index.min()) <= int(index.max()) < size:", "if False:", HEAD),
+    Guard("no second derivatives in silence", "head/selective.py", "if torch.is_grad_enabled():", "if False:", HEAD),
+    # Checkpoints
+    Guard("a file's hash is compared", "training/checkpoint.py",
+          "if path.stat().st_size != size or _hash(path) != sha256:", "if path.stat().st_size != size:", CHECKPOINT),
+    Guard("a missing file is noticed", "training/checkpoint.py",
+          "if not path.is_file():\n            raise CheckpointError(\"a file is missing\"",
+          "if not path.is_file():\n            continue\n            raise CheckpointError(\"a file is missing\"", CHECKPOINT),
+    Guard("a manifest without files is none", "training/checkpoint.py", "    if not entries:\n", "    if False:\n", CHECKPOINT),
+    Guard("the newest is the one with most steps", "training/checkpoint.py", "key=_step)", "key=str)", CHECKPOINT),
+    Guard("the best one stays", "training/checkpoint.py",
+          "if protect is None or path.resolve() != Path(protect).resolve():", "if True:", CHECKPOINT),
+    Guard("rotation doesn't count what lies ahead", "training/checkpoint.py",
+          "if _step(p) <= step]", "if True]", CHECKPOINT),
+    Guard("another run's checkpoints are refused", "training/checkpoint.py",
+          "if others and (found is None", "if False and (found is None", CHECKPOINT),
+    Guard("one that is replaced is put aside first", "training/checkpoint.py",
+          "        os.rename(final, aside)\n", "        shutil.rmtree(final)\n", CHECKPOINT),
+    Guard("what a crash left is mended", "training/checkpoint.py", "    mend(run_dir)\n", "", CHECKPOINT),
+    # Packs
+    Guard("weights are a part of the fingerprint", "training/packs.py",
+          "(f.token, f.parent, f.weight)", "(f.token, f.parent)", PACKS),
+    Guard("ids are a part of the fingerprint", "training/packs.py",
+          "(f.token, f.parent, f.weight)", "(f.parent, f.weight)", PACKS),
+    Guard("packs without weight are left out", "training/packs.py",
+          "[f for f in packs if f.weight.any()]", "list(packs)", PACKS),
+    Guard("ranks get equally many", "training/packs.py", "while len(self) % ranks:", "while False:", PACKS),
+    Guard("a filler weighs nothing", "training/packs.py",
+          "np.zeros(len(ids), np.float32)", "np.r_[0, np.ones(len(ids) - 1)].astype(np.float32)", PACKS),
+    Guard("a mean per sequence", "training/packs.py",
+          "weights = s.weights / total if total > 0 else s.weights", "weights = s.weights", PACKS),
+    Guard("the epoch is a part of the order", "training/packs.py",
+          "np.random.default_rng((self.seed, self.epoch))", "np.random.default_rng(self.seed)", PACKS),
+    # Policies
+    Guard("a factor is for what the model produces", "encoder/policy.py",
+          "weight if part.output and part.kind == kind else 1.0", "weight if part.kind == kind else 1.0", POLICY),
+    Guard("only the last reply", "encoder/policy.py", "float(part.output and part.last)", "float(part.output)", POLICY),
+    Guard("a message's own weight", "encoder/policy.py",
+          "float(policy(part)) * part.weight", "float(policy(part))", POLICY),
+    Guard("a weight is finite and not negative", "encoder/policy.py",
+          "if not 0 <= weight < math.inf:", "if False:", POLICY),
+    Guard("a reply by role is what the model produces", "encoder/policy.py",
+          "part.role in chosen and (part.output or part.role != \"assistant\")", "part.role in chosen", POLICY),
+]  # fmt: skip
