@@ -21,7 +21,9 @@ class Guard(NamedTuple):
 
 
 FOREST = "tests/test_forest.py tests/test_reference.py -k 'not encoder'"
-OBJECTIVE = "tests/test_objective.py tests/test_streaming.py tests/test_log_probs.py -m 'not model and not full'"
+OBJECTIVE = (
+    "tests/test_objective.py tests/test_streaming.py tests/test_log_probs.py -m 'not model and not full'"
+)
 HEAD = "tests/test_head.py tests/test_reweight.py -m 'not full'"
 CHECKPOINT = "tests/test_checkpoint.py"
 PACKS = "tests/test_packs.py"

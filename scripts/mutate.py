@@ -16,12 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import defaultdict
 from multiprocessing import get_context
 from pathlib import Path
 
-import hypothesis  # noqa: F401 - loaded once, here: the tests of each guard run in a fork of this process
-import numpy  # noqa: F401
+import numpy  # noqa: F401 - loaded once, here: the tests of each guard run in a fork of this process
 import pytest
 import torch  # noqa: F401
 import transformers  # noqa: F401
@@ -73,10 +73,23 @@ def _run_in_child(tree: Path, selection: str, log: int) -> None:
         sys.dont_write_bytecode = True
         sys.path.insert(0, str(tree / "src"))
         status = pytest.main(
-            [*shlex.split(selection), "-x", "-q", "-o", f"cache_dir={ROOT / '.pytest_cache'}", "--no-header", "--tb=line"]
+            [
+                *shlex.split(selection),
+                "-x",
+                "-q",
+                "-W",
+                "ignore::pytest.PytestAssertRewriteWarning",
+                "-o",
+                f"cache_dir={ROOT / '.pytest_cache'}",
+                "--no-header",
+                "--tb=line",
+            ]
         )
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(int(status))
 
 

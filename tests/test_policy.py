@@ -40,7 +40,9 @@ def test_policies(train, weights):
 
 def test_a_factor_is_for_what_the_model_produces():
     """A thought in the context of another reply is x: `all` trains it, whatever thoughts of replies weigh."""
-    assert weight_of(policy_of("all,reasoning=0"), Part("reasoning", False, 1, "assistant")) == 1
+    thought = Part("reasoning", False, 1, "assistant")
+    assert weight_of(policy_of("all,reasoning=0"), thought) == 1
+    assert weight_of(policy_of("roles=assistant"), thought) == 0
 
 
 def test_the_older_name_of_a_role_is_its_own():
