@@ -7,8 +7,11 @@ import os
 # Tests run in as many processes as there are cores, each on one thread: threads of theirs would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import ctypes
 import fcntl
+import gc
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,9 +28,18 @@ def data_dir() -> Path:
     return DATA
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module", autouse=True)
+def memory_given_back():
+    """What the tests of one file used isn't held while those of the next run."""
+    yield
+    gc.collect()
+    with suppress(OSError, AttributeError):  # elsewhere than with glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+@pytest.fixture(scope="module")
 def smol(pytestconfig):
-    """(model, tokenizer): SmolLM2-135M-Instruct in float32, eval mode."""
+    """(model, tokenizer): SmolLM2-135M-Instruct in float32, eval mode. It and its gradients take 1.1 GB."""
     from ygivenx import load
 
     def save(folder: str) -> None:

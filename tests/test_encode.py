@@ -276,7 +276,7 @@ print(Encoder.from_pretrained(sys.argv[1])._made_of[1]["stops"])
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-@pytest.mark.parametrize("stops", [("</s>", "<stop>"), ()])
+@pytest.mark.parametrize("stops", [("</s>", "<stop>"), pytest.param((), marks=pytest.mark.full)])
 def test_the_stops_of_the_generation_config(tmp_path, by_name, stops):
     """From a directory, and from the hub's cache where there is no network."""
     cached = tmp_path / "hub" / "models--some--model"
