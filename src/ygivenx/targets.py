@@ -68,9 +68,9 @@ class Targets:
                 )  # fmt: skip
         forest = Forest.of(flat)
         nodes = _joined([path[p] for path, p in zip(forest.paths, positions, strict=True)])
-        asked = np.zeros(len(forest), bool)
-        asked[nodes] = True
-        edges = forest.edges(asked)
+        is_target = np.zeros(len(forest), bool)
+        is_target[nodes] = True
+        edges = forest.edges(is_target)
         edge_of = np.full(len(forest), -1)
         edge_of[edges.nodes] = np.arange(len(edges.nodes))
         sequence = np.repeat(np.arange(len(flat)), [len(p) for p in positions])

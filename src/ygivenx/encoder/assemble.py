@@ -60,7 +60,7 @@ class Job:
         return self.make(parts)
 
 
-def made(
+def sequence_of(
     ids: npt.NDArray[np.int64],
     weights: npt.NDArray[np.float32],
     segments: Iterable[Segment],
@@ -82,9 +82,9 @@ def fitted(sequences: list[Sequence], most: int | None, overflow: str) -> list[S
     trained = [s for s in sequences if s.weights.any()]
     if not trained:
         raise _nothing_trained(sequences)
-    told = dict.fromkeys(n for s in sequences if not s.weights.any() for n in s.notes)
-    if told:
-        trained[0] = replace(trained[0], notes=tuple(dict.fromkeys((*trained[0].notes, *told))))
+    left_out_notes = dict.fromkeys(n for s in sequences if not s.weights.any() for n in s.notes)
+    if left_out_notes:
+        trained[0] = replace(trained[0], notes=tuple(dict.fromkeys((*trained[0].notes, *left_out_notes))))
     long = [s for s in trained if most is not None and len(s) > most]
     if most is None or not long:
         return trained
@@ -137,7 +137,9 @@ def _without_cut_reply(sequence: Sequence, most: int) -> Sequence:
     lost = int((sequence.weights > 0).sum() - (weights > 0).sum())
     note = f"cut from {len(sequence)} to {most} tokens: {len(cut)} replies that don't fit are context, "
     note += f"{lost} trained tokens lost"
-    return made(sequence.ids[:most], weights, segments, sequence.tokens[:most], (*sequence.notes, note))
+    return sequence_of(
+        sequence.ids[:most], weights, segments, sequence.tokens[:most], (*sequence.notes, note)
+    )
 
 
 def _nothing_trained(sequences: list[Sequence]) -> RowError:
@@ -158,7 +160,9 @@ def _truncated(sequence: Sequence, length: int) -> Sequence:
         for s in sequence.segments
         if s.start < length
     ]
-    return made(sequence.ids[:length], weights, segments, sequence.tokens[:length], (*sequence.notes, note))
+    return sequence_of(
+        sequence.ids[:length], weights, segments, sequence.tokens[:length], (*sequence.notes, note)
+    )
 
 
 def too_long(sequence: Sequence, most: int, why: str = "") -> RowError:

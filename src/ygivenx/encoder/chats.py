@@ -22,7 +22,7 @@ from ..rows.nouns import Conversation
 from ..sequence import Segment, Sequence
 from ..templating.inputs import Inputs, inputs_of
 from ..templating.template import Template
-from .assemble import Options, fitted, made
+from .assemble import Options, fitted, sequence_of
 from .candidates import Candidate, Rendering, Renderings
 from .contract import prove, prove_as_rendered, unasked
 from .control import control_cuts, refuse_alike, refuse_control
@@ -59,7 +59,7 @@ class Chat:
     template: Template
     tags: Tags
     options: Options
-    wanted: tuple[int, ...]
+    to_train: tuple[int, ...]
 
     def weight(self, kind: str, i: int) -> float:
         """The weight of a part of reply i, by the policy and the row."""
@@ -78,7 +78,7 @@ def chat_of(row: Conversation, options: Options, templates: dict[str, tuple[Temp
             raise _reserved(name)
     replies = [i for i, m in enumerate(row.messages) if m.get("role") == "assistant"]
     chat = Chat(row, inputs, template, tags, options, ())
-    return replace(chat, wanted=tuple(i for i in replies if any(chat.weight(k, i) for k in _KINDS)))
+    return replace(chat, to_train=tuple(i for i in replies if any(chat.weight(k, i) for k in _KINDS)))
 
 
 def _template(
@@ -137,7 +137,7 @@ def candidates(chat: Chat) -> Iterator[Candidate | RowError]:
         # Of a strategy that changes the row's inputs the refusal would speak of what the user didn't write.
         if isinstance(found, Candidate) or not strategy.notes:
             yield found
-    if chat.options.context == "inference" and len(chat.wanted) > 1 and chat.options.repairs:
+    if chat.options.context == "inference" and len(chat.to_train) > 1 and chat.options.repairs:
         found = reply_by_reply(chat)
         if isinstance(found, Candidate):
             yield found
@@ -147,7 +147,7 @@ def strategies_for(chat: Chat) -> Iterator[Strategy]:
     """The strategies for a chat."""
     o = chat.options
     repairs = o.repairs if o.context == "inference" else o.repairs - IN_TURNS
-    return strategies(chat.template, chat.inputs, chat.wanted, chat.tags, repairs, o.thoughts)
+    return strategies(chat.template, chat.inputs, chat.to_train, chat.tags, repairs, o.thoughts)
 
 
 def candidate(chat: Chat, rendered: Renderings, strategy: Strategy) -> Candidate | RowError:
@@ -170,17 +170,17 @@ def _outline(chat: Chat, rendering: Rendering, cut: bool) -> Outline:
 
 def _rendered(chat: Chat, rendered: Renderings, strategy: Strategy) -> list[Rendering]:
     """The proven texts of a strategy, with notes of what the template leaves out."""
-    tokens, wanted = chat.options.tokens, list(chat.wanted)
+    tokens, to_train = chat.options.tokens, list(chat.to_train)
     if chat.options.context == "rendered":
-        renderings = prove_as_rendered(tokens, rendered, wanted)
+        renderings = prove_as_rendered(tokens, rendered, to_train)
     else:
-        wanted, notes = _asked_for(chat, rendered, strategy)
-        renderings = prove(tokens, rendered, wanted, strategy.in_turns, strategy.forced)
+        to_train, notes = _asked_for(chat, rendered, strategy)
+        renderings = prove(tokens, rendered, to_train, strategy.in_turns, strategy.forced)
         renderings[:1] = [replace(r, notes=r.notes + notes) for r in renderings[:1]]
     for rendering in renderings:
         _check_texts(chat, rendering, rendered, strategy)
     done = [_complete(chat, r, rendered) for r in renderings]
-    done[-1] = _with_lost_context(chat, done[-1], set(wanted))
+    done[-1] = _with_lost_context(chat, done[-1], set(to_train))
     return done
 
 
@@ -203,14 +203,16 @@ def _asked_for(chat: Chat, rendered: Renderings, strategy: Strategy) -> tuple[li
 
     Nothing is left out if it is all that would be trained, or if the row itself gives it a weight.
     """
-    wanted = list(chat.wanted)
+    to_train = list(chat.to_train)
     if "opening" not in strategy.in_turns:
-        return wanted, ()
-    left = [i for i in unasked(chat.options.tokens, rendered, wanted) if "weight" not in chat.row.messages[i]]
-    if len(left) == len(wanted):
-        return wanted, ()
+        return to_train, ()
+    left = [
+        i for i in unasked(chat.options.tokens, rendered, to_train) if "weight" not in chat.row.messages[i]
+    ]
+    if len(left) == len(to_train):
+        return to_train, ()
     why = "the template can't ask for a reply before the first question: it is context"
-    return [i for i in wanted if i not in left], tuple(f"messages[{i}]: {why}" for i in left)
+    return [i for i in to_train if i not in left], tuple(f"messages[{i}]: {why}" for i in left)
 
 
 def _complete(chat: Chat, rendering: Rendering, rendered: Renderings) -> Rendering:
@@ -227,12 +229,12 @@ def _complete(chat: Chat, rendering: Rendering, rendered: Renderings) -> Renderi
     return rendering
 
 
-def _with_lost_context(chat: Chat, rendering: Rendering, wanted: set[int]) -> Rendering:
+def _with_lost_context(chat: Chat, rendering: Rendering, to_train: set[int]) -> Rendering:
     """The rendering with notes of what the template leaves out around replies.
 
     Raises RowError where that is trained, or is a whole message before a trained reply.
     """
-    lost = lost_of_context(rendering, wanted, rendering.upto, chat.tags)
+    lost = lost_of_context(rendering, to_train, rendering.upto, chat.tags)
     if chat.options.dropped == "refuse":
         if paths := [p for p in lost if _is_trained(chat.row, p, chat.options)]:
             raise dropped(paths[0], "a message")
@@ -258,12 +260,12 @@ def reply_by_reply(chat: Chat) -> Candidate | RowError:
     """Each reply by the first strategy that is proven for it alone: a data set may mix replies with and without
     thoughts even in one conversation."""
     outlines: list[Outline] = []
-    for i in chat.wanted:
+    for i in chat.to_train:
         alone = replace(
             chat,
             row=replace(chat.row, messages=chat.row.messages[: i + 1]),
             inputs=chat.inputs.upto(i + 1),
-            wanted=(i,),
+            to_train=(i,),
         )
         refusal: RowError | None = None
         for strategy in strategies_for(alone):
@@ -359,7 +361,7 @@ def sequences_of(
         as_text = (_AS_TEXT,) if set(outline.cuts) - {t[1] for t in outline.turns} else ()
         pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
         all_notes = (*notes, *outline.notes, *of_spans, *found.notes, *as_text)
-        sequences.append(made(encoded.ids, weights, segments, pieces, all_notes))
+        sequences.append(sequence_of(encoded.ids, weights, segments, pieces, all_notes))
     return fitted(sequences, options.max_length, options.overflow)
 
 

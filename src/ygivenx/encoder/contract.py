@@ -19,7 +19,7 @@ from ..templating.template import common_prefix
 from ..templating.tracing import Traced
 from .candidates import SHOWN, Rendering, Renderings, Turn, quoted, runs_of_message
 from .ends import USER, appended_end, end_of_turn, render_or_none
-from .joining import beyond, joined
+from .joining import joined, position_after
 from .tokens import Tokens
 
 _STAND_IN = "\ue000"  # for private use: no template writes it
@@ -32,13 +32,13 @@ _REWRITTEN = (
 def prove(
     tokens: Tokens,
     rendered: Renderings,
-    wanted: Iterable[int],
+    to_train: Iterable[int],
     repairs: frozenset[str] = frozenset(),
     forced: bool = False,
 ) -> list[Rendering]:
     """The texts that train the wanted messages; raises RowError where no text can."""
     text, begins = rendered.whole, rendered.renderer.begins
-    turns = [_turn(tokens, rendered, i, repairs, forced) for i in wanted]
+    turns = [_turn(tokens, rendered, i, repairs, forced) for i in to_train]
     if turns and begins(turns[-1].proven, text):  # the next header ends the last turn
         text = turns[-1].proven
     if all(begins(text, t.proven) for t in turns):
@@ -50,10 +50,10 @@ def prove(
     ]
 
 
-def prove_as_rendered(tokens: Tokens, rendered: Renderings, wanted: Iterable[int]) -> list[Rendering]:
+def prove_as_rendered(tokens: Tokens, rendered: Renderings, to_train: Iterable[int]) -> list[Rendering]:
     """One text as the template writes the whole; outputs by the contract, else by origins, with a note."""
     text, turns = rendered.whole, []
-    for i in wanted:
+    for i in to_train:
         try:
             turn = _turn(tokens, rendered, i)
         except RowError:
@@ -64,11 +64,11 @@ def prove_as_rendered(tokens: Tokens, rendered: Renderings, wanted: Iterable[int
     return [Rendering(text, tuple(turns), len(rendered), rendered.traced(len(rendered)))]
 
 
-def unasked(tokens: Tokens, rendered: Renderings, wanted: Iterable[int]) -> list[int]:
+def unasked(tokens: Tokens, rendered: Renderings, to_train: Iterable[int]) -> list[int]:
     """Of the wanted replies, those before the first question for which the template writes no prompt."""
     messages = rendered.inputs.messages
     first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), len(rendered))
-    return [i for i in wanted if i < first and not _is_asked(tokens, rendered, i)]
+    return [i for i in to_train if i < first and not _is_asked(tokens, rendered, i)]
 
 
 def _is_asked(tokens: Tokens, rendered: Renderings, i: int) -> bool:
@@ -79,7 +79,7 @@ def _is_asked(tokens: Tokens, rendered: Renderings, i: int) -> bool:
         return False
     if _writes_header(tokens, rendered, i):
         return False
-    return beyond(rendered.tags.without(shown), rendered.closed(i + 1)) is not None
+    return position_after(rendered.tags.without(shown), rendered.closed(i + 1)) is not None
 
 
 # --- a turn ----------------------------------------------------------------------------------------------
@@ -159,16 +159,16 @@ def _writes_header(tokens: Tokens, rendered: Renderings, i: int) -> bool:
     if i and rendered.inputs.messages[i - 1].get("role") == "user":
         return False
     shown, text = rendered.prompt(i), rendered.closed(i + 1)
-    begin = len(shown) if rendered.renderer.begins(text, shown) else beyond(shown, text)
+    begin = len(shown) if rendered.renderer.begins(text, shown) else position_after(shown, text)
     if begin is None:
         return False
     head = text[begin : max(_spoken(rendered, i)[0], begin)].lstrip()
-    asked = render_or_none(rendered.renderer, rendered.inputs.upto(i, USER)) if head else None
-    if asked is None:
+    prompted = render_or_none(rendered.renderer, rendered.inputs.upto(i, USER)) if head else None
+    if prompted is None:
         return False
-    asked = rendered.tags.without(asked).rstrip()
-    ends = [head[:n] for n in range(1, min(len(head), _HEADER) + 1) if asked.endswith(head[:n])]
-    return any(tokens.has_control(e) or asked[: -len(e)][-1:].isspace() for e in ends)
+    prompted = rendered.tags.without(prompted).rstrip()
+    ends = [head[:n] for n in range(1, min(len(head), _HEADER) + 1) if prompted.endswith(head[:n])]
+    return any(tokens.has_control(e) or prompted[: -len(e)][-1:].isspace() for e in ends)
 
 
 def _trains_header(rendered: Renderings, i: int, shown: str, text: str, first: int) -> bool:

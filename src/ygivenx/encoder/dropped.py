@@ -52,8 +52,8 @@ def _around_calls(rendering: Rendering, turn: Turn, message: Mapping[str, Any]) 
         return text
     parts = []
     for start, stop, source in _runs(traced, turn.start, turn.stop):
-        told = source.field in ("content", *REASONING_FIELDS)
-        parts.append("\0" if told else rendering.text[start:stop])
+        is_text = source.field in ("content", *REASONING_FIELDS)
+        parts.append("\0" if is_text else rendering.text[start:stop])
     return "".join(parts)
 
 
@@ -105,10 +105,10 @@ def unfaithful(
     for source in traced.sources:
         if source.message is None or source.message >= rendering.upto or not _matters(source):
             continue
-        wanted, found = _bare(source.text, tags), tags.marks.sub("", written.get(_key(source), ""))
+        expected, found = _bare(source.text, tags), tags.marks.sub("", written.get(_key(source), ""))
         is_reply = messages[source.message].get("role") == "assistant"
         alike = unrepaired.get(_key(source)) == written.get(_key(source))
-        if found and not alike and wanted not in found and not (is_reply and found in wanted):
+        if found and not alike and expected not in found and not (is_reply and found in expected):
             return source.path
     return None
 
@@ -117,11 +117,11 @@ def _unfaithful_text(rendering: Rendering, messages: tuple[Mapping[str, Any], ..
     text, at = _bare(rendering.text, tags), 0
     for i, message in enumerate(messages[: rendering.upto]):
         content = message.get("content")
-        if isinstance(content, str) and (wanted := _bare(content, tags)):
-            found = text.find(wanted, at)
+        if isinstance(content, str) and (expected := _bare(content, tags)):
+            found = text.find(expected, at)
             if found < 0:
                 return f"messages[{i}].content"
-            at = found + len(wanted)
+            at = found + len(expected)
     return None
 
 
@@ -132,19 +132,19 @@ def _lost(
     for source in traced.sources:
         if (message is None or source.message == message) and _matters(source):
             key = _key(source)
-            wanted = _bare(source.text, tags)
-            is_short = len(written.get(key, "")) < len(wanted) and key not in done
-            if is_short and not _in_another_form(source, wanted, written):
+            expected = _bare(source.text, tags)
+            is_short = len(written.get(key, "")) < len(expected) and key not in done
+            if is_short and not _in_another_form(source, expected, written):
                 done.add(key)
                 yield source
 
 
-def _in_another_form(source: Source, wanted: str, written: Mapping[str, str]) -> bool:
+def _in_another_form(source: Source, expected: str, written: Mapping[str, str]) -> bool:
     """Whether a call's name stands in what is written of the same call, such as its id `functions.weather:0`."""
     if source.field != "tool_calls" or not source.path.endswith(".name"):
         return False
     call = source.path.partition("].")[0] + "]." + source.path.partition("].")[2].partition("]")[0] + "]"
-    return any(path.startswith(call) and wanted in text for path, text in written.items())
+    return any(path.startswith(call) and expected in text for path, text in written.items())
 
 
 def _written(traced: Traced, start: int, stop: int) -> dict[str, str]:
@@ -156,9 +156,9 @@ def _written(traced: Traced, start: int, stop: int) -> dict[str, str]:
             by_source[s].append("".join(text[a:b].split()))
     written: dict[str, str] = {}
     for s, parts in by_source.items():  # reasoning stands under several names: one of them is enough
-        key, made = _key(traced.sources[s]), "".join(parts)
-        if len(made) >= len(written.get(key, "")):
-            written[key] = made
+        key, joined_text = _key(traced.sources[s]), "".join(parts)
+        if len(joined_text) >= len(written.get(key, "")):
+            written[key] = joined_text
     return written
 
 

@@ -256,7 +256,7 @@ OPTIONS = tuple(
 
 def _check_kinds(repair: Any, bos: Any, eos: Any, stops: Any, max_length: Any, template_kwargs: Any) -> None:
     """Raise ConfigError for a value of another kind than its option has: they come from command lines, too."""
-    for name, value, fits, wanted in (
+    for name, value, fits, expected in (
         ("repair", repair, isinstance(repair, Iterable), "names, separated by commas"),
         ("bos", bos, isinstance(bos, bool) or bos == "auto", "True, False or 'auto'"),
         ("eos", eos, isinstance(eos, bool) or eos == "auto", "True, False or 'auto'"),
@@ -275,7 +275,7 @@ def _check_kinds(repair: Any, bos: Any, eos: Any, stops: Any, max_length: Any, t
         ),
     ):
         if not fits:
-            raise ConfigError(f"{name}={value!r}", fix=f"give {wanted}")
+            raise ConfigError(f"{name}={value!r}", fix=f"give {expected}")
 
 
 def _is_count(value: Any) -> bool:
@@ -290,15 +290,15 @@ def _stops(path: str, tokenizer: Any) -> list[str]:
     return [str(known[i]) for i in (ids if isinstance(ids, list) else [ids]) if i in known]
 
 
-def _time(told: Any) -> datetime:
+def _time(value: Any) -> datetime:
     """A datetime, or ISO 8601 as command lines and YAML have it; None is the present."""
-    if told is None or isinstance(told, datetime):
-        return told or datetime.now()
+    if value is None or isinstance(value, datetime):
+        return value or datetime.now()
     try:
-        return datetime.fromisoformat(str(told))
+        return datetime.fromisoformat(str(value))
     except ValueError as error:
         fix = "give a date such as 2026-01-31, or 2026-01-31T12:00"
-        raise ConfigError(f"now={told!r}", why=str(error), fix=fix) from error
+        raise ConfigError(f"now={value!r}", why=str(error), fix=fix) from error
 
 
 def _remade(tokenizer: Any, train: Any, options: dict[str, Any]) -> Encoder:

@@ -144,8 +144,8 @@ def _prompt_or_none(rendered: Renderings, i: int) -> str | None:
 
 def _result(call: dict[str, Any]) -> dict[str, Any]:
     name = call.get("function", call).get("name", "f")
-    made = {"role": "tool", "name": name, "content": "x"}
-    return made | ({"tool_call_id": call["id"]} if "id" in call else {})
+    result = {"role": "tool", "name": name, "content": "x"}
+    return result | ({"tool_call_id": call["id"]} if "id" in call else {})
 
 
 def _header_at(tokens: Tokens, text: str, then: str, common: int) -> End | None:
@@ -178,8 +178,8 @@ def _asks(rendered: Renderings, i: int, text: str) -> bool:
 
 def _begins_next(rendered: Renderings, i: int, rest: str) -> bool:
     """Whether the prompt after a user, who follows message i, ends as F does: then no turn ends there."""
-    asked = render_or_none(rendered.renderer, rendered.inputs.upto(i + 1, USER))
-    return asked is not None and asked.endswith(rest)
+    prompted = render_or_none(rendered.renderer, rendered.inputs.upto(i + 1, USER))
+    return prompted is not None and prompted.endswith(rest)
 
 
 def _beginning(tokens: Tokens, rendered: Renderings, i: int) -> set[str]:

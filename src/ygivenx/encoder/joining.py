@@ -22,8 +22,8 @@ def joined(rendered: Renderings, i: int, repairs: frozenset[str], end: End, cont
         return turn
     if continues:
         return None
-    made = _kept_prompt(rendered, i, repairs, end.at)
-    return made and _put_together(rendered, i, *made, end)
+    kept = _kept_prompt(rendered, i, repairs, end.at)
+    return kept and _put_together(rendered, i, *kept, end)
 
 
 def _put_together(
@@ -87,7 +87,7 @@ def _kept_prompt(
     lacks_thought = rendered.tags.opened.search(shown) and not rendered.tags.thinks(
         rendered.inputs.messages[i]
     )
-    if "whitespace" in repairs and not lacks_thought and (begin := beyond(shown, text)) is not None:
+    if "whitespace" in repairs and not lacks_thought and (begin := position_after(shown, text)) is not None:
         parts = _reply_beyond(rendered, i, begin, end)
         return (_KEPT.format("white space alone"), parts) if parts else None
     begin = _after_last(rendered, i) if "history" in repairs else None
@@ -104,14 +104,14 @@ def _after_closed(rendered: Renderings, shown: str, text: str) -> int | None:
     return None if rendered.tags.marks.match(text, empty.start()) else empty.start()
 
 
-def beyond(shown: str, text: str) -> int | None:
+def position_after(shown: str, text: str) -> int | None:
     """How much of `text` says all of `shown`, white space apart; None if it doesn't begin with it."""
-    wanted, have = "".join(shown.split()), 0
+    expected, have = "".join(shown.split()), 0
     for at, character in enumerate(text):
-        if have == len(wanted):
+        if have == len(expected):
             return at
         if not character.isspace():
-            if character != wanted[have]:
+            if character != expected[have]:
                 return None
             have += 1
     return None

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import ConfigError, RowError
 from ..rows.nouns import Pair
 from ..sequence import Segment, Sequence
-from .assemble import Job, Options, fitted, made
+from .assemble import Job, Options, fitted, sequence_of
 from .control import refuse_alike
 from .policy import Part, weight_of
 from .refusals import control_text, straddle
@@ -52,8 +52,8 @@ class Pairs:
     def _ends(self, row: Pair) -> _Ends:
         tokenizer, o = self.tokens.tokenizer, self.options
         bos, eos = tokenizer.bos_token, tokenizer.eos_token
-        for name, wanted, token in (("bos", o.bos, bos), ("eos", o.eos, eos)):
-            if wanted is True and not token:
+        for name, choice, token in (("bos", o.bos, bos), ("eos", o.eos, eos)):
+            if choice is True and not token:
                 raise ConfigError(
                     f"{name}=True, but the tokenizer has no {name} token", fix=f"set tokenizer.{name}_token"
                 )
@@ -105,7 +105,7 @@ class Pairs:
         if ends.eos:
             notes += (f"{ends.eos[0]} was appended to y",)
         pieces = Pieces(whole.text, whole.starts, whole.stops)
-        return made(whole.ids, weights, segments, pieces, notes)
+        return sequence_of(whole.ids, weights, segments, pieces, notes)
 
     def _end(self, token: str) -> Encoded:
         """A bos or an eos by itself, as one token."""

@@ -44,13 +44,13 @@ _MODELS = {"BPE", "Unigram", "WordLevel", "WordPiece"}
 
 def cutting_tokens(backend: Any) -> re.Pattern[str] | None:
     """A pattern of the tokens around which this tokenizer's texts can be cut; None if there are none."""
-    made = json.loads(backend.to_str())
-    model = made["model"]
+    settings = json.loads(backend.to_str())
+    model = settings["model"]
     if model.get("type") not in _MODELS or model.get("dropout") or backend.encode_special_tokens:
         return None
-    if not all(_apart(made.get(step), known) for step, known in _APART.items()):
+    if not all(_apart(settings.get(step), known) for step, known in _APART.items()):
         return None
-    added = made["added_tokens"]
+    added = settings["added_tokens"]
     alone = sorted(_alone(added), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, alone))) if alone else None
 

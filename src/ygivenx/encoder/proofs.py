@@ -72,8 +72,10 @@ class Proof:
         texts = self.conditions.texts(given)
         if not self.conditions.hold_for(texts):
             return None
-        made = [Candidate(tuple(f.filled(texts) for f in forms), notes) for forms, notes in self.candidates]
-        return made if all(_forges_nothing(o, tokens) for c in made for o in c.outlines) else None
+        filled_in = [
+            Candidate(tuple(f.filled(texts) for f in forms), notes) for forms, notes in self.candidates
+        ]
+        return filled_in if all(_forges_nothing(o, tokens) for c in filled_in for o in c.outlines) else None
 
 
 def _forges_nothing(outline: Outline, tokens: Tokens) -> bool:
@@ -105,8 +107,8 @@ class Proofs:
     def _known(self, chat: Chat, shape: Shape, texts: list[str]) -> list[Candidate] | None:
         tokens = chat.options.tokens
         for proof in self.by_shape.get(shape, ()):
-            if (made := proof.filled(texts, tokens)) is not None:
-                return made
+            if (filled_in := proof.filled(texts, tokens)) is not None:
+                return filled_in
         if shape not in self.tries and len(self.tries) >= _MOST_SHAPES:
             return None
         tries = self.tries[shape] = self.tries.get(shape, 0) + 1
@@ -138,10 +140,10 @@ def _proof(chat: Chat, texts: list[str]) -> Proof | None:
         control = chat.options.tokens.control
         outlines = [replace(o, control=[m.span() for m in control(o.text)]) for o in found.outlines]
         proven.append((tuple(map(Form.of, outlines)), found.notes))
-        made = Proof(template.conditions, tuple(proven)).filled(texts, chat.options.tokens)
-        if made is None:
+        filled_in = Proof(template.conditions, tuple(proven)).filled(texts, chat.options.tokens)
+        if filled_in is None:
             return None
-        if ids_fault(made[-1], chat.options) is None:
+        if ids_fault(filled_in[-1], chat.options) is None:
             return Proof(template.conditions, tuple(proven))
     return None
 

@@ -78,17 +78,17 @@ class Strategy:
 def strategies(
     template: Renderer,
     inputs: Inputs,
-    wanted: Iterable[int],
+    to_train: Iterable[int],
     tags: Tags,
     repairs: frozenset[str],
     thoughts: str,
 ) -> Iterator[Strategy]:
     """Every strategy for a row, the least change first. wanted: the replies that are trained."""
-    wanted = list(wanted)
+    to_train = list(to_train)
     in_turns = repairs & IN_TURNS
-    switches = _switched(template, inputs, wanted, tags, repairs)
+    switches = _switched(template, inputs, to_train, tags, repairs)
     if thoughts == "off":
-        for switched, note in _switched_off(template, inputs, wanted, tags):
+        for switched, note in _switched_off(template, inputs, to_train, tags):
             yield Strategy(switched, (note,), is_symbolic=True)
             if in_turns:
                 yield Strategy(switched, (note,), in_turns)
@@ -122,29 +122,29 @@ def _said_otherwise(
         for name, change, note in _CHANGES
         if name in repairs and (name != "content_as_parts" or _reads_parts(template.source))
     ]
-    made: list[tuple[Inputs, str]] = []
+    applied: list[tuple[Inputs, str]] = []
     for change, note in changes:
         messages = change(inputs.messages)
         if messages != inputs.messages:
-            made.append((replace(inputs, messages=messages), note))
-            yield made[-1][0], (note,)
-    if len(made) > 1:
+            applied.append((replace(inputs, messages=messages), note))
+            yield applied[-1][0], (note,)
+    if len(applied) > 1:
         messages = inputs.messages
         for change, _ in changes:
             messages = change(messages)
-        yield replace(inputs, messages=messages), tuple(note for _, note in made)
+        yield replace(inputs, messages=messages), tuple(note for _, note in applied)
 
 
 Switched = Callable[[Inputs], list[tuple[Inputs, str]]]
 
 
 def _switched(
-    template: Renderer, inputs: Inputs, wanted: list[int], tags: Tags, repairs: frozenset[str]
+    template: Renderer, inputs: Inputs, to_train: list[int], tags: Tags, repairs: frozenset[str]
 ) -> Switched:
     """What sets each of the template's switches, if that is among the repairs."""
     names = sorted(n for n in template.undeclared if _SWITCH.search(n) and n not in inputs.kwargs)
     values = (
-        [(n, v) for n in names for v in _values(n, inputs, wanted, tags)]
+        [(n, v) for n in names for v in _values(n, inputs, to_train, tags)]
         if "template_kwargs" in repairs
         else []
     )
@@ -156,21 +156,21 @@ def _with_switch(inputs: Inputs, name: str, value: bool) -> tuple[Inputs, str]:
     return replace(inputs, kwargs={**inputs.kwargs, name: value}), note
 
 
-def _values(name: str, inputs: Inputs, wanted: list[int], tags: Tags) -> tuple[bool, ...]:
+def _values(name: str, inputs: Inputs, to_train: list[int], tags: Tags) -> tuple[bool, ...]:
     """What a switch may be set to: thinking is switched off for replies without a thought alone, on for others."""
-    if _LENGTH.search(name) or not wanted:
+    if _LENGTH.search(name) or not to_train:
         return False, True
-    thoughts = {tags.thinks(inputs.messages[i]) for i in wanted}
+    thoughts = {tags.thinks(inputs.messages[i]) for i in to_train}
     return (thoughts.pop(),) if len(thoughts) == 1 else ()
 
 
 def _switched_off(
-    template: Renderer, inputs: Inputs, wanted: list[int], tags: Tags
+    template: Renderer, inputs: Inputs, to_train: list[int], tags: Tags
 ) -> Iterator[tuple[Inputs, str]]:
     """The inputs with thinking switched off, if no trained reply has a thought."""
     for name in sorted(template.undeclared - inputs.kwargs.keys()):
         is_switch = _SWITCH.search(name) and not _LENGTH.search(name)
-        if is_switch and _values(name, inputs, wanted, tags) == (False,):
+        if is_switch and _values(name, inputs, to_train, tags) == (False,):
             yield _with_switch(inputs, name, False)
 
 

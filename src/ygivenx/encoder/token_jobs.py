@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ..errors import RowError
 from ..rows.nouns import TokenRow
 from ..sequence import Sequence
-from .assemble import Job, Options, fitted, made
+from .assemble import Job, Options, fitted, sequence_of
 from .policy import Part, weight_of
 
 
@@ -23,10 +23,10 @@ def token_job(row: TokenRow, options: Options) -> Job:
 
 
 def _check_ids(row: TokenRow, size: int) -> None:
-    if len(beyond := np.flatnonzero(row.ids >= size)):
-        what = f"the id {row.ids[beyond[0]]} isn't in this tokenizer's vocabulary of {size}"
+    if len(unknown := np.flatnonzero(row.ids >= size)):
+        what = f"the id {row.ids[unknown[0]]} isn't in this tokenizer's vocabulary of {size}"
         why = "the row was written with another tokenizer: the same ids would be other texts"
-        raise RowError(what, reason="bad_token", field=f"token {beyond[0]}", why=why)
+        raise RowError(what, reason="bad_token", field=f"token {unknown[0]}", why=why)
 
 
 def _sequence(row: TokenRow, options: Options) -> Sequence:
@@ -39,7 +39,9 @@ def _sequence(row: TokenRow, options: Options) -> Sequence:
         if s.output:
             weights[s.start : s.stop] *= weight_of(options.policy, Part(s.kind, True, last=True))
     weights[: row.prompt_length] = weight_of(options.policy, Part("prompt", False))
-    return made(row.ids, weights, segments, DecodedTokens(options.tokens.tokenizer, row.ids), row.notes)
+    return sequence_of(
+        row.ids, weights, segments, DecodedTokens(options.tokens.tokenizer, row.ids), row.notes
+    )
 
 
 _LONGEST = 8  # tokens of one character, or of two that are written together

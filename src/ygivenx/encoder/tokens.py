@@ -147,11 +147,11 @@ class Tokens:
             self.need_plain_joints("control='text'")
         return tuple(cuts)
 
-    def need_plain_joints(self, wanted: str) -> None:
+    def need_plain_joints(self, option: str) -> None:
         """Raise RowError if texts encoded apart don't join: the tokenizer puts a space before each."""
         if self._puts_space:
             raise RowError(
-                f"{wanted} encodes texts apart, and this tokenizer puts a space before each",
+                f"{option} encodes texts apart, and this tokenizer puts a space before each",
                 reason="prefix_space",
                 why="the ids would say another text than the row does",
                 fix="another choice of border= or control=, or a tokenizer without prefix space",
@@ -181,8 +181,8 @@ class Tokens:
         if cutting is None:
             return self.encode_whole(texts)
         parts = [_parts(cutting, t) for t in texts]
-        wanted = list(dict.fromkeys(chain.from_iterable(parts)))
-        known = dict(zip(wanted, self.encode_whole(wanted), strict=True))
+        unique = list(dict.fromkeys(chain.from_iterable(parts)))
+        known = dict(zip(unique, self.encode_whole(unique), strict=True))
         return [joined([known[p] for p in some], t) for t, some in zip(texts, parts, strict=True)]
 
     @cached_property

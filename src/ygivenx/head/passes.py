@@ -1,6 +1,6 @@
 """One pass through the head: which route computes it, and what it gives.
 
-Equals `ygivenx.head.reference` (all logits in float64, torch's own autograd) to the rounding of the products' dtype.
+Equals `ygivenx.reference` (all logits in float64, torch's own autograd) to the rounding of the products' dtype.
 """
 
 from __future__ import annotations

@@ -49,10 +49,10 @@ def loss(run: AnyRun, score: Score) -> Tensor:
     if not parameters:
         return torch.stack([score(rows, hidden) for rows, hidden in run.stream()]).sum()
     run = run.for_gradients()
-    shelf = None if _scaled(run) else _trunk(run)
-    if shelf is None:
+    store = None if _scaled(run) else _trunk(run)
+    if store is None:
         return score(run.order, _Hidden.apply(run, *_trained(run.decoder)))
-    value: Tensor = _Loss.apply(run, score, shelf, *parameters)
+    value: Tensor = _Loss.apply(run, score, store, *parameters)
     return value
 
 
@@ -67,7 +67,7 @@ def _scaled(run: AnyRun) -> bool:
     return autocast or any(p.dtype == torch.float16 for p in run.model.parameters())
 
 
-class _Shelf:
+class _NodeStore:
     """Keys and values of the sorted nodes `nodes` by layer, or the gradients that flow into them."""
 
     def __init__(self, nodes: Ints, device: torch.device) -> None:
@@ -113,20 +113,20 @@ def _own(values: KeysValues, nodes: Ints, chunk: Chunk) -> KeysValues:
 
 
 @torch.no_grad()
-def _trunk(run: AnyRun) -> _Shelf | None:
+def _trunk(run: AnyRun) -> _NodeStore | None:
     """The trunk's keys and values; None if random numbers were drawn for them, which can't be drawn so again."""
-    shelf, before = _Shelf(run.trunk, run.device), _Surroundings(run.device)
+    store, before = _NodeStore(run.trunk, run.device), _Surroundings(run.device)
     if isinstance(run, UnsharedRun) or not len(run.trunk):
-        return shelf
+        return store
     trunk = run.only(run.trunk)
     for chunk in trunk.chunks:
-        path = shelf[run.trunk[chunk.path]]
+        path = store[run.trunk[chunk.path]]
         _, fresh = trunk(chunk, renamed(path, lambda node: int(np.searchsorted(run.trunk, node))))
         if before.drawn():
             before.restore()
             return None
-        shelf.add(run.trunk[chunk.start : chunk.stop], renamed(fresh, lambda place: int(run.trunk[place])))
-    return shelf
+        store.add(run.trunk[chunk.start : chunk.stop], renamed(fresh, lambda place: int(run.trunk[place])))
+    return store
 
 
 @dataclass
@@ -138,21 +138,21 @@ class _Pass:
     leaves: KeysValues
 
     @classmethod
-    def of(cls, run: AnyRun, chunk: Chunk, shelf: _Shelf) -> _Pass:
-        path = shelf[chunk.path] if len(chunk.path) else {}
+    def of(cls, run: AnyRun, chunk: Chunk, store: _NodeStore) -> _Pass:
+        path = store[chunk.path] if len(chunk.path) else {}
         leaves = {layer: (_leaf(k), _leaf(v)) for layer, (k, v) in path.items()}
         with torch.enable_grad():
             hidden, fresh = run(chunk, leaves)
-            return cls(hidden, _own(fresh, shelf.own(chunk), chunk), leaves)
+            return cls(hidden, _own(fresh, store.own(chunk), chunk), leaves)
 
 
 class _Backward:
     """Backward through one chunk after another, the last one first."""
 
-    def __init__(self, shelf: _Shelf, parameters: list[Tensor]) -> None:
+    def __init__(self, store: _NodeStore, parameters: list[Tensor]) -> None:
         self.parameters = parameters
         self.totals: list[Tensor | None] = [None] * len(parameters)
-        self.into = _Shelf(shelf.nodes, shelf.device)
+        self.into = _NodeStore(store.nodes, store.device)
 
     def through(self, chunk: Chunk, done: _Pass, output: Tensor, grad: Tensor) -> None:
         """From `output`, which the chunk's hidden states went into, and from what later chunks made of its keys."""
@@ -161,10 +161,10 @@ class _Backward:
             outputs += zip(done.fresh[layer], into, strict=True)
         leaves = [t for pair in done.leaves.values() for t in pair]
         with _hooks_at_rest(self.parameters):
-            made = _gradients(outputs, [*self.parameters, *leaves])
+            gradients = _gradients(outputs, [*self.parameters, *leaves])
         n = len(self.parameters)
-        _accumulate(self.totals, made[:n])
-        pairs = zip(made[n::2], made[n + 1 :: 2], strict=True)
+        _accumulate(self.totals, gradients[:n])
+        pairs = zip(gradients[n::2], gradients[n + 1 :: 2], strict=True)
         both = (_both(pair, leaf) for pair, leaf in zip(pairs, done.leaves.values(), strict=True))
         self.into.add(chunk.path, dict(zip(done.leaves, both, strict=True)))
 
@@ -173,35 +173,35 @@ class _Loss(torch.autograd.Function):
     """The loss and all gradients in one descent from the last chunk to the first."""
 
     @staticmethod
-    def forward(ctx: Any, run: AnyRun, score: Score, shelf: _Shelf, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, run: AnyRun, score: Score, store: _NodeStore, *parameters: Tensor) -> Tensor:
         ctx.run, ctx.score, ctx.surroundings = run, score, _Surroundings(run.device)
-        value, ctx.made = _descend(run, score, shelf, list(parameters))
+        value, ctx.gradients = _descend(run, score, store, list(parameters))
         ctx.save_for_backward(*parameters)
         return value
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("a forest in chunks")
-        made, ctx.made = ctx.made, None
-        if made is None:  # a second backward: the first one gave its gradients away
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second backward: the first one gave its gradients away
             with ctx.surroundings.again():
-                shelf = _trunk(ctx.run)
-                assert shelf is not None
-                made = _descend(ctx.run, ctx.score, shelf, list(ctx.saved_tensors))[1]
+                store = _trunk(ctx.run)
+                assert store is not None
+                gradients = _descend(ctx.run, ctx.score, store, list(ctx.saved_tensors))[1]
         if grad.device.type != "cpu" or grad.item() != 1:
-            for g in made:
+            for g in gradients:
                 if g is not None:
                     g.mul_(grad)
-        return None, None, None, *made
+        return None, None, None, *gradients
 
 
 def _descend(
-    run: AnyRun, score: Score, shelf: _Shelf, parameters: list[Tensor]
+    run: AnyRun, score: Score, store: _NodeStore, parameters: list[Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """(the loss, the gradients of the parameters)."""
-    backward, parts = _Backward(shelf, parameters), list[Tensor]()
+    backward, parts = _Backward(store, parameters), list[Tensor]()
     for chunk in reversed(run.chunks):
-        done = _Pass.of(run, chunk, shelf)
+        done = _Pass.of(run, chunk, store)
         with torch.enable_grad():
             part = score(run.order[chunk.start : chunk.stop], done.hidden)
         backward.through(chunk, done, part, torch.ones_like(part))
@@ -218,29 +218,29 @@ class _Hidden(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: AnyRun, *parameters: Tensor) -> Tensor:
-        shelf, rows = _Shelf(run.trunk, run.device), list[Tensor]()
+        store, rows = _NodeStore(run.trunk, run.device), list[Tensor]()
         ctx.surroundings = []
         *before, last = run.chunks
         for chunk in before:
             ctx.surroundings.append(_Surroundings(run.device))
-            hidden, fresh = run(chunk, shelf[chunk.path])
-            shelf.add(shelf.own(chunk), _own(fresh, shelf.own(chunk), chunk))
+            hidden, fresh = run(chunk, store[chunk.path])
+            store.add(store.own(chunk), _own(fresh, store.own(chunk), chunk))
             rows.append(hidden)
         ctx.surroundings.append(_Surroundings(run.device))
-        ctx.last = _Pass.of(run, last, shelf)
-        ctx.run, ctx.shelf = run, shelf
+        ctx.last = _Pass.of(run, last, store)
+        ctx.run, ctx.store = run, store
         ctx.save_for_backward(*parameters)
         return torch.cat([*rows, ctx.last.hidden.detach()])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("a forest in chunks")
-        backward = _Backward(ctx.shelf, list(ctx.saved_tensors))
+        backward = _Backward(ctx.store, list(ctx.saved_tensors))
         done, ctx.last = ctx.last, None
         for chunk, surroundings in reversed(list(zip(ctx.run.chunks, ctx.surroundings, strict=True))):
             if done is None:
                 with surroundings.again():
-                    done = _Pass.of(ctx.run, chunk, ctx.shelf)
+                    done = _Pass.of(ctx.run, chunk, ctx.store)
             backward.through(chunk, done, done.hidden, grad[chunk.start : chunk.stop])
             done = None
         return None, *backward.totals

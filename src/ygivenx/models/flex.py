@@ -47,8 +47,8 @@ def _precision(query: Tensor) -> dict[str, Any] | None:
     if query.dtype != torch.float32 or not query.is_cuda or torch.version.hip:
         return None
     able = torch.cuda.get_device_capability(query.device) >= (8, 0)
-    asked = torch.get_float32_matmul_precision() == "highest"  # else one product in TF32 will do
-    return {"FLOAT32_PRECISION": "'tf32x3'"} if able and asked else None
+    partial_blocks = torch.get_float32_matmul_precision() == "highest"  # else one product in TF32 will do
+    return {"FLOAT32_PRECISION": "'tf32x3'"} if able and partial_blocks else None
 
 
 def _capped(softcap: Tensor) -> Callable[..., Tensor]:
@@ -81,16 +81,16 @@ def flex_mask(plan: Plan, window: int | None) -> BlockMask:
         return torch.from_numpy(np.ascontiguousarray(values)).to(plan.device)
 
     end, depth, place = put(plan.end), put(plan.depth), put(np.arange(plan.first, len(plan.end)))
-    beyond = None if window is None else put(plan.depth[plan.first :] - window)
+    out_of_window = None if window is None else put(plan.depth[plan.first :] - window)
 
     def allowed(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (k <= place[q]) & (place[q] < end[k])
-        return seen if beyond is None else seen & (depth[k] > beyond[q])
+        return seen if out_of_window is None else seen & (depth[k] > out_of_window[q])
 
     some, every = pairs_of_blocks(plan.end, plan.depth, plan.first, window)
-    (asked, which), (whole, which_whole) = (map(put, _listed(m)) for m in (some & ~every, every))
+    (partial_blocks, which), (whole, which_whole) = (map(put, _listed(m)) for m in (some & ~every, every))
     return BlockMask.from_kv_blocks(
-        asked, which, whole, which_whole,
+        partial_blocks, which, whole, which_whole,
         BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(len(place), len(end)),
     )  # fmt: skip
 

@@ -26,11 +26,11 @@ NO_NODES = np.zeros(0, np.int64)
 
 def picked(values: KeysValues, nodes: Ints, places: Tensor) -> KeysValues:
     """Of these only what belongs to `nodes`, which stand at `places` among the tokens of keys and values."""
-    wanted, found = set(nodes.tolist()), KeysValues()
+    needed, found = set(nodes.tolist()), KeysValues()
     for place, (first, second) in values.items():
         if not isinstance(place, tuple):
             found[place] = first[:, :, places], second[:, :, places]
-        elif place[1] in wanted:
+        elif place[1] in needed:
             found[place] = first, second
     return found
 
@@ -64,7 +64,7 @@ class Plan:
     fresh: KeysValues | None = None
     kept: Ints = field(default_factory=lambda: NO_NODES)
     layers: set[nn.Module] = field(default_factory=set)
-    made: dict[Any, Any] = field(default_factory=dict)
+    built: dict[Any, Any] = field(default_factory=dict)
     window_in_mask: int | None = None
     attends_twice: bool = False
     calls: int = 0
@@ -113,9 +113,9 @@ class Plan:
     def once(self, make: Callable[..., Any], window: int | None) -> Any:
         """make(self, window), kept for the layers that ask later."""
         key = make, window
-        if key not in self.made:
-            self.made[key] = make(self, window)
-        return self.made[key]
+        if key not in self.built:
+            self.built[key] = make(self, window)
+        return self.built[key]
 
 
 def refuse_unknown_route(route: str) -> None:

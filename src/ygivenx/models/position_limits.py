@@ -82,7 +82,10 @@ def _switches(decoder: nn.Module) -> Iterator[tuple[str, int]]:
         kinds: Any = getattr(module, "rope_type", None)
         for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
             if kind == "longrope":
-                told = module.config.rope_parameters
-                yield kind, (told if layer is None else told[layer])["original_max_position_embeddings"]
+                parameters = module.config.rope_parameters
+                yield (
+                    kind,
+                    (parameters if layer is None else parameters[layer])["original_max_position_embeddings"],
+                )
             elif isinstance(kind, str) and "dynamic" in kind:
                 yield kind, module.original_max_seq_len

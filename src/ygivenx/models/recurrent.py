@@ -119,7 +119,7 @@ def over_forest(mixer: nn.Module, stock: Callable[..., Tensor], hidden: Tensor, 
         for group in level:
             cache = SegmentCache(group, states)
             with _idle(mixer, group.padding):
-                out = stock(hidden[0][group.index], **{cache_name: cache if cache.asked else None})
+                out = stock(hidden[0][group.index], **{cache_name: cache if cache.is_requested else None})
             found.append(out.flatten(0, 1).index_select(0, group.places))
             ended.append(cache.ended)
             _keep(mixer, plan, group, cache.ended)
@@ -144,9 +144,9 @@ def _keep(mixer: nn.Module, plan: Plan, group: Group, ended: States) -> None:
     """Put the states that later chunks begin in where the plan asks for them."""
     if plan.fresh is None or not len(plan.kept):
         return
-    asked = set(plan.kept.tolist())
+    is_requested = set(plan.kept.tolist())
     for i, node in enumerate(group.last):
-        if plan.first + node in asked:
+        if plan.first + node in is_requested:
             conv, state = (ended[k][i : i + 1] if k in ended else None for k in STATES)
             none = torch.zeros(0, device=plan.device)
             plan.fresh[mixer, plan.first + node] = (
@@ -206,7 +206,7 @@ class SegmentCache:
         self._begin = {} if begins is None else {k: v.index_select(0, begins) for k, v in before.items()}
 
     @property
-    def asked(self) -> bool:
+    def is_requested(self) -> bool:
         """Whether any of the segments has one above or below."""
         return self.group.begins is not None or len(self.group.kept) > 0
 

@@ -280,10 +280,10 @@ def _gradient(hidden: Tensor, embedded: list[tuple[Tensor, Tensor]]) -> Tensor |
     if not hidden.requires_grad or not embedded:
         return None
     direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
-    made = torch.autograd.grad((hidden * direction).sum(), [e for _, e in embedded])
+    gradients = torch.autograd.grad((hidden * direction).sum(), [e for _, e in embedded])
     ids = torch.cat([i.flatten() for i, _ in embedded])
     which, place = ids.unique(return_inverse=True)
-    flat = torch.cat([g.flatten(0, -2) for g in made]).double()
+    flat = torch.cat([g.flatten(0, -2) for g in gradients]).double()
     return flat.new_zeros(len(which), flat.shape[-1]).index_add_(0, place, flat)
 
 
@@ -348,8 +348,8 @@ def explain(model: Any = None) -> dict[str, str]:
         capped = "flex" if routes["forest"] == "flex" else "dense (other routes have no soft-cap)"
         routes = dict.fromkeys(routes, capped)
     if not sharing.reason and (window := getattr(config, "sliding_window", None)):
-        beyond = "are unshared" if sharing.window else "take the forest's route"
-        routes["sliding window"] = f"{window}, and sequences longer than it {beyond}"
+        longer = "are unshared" if sharing.window else "take the forest's route"
+        routes["sliding window"] = f"{window}, and sequences longer than it {longer}"
     if hasattr(config, "router_aux_loss_coef"):
         routes["router loss"] = "not part of the loss"
     return routes

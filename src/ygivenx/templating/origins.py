@@ -39,9 +39,9 @@ class Text(str):
 
     @staticmethod
     def of(text: str, source: int) -> Text:
-        made = Text(text)
-        made.runs = ((len(text), source),) if text else ()
-        return made
+        result = Text(text)
+        result.runs = ((len(text), source),) if text else ()
+        return result
 
     def __str__(self) -> Text:  # str(x) would drop the runs
         return self
@@ -133,14 +133,14 @@ class Text(str):
 
     def made_into(self, result: str) -> Text:
         """`result` was made of this text alone: right where it has one source or kept its length."""
-        made = Text(result)
+        result = Text(result)
         if len(self.runs) <= 1:
-            made.runs = ((len(result), self.runs[0][1] if self.runs else TEMPLATE),) if result else ()
+            result.runs = ((len(result), self.runs[0][1] if self.runs else TEMPLATE),) if result else ()
         elif len(result) == len(self):
-            made.runs = self.runs
+            result.runs = self.runs
         else:
             raise OriginsLost
-        return made
+        return result
 
     def upper(self) -> Text:
         return self.made_into(str.upper(self))
@@ -181,9 +181,9 @@ class Text(str):
 
 def text_with(text: str, runs: Runs) -> Text:
     """A text of known runs."""
-    made = Text(text)
-    made.runs = runs
-    return made
+    result = Text(text)
+    result.runs = runs
+    return result
 
 
 def runs_of(text: str) -> Runs:
@@ -207,25 +207,25 @@ def source_at(text: Text, position: int) -> int:
 
 
 def _cut(text: Text, start: int, stop: int) -> Text:
-    made = Text(str.__getitem__(text, slice(start, stop)))
-    length = len(made)
+    result = Text(str.__getitem__(text, slice(start, stop)))
+    length = len(result)
     if len(text.runs) == 1:
-        made.runs = ((length, text.runs[0][1]),) if length else ()
-        return made
+        result.runs = ((length, text.runs[0][1]),) if length else ()
+        return result
     cut: list[tuple[int, int]] = []
     first = bisect_right(text.runs, start, key=lambda r: r[0])
     for end, source in text.runs[first:]:
         if (cut and cut[-1][0] == length) or not length:
             break
         cut.append((min(end - start, length), source))
-    made.runs = tuple(cut)
-    return made
+    result.runs = tuple(cut)
+    return result
 
 
 def join(parts: Iterable[str]) -> Text:
     """The parts one after the other, each with its sources."""
     parts = list(parts)
-    made = Text("".join(parts))
+    result = Text("".join(parts))
     runs: list[tuple[int, int]] = []
     offset = 0
     for part in parts:
@@ -235,8 +235,8 @@ def join(parts: Iterable[str]) -> Text:
             else:
                 runs.append((offset + stop, source))
         offset += len(part)
-    made.runs = tuple(runs)
-    return made
+    result.runs = tuple(runs)
+    return result
 
 
 def _locate(text: Text, parts: list[str]) -> list[str]:

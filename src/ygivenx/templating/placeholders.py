@@ -50,25 +50,25 @@ class PathConditions:
         self.placeholders: list[Placeholder] = []
         self.answers: dict[PathCondition, bool] = {}
 
-    def placeholder(self, text: str, made: tuple[int, str, str | None] | None = None) -> Placeholder:
+    def placeholder(self, text: str, derived_from: tuple[int, str, str | None] | None = None) -> Placeholder:
         """A new placeholder; `made`: (number, method, characters) of the placeholder that was stripped to this text."""
         if len(self.placeholders) == MOST:
             raise Undecided
-        self.placeholders.append(Placeholder(self, len(self.placeholders), text, made))
+        self.placeholders.append(Placeholder(self, len(self.placeholders), text, derived_from))
         return self.placeholders[-1]
 
     def stripped(self, placeholder: Placeholder, method: str, chars: str | None) -> Placeholder:
         """The one placeholder for this placeholder's text without white space at its ends."""
-        made = (placeholder.number, method, chars)
-        known = next((h for h in self.placeholders if h.made == made), None)
-        return known or self.placeholder(getattr(placeholder.text, method)(chars), made)
+        derived_from = (placeholder.number, method, chars)
+        known = next((h for h in self.placeholders if h.derived_from == derived_from), None)
+        return known or self.placeholder(getattr(placeholder.text, method)(chars), derived_from)
 
     def texts(self, given: Sequence[str]) -> list[str]:
         """The text for each placeholder in another row, whose texts for those that weren't made are `given`."""
         texts = list(given)
         for h in self.placeholders[len(given) :]:
-            assert h.made is not None
-            of, method, chars = h.made
+            assert h.derived_from is not None
+            of, method, chars = h.derived_from
             texts.append(getattr(texts[of], method)(chars))
         return texts
 
@@ -99,12 +99,16 @@ class Opaque:
 class Placeholder(Opaque):
     """One text; see the module."""
 
-    __slots__ = ("conditions", "made", "number", "text")
+    __slots__ = ("conditions", "derived_from", "number", "text")
 
     def __init__(
-        self, conditions: PathConditions, number: int, text: str, made: tuple[int, str, str | None] | None
+        self,
+        conditions: PathConditions,
+        number: int,
+        text: str,
+        derived_from: tuple[int, str, str | None] | None,
     ) -> None:
-        self.conditions, self.number, self.text, self.made = conditions, number, text, made
+        self.conditions, self.number, self.text, self.derived_from = conditions, number, text, derived_from
 
     @property
     def mark(self) -> str:

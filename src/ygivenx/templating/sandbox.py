@@ -136,9 +136,9 @@ class Environment(ImmutableSandboxedEnvironment):
         return tree
 
     def _filtered(self, node: Any, name: str) -> jinja2.nodes.Filter:
-        made = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
-        made.set_environment(self)
-        return made
+        result = jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+        result.set_environment(self)
+        return result
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and abs(right) > 64:
@@ -236,13 +236,13 @@ def environment(kind: Callable[[], Environment]) -> Environment:
 def compiled(source: str, kind: Callable[[], Environment]) -> jinja2.Template:
     """The template in an environment of this kind; raises RowError `template_syntax`."""
     try:
-        made = environment(kind).from_string(source)
+        result = environment(kind).from_string(source)
     except jinja2.TemplateSyntaxError as e:
         why = f"line {e.lineno}: {e.message}"
         raise RowError("the chat template isn't Jinja", reason="template_syntax", why=why) from e
-    names: Any = made.root_render_func.__globals__
+    names: Any = result.root_render_func.__globals__
     names |= environment(kind).own_names()
-    return made
+    return result
 
 
 def _join_checked(parts: Iterable[Any]) -> str:

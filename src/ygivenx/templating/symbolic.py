@@ -140,13 +140,13 @@ class SymbolicTemplate:
         self.inputs = replace(inputs, messages=tuple(map(self._with_placeholders, inputs.messages)))
 
     def _with_placeholders(self, message: dict[str, Any]) -> dict[str, Any]:
-        made = dict(message)
+        result = dict(message)
         if message.get("content"):
-            made["content"] = self.conditions.placeholder(message["content"])
+            result["content"] = self.conditions.placeholder(message["content"])
         if thought := message.get(REASONING_FIELDS[0]):
             placeholder = self.conditions.placeholder(thought)
-            made |= {k: placeholder for k in REASONING_FIELDS if k in message}
-        return made
+            result |= {k: placeholder for k in REASONING_FIELDS if k in message}
+        return result
 
     @property
     def undeclared(self) -> frozenset[str]:
@@ -171,8 +171,8 @@ class SymbolicTemplate:
 
     def _source(self, placeholder: Placeholder) -> Source:
         first = placeholder
-        while first.made is not None:
-            first = self.conditions.placeholders[first.made[0]]
+        while first.derived_from is not None:
+            first = self.conditions.placeholders[first.derived_from[0]]
         i, name = self.places[first.number]
         return Source(f"messages[{i}].{name}", i, name, placeholder.mark)
 

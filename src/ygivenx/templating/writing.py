@@ -104,9 +104,9 @@ def owned(value: Any, source: int) -> Any:
     if isinstance(value, str):
         return Text.of(value, source)
     if isinstance(value, Mapping):
-        made = Owned((owned(k, source), owned(v, source)) for k, v in value.items())
-        made.source = source
-        return made
+        result = Owned((owned(k, source), owned(v, source)) for k, v in value.items())
+        result.source = source
+        return result
     return [owned(v, source) for v in value] if isinstance(value, list | tuple) else value
 
 
