@@ -63,7 +63,7 @@ SIZES: dict[str, Any] = {
                      "n_mamba_heads", "ssm_state_size", "state_size"), 8),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
     "mamba_d_ssm": 64, "mamba_expand": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "index_n_heads": 2,
-    "index_topk": 8, "attention_chunk_size": 16, "rotary_dim": 4, "vocab_size": VOCABULARY, "initializer_range": 0.2,
+    "index_topk": 64, "attention_chunk_size": 16, "rotary_dim": 4, "vocab_size": VOCABULARY, "initializer_range": 0.2,
     "init_std": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size_per_layer_input": 8,
     "vocab_size_per_layer_input": VOCABULARY, "laurel_rank": 4, "position_bias_max_distance": 64, "num_block": 1,
     "time_step_rank": 4, "mamba_dt_rank": 4, "tie_word_embeddings": False,

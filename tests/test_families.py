@@ -213,6 +213,24 @@ def test_windows_that_cant_be_kept_are_kept_by_running_sequences_unshared(monkey
         yx.loss(model, rows, route="dense")
 
 
+def test_indexers_are_exact_while_they_take_all_keys_and_refused_beyond(monkeypatch):
+    """In transformers 5.23 an indexer chooses among later keys, too: a padded sequence gets other logits."""
+    sizes = {
+        "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "index_head_dim": 8, "index_n_heads": 2, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "index_topk": 24,
+    }  # fmt: skip
+    monkeypatch.setitem(CASES, "deepseek_v32", ("DeepseekV32", sizes))
+    model, rng = build("deepseek_v32"), np.random.default_rng(0)
+    at, short, over = (yx.Sequence(rng.integers(0, VOCAB, n), np.arange(n) > 0) for n in (25, 12, 26))
+    assert_exact(model, [at, short], definition=without_the_last)
+    for route in ("auto", "unshared"):
+        with pytest.raises(
+            ModelError, match="its indexers choose 24 keys, and a sequence of 26 tokens has more"
+        ):
+            yx.loss(model, [short, over], route=route)
+
+
 def test_chunks_by_position_are_kept(monkeypatch):
     chunks = {
         "layer_types": ["chunked_attention"] * 2 + ["full_attention"],

@@ -36,8 +36,6 @@ logger = logging.getLogger(__name__)
 SHAREABLE_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Proven with full attention only: their sliding window stands in the mask alone.
 WINDOW_IN_MASK = {"qwen2_moe"}
-# Their indexers choose keys without a causal mask, which shows only in sequences longer than what they choose.
-LOOKING_AHEAD = {"axk2", "hy_v4"}
 # Rounding of hidden states, and of gradients, in units of the dtype's eps; what mixes branches is off by far more.
 HIDDEN_ROUNDING, GRADIENT_ROUNDING = 300, 3000
 SMALL_WINDOW = 5  # tokens, of sequences of 15 to 17
@@ -79,13 +77,6 @@ def sharing_of(model: Any) -> Sharing:
             why="its tokens depend on what an encoder read, and rows here are one text",
             fix="use a decoder-only model",
         )
-    if config.model_type in LOOKING_AHEAD:
-        raise ModelError(
-            f"models of type {config.model_type} look ahead",
-            where=type(decoder).__name__,
-            why="which keys a token sees is chosen among later ones too, in transformers' own code without a cache",
-            fix="use another model",
-        )
     if decoder not in _known:
         _known[decoder] = _judged(decoder, config)
     if not _known[decoder].reason:
@@ -99,6 +90,7 @@ def reason_unshared(model: Any, forest: Forest, route: str, in_chunks: bool) -> 
     Raises ModelError like `sharing_of`, and where the route is one that this model hasn't.
     """
     longest = max((len(path) - 1 for path in forest.paths), default=0)
+    _refuse_indexers(model, longest)
     reason = sharing_of(model).reason_for(longest, in_chunks)
     if route == "unshared":
         return reason or "so it was asked"
@@ -120,6 +112,22 @@ def reason_unshared(model: Any, forest: Forest, route: str, in_chunks: bool) -> 
             "%s: sequences are run by themselves and share nothing: %s", type(model).__name__, reason
         )
     return reason
+
+
+def _refuse_indexers(model: Any, longest: int) -> None:
+    """Raise ModelError where an indexer has to choose keys: up to `index_topk` it takes all of them.
+
+    The comparison on first use is too short to see it: real models choose 2,048 keys.
+    """
+    config = config_of(model)
+    most = getattr(config, "index_topk", None)
+    if most and longest > most and "indexed_attention" in (getattr(config, "layer_types", None) or ()):
+        raise ModelError(
+            f"its indexers choose {most:,} keys, and a sequence of {longest + 1:,} tokens has more",
+            where=type(model).__name__,
+            why="without a cache transformers' own code chooses among later keys, too, so that padding changes logits",
+            fix=f"keep sequences to {most + 1:,} tokens (max_length={most + 1})",
+        )
 
 
 def _judged(decoder: Any, config: Any) -> Sharing:
