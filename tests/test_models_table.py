@@ -40,7 +40,7 @@ def test_a_type_is_exact(name, kind, table):
     assert line.exact or kind == "looks ahead", line
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_of_all_types_that_are_built_nearly_all_are_exact_and_most_share(table):
     lines = [table.measure(name) for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES]
     causal = [line for line in lines if line.kind not in ("looks ahead", "not built")]
