@@ -1,131 +1,240 @@
-"""What becomes of each conversation of the test matrix under each template that TRL ships, and why.
+"""What becomes of each conversation of the test matrix under each template, with real vocabularies, and why.
 
+make tokenizers
 python benchmarks/encode_matrix.py > benchmarks/results/encode-matrix.json
 python benchmarks/encode_matrix.py --templates FOLDER > benchmarks/results/encode-matrix-elsewhere.json
 
-Every mask that is given is checked by tests/templates/checker.py, which shares nothing with the encoder. Two rates of
-refusal: by the contract, of the conversations that the template renders in full; and because the template leaves out
-part of a reply that would be trained, of all that it renders. `--templates` takes a folder of others, named
-SOURCE--NAME.jinja: they aren't ours to ship, so that the report has how many each source gave, and counts alone.
+By default the templates are those that TRL ships; `--templates` takes a folder of others, named SOURCE--NAME.jinja
+(scripts/fetch_templates.py makes one). They aren't ours to ship: the report has their names, counts and outcomes.
+
+Every mask that is given is checked by tests/templates/checker.py, which shares nothing with the encoder. A refusal is
+the contract's if the template can render all that the replies say. Each refusal is tried with the options that its
+message names, and, where none works, with every other: a message that names none though one works is unhelpful.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from templates.checker import faults
-from templates.conversations import ALL
-from templates.stock import stock_templates, stops_for, tokenizer_for
+from templates.checker import NOW, faults, provable, rendered_in_full, switches_of
+from templates.conversations import MATRIX
+from templates.real import Family, family_of, is_there, real_tokenizer
+from templates.stock import stock_templates
 
 from ygivenx import Encoder, RowError
-from ygivenx.rows.formats import normalise
+from ygivenx.errors import ConfigError
 
-DROPPED, NOT_RENDERED = "dropped_field", "template_error"
+# One conversation for each column of the table of models.
+KINDS = {
+    "plain": "one turn",
+    "multi-turn": "two turns",
+    "system": "with a system prompt",
+    "tools": "parallel calls",
+    "reasoning": "reasoning",
+    "tools + reasoning": "reasoning before a call",
+}
+# Refusals that say something of the row, whatever the template: not the contract's.
+OF_ROWS = {"control_text", "unknown_part"}
+GIVEN = ("trained", "repaired")
+
+
+@dataclass
+class Outcome:
+    """What became of one row: `trained` as the template writes it, `repaired`, `refused` or `unrendered`."""
+
+    template: str
+    title: str
+    result: str
+    sequences: int = 0
+    reason: str = ""
+    message: str = ""
+    notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    in_full: bool | None = None  # refused: whether the template can write all that the replies say
+    provable: str | None = None  # refused: a spelling by which an exact mask exists
+    helped_by: str | None = None  # refused: an option that the message names and that works
+    unnamed: str | None = None  # refused: one that works and isn't named
+
+
+class Bench:
+    """One template: its tokenizer, its family's stops, and an encoder for each choice of options."""
+
+    def __init__(self, name: str, template: str, family: Family) -> None:
+        self.name, self.family = name, family
+        self.tokenizer = real_tokenizer(name, template, family)
+        self._encoders: dict[str, Encoder] = {}
+
+    def encoder(self, **options: Any) -> Encoder:
+        key = json.dumps(options, sort_keys=True, default=str)
+        if key not in self._encoders:
+            stops = [*self.family.stops, *options.pop("stops", [])]
+            self._encoders[key] = Encoder(self.tokenizer, stops=stops, now=NOW, **options)
+        return self._encoders[key]
+
+    def outcome(self, title: str, row: dict[str, Any], *, tries: bool) -> Outcome:
+        try:
+            example = self.encoder()(row)
+        except RowError as e:
+            return self._refused(title, row, e, tries)
+        notes = [n for s in example.sequences for n in s.notes]
+        result = "repaired" if notes else "trained"
+        found = faults(self.tokenizer, row, example, self.family.stops)
+        return Outcome(self.name, title, result, len(example.sequences), notes=notes, faults=found)
+
+    def _refused(self, title: str, row: dict[str, Any], error: RowError, tries: bool) -> Outcome:
+        in_full = rendered_in_full(self.tokenizer, row)
+        result = "unrendered" if in_full is None else "refused"
+        made = Outcome(self.name, title, result, reason=error.reason, message=str(error), in_full=in_full)
+        if result == "refused" and error.reason not in OF_ROWS:
+            made.provable = provable(self.tokenizer, row, self.family.stops) if in_full else None
+            if tries:
+                made.helped_by = self._first(named_options(str(error)), row)
+                made.unnamed = None if made.helped_by else self._first(self._pool(), row)
+        return made
+
+    def _first(self, choices: Iterator[dict[str, Any]], row: dict[str, Any]) -> str | None:
+        for options in choices:
+            try:
+                self.encoder(**options)(row)
+                return json.dumps(options)
+            except (RowError, ConfigError, TypeError):
+                continue
+        return None
+
+    def _pool(self) -> Iterator[dict[str, Any]]:
+        yield from POOL
+        for name in switches_of(self.tokenizer.chat_template):
+            yield from ({"template_kwargs": {name: value}} for value in (False, True))
+
+
+# Options that may let a refused row through, each alone.
+POOL: tuple[dict[str, Any], ...] = (
+    {"thoughts": "off"},
+    {"thoughts": "empty"},
+    {"thoughts": "empty_masked"},
+    {"repair": "all"},
+    {"border": "split"},
+    {"border": "mask"},
+    {"dropped": "warn"},
+    {"context": "rendered"},
+)
+
+
+def named_options(message: str) -> Iterator[dict[str, Any]]:
+    """The options that a refusal names, as in `border="split"` or `stops=["<|end|>"]`."""
+    for name, value in re.findall(r"""\b([a-z_]+)=("[^"]*"|'[^']*'|\[[^\]]*\]|\{[^}]*\})""", message):
+        try:
+            yield {
+                name: json.loads(value.replace("'", '"').replace("False", "false").replace("True", "true"))
+            }
+        except json.JSONDecodeError:
+            continue
+
+
+def outcomes(templates: dict[str, str], *, tries: bool = True) -> Iterator[Outcome]:
+    for name, template in templates.items():
+        family = family_of(name, template)
+        if family is None or not is_there(family):
+            continue
+        bench = Bench(name, template, family)
+        for title, row in MATRIX.items():
+            yield bench.outcome(title, row, tries=tries)
+
+
+# --- the report ------------------------------------------------------------------------------------------
+
+
+def report(found: list[Outcome], source: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **source,
+        "templates": len({o.template for o in found}),
+        "conversations": len(MATRIX),
+        "pairs": len(found),
+        **rates(found),
+        "silent_errors": [f"{o.template}, {o.title}: {f}" for o in found for f in o.faults],
+        "refused": refusals(found),
+        "table": table(found),
+    }
+
+
+def rates(found: list[Outcome]) -> dict[str, Any]:
+    given = [o for o in found if o.result in GIVEN]
+    refused = [o for o in found if o.result == "refused" and o.reason not in OF_ROWS]
+    contract = [o for o in refused if o.in_full]
+    whole = len(given) + len(contract)
+    helpable = [o for o in refused if o.helped_by or o.unnamed]
+    return {
+        "results": dict(Counter(o.result for o in found).most_common()),
+        "split": sum(o.sequences > 1 for o in given),
+        "rendered_in_full": whole,
+        "refused_by_the_contract_of_those_rendered_in_full": share(len(contract), whole),
+        "of_these_provable_in_some_spelling": sum(o.provable is not None for o in contract),
+        "refused_as_the_template_leaves_out_part_of_a_reply": len(refused) - len(contract),
+        "refusals_that_some_option_lets_through": len(helpable),
+        "of_these_named_in_the_message": share(sum(o.helped_by is not None for o in helpable), len(helpable)),
+    }
+
+
+def refusals(found: list[Outcome]) -> dict[str, Any]:
+    by: dict[str, Counter[str]] = defaultdict(Counter)
+    for o in found:
+        if o.result == "refused":
+            by[o.reason][o.template] += 1
+    return {why: {"pairs": n.total(), "templates": len(n)} for why, n in sorted(by.items())}
+
+
+def table(found: list[Outcome]) -> dict[str, dict[str, str]]:
+    """model × kind: trained, repaired, refused with its reason; – where the template renders nothing."""
+    by = {(o.template, o.title): o for o in found}
+    return {
+        name: {kind: cell(by[name, title]) for kind, title in KINDS.items()}
+        for name in dict.fromkeys(o.template for o in found)
+    }
+
+
+def cell(o: Outcome) -> str:
+    if o.result == "unrendered":
+        return "–"
+    return f"refused: {o.reason}" if o.result == "refused" else o.result
+
+
+def share(n: int, of: int) -> float:
+    return round(n / of, 4) if of else 1.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--templates", type=Path, metavar="FOLDER")
-    folder = parser.parse_args().templates
-    templates = elsewhere(folder) if folder else stock()
-    found, mended = taken(templates, "default"), taken(templates, "all")
-    sources = Counter(n.partition("--")[0] for n in templates) if folder else None
-    made = report(found, templates, sources) | {"with_every_repair": rates(mended)}
-    print(json.dumps(made, indent=1, ensure_ascii=False))
-
-
-def taken(templates: dict[str, str], repair: str) -> Found:
-    found = Found()
-    for name, template in templates.items():
-        options = {"repair": repair, "stops": stops_for(name)}
-        encoder = Encoder(tokenizer_for(name, template), **options)
-        for title, row in ALL.items():
-            if encoder.dated:  # the checker renders at the present, and one template writes the seconds
-                encoder = Encoder(encoder.tokenizer, **options)
-            found.take(name, title, *outcome(encoder, row))
-    return found
-
-
-def stock() -> dict[str, str]:
-    return {n: t for n, t in stock_templates().items() if not n.endswith("_training")}
-
-
-def elsewhere(folder: Path) -> dict[str, str]:
-    return {p.stem: p.read_text() for p in sorted(folder.glob("*.jinja"))}
-
-
-class Found:
-    """What became of the pairs."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.refused: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-        self.errors: list[str] = []
-
-    def take(self, name: str, title: str, result: str, said: list[str]) -> None:
-        self.counts[result] += 1
-        if result in ("single", "split"):
-            self.errors += [f"{name}, {title}: {fault}" for fault in said]
-        elif result != NOT_RENDERED:
-            self.refused[f"{result}: {said[0]}"][name].append(title)
-
-
-def outcome(encoder: Encoder, row: dict[str, Any]) -> tuple[str, list[str]]:
-    """The class of a mask and its faults, or the reason of a refusal and what it says."""
-    try:
-        example = encoder(row)
-    except RowError as e:
-        field = e.field.rpartition(".")[2].partition("[")[0] if e.reason == DROPPED else ""
-        return e.reason, [f"{e.what}{' (' + field + ')' if field else ''}"]
-    normal = {**row, "messages": normalise(row).messages}
-    kind = "single" if len(example.sequences) == 1 else "split"
-    return kind, faults(encoder.tokenizer, normal, example)
-
-
-def report(found: Found, templates: Iterable[str], sources: Counter[str] | None) -> dict[str, Any]:
-    counts = found.counts
-    return {
-        "command": " ".join(
-            ["python", "benchmarks/encode_matrix.py", *(["--templates FOLDER"] if sources else [])]
-        ),
-        **({"sources": sources} if sources else {"trl": version("trl")}),
-        "templates": len(list(templates)),
-        "conversations": len(ALL),
-        "pairs": counts.total(),
-        **rates(found),
-        "refused": {
-            why: {"pairs": sum(map(len, by.values())), **({"by_template": by} if not sources else {})}
-            for why, by in sorted(found.refused.items())
-        },
-    }
-
-
-def rates(found: Found) -> dict[str, Any]:
-    counts = found.counts
-    rendered = counts.total() - counts[NOT_RENDERED]
-    whole = rendered - counts[DROPPED]
-    contract = whole - counts["single"] - counts["split"]
-    return {
-        "rendered": rendered,
-        "counts": dict(counts.most_common()),
-        "shares_of_rendered": {k: share(n, rendered) for k, n in counts.most_common() if k != NOT_RENDERED},
-        "refused_by_the_contract_of_those_rendered_in_full": share(contract, whole),
-        "refused_as_the_template_drops_part_of_a_trained_reply": share(counts[DROPPED], rendered),
-        "silent_errors": found.errors,
-    }
-
-
-def share(n: int, of: int) -> float:
-    return round(n / of, 4)
+    parser.add_argument("--only", default="", metavar="REGEX", help="templates whose name it finds")
+    parser.add_argument("--details", type=Path, metavar="FILE", help="each outcome as a line of JSON")
+    parser.add_argument("--quick", action="store_true", help="refusals aren't tried with options")
+    choice = parser.parse_args()
+    if choice.templates:
+        templates = {p.stem: p.read_text() for p in sorted(choice.templates.glob("*.jinja"))}
+        source = {"sources": Counter(n.partition("--")[0] for n in templates)}
+    else:
+        templates = {n: t for n, t in stock_templates().items() if not n.endswith("_training")}
+        source = {"trl": version("trl")}
+    templates = {n: t for n, t in templates.items() if re.search(choice.only, n)}
+    found = []
+    for o in outcomes(templates, tries=not choice.quick):
+        found.append(o)
+        if choice.details:
+            with choice.details.open("a") as file:
+                print(json.dumps(asdict(o), ensure_ascii=False), file=file)
+    command = "python benchmarks/encode_matrix.py" + (" --templates FOLDER" if choice.templates else "")
+    print(json.dumps(report(found, {"command": command, **source}), indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from functools import lru_cache
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from templates.checker import faults
+from templates.checker import NOW, faults
 from templates.conversations import call
-from templates.stock import stock_templates, tokenizer_for
+from templates.stock import ends_for, stock_templates, tokenizer_for
 
 from ygivenx import Encoder, RowError
 from ygivenx.errors import YgivenxError
@@ -87,7 +87,7 @@ def messages(texts: st.SearchStrategy[str]) -> st.SearchStrategy[list[dict]]:
 
 @lru_cache
 def encoder(name: str, control: str) -> Encoder:
-    return Encoder(tokenizer_for(name, SHELF[name]), control=control)
+    return Encoder(tokenizer_for(name, SHELF[name]), control=control, stops=ends_for(name), now=NOW)
 
 
 @many
@@ -99,7 +99,7 @@ def test_every_mask_given_keeps_the_contract(name, row):
     except RowError:
         return
     normal = {"messages": normalise({"messages": row}).messages}
-    assert faults(enc.tokenizer, normal, example) == []
+    assert faults(enc.tokenizer, normal, example, ends_for(name)) == []
 
 
 @many

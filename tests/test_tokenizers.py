@@ -1,45 +1,63 @@
-"""Real tokenizers with their own templates, fetched by `make tokenizers`: ids equal, every mask checked."""
+"""Real vocabularies: the tokenizers' own templates, and TRL's of current models, fetched by `make tokenizers`."""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from templates.conversations import ALL
-from templates.stock import ends_for
-from test_matrix import CONTRACT, outcome
+from templates.checker import NOW
+from templates.conversations import MATRIX
+from templates.real import FOLDER, family_of, is_there, real_tokenizer
+from templates.stock import ends_for, stock_templates
+from test_matrix import CONTRACT, OF_ROWS, outcome
 from transformers import AutoTokenizer
 
 from ygivenx import Encoder
 
-FETCHED = Path(__file__).resolve().parents[1] / ".tokenizers"
-NAMES = ("qwen3", "llama3", "llama3_1", "gemma3", "deepseek_v3")
-# Tokens that end a turn and aren't the tokenizer's eos; a model's generation config names them.
-STOPS = {"llama3": ["<|eot_id|>"], "llama3_1": ["<|eot_id|>"], "gemma3": ["<end_of_turn>"]}
+NAMES = ("qwen3", "llama3", "llama3_1", "gemma3", "deepseek_v3", "gptoss")
+MODELS = (
+    "qwen3_5_think",
+    "qwen3_8",
+    "nemotron_3_nano",
+    "gemma4_v5",
+    "glm4moe",
+    "gptoss",
+    "lfm2_2_5",
+    "cohere2",
+)
+KNOWN = CONTRACT | OF_ROWS | {"single", "split", "template_error", "dropped_field"}
 
 
-def tokenizer_of(name: str):
-    if not (FETCHED / name / "tokenizer.json").is_file():
-        pytest.skip("not fetched: make tokenizers")
-    return AutoTokenizer.from_pretrained(FETCHED / name)
-
-
-def checked(tokenizer, name: str) -> Counter[str]:
-    encoder = Encoder(tokenizer, stops=STOPS.get(name, ()))
-    return Counter(outcome(encoder, row, ends_for(name)) for row in ALL.values())
+def checked(tokenizer, stops) -> Counter[str]:
+    encoder = Encoder(tokenizer, stops=stops, now=NOW)
+    return Counter(outcome(encoder, row, stops) for row in MATRIX.values())
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_real_tokenizers(name):
-    found = checked(tokenizer_of(name), name)
+    if not (FOLDER / name / "tokenizer.json").is_file():
+        pytest.skip("not fetched: make tokenizers")
+    found = checked(AutoTokenizer.from_pretrained(FOLDER / name), ends_for(name))
     print(name, dict(found))
     assert found["single"] + found["split"] >= 25
-    assert set(found) <= CONTRACT | {"single", "split", "template_error", "dropped_field", "control_text"}
+    assert set(found) <= KNOWN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_today(name):
+    template = stock_templates().get(name)
+    family = family_of(name, template) if template else None
+    if family is None or not is_there(family):
+        pytest.skip("needs TRL, and make tokenizers")
+    found = checked(real_tokenizer(name, template, family), family.stops)
+    print(name, dict(found))
+    assert found["single"] + found["split"] >= 35
+    assert set(found) <= KNOWN
 
 
 @pytest.mark.model
 def test_the_real_models_tokenizer(smol_tokenizer):
-    found = checked(smol_tokenizer, "smollm2")
+    found = checked(smol_tokenizer, ends_for("smollm2"))
     assert found["single"] >= 30

@@ -1,187 +1,455 @@
 """A slow check of a mask that shares nothing with the encoder: transformers' own rendering, ids and text.
 
-For each reply that is trained: the ids before it are those of the prompt that inference shows; the reply and
-the ids before it begin the rendering that ends with it; its last token is one that ends turns; what the template writes
-after that token doesn't change when the reply does.
+For each reply that is trained:
+
+1. the ids before it are those of `apply_chat_template(messages[:i], add_generation_prompt=True)` with the row's own
+   switches, or of another spelling of the row (`VARIANTS`), which a note has to tell;
+2. it ends in a token at which the model's generation stops, and holds no other one;
+3. what the row says of it stands in it, and nothing but the template's structure beside that;
+4. it is what the template writes, or what a note says that it is;
+5. what the other messages say stands in its context.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from jinja2 import meta
+from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
 from ygivenx import Example, Sequence
 
-MENDED = re.compile(r"the ids differ from the template's")
-UNASKED = re.compile(r"messages\[(\d+)\]: the template can't ask for a reply")
+Message = dict[str, Any]
+NOW = datetime(2026, 6, 30, 12)
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_AS_READ = (
+    "as it is",
+    "arguments as objects",
+    "parts as one text",
+)  # what reading a row does, without a note
+_IGNORED = ("weight", "loss", "train")
+_SWITCH = re.compile("think|reason|history|truncate|clear|keep|preserve")
+_MARKS = re.compile(
+    r"</?(?:seed:)?think(?:ing)?>|\[/?THINK\]|<\|channel>(?:thought)?|<channel\|>|<\|(?:START|END)_THINKING\|>"
+)
+
+
+class Variant(NamedTuple):
+    """Another spelling of a row: its messages changed one by one, and switches of the template."""
+
+    name: str
+    change: Callable[[Message], Message]
+    switches: Mapping[str, Any]
 
 
 def faults(
-    tokenizer: Any, row: Mapping[str, Any], example: Example, ends: Iterable[str] | None = None
+    tokenizer: Any, row: Mapping[str, Any], example: Example, stops: Iterable[str], now: datetime = NOW
 ) -> list[str]:
     """What is wrong with a mask of policy "assistant", in words; empty if it satisfies the contract.
 
-    ends: the tokens that end a turn; where they aren't known, any added token will do.
+    stops: the tokens at which the model's generation ends. now: the time that the encoder had.
     """
+    render = Renderer(tokenizer, row, now)
+    ends = set(tokenizer.convert_tokens_to_ids(list(stops)))
     found: list[str] = []
-    trained: set[int] = set()
+    trained: list[int] = []
     for sequence in example.sequences:
-        render = _Renderer(tokenizer, row, sequence, ends)
-        found += _partition(sequence)
-        if (sequence.output[1:] != (sequence.weights[1:] > 0)).any() and not any(
-            "weight" in m for m in row["messages"]
-        ):
-            found.append("weights aren't the output")
-        for i, start, stop in _outputs(sequence):
-            if len(example.sequences) > 1 and i in trained:
-                found.append(f"reply {i} is trained twice")
-            trained.add(i)
-            found += [f"reply {i}: {f}" for f in _reply(render, sequence, i, start, stop)]
-        if not render.mended and not render.extended and not render.appended:
-            stops = {len(row["messages"]), *(i + 1 for i, _, _ in _outputs(sequence))}
-            if sequence.ids.tolist() not in [render.ids(stop) for stop in stops]:
-                found.append("the ids aren't apply_chat_template's")
-    wanted = {i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and m.get("weight", 1) > 0}
-    unasked = {int(n) for s in example.sequences for n in UNASKED.findall("\n".join(s.notes))}
-    found += [f"reply {i} could be asked for" for i in unasked if not _nothing_shown(render, i)]
-    wanted -= unasked
-    return found + ([f"trained {sorted(trained)}, wanted {sorted(wanted)}"] if trained != wanted else [])
+        notes = bool(sequence.notes or example.notes)
+        found += _of_weights(sequence, row)
+        for i, start, stop in outputs(sequence):
+            if not (sequence.weights[start:stop] > 0).any():
+                continue
+            trained.append(i)
+            found += [f"reply {i}: {f}" for f in _of_reply(render, sequence, i, start, stop, ends, notes)]
+        found += _of_context(render, sequence)
+    return [*found, *_of_coverage(row, trained)]
 
 
-def _reply(render: _Renderer, sequence: Sequence, i: int, start: int, stop: int) -> list[str]:
-    found = []
-    ids = sequence.ids.tolist()
-    if ids[:start] != render.ids(i, add_generation_prompt=True):
-        found.append("what stands before it isn't what inference shows")
-    if ids[stop - 1] not in render.ends:
-        found.append(f"its last token, {sequence.tokens[stop - 1]!r}, ends no turn")
-    said = render.tokenizer.decode(ids[start : stop - 1]).strip()
-    if render.kept and said not in render.text(render.messages[: i + 1]):
-        found.append("the template doesn't write it so")
-    if render.mended:
-        return found
-    if render.appended:
-        return found + _appended(render, ids, i, stop)
-    closed = render.ids(i + 1)
-    if render.extended and len(closed) == stop - 1:
-        closed = [*closed, ids[stop - 1]]
-    if ids[:stop] != closed[:stop]:
-        found.append("it isn't what the template writes for it")
-    tail = render.tail(i)
-    if (
-        tail is not None
-        and not render.extended
-        and not tail.endswith(render.tokenizer.decode(closed[stop - 1 :]))
-    ):
-        found.append("it ends before its message does")
-    return found
+def provable(tokenizer: Any, row: Mapping[str, Any], stops: Iterable[str], now: datetime = NOW) -> str | None:
+    """The name of a spelling by which each reply of a row can be trained exactly; None if there is none."""
+    render = Renderer(tokenizer, row, now)
+    ends = set(tokenizer.convert_tokens_to_ids(list(stops)))
+    replies = [
+        i for i, m in enumerate(row["messages"]) if m["role"] == "assistant" and m.get("weight", 1) > 0
+    ]
+    for variant in render.variants():
+        try:
+            if replies and all(_is_provable(render, variant, i, ends) for i in replies):
+                return variant.name
+        except Exception:  # whatever a template raises
+            continue
+    return None
 
 
-def _appended(render: _Renderer, ids: list[int], i: int, stop: int) -> list[str]:
-    """An end that the template doesn't write: the only one there is, after all that it writes of the reply."""
-    text, tokenizer = render.text(render.messages[: i + 1]), render.tokenizer
-    whole = next((n for n in range(len(text), -1, -1) if render.encoded(text[:n]) == ids[: stop - 1]), None)
-    found = [] if ids[stop - 1] == tokenizer.eos_token_id else ["its end isn't the eos"]
-    if whole is None or text[whole:].strip() or (render.tail(i) or "").strip():
-        found.append("the template goes on after it")
-    return found
+def rendered_in_full(tokenizer: Any, row: Mapping[str, Any], now: datetime = NOW) -> bool | None:
+    """Whether the template writes all that the row's replies say, in some spelling; None if it writes nothing."""
+    render, result = Renderer(tokenizer, row, now), None
+    for variant in render.variants():
+        try:
+            texts = {
+                i: render.text(variant, i + 1)
+                for i, m in enumerate(row["messages"])
+                if m["role"] == "assistant"
+            }
+        except Exception:  # whatever a template raises
+            continue
+        result = all(not missing(row["messages"][i], t) for i, t in texts.items())
+        if result:
+            return True
+    return result
 
 
-def _nothing_shown(render: _Renderer, i: int) -> bool:
-    """Whether the template fails to ask for reply i, or writes with it the header that asks after a user."""
-    before = render.messages[:i]
-    try:
-        shown = render.text(before, add_generation_prompt=True)
-    except Exception:  # whatever the template raises
-        return True
-    written, said = (
-        render.text(render.messages[: i + 1]),
-        str(render.messages[i].get("content") or "").strip(),
-    )
-    header = written[len(shown) : written.find(said, len(shown))].strip()
-    asked = render.text([*before, {"role": "user", "content": "Zq"}], add_generation_prompt=True)
-    return bool(header) and header in asked.rpartition("Zq")[2]
+# --- one reply -------------------------------------------------------------------------------------------
 
 
-class _Renderer:
-    """transformers' rendering of a row, with the switches that the sequence's notes name."""
-
-    def __init__(
-        self, tokenizer: Any, row: Mapping[str, Any], sequence: Sequence, ends: Iterable[str] | None
-    ) -> None:
-        notes = "\n".join(sequence.notes)
-        self.tokenizer = tokenizer
-        self.mended = bool(MENDED.search(notes))
-        self.kept = "and is kept" in notes
-        self.extended = "the header of the next turn" in notes
-        self.appended = "was appended, as nothing ends the turn" in notes
-        switches = {k: v == "True" for k, v in re.findall(r"rendered with (\w+)=(\w+)", notes)}
-        self.more = {k: row.get(k) for k in ("tools", "documents")} | switches
-        self.messages = [{k: v for k, v in m.items() if k != "weight"} for m in row["messages"]]
-        if "arguments as text" in notes:
-            self.messages = [_with_text(m) for m in self.messages]
-        if "lists of parts" in notes:
-            self.messages = [_with_parts(m) for m in self.messages]
-        added = tokenizer.added_tokens_decoder
-        self.ends = set(added if ends is None else tokenizer.convert_tokens_to_ids(list(ends)))
-
-    def ids(self, stop: int, **options: Any) -> list[int]:
-        return self.encoded(self.text(self.messages[:stop], **options))
-
-    def encoded(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    def text(self, messages: list[dict[str, Any]], **options: Any) -> str:
-        if not messages:  # transformers refuses to render none, though templates can
-            from transformers.utils.chat_template_utils import render_jinja_template
-
-            options |= {**self.tokenizer.special_tokens_map, **self.more}
-            (text,), _ = render_jinja_template([[]], chat_template=self.tokenizer.chat_template, **options)
-            return text
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **self.more, **options)
-
-    def tail(self, i: int) -> str | None:
-        """What stays at the end of the rendering when the end of reply i changes; None if nothing changes."""
-        message = dict(self.messages[i])
-        if message.get("tool_calls") or not isinstance(message.get("content"), str):
-            return None
-        message["content"] = message["content"].rstrip() + " Zq"
-        one, other = self.text(self.messages[: i + 1]), self.text([*self.messages[:i], message])
-        n = 0
-        while n < min(len(one), len(other)) and one[-1 - n] == other[-1 - n]:
-            n += 1
-        return one[len(one) - n :] if one != other else None
+def _of_reply(
+    render: Renderer, sequence: Sequence, i: int, start: int, stop: int, ends: set[int], notes: bool
+) -> Iterator[str]:
+    ids, tokenizer = sequence.ids.tolist(), render.tokenizer
+    if ids[stop - 1] not in ends:
+        yield f"its last token, {tokenizer.decode([ids[stop - 1]])!r}, isn't one at which generation stops"
+    if any(t in ends for t in ids[start : stop - 1]):
+        yield "generation stops before its end"
+    said = tokenizer.decode(ids[start : stop - 1])
+    for text in missing(render.row["messages"][i], said):
+        yield f"it lacks {text!r}"
+    variant = render.spelling(ids, i, start, stop)
+    if variant is None:
+        yield "what stands before it isn't what inference shows"
+        return
+    if variant.name not in _AS_READ and not notes:
+        yield f"no note says that it was rendered with {variant.name}"
+    yield from _of_header(render, variant, i, said)
+    yield from _of_thought(tokenizer.decode(ids[:start]), said)
+    yield from _of_writing(render, variant, ids, i, start, stop, said, notes)
 
 
-def _outputs(sequence: Sequence) -> list[tuple[int, int, int]]:
+_OPENS = re.compile(r"(?:<(?:seed:)?think(?:ing)?>|\[THINK\]|<\|channel>thought|<\|START_THINKING\|>)\s*\Z")
+_CLOSES = re.compile(r"</(?:seed:)?think(?:ing)?>|\[/THINK\]|<channel\|>|<\|END_THINKING\|>")
+
+
+def _of_thought(context: str, said: str) -> Iterator[str]:
+    """An answer that stands where the prompt has the model think, and no thought is closed."""
+    if _OPENS.search(context) and not _CLOSES.search(said):
+        yield "its answer is trained as a thought"
+
+
+def _of_header(render: Renderer, variant: Variant, i: int, said: str) -> Iterator[str]:
+    """A reply that begins with a header: the template ignores add_generation_prompt."""
+    begins = re.match(r"\s*(<\|[^|>]+\|?>|<[a-z_]+>|<｜[^｜]+｜>|\[/?[A-Z]+\])", said)
+    content = str(render.row["messages"][i].get("content") or "")
+    if begins is None or _MARKS.match(begins[1]) or begins[1] in content:
+        return
+    user = render.try_text(variant, i + 1, {"role": "user", "content": "Zq"}) or ""
+    header = user.partition("Zq")[0][-30:].strip()
+    opens = begins[1] in header and not header.endswith(begins[1])  # the header's first token, not its last
+    if opens or re.search("assistant|model|bot", begins[1], re.I):
+        yield f"the prompt's header {begins[1]!r} is trained"
+
+
+def _of_writing(
+    render: Renderer,
+    variant: Variant,
+    ids: list[int],
+    i: int,
+    start: int,
+    stop: int,
+    said: str,
+    notes: bool,
+) -> Iterator[str]:
+    """Whether the template writes the reply so; if not, a note must say so and only structure may differ."""
+    closed = render.closes(variant, i)
+    if closed[:stop] == ids[:stop]:
+        return
+    if not notes:
+        yield "it isn't what the template writes for it, and no note says so"
+    if closed[: stop - 1] == ids[: stop - 1]:
+        rest = render.tokenizer.decode(closed[stop - 1 :]).strip()
+        if rest:
+            yield f"an end stands where the template goes on with {rest[:40]!r}"
+        return
+    left = said
+    for text in sorted(texts_of(render.row["messages"][i]), key=len, reverse=True):
+        left = left.replace(text.strip(), " ", 1)
+    known = render.tokenizer.chat_template + render.tokenizer.decode(closed) + " null true false"
+    said_by_none = (t for t in re.findall(r"<[^<>\s]+>|\w{3,}", left) if t not in known)
+    strange = [t for t in said_by_none if not _MARKS.fullmatch(t)]
+    if strange:
+        yield f"it holds {strange[0][:40]!r}, which neither row nor template says"
+
+
+def _is_provable(render: Renderer, variant: Variant, i: int, ends: set[int]) -> bool:
+    shown, closed = render.ids(render.text(variant, i, prompt=True)), render.ids(render.text(variant, i + 1))
+    at = next((n for n in range(len(shown), len(closed)) if closed[n] in ends), None)
+    if at is None or closed[: len(shown)] != shown:
+        return False
+    said = render.tokenizer.decode(closed[len(shown) : at])
+    context = render.tokenizer.decode(shown)
+    wrong = [*_of_header(render, variant, i, said), *_of_thought(context, said)]
+    whole = not missing(render.row["messages"][i], said) and not wrong
+    return whole and not list(_lacking(render.row["messages"][:i], context))
+
+
+# --- the rest of a sequence ------------------------------------------------------------------------------
+
+
+def _of_weights(sequence: Sequence, row: Mapping[str, Any]) -> Iterator[str]:
+    at = 0
+    for s in sequence.segments:
+        if s.start != at or s.stop <= s.start:
+            yield f"segments don't partition at {at}"
+        at = s.stop
+    if at != len(sequence):
+        yield "segments end early"
+    if ((sequence.weights > 0) & ~sequence.output).any():
+        yield "a token that isn't output is trained"
+    weighted = any(k in m for m in row["messages"] for k in _IGNORED)
+    if not weighted and (sequence.output[1:] != (sequence.weights[1:] > 0)).any():
+        yield "a token of the output isn't trained"
+
+
+def _of_context(render: Renderer, sequence: Sequence) -> Iterator[str]:
+    last = max((i for i, _, _ in outputs(sequence)), default=0)
+    text = render.tokenizer.decode(sequence.ids.tolist())
+    yield from _lacking(render.row["messages"][:last], text)
+
+
+def _lacking(messages: list[Message], text: str) -> Iterator[str]:
+    """Whose texts, other than replies, don't stand in a context; the users' in order."""
+    inside, at = _bare(text), 0
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            continue
+        for said in _contents(message):
+            place = inside.find(_bare(said), at if message["role"] == "user" else 0)
+            if place < 0 and _bare(json.dumps(said)) not in inside:
+                yield f"message {i} ({message['role']}) isn't in the context as it is"
+            elif message["role"] == "user":
+                at = place + len(_bare(said))
+
+
+def _of_coverage(row: Mapping[str, Any], trained: list[int]) -> Iterator[str]:
+    for i in {i for i in trained if trained.count(i) > 1}:
+        yield f"reply {i} is trained twice"
+    roles = [m["role"] for m in row["messages"]]
+    for i, message in enumerate(row["messages"]):
+        wanted = message["role"] == "assistant" and message.get("weight", 1) > 0
+        if i in trained and not wanted:
+            yield f"message {i} is trained"
+        if wanted and i not in trained and "user" in roles[:i] and roles[i - 1] != "assistant":
+            yield f"reply {i} isn't trained"
+
+
+def outputs(sequence: Sequence) -> list[tuple[int, int, int]]:
     """(message, start, stop) of each reply's output."""
     runs: dict[int, tuple[int, int]] = {}
     for s in sequence.segments:
-        if s.output:
-            assert s.message is not None
+        if s.output and s.message is not None:
             runs[s.message] = (min(s.start, runs.get(s.message, (s.start, 0))[0]), s.stop)
     return [(i, a, b) for i, (a, b) in runs.items()]
 
 
-def _partition(sequence: Sequence) -> list[str]:
-    at = 0
-    for s in sequence.segments:
-        if s.start != at or s.stop <= s.start:
-            return [f"segments don't partition at {at}"]
-        at = s.stop
-    return [] if at == len(sequence) else ["segments end early"]
+# --- what a message says ---------------------------------------------------------------------------------
 
 
-def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+def missing(message: Mapping[str, Any], text: str) -> list[str]:
+    """What a reply says that a text doesn't hold."""
+    inside = _bare(text)
+    return [t for t in texts_of(message) if _bare(t) not in inside and _bare(json.dumps(t)) not in inside]
+
+
+def texts_of(message: Mapping[str, Any]) -> list[str]:
+    """All that a reply says: its thought, its content without the marks of thoughts, its calls."""
+    thought = next((str(message[k]) for k in REASONING if message.get(k)), "")
+    parts = [p for c in _contents(message) for p in _MARKS.split(c)]
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
+        arguments = function["arguments"]
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        parts += [function["name"], *_leaves(arguments)]
+    return [t for t in (thought, *parts) if t.strip()]
+
+
+def _contents(message: Mapping[str, Any]) -> list[str]:
+    content = message.get("content")
+    if isinstance(content, list):
+        return [p["text"] for p in content if isinstance(p, Mapping) and p.get("text", "").strip()]
+    return [content] if isinstance(content, str) and content.strip() else []
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield key
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+def _bare(text: str) -> str:
+    """A text without what templates change in it: white space, and the marks of quoting."""
+    return re.sub(r"""\\[nt]|[\s"'\\]|</?think>""", "", unicodedata.normalize("NFC", text))
+
+
+# --- transformers' rendering -----------------------------------------------------------------------------
+
+
+class Renderer:
+    """transformers' rendering of a row in each of its spellings."""
+
+    def __init__(self, tokenizer: Any, row: Mapping[str, Any], now: datetime) -> None:
+        self.tokenizer, self.row = tokenizer, row
+        self.more = {k: row[k] for k in ("tools", "documents") if row.get(k) is not None}
+        self.more |= dict(row.get("chat_template_kwargs") or {})
+        compiled = _compile_jinja_template(tokenizer.chat_template)  # cached: the one that renders
+        compiled.globals["strftime_now"] = now.strftime
+        self._texts: dict[Any, str] = {}
+
+    def variants(self) -> Iterator[Variant]:
+        """The row as it is, other spellings of its messages, and each with a switch that it leaves open."""
+        plain = [Variant(name, change, {}) for name, change in _CHANGES.items() if self._changes(change)]
+        plain.insert(0, Variant("as it is", dict, {}))
+        yield from plain
+        for switch in switches_of(self.tokenizer.chat_template):
+            if switch not in self.more:
+                for value in (False, True):
+                    for v in plain:
+                        name = f"{switch}={value}" + (f", {v.name}" if v.name != "as it is" else "")
+                        yield Variant(name, v.change, {switch: value})
+
+    def _changes(self, change: Callable[[Message], Message]) -> bool:
+        return any(change(m) != m for m in self.row["messages"])
+
+    def spelling(self, ids: list[int], i: int, start: int, stop: int) -> Variant | None:
+        """A spelling whose prompt before message i has the ids before `start`; if any, one that writes the reply so."""
+        first = None
+        for variant in self.variants():
+            text = self.try_text(variant, i, prompt=True)
+            if text is None or self.ids(text) != ids[:start]:
+                continue
+            if self.closes(variant, i)[:stop] == ids[:stop]:
+                return variant
+            first = first or variant
+        return first
+
+    def closes(self, variant: Variant, i: int) -> list[int]:
+        """The ids of the rendering that ends with message i; none where the template fails."""
+        text = self.try_text(variant, i + 1)
+        return [] if text is None else self.ids(text)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def try_text(self, variant: Variant, stop: int, *more: Message, prompt: bool = False) -> str | None:
+        try:
+            return self.text(variant, stop, *more, prompt=prompt)
+        except Exception:  # whatever a template raises
+            return None
+
+    def text(self, variant: Variant, stop: int, *more: Message, prompt: bool = False) -> str:
+        key = (variant.name, stop, prompt, len(more))
+        if key not in self._texts:
+            messages = [
+                {k: v for k, v in variant.change(m).items() if k not in _IGNORED}
+                for m in self.row["messages"][:stop]
+            ]
+            self._texts[key] = self._rendered([*messages, *more], prompt, {**self.more, **variant.switches})
+        return self._texts[key]
+
+    def _rendered(self, messages: list[Message], prompt: bool, more: Mapping[str, Any]) -> str:
+        if messages:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, **more
+            )
+        options = {**self.tokenizer.special_tokens_map, **more, "add_generation_prompt": prompt}
+        (text,), _ = render_jinja_template([[]], chat_template=self.tokenizer.chat_template, **options)
+        return text  # transformers refuses to render no message, though templates can
+
+
+@lru_cache(maxsize=512)
+def switches_of(template: str) -> tuple[str, ...]:
+    """The template's variables that turn thinking on or off, or say how much of it history shows."""
+    environment = _compile_jinja_template(template).environment
+    return tuple(
+        sorted(n for n in meta.find_undeclared_variables(environment.parse(template)) if _SWITCH.search(n))
+    )
+
+
+def _with_text(message: Message) -> Message:
     made = json.loads(json.dumps(message))
     for c in made.get("tool_calls") or []:
-        if isinstance(c["function"]["arguments"], dict):
-            c["function"]["arguments"] = json.dumps(c["function"]["arguments"], ensure_ascii=False)
+        f = c.get("function", c)
+        if isinstance(f["arguments"], dict):
+            f["arguments"] = json.dumps(f["arguments"], ensure_ascii=False)
     return made
 
 
-def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
+def _with_objects(message: Message) -> Message:
+    made = json.loads(json.dumps(message))
+    for c in made.get("tool_calls") or []:
+        f = c.get("function", c)
+        if isinstance(f["arguments"], str):
+            f["arguments"] = json.loads(f["arguments"])
+    return made
+
+
+def _with_parts(message: Message) -> Message:
     content = message.get("content")
     return message | ({"content": [{"type": "text", "text": content}]} if isinstance(content, str) else {})
+
+
+def _without_null(message: Message) -> Message:
+    return {**message, "content": ""} if message.get("content") is None else message
+
+
+def _without_nulls(message: Message) -> Message:
+    return {k: v for k, v in message.items() if v is not None}
+
+
+def _with_reasoning(message: Message) -> Message:
+    thought = next((message[k] for k in REASONING if message.get(k) is not None), None)
+    return message if thought is None else {**message, **dict.fromkeys(REASONING, thought)}
+
+
+def _as_system(message: Message) -> Message:
+    return {**message, "role": "system"} if message["role"] == "developer" else message
+
+
+def _joined(message: Message) -> Message:
+    content = message.get("content")
+    only_text = isinstance(content, list) and all(p.get("type") == "text" for p in content)
+    return {**message, "content": "".join(p["text"] for p in content)} if only_text else message
+
+
+def _both(*changes: Callable[[Message], Message]) -> Callable[[Message], Message]:
+    def change(message: Message) -> Message:
+        for c in changes:
+            message = c(message)
+        return message
+
+    return change
+
+
+_CHANGES: dict[str, Callable[[Message], Message]] = {
+    "arguments as text": _with_text,
+    "arguments as objects": _with_objects,
+    "contents as parts": _with_parts,
+    "content of null as nothing": _without_nulls,
+    "content of null as an empty text": _without_null,
+    "the thought under each of its names": _with_reasoning,
+    "the developer's message as the system's": _as_system,
+    "parts as one text": _joined,
+    "the thought under each name, arguments as objects": _both(_with_reasoning, _with_objects),
+    "an empty text for null, arguments as text": _both(_without_null, _with_text),
+    "contents as parts, arguments as text": _both(_with_parts, _with_text),
+}

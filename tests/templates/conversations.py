@@ -157,3 +157,73 @@ ALL: dict[str, dict[str, Any]] = {
     "tools and a system prompt": {"messages": [system(), user(), reply()], "tools": TOOLS},
     "documents": {"messages": [user(), reply()], "documents": [{"title": "Sums", "text": "2 + 2 = 4"}]},
 }
+
+# What the matrix tries beside these: parts, images, nulls, switches, thoughts in other places.
+MORE_PLAIN: dict[str, list[dict[str, Any]]] = {
+    "reasoning in the last turn only": [user(), reply(), user("And 3 + 3?"), reply("6", **THOUGHT)],
+    "a closing tag without its opening one": [user(), reply("two and two\n</think>\n\nIt is 4.")],
+    "a thought in the content and in its field": [user(), reply("<think>\nhm\n</think>\n\n4", **THOUGHT)],
+    "a question about tags": [user("What is </think> for?"), reply("It closes a thought.")],
+    "a developer's message": [{"role": "developer", "content": "Be terse."}, user(), reply()],
+    "a system prompt in the middle": [user(), reply(), system("Now shout."), user("And?"), reply("FOUR")],
+    "a greeting, two turns": [reply("Hello!"), user(), reply(), user("And 3 + 3?"), reply("6")],
+    "a greeting, system": [system(), reply("Hello!"), user(), reply()],
+    "an answer of parts": [user(), reply([{"type": "text", "text": "It is 4."}])],
+    "a question of parts": [
+        user([{"type": "text", "text": "What is"}, {"type": "text", "text": " 2 + 2?"}]),
+        reply(),
+    ],
+    "an image": [user([{"type": "image"}, {"type": "text", "text": "What is this?"}]), reply("A cat.")],
+    "reprs in the texts": [user("{'a': [1, None]}"), reply("[{'type': 'text', 'text': 'no'}]")],
+    "tags of tools in a reply": [user("How do I call?"), reply('Write {"name": "f", "arguments": {}}.')],
+    "a thought of several lines": [user(), reply(reasoning_content="\n  Two and two\n\n  make four.\n")],
+    "a thought in the content, system": [system(), user(), reply("<think>hm</think>It is 4.")],
+    "a thought in the last content": [user(), reply(), user("3+3"), reply("<think>\nok\n</think>\n\n6")],
+    "an empty thought in the content": [user(), reply("<think>\n\n</think>\n\nIt is 4.")],
+    "thoughts, then a reply without": [user(), reply("<think>\nhm\n</think>\n\n4"), user("3+3"), reply("6")],
+    "a long chat with a system prompt": [
+        system(),
+        *(m for n in range(4) for m in (user(f"Say {n}."), reply(f"{n}, said.\n"))),
+    ],
+}
+
+MORE_WITH_TOOLS: dict[str, list[dict[str, Any]]] = {
+    "a call and content of null": [user("Weather?"), {"role": "assistant", "tool_calls": [call(**ID)]}],
+    "a thought that quotes the arguments": [
+        user("Concerts?"),
+        calls(
+            call("search", {"q": "concerts"}, **ID),
+            reasoning_content="I call search with {'q': 'concerts'} now.",
+        ),
+        result(**OF_ID),
+        reply("None."),
+    ],
+    "ids that name the function": [
+        user("Weather?"),
+        calls(call(id="functions.weather:0")),
+        result(tool_call_id="functions.weather:0", name="weather"),
+        reply("Clear."),
+    ],
+}
+
+MATRIX: dict[str, dict[str, Any]] = {
+    **ALL,
+    **{name: {"messages": m} for name, m in MORE_PLAIN.items()},
+    **{name: {"messages": m, "tools": TOOLS} for name, m in MORE_WITH_TOOLS.items()},
+    "thinking switched off": {
+        "messages": [user(), reply()],
+        "chat_template_kwargs": {"enable_thinking": False},
+    },
+    "thinking switched off, tags in the content": {
+        "messages": [user(), reply("<think>\nhm\n</think>\n\nyo")],
+        "chat_template_kwargs": {"enable_thinking": False},
+    },
+    "thinking switched on, a thought": {
+        "messages": [user(), reply(**THOUGHT)],
+        "chat_template_kwargs": {"enable_thinking": True},
+    },
+    "thinking switched on, none there": {
+        "messages": [user(), reply()],
+        "chat_template_kwargs": {"enable_thinking": True},
+    },
+}

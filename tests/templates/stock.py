@@ -63,7 +63,7 @@ def stops_for(name: str) -> tuple[str, ...]:
 
 def ends_for(name: str) -> tuple[str, ...]:
     """The tokens that end a turn in the family that a template's name tells."""
-    return next(ends for family, ends in _ENDS_OF_FAMILY.items() if name.startswith(family))
+    return next((ends for family, ends in _ENDS_OF_FAMILY.items() if name.startswith(family)), ())
 
 
 def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
@@ -72,7 +72,7 @@ def tokenizer_for(name: str, template: str) -> PreTrainedTokenizerFast:
     eos = family or next((t for t in _EOS if t in special), "</s>")
     bos = "<s>" if eos == "</s>" else "<bos>"
     made = _copy()
-    made.add_special_tokens([AddedToken(t, special=True) for t in (bos, eos, *special)])
+    made.add_special_tokens([AddedToken(t, special=True) for t in (bos, eos, *special, *ends_for(name))])
     made.add_tokens([AddedToken(t, special=False, normalized=False) for t in stops_for(name)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token=bos, eos_token=eos, pad_token=eos)
     tokenizer.chat_template = template
