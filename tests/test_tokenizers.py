@@ -44,7 +44,7 @@ def test_real_tokenizers(name):
     assert set(found) <= KNOWN
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_today(name):
     template = stock_templates().get(name)

@@ -311,8 +311,7 @@ class Renderer:
         self.tokenizer, self.row = tokenizer, row
         self.more = {k: row[k] for k in ("tools", "documents") if row.get(k) is not None}
         self.more |= dict(row.get("chat_template_kwargs") or {})
-        compiled = _compile_jinja_template(tokenizer.chat_template)  # cached: the one that renders
-        compiled.globals["strftime_now"] = now.strftime
+        self.now = now
         self._texts: dict[Any, str] = {}
 
     def variants(self) -> Iterator[Variant]:
@@ -367,6 +366,15 @@ class Renderer:
         return self._texts[key]
 
     def _rendered(self, messages: list[Message], prompt: bool, more: Mapping[str, Any]) -> str:
+        compiled = _compile_jinja_template(self.tokenizer.chat_template)  # cached: the one that renders
+        present = compiled.globals["strftime_now"]
+        compiled.globals["strftime_now"] = self.now.strftime
+        try:
+            return self._by_transformers(messages, prompt, more)
+        finally:
+            compiled.globals["strftime_now"] = present
+
+    def _by_transformers(self, messages: list[Message], prompt: bool, more: Mapping[str, Any]) -> str:
         if messages:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=prompt, **more
