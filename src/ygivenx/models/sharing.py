@@ -202,7 +202,7 @@ def _known_reason(decoder: nn.Module, config: Any) -> str:
         return "its layers choose which keys a token sees by their order in the batch"
     accepted = inspect.signature(decoder.forward).parameters
     if "attention_mask" not in accepted or ("position_ids" not in accepted and not mixers):
-        return "it takes no positions or no mask, so a token can't be told which path it stands on"
+        return "it takes no positions or no mask, so a token can't know which path it stands on"
     return ""
 
 
