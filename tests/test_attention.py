@@ -16,7 +16,7 @@ from trees import assert_same, gradients, tree
 import ygivenx as yx
 from ygivenx import reference
 from ygivenx.errors import ConfigError, ModelError
-from ygivenx.models import attention, blockwise_attention, families, flex
+from ygivenx.models import attention, blockwise_attention, flex, sharing
 from ygivenx.models import plan as routes
 from ygivenx.models.model import hidden_states
 from ygivenx.models.plan import Plan, automatic
@@ -276,7 +276,7 @@ def test_flex_is_compiled_once_for_forests_of_all_lengths():
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(flex, "flex_attention", run)
                 ours = attention._routed(plan, *tensors, options(**case))
-            twin = attention._routed(replace(plan, route="dense", made={}), *tensors, options(**case))
+            twin = attention._routed(replace(plan, route="dense", built={}), *tensors, options(**case))
             torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-5)
         assert counters["stats"]["unique_graphs"] - before <= 2
 
@@ -411,8 +411,8 @@ def test_dropout_of_attention_is_drawn_per_node():
 @pytest.mark.parametrize("compiles", [True, False])
 def test_explain_says_the_route(compiles, monkeypatch):
     monkeypatch.setattr(routes, "find_spec", lambda name: compiles or None)
-    assert families.explain()["one sequence"] == "plain"
-    told = families.explain(llama())
+    assert sharing.explain()["one sequence"] == "plain"
+    told = sharing.explain(llama())
     assert told["forest"] == told["sequences that share nothing"] == "blocks"
     assert automatic(torch.device("cuda")) == ("flex" if compiles else "dense")
     assert automatic(torch.device("cuda"), shared=False) == "varlen"

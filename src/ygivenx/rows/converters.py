@@ -60,7 +60,7 @@ def as_context(prompt: list[Message], completion: list[Message], column: str) ->
     completion begins.
     """
     context = [{**m, "weight": 0.0} if m["role"] == "assistant" else m for m in prompt]
-    if not prompt[-1].get("prefix"):
+    if not (prompt and completion and prompt[-1].get("prefix")):
         return context + completion
     begun, rest = prompt[-1], completion[0]
     if (
