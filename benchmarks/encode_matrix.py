@@ -1,8 +1,8 @@
 """What becomes of each conversation of the test matrix under each template, with real vocabularies, and why.
 
 make tokenizers
-python benchmarks/encode_matrix.py > benchmarks/results/encode-matrix.json
-python benchmarks/encode_matrix.py --templates FOLDER > benchmarks/results/encode-matrix-elsewhere.json
+python benchmarks/encode_matrix.py > FILE
+python benchmarks/encode_matrix.py --templates FOLDER > benchmarks/results/encode-matrix.json
 
 By default the templates are those that TRL ships; `--templates` takes a folder of others, named SOURCE--NAME.jinja
 (scripts/fetch_templates.py makes one). They aren't ours to ship: the report has their names, counts and outcomes.
