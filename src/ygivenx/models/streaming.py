@@ -1,7 +1,8 @@
 """Longer than memory: a forest in chunks of its preorder, exact.
 
 At any cut of the preorder the nodes that are still open form one path, so what a chunk needs of all that came
-before are the keys and values of that path: a stack. How gradients are made of it is told in `recompute`.
+before are the keys and values of that path: a stack.
+`chunked_backward` makes gradients of it.
 """
 
 from __future__ import annotations
