@@ -16,9 +16,9 @@ G goes on, the header of the next turn. The first row that finds a token ends th
 
 Stops are declared by `stops=` or a model's generation config; the tokenizer's eos alone declares nothing, since many
 chat models end their turns in another token. Where stops are declared, an end at which nothing stops is refused;
-where they aren't, the table's last three rows decide without a note. A template may write the next prompt unasked, as Llama 3's first one,
-or a part of it: then, where no stop is known, a token that begins turns is none that ends one. Where nothing ends a
-turn, a repair may put the token there by which generation would stop.
+where they aren't, the table's last three rows decide without a note. A template may write the next prompt unasked, as
+Llama 3's first one, or a part of it: then, where no stop is known, a token that begins turns is none that ends one.
+Where nothing ends a turn, a repair may put the token there by which generation would stop.
 """
 
 from __future__ import annotations
