@@ -6,7 +6,9 @@ import json
 from collections import Counter
 
 import pytest
-from test_tokenizers import NAMES, STOPS, tokenizer_of
+from templates.real import tokenizer_of
+from templates.stock import ends_for
+from test_tokenizers import NAMES
 
 from ygivenx import Encoder, Example, Rejected
 from ygivenx.errors import DataError
@@ -128,7 +130,7 @@ def test_every_file_as_qwen3_has_it(data_dir, file, options, reasons):
 @pytest.mark.full
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "qwen3"])
 def test_every_chat_with_other_tokenizers(data_dir, name):
-    encoder = Encoder(tokenizer_of(name), stops=STOPS.get(name, ()))
+    encoder = Encoder(tokenizer_of(name), stops=ends_for(name))
     found = Counter[str]()
     for file, options, _ in FILES:
         accepted, quarantined = through(data_dir / file, encoder, 500, options)

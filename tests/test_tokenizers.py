@@ -7,10 +7,9 @@ from collections import Counter
 import pytest
 from templates.checker import NOW
 from templates.conversations import MATRIX
-from templates.real import FOLDER, family_of, is_there, real_tokenizer
+from templates.real import family_of, is_there, real_tokenizer, tokenizer_of
 from templates.stock import ends_for, stock_templates
 from test_matrix import CONTRACT, OF_ROWS, outcome
-from transformers import AutoTokenizer
 
 from ygivenx import Encoder
 
@@ -36,9 +35,7 @@ def checked(tokenizer, stops) -> Counter[str]:
 @pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_real_tokenizers(name):
-    if not (FOLDER / name / "tokenizer.json").is_file():
-        pytest.skip("not fetched: make tokenizers")
-    found = checked(AutoTokenizer.from_pretrained(FOLDER / name), ends_for(name))
+    found = checked(tokenizer_of(name), ends_for(name))
     print(name, dict(found))
     assert found["single"] + found["split"] >= 25
     assert set(found) <= KNOWN

@@ -13,8 +13,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .stock import _SPECIAL
 
@@ -102,6 +103,13 @@ def family_of(name: str, template: str) -> Family | None:
 
 def is_there(family: Family) -> bool:
     return (FOLDER / family.vocabulary / "tokenizer.json").is_file()
+
+
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """A fetched tokenizer with its own template."""
+    if not (FOLDER / name / "tokenizer.json").is_file():
+        pytest.skip("not fetched: make tokenizers")
+    return AutoTokenizer.from_pretrained(FOLDER / name)
 
 
 def real_tokenizer(name: str, template: str, family: Family) -> PreTrainedTokenizerFast:
