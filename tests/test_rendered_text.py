@@ -8,7 +8,7 @@ from templates.stock import stock_templates, stops_for, tokenizer_for
 from test_chats import CHATML, encoder, trained
 
 from ygivenx import Encoder
-from ygivenx.encoder.rendered_text import Separator, read_back
+from ygivenx.encoder.texts import Separator, read_back
 from ygivenx.errors import RowError
 
 CHATS = {

@@ -13,9 +13,8 @@ from test_properties import CONTROL, many, messages, words
 from tokenizers import AddedToken
 
 from ygivenx import Encoder, Example, Rejected, RowError
-from ygivenx.encoder.chats import candidates
-from ygivenx.encoder.pieces import cutting_tokens
-from ygivenx.encoder.tokens import Tokens
+from ygivenx.encoder.prove import candidates
+from ygivenx.encoder.tokenize import Tokens, cutting_tokens
 from ygivenx.templating.inputs import Inputs
 from ygivenx.templating.placeholders import PathConditions, Undecided, text_with_marks
 from ygivenx.templating.symbolic import SymbolicEnvironment

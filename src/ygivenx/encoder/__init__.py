@@ -1,20 +1,19 @@
-"""From a row to sequences: render, prove, tokenize, weigh. Read the modules in this order.
+"""From a row to sequences: render, prove, tokenize, weigh. A stage is a module, with functions from values to values.
 
-policy       how much each part of a row weighs
-segments     which characters, and then which tokens, are of which kind
-candidates   the nouns: renderings of a conversation, turns, candidates
-thoughts     the tags around a thought, by template
-tokens       texts to ids, with each token's place; `pieces`: where a text can be cut
-repairs      the strategies: other ways to write a row, the least change first
-ends         which token ends a turn: a table
-contract     which characters are y: F begins with P, and the output ends in what ends the turn
-joining      repairs inside a turn
-dropped      what a template leaves out, and whether a repair says what the row says
-control      special tokens that a row writes itself
-refusals     why not, in the user's words; `ways_out`: the options that were tried on the row and take it
-assemble     what all rows have in common: options, sequences, length
-chats        one conversation through all stages, top to bottom; a candidate's ids are checked here
+encode       `Encoder`, the entry point: rows in batches and processes
+chats        one conversation through all stages, top to bottom
+
+render       1. a conversation under its template; the nouns up to the tokenizer; the tags around thoughts
+repairs         the strategies: other ways to write a row, the least change first
+prove        2. candidates; the contract: F begins with P, and the output ends in what ends the turn
+turns           which token ends a turn: a table; turns that a repair puts together
+content         what a template leaves out, whether a repair says what the row says, special tokens that a row writes
+tokenize     3. texts to ids, with each token's place
+segments        which tokens are of which kind; whether the borders of outputs are exact
+weigh        4. sequences with weights, and their length
+
+policy       what is chosen for all rows: options, and how much each part of a row weighs
 proofs       for speed alone: candidates proven once for all rows of a shape
-pairs        plain x and y; `token_jobs`: rows of ids; `rendered_text`: chats that were rendered already
-encode       `Encoder`: rows in batches and processes
+texts        rows that aren't conversations: pairs, token ids, chats that were rendered already
+ways_out     the options that were tried on a refused row and take it
 """

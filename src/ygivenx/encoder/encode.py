@@ -1,6 +1,6 @@
 """Rows to examples: ids, a weight for each token, and segments that say what each token is.
 
-`Encoder` renders a conversation, proves which of its tokens the model has to produce (contract.py), encodes
+`Encoder` renders a conversation, proves which of its tokens the model has to produce (prove.py), encodes
 them in batches and weighs them by policy. What can't be proven is refused with a reason; nothing is guessed.
 """
 
@@ -26,16 +26,14 @@ from ..rows.formats import Conversation, Pair, Preference, TokenRow, normalise
 from ..rows.nouns import Message
 from ..sequence import Example, Rejected, Sequence
 from ..templating.inputs import inputs_of
-from .assemble import Options, Work
 from .chats import Chats, ChatWork
-from .control import headers_of
-from .pairs import Pairs
-from .policy import Policy, policy_of
-from .rendered_text import RenderedChats
+from .content import headers_of
+from .policy import Options, Policy, policy_of
 from .repairs import chosen
-from .token_jobs import token_job
-from .tokens import Encoded, Tokens
+from .texts import Pairs, RenderedChats, token_job
+from .tokenize import Encoded, Tokens
 from .ways_out import WaysOut
+from .weigh import Work
 
 CHOICES = {
     "control": ("refuse", "text", "parse"),
@@ -55,7 +53,7 @@ class Encoder:
     border: a token that holds the end of x and the beginning of y: `refuse` the row, `mask` the token (x), `split`
     (x and y encoded apart) or, for plain pairs alone, `y` (it counts as y).
     context: train each reply after what `inference` shows, or in the one text as `rendered` (with a note).
-    repair: names of repair.py, "default", "all" or "none". dropped: `refuse` a row of which the template leaves
+    repair: names of repairs.py, "default", "all" or "none". dropped: `refuse` a row of which the template leaves
     out a part that would be trained, or `warn` in the notes.
     max_length, overflow: `refuse` what is longer, `drop_turns` (whole oldest turns, rendered anew), `drop_reply` (the
     replies that fit are trained, the one that is cut is context) or `truncate`; notes say what that cost.

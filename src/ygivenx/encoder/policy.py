@@ -1,4 +1,4 @@
-"""Policies: how much each part of a row weighs, as small functions that are multiplied.
+"""What is chosen for all rows: options; and policies, which say how much each part weighs and are multiplied.
 
 A policy takes a `Part` and gives a number ≥ 0. By name, separated by commas: `assistant` (every reply), `last`
 (the last reply), `all` (every token), `roles=user+assistant`, `prompt=0.1` (replies 1, the rest 0.1), and
@@ -9,10 +9,13 @@ message's own `weight` always counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
 
 from ..errors import ConfigError, nearest
+from .tokenize import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,3 +131,26 @@ def _number(name: str, value: str, most: float) -> float:
         limits = "a number from 0 to 1" if most == 1 else "a number ≥ 0"
         raise ConfigError(f"{name!r} needs {limits}", where="train", fix=f"such as {_key(name)}=0.1")
     return number
+
+
+# === options =============================================================================================
+
+
+@dataclass(frozen=True)
+class Options:
+    """The encoder's options; see `Encoder`."""
+
+    tokens: Tokens
+    policy: Policy
+    control: str = "refuse"
+    border: str = "refuse"
+    context: str = "inference"
+    dropped: str = "refuse"
+    repairs: frozenset[str] = frozenset()
+    max_length: int | None = None
+    overflow: str = "refuse"
+    thoughts: str = "as_written"
+    bos: bool | str = "auto"
+    eos: bool | str = "auto"
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    now: datetime = field(default_factory=datetime.now)

@@ -4,7 +4,7 @@ Two conversations have one shape if they have the same roles, fields and weights
 nothing but the texts of contents and reasoning. The candidates are made once with a placeholder for each text; they
 are those of every row of the shape whose texts answer the template's questions alike and write no control token. Such
 a row costs its questions and a join, in place of some renderings for each of its turns. `Proofs.candidates` is the one
-entry, and gives what its slow twin does, the generator that it is handed.
+entry, and gives what its slow twin does, `prove.candidates`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import RowError
 from ..templating.inputs import REASONING_FIELDS, ROLES
 from ..templating.placeholders import FIRST, MARK, PathConditions, Undecided
 from ..templating.symbolic import SymbolicTemplate
-from .candidates import Candidate, Renderings
-from .segments import Outline
-from .tokens import Tokens
-
-if TYPE_CHECKING:
-    from .chats import Chat
+from .prove import candidate, candidates, strategies_for
+from .render import Candidate, Chat, Outline, Renderings
+from .segments import ids_fault
+from .tokenize import Tokens
 
 _TEXTS = frozenset({"content", *REASONING_FIELDS})
 _FIELDS = _TEXTS | {"role"}
@@ -95,7 +93,6 @@ class Proofs:
 
     def candidates(self, chat: Chat) -> Candidates:
         """The row's candidates: by a proof for its shape, and then by itself."""
-        from .chats import candidates  # the slow twin, which knows nothing of proofs
 
         found = _shape(chat)
         if found is not None and not any(map(chat.options.tokens.has_control, found[1])):
@@ -126,7 +123,6 @@ class Proofs:
 
 def _proof(chat: Chat, texts: list[str]) -> Proof | None:
     """The candidates up to the first whose ids fit for this row; None where a strategy before it needs the texts."""
-    from .chats import candidate, ids_fault, strategies_for
 
     template = SymbolicTemplate(chat.template, chat.inputs)
     symbolic = replace(chat, inputs=template.inputs)
@@ -166,7 +162,7 @@ def _shape(chat: Chat) -> tuple[Shape, list[str]] | None:
         reasoning = {v for k, v in said if k in REASONING_FIELDS}
         if len(reasoning) > 1 or any(v and not v.strip() for _, v in said):
             return None
-        # A weight of 1 that the row itself gives isn't the same as none: see `chats._asked_for`.
+        # A weight of 1 that the row itself gives isn't the same as none: see `prove._asked_for`.
         shape.append((m["role"], given.get("weight"), *((k, bool(v)) for k, v in said)))
         texts += [m["content"]] if m.get("content") else []
         texts += [r for r in reasoning if r]

@@ -19,7 +19,7 @@
 
 By default come those that leave no choice: they lose nothing that the model could be asked for, and what they add is
 what it would have to write. Each leaves a note. A strategy gives inputs that say the same, or puts a turn together by
-hand; whatever it gives has to be proven as any other candidate, and to say what the row says (dropped.py).
+hand; whatever it gives has to be proven as any other candidate, and to say what the row says (content.py).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any
 from ..errors import ConfigError, nearest
 from ..templating.inputs import Inputs
 from ..templating.template import Renderer
-from .thoughts import Tags
+from .render import Tags
 
 IN_ROWS = ("template_kwargs", "arguments_as_text", "content_as_parts", "empty_content")
 DEFAULT = (*IN_ROWS, "whitespace", "history", "open_think", "closed_think", "opening", "only_end")

@@ -1,79 +1,32 @@
-"""From characters to tokens: which segment each token of a rendered conversation belongs to."""
+"""From characters to tokens: of which kind each token of a candidate is, and whether its borders are exact.
+
+`borders_of` is the contract's last part: the ids of what inference shows begin those of the text. Characters with
+weights of their own (spans) give a token the least of theirs: one that holds the border of a span is trained no more
+than either side allows.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from ..errors import RowError
 from ..sequence import Segment
 from ..templating.inputs import REASONING_FIELDS
 from ..templating.origins import Source
-from .tokens import Encoded
-
-if TYPE_CHECKING:
-    from .candidates import Rendering, Turn
-    from .thoughts import Tags
+from .policy import Options
+from .render import Borders, Candidate, Outline, Rendering, Run, Tags, Turn
+from .tokenize import Encoded, across, straddle
 
 Messages = Sequence[Mapping[str, Any]]
 Piece = tuple[int, int, Source | None]  # characters [start, stop), source: None for the template's own
-Run = tuple[int, str, bool, int | None]  # its first character, kind, output, message
-Borders = tuple[
-    int, int, int, int
-]  # a turn's message; its output is [start, stop), its end token [end, stop)
-Spans = Sequence[tuple[int, int]]
 
 KIND_OF_ROLE = {"assistant": "answer", "function": "tool", "ipython": "tool"}
-
-
-@dataclass(frozen=True, slots=True)
-class Outline:
-    """A text to be encoded: where its runs begin, and the borders of its turns.
-
-    control: where control tokens must stand in the text, if that isn't known otherwise.
-    cuts: the characters at which it is cut, its parts encoded apart.
-    """
-
-    text: str
-    turns: tuple[Borders, ...]
-    runs: tuple[Run, ...]
-    notes: tuple[str, ...] = ()
-    control: Spans = ()
-    cuts: tuple[int, ...] = ()
-
-    @property
-    def places(self) -> Iterator[int]:
-        """Every character that the outline speaks of."""
-        for turn in self.turns:
-            yield from turn[1:]
-        for run in self.runs:
-            yield run[0]
-        for span in self.control:
-            yield from span
-
-    def only(self, kept: tuple[Borders, ...], stop: int, *notes: str) -> Outline:
-        """The same up to character `stop`, with the outputs of these turns alone; those of others are context."""
-        mine = {turn[0] for turn in kept}
-        runs = [r if r[3] in mine or not r[2] else _as_context(r) for r in self.runs if r[0] < stop]
-        notes = (*self.notes, *notes)
-        cuts = tuple(c for c in self.cuts if c < stop)
-        return replace(self, text=self.text[:stop], turns=kept, runs=tuple(runs), notes=notes, cuts=cuts)
-
-    def moved(self, text: str, to: Mapping[int, int]) -> Outline:
-        """The same of another text, in which each of its places stands elsewhere."""
-        turns = tuple([(i, to[a], to[b], to[c]) for i, a, b, c in self.turns])
-        runs = tuple([(to[at], kind, output, i) for at, kind, output, i in self.runs])
-        return replace(
-            self, text=text, turns=turns, runs=runs, control=[(to[a], to[b]) for a, b in self.control]
-        )
-
-
-def _as_context(run: Run) -> Run:
-    at, kind, _, message = run
-    return (at, "template", False, None) if kind == "end_of_turn" else (at, kind, False, message)
 
 
 def outline_of(rendering: Rendering, messages: Messages, cuts: tuple[int, ...] = ()) -> Outline:
@@ -213,3 +166,125 @@ def _inside(text: str, turn: Turn, pieces: list[Piece]) -> list[Run]:
     if at < turn.end:
         runs.append((at, before or "answer", True, turn.message))
     return [*runs, (turn.end, "end_of_turn", True, turn.message)] if turn.end < turn.stop else runs
+
+
+# === spans ===============================================================================================
+
+
+_STRADDLES = "a token that holds the border of a span has the smaller weight of both sides"
+
+
+def apply_spans(
+    weights: npt.NDArray[np.float32],
+    segments: Iterable[Segment],
+    encoded: Encoded,
+    messages: tuple[Mapping[str, Any], ...],
+) -> tuple[str, ...]:
+    """Multiply the weights of tokens by those of the spans that they stand in; notes of what a reader has to know."""
+    notes: list[str] = []
+    for i in {s.message for s in segments if s.message is not None and "spans" in messages[s.message]}:
+        mine = [s for s in segments if s.message == i and s.kind != "end_of_turn"]
+        first, last = min(s.start for s in mine), max(s.stop for s in mine)
+        if not weights[first:last].any():
+            continue
+        if not encoded.tiled:
+            raise _unplaced(i, "this tokenizer doesn't say where its tokens stand in the text")
+        starts, stops = encoded.starts[first:last], encoded.stops[first:last]
+        factors = _character_weights(encoded.text, int(starts[0]), int(stops[-1]), messages[i], i)
+        for k, (a, b) in enumerate(zip(starts - starts[0], stops - starts[0], strict=True), first):
+            within = factors[a:b]
+            weights[k] *= within.min(initial=1.0) if len(within) else 1.0
+            if len(within) and within.min() != within.max() and _STRADDLES not in notes:
+                notes.append(_STRADDLES)
+    return tuple(notes)
+
+
+def _character_weights(
+    text: str, start: int, stop: int, message: Mapping[str, Any], number: int
+) -> npt.NDArray[np.float32]:
+    """float32 of the characters [start, stop) of a text that writes a message: 1 outside its content."""
+    content = str(message["content"])
+    written = content.strip()  # many templates trim
+    if not written or text.count(written, start, stop) != 1:
+        raise _unplaced(number, "the template doesn't write its content once, as it stands")
+    offset = text.index(written, start, stop) - start - (len(content) - len(content.lstrip()))
+    weights = np.ones(stop - start, np.float32)
+    weights[max(offset, 0) : offset + len(content)] = 0
+    for span in message["spans"]:
+        weights[max(offset + span["start"], 0) : max(offset + span["stop"], 0)] = span["weight"]
+    return weights
+
+
+def _unplaced(number: int, why: str) -> RowError:
+    what = "the characters that its spans name can't be found among the tokens"
+    fix = "give the whole message a weight, or mend the content so that the template writes it unchanged"
+    return RowError(what, reason="spans_unplaced", field=f"messages[{number}].spans", why=why, fix=fix)
+
+
+def left_open(outline: Outline, last: int) -> Outline:
+    """The outline up to where the last message ends, if that is a reply in it: what closes it isn't written."""
+    turns = [t for t in outline.turns if t[0] == last]
+    if not turns:
+        return outline
+    message, start, end, _ = turns[0]
+    kept = (*(t for t in outline.turns if t[0] != last), (message, start, end, end))
+    note = f"messages[{last}] is left open: the end of its turn isn't trained"
+    return replace(outline.only(kept, end, note), control=[c for c in outline.control if c[1] <= end])
+
+
+# === borders =============================================================================================
+
+
+def ids_fault(found: Candidate, options: Options) -> RowError | None:
+    """Why the ids of a candidate's prompts don't begin those of its texts; None where they do."""
+    for outline, encoded in zip(found.outlines, options.tokens.encode_cut(found.texts), strict=True):
+        try:
+            borders_of(outline, encoded, options, "refuse")
+        except RowError as e:
+            return e
+    return None
+
+
+def borders_of(outline: Outline, encoded: Encoded, options: Options, border: str) -> dict[int, int]:
+    """How many tokens stand before each border of each turn, by character; raises RowError `straddling_token`."""
+    tokens, cuts = options.tokens, outline.cuts
+    borders: dict[int, int] = {}
+    for message, start, end, stop in outline.turns:
+        for at in (start, end, stop):
+            found = tokens.border(encoded, at, cuts)
+            if found is None and at == start and border == "mask":
+                token = across(encoded, at)
+                found = None if token is None else token + 1
+            if found is None and at == stop:
+                found = tokens.after(encoded, end, stop)
+            if found is None:
+                raise straddle(encoded, at, f"messages[{message}]")
+            borders[at] = found
+    for at in [r[0] for r in outline.runs if r[2] and not encoded.tiled]:  # else offsets tell
+        if at not in borders and (within := tokens.border(encoded, at, cuts)) is not None:
+            borders[at] = within
+    return borders
+
+
+def encoded_apart(
+    texts: Iterable[tuple[Outline, Encoded]], options: Options
+) -> Iterator[tuple[Outline, Encoded]]:
+    """With border="split", a turn whose first token would hold the end of x has a sequence of its own, in which x
+    and y are encoded apart; for what follows it is history, as inference would encode it."""
+    tokens = options.tokens
+    for outline, encoded in texts:
+        torn = [t for t in outline.turns if tokens.border(encoded, t[1], outline.cuts) is None]
+        if not torn:
+            yield outline, encoded
+            continue
+        tokens.need_plain_joints("border='split'")
+        if whole := tuple(t for t in outline.turns if t not in torn):
+            yield outline.only(whole, len(outline.text)), encoded
+        for turn in torn:
+            message, start, _, stop = turn
+            own = outline.only((turn,), stop, f"messages[{message}]: {_SPLIT}")
+            own = replace(own, cuts=tuple(sorted({start, *own.cuts})))
+            yield own, tokens.encode_cut([(own.text, own.cuts)])[0]
+
+
+_SPLIT = "x and y are encoded apart, as inference would: the ids differ from the template's"

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import RowError
 from ..rows.nouns import Conversation
-from .assemble import Options
 from .chats import Chats
+from .policy import Options
 
 _THOUGHTS = tuple({"thoughts": value} for value in ("off", "empty"))
 _REPAIRS = tuple({"repair": name} for name in ("append_end", "developer_as_system", "system_as_user"))

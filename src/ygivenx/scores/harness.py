@@ -27,7 +27,7 @@ except ImportError as error:
     raise MissingExtra("lm-eval", "lm-eval", needed_for="--model ygivenx") from error
 
 from ..choices import HarnessBorder, require_choice
-from ..encoder.tokens import Tokens
+from ..encoder.tokenize import Tokens
 from ..errors import ModelError
 from ..models.memory import keep_freed_memory
 from .requests import WINDOW, Request, ScoredPart, pair_of_ids

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..choices import ScoreOverflow, require_choice
-from ..encoder.assemble import UNTRAINED_FIRST
+from ..encoder.weigh import UNTRAINED_FIRST
 from ..errors import ConfigError, RowError
 from ..forest import Forest
 from ..rows.formats import Conversation, Pair

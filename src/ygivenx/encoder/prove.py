@@ -1,26 +1,228 @@
-"""Which characters a model has to produce: the contract between a rendered conversation and inference.
+"""Stage 2, prove: which characters a model has to produce, and what else a candidate has to be.
 
-For an assistant message i, P = render(messages[:i], add_generation_prompt=True) is what inference shows, and
+`candidates` gives, one after the other, what each strategy makes of a row: a `Candidate`, whose text is proven, or the
+`RowError` that says why it isn't one.
+
+The contract between a rendered conversation and inference: for an assistant message i,
+P = render(messages[:i], add_generation_prompt=True) is what inference shows, and
 F = render(messages[:i+1]). The output is O = F[len(P) : end of turn], and must satisfy: F starts with P; O ends
-in the token that ends the turn. One text serves all turns if it starts with each P + O (`single`); else every
-turn gets its own (`split`). What satisfies neither is refused with the place where the two texts part. The rest of
-the contract, that the ids of P begin those of P + O, is checked when a candidate is encoded (weigh.py).
+in the token that ends the turn. One text serves all turns if it starts with each P + O; else every turn gets its own.
+What satisfies neither is refused with the place where the two texts part. The rest of the contract, that the ids of P
+begin those of P + O, is checked when a candidate is encoded (`segments.borders_of`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..errors import RowError
+from ..rows.nouns import Conversation
 from ..templating.origins import TEMPLATE, within
 from ..templating.template import common_prefix
 from ..templating.tracing import Traced
-from .candidates import SHOWN, Rendering, Renderings, Turn, quoted, runs_of_message
-from .ends import USER, appended_end, end_of_turn, render_or_none
-from .joining import joined, position_after
-from .tokens import Tokens
+from .content import (
+    changed_text,
+    control_cuts,
+    dropped,
+    dropped_message,
+    lost_messages,
+    lost_of_context,
+    lost_of_reply,
+    not_json,
+    printed_arguments,
+    refuse_control,
+    unfaithful,
+)
+from .policy import Options, Part, weight_of
+from .render import (
+    SHOWN,
+    Candidate,
+    Chat,
+    Outline,
+    Rendering,
+    Renderings,
+    Turn,
+    quoted,
+    runs_of_message,
+)
+from .repairs import IN_TURNS, Strategy, strategies
+from .segments import KIND_OF_ROLE, ids_fault, left_open, outline_of
+from .tokenize import Tokens
+from .turns import USER, appended_end, end_of_turn, joined, position_after, render_or_none
+
+_KIND_OF_FIELD = {
+    "reasoning_content": "reasoning",
+    "thinking": "reasoning",
+    "reasoning": "reasoning",
+    "tool_calls": "tool_call",
+}
+
+
+# === candidates ==========================================================================================
+
+
+def candidates(chat: Chat) -> Iterator[Candidate | RowError]:
+    """What each strategy makes of a row, the least change first."""
+    if chat.options.control == "refuse":
+        refuse_control(chat.options.tokens, chat.inputs)
+    for strategy in strategies_for(chat):
+        found = candidate(chat, Renderings(chat.template, strategy.inputs, chat.tags), strategy)
+        # Of a strategy that changes the row's inputs the refusal would speak of what the user didn't write.
+        if isinstance(found, Candidate) or not strategy.notes:
+            yield found
+    if chat.options.context == "inference" and len(chat.to_train) > 1 and chat.options.repairs:
+        found = reply_by_reply(chat)
+        if isinstance(found, Candidate):
+            yield found
+
+
+def strategies_for(chat: Chat) -> Iterator[Strategy]:
+    """The strategies for a chat."""
+    o = chat.options
+    repairs = o.repairs if o.context == "inference" else o.repairs - IN_TURNS
+    return strategies(chat.template, chat.inputs, chat.to_train, chat.tags, repairs, o.thoughts)
+
+
+def candidate(chat: Chat, rendered: Renderings, strategy: Strategy) -> Candidate | RowError:
+    """The candidate that a strategy gives, or why it gives none."""
+    try:
+        renderings = _rendered(chat, rendered, strategy)
+        # What placeholders stand for is looked at once they are filled.
+        cut = rendered.renderer is chat.template
+        outlines = tuple(_outline(chat, r, cut) for r in renderings)
+    except RowError as e:
+        return e
+    return Candidate(outlines, strategy.notes)
+
+
+def _outline(chat: Chat, rendering: Rendering, cut: bool) -> Outline:
+    cuts = control_cuts(chat.options.tokens, rendering, chat.options.control) if cut else ()
+    outline = outline_of(rendering, chat.row.messages, cuts)
+    return left_open(outline, len(chat.row.messages) - 1) if chat.row.continue_final_message else outline
+
+
+def _rendered(chat: Chat, rendered: Renderings, strategy: Strategy) -> list[Rendering]:
+    """The proven texts of a strategy, with notes of what the template leaves out."""
+    tokens, to_train = chat.options.tokens, list(chat.to_train)
+    if chat.options.context == "rendered":
+        renderings = prove_as_rendered(tokens, rendered, to_train)
+    else:
+        to_train, notes = _asked_for(chat, rendered, strategy)
+        renderings = prove(tokens, rendered, to_train, strategy.in_turns, strategy.forced)
+        renderings[:1] = [replace(r, notes=r.notes + notes) for r in renderings[:1]]
+    for rendering in renderings:
+        _check_texts(chat, rendering, rendered, strategy)
+    done = [_complete(chat, r, rendered) for r in renderings]
+    done[-1] = _with_lost_context(chat, done[-1], set(to_train))
+    return done
+
+
+def _check_texts(chat: Chat, rendering: Rendering, rendered: Renderings, strategy: Strategy) -> None:
+    """Raise RowError where a repair changes what a text of the row says."""
+    is_repaired = strategy.notes or any(t.notes for t in rendering.turns)
+    if not is_repaired or rendered.renderer is not chat.template:  # a placeholder is only ever written bare
+        return
+    plain = Renderings(chat.template, chat.inputs, chat.tags)
+    try:
+        traced = plain.traced(rendering.upto)
+    except RowError:  # the template takes the row with the repair alone
+        traced = None
+    if path := unfaithful(rendering, chat.inputs.messages, chat.tags, traced):
+        raise changed_text(path)
+
+
+def _asked_for(chat: Chat, rendered: Renderings, strategy: Strategy) -> tuple[list[int], tuple[str, ...]]:
+    """The wanted replies without those that open the conversation unasked, and a note for each of these.
+
+    Nothing is left out if it is all that would be trained, or if the row itself gives it a weight.
+    """
+    to_train = list(chat.to_train)
+    if "opening" not in strategy.in_turns:
+        return to_train, ()
+    left = [
+        i for i in unasked(chat.options.tokens, rendered, to_train) if "weight" not in chat.row.messages[i]
+    ]
+    if len(left) == len(to_train):
+        return to_train, ()
+    why = "the template can't ask for a reply before the first question: it is context"
+    return [i for i in to_train if i not in left], tuple(f"messages[{i}]: {why}" for i in left)
+
+
+def _complete(chat: Chat, rendering: Rendering, rendered: Renderings) -> Rendering:
+    """The rendering with notes of what its template leaves out of replies; raises RowError if that is trained."""
+    for turn in rendering.turns:
+        message = rendered.inputs.messages[turn.message]
+        if path := printed_arguments(rendering, turn, message):
+            raise not_json(f"messages[{turn.message}].{path}")
+        for path, name in lost_of_reply(rendering, turn, message, chat.tags):
+            kind = _KIND_OF_FIELD.get(name, "answer")
+            if chat.options.dropped == "refuse" and chat.weight(kind, turn.message):
+                raise dropped(path)
+            rendering = replace(rendering, notes=(*rendering.notes, f"{path} is left out by the template"))
+    return rendering
+
+
+def _with_lost_context(chat: Chat, rendering: Rendering, to_train: set[int]) -> Rendering:
+    """The rendering with notes of what the template leaves out around replies.
+
+    Raises RowError where that is trained, or is a whole message before a trained reply.
+    """
+    lost = lost_of_context(rendering, to_train, rendering.upto, chat.tags)
+    if chat.options.dropped == "refuse":
+        if paths := [p for p in lost if _is_trained(chat.row, p, chat.options)]:
+            raise dropped(paths[0], "a message")
+        last = max((t.message for t in rendering.turns), default=0)
+        if whole := lost_messages(rendering, last):
+            raise dropped_message(whole[0], str(chat.row.messages[whole[0]].get("role")))
+    notes = tuple(f"{path} is left out by the template" for path in lost)
+    return replace(rendering, notes=(*rendering.notes, *notes))
+
+
+def _is_trained(row: Conversation, path: str, options: Options) -> bool:
+    """Whether the message of a path, if it isn't a reply, has a weight of its own."""
+    found = _OF_MESSAGE.match(path)
+    if not found:
+        return False
+    i = int(found[1])
+    role, own = str(row.messages[i]["role"]), row.messages[i].get("weight", 1.0)
+    part = Part(KIND_OF_ROLE.get(role, role), False, i, role, weight=own)
+    return role != "assistant" and weight_of(options.policy, part) > 0
+
+
+def reply_by_reply(chat: Chat) -> Candidate | RowError:
+    """Each reply by the first strategy that is proven for it alone: a data set may mix replies with and without
+    thoughts even in one conversation."""
+    outlines: list[Outline] = []
+    for i in chat.to_train:
+        alone = replace(
+            chat,
+            row=replace(chat.row, messages=chat.row.messages[: i + 1]),
+            inputs=chat.inputs.upto(i + 1),
+            to_train=(i,),
+        )
+        refusal: RowError | None = None
+        for strategy in strategies_for(alone):
+            found = candidate(alone, Renderings(chat.template, strategy.inputs, chat.tags), strategy)
+            error = found if isinstance(found, RowError) else ids_fault(found, chat.options)
+            if error is None and isinstance(found, Candidate):
+                break
+            refusal = refusal or error
+        else:
+            assert refusal is not None
+            return refusal
+        assert isinstance(found, Candidate)
+        outlines += [replace(o, notes=(*found.notes, *o.notes)) for o in found.outlines]
+    return Candidate(tuple(outlines))
+
+
+_OF_MESSAGE = re.compile(r"messages\[(\d+)\]")
+
+
+# === the contract ========================================================================================
+
 
 _STAND_IN = "\ue000"  # for private use: no template writes it
 _HEADER = 256  # characters: a header is shorter

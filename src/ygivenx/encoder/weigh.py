@@ -1,41 +1,24 @@
-"""What chats and pairs have in common: options, a row on its way through the tokenizer, and its end."""
+"""Stage 4, weigh: the sequences of a row, each token with its weight, and their length."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import RowError
+from ..rows.nouns import Conversation
 from ..sequence import Segment, Sequence
-from .policy import Policy
-from .tokens import Encoded, Tokens
+from .content import refuse_alike
+from .policy import Part, weight_of
+from .render import Candidate, Chat, Outline
+from .segments import apply_spans, borders_of, encoded_apart, segments_of, with_thoughts
+from .tokenize import Encoded, Pieces
 
 UNTRAINED_FIRST = "the first token has no context to be predicted from: it isn't trained"
-
-
-@dataclass(frozen=True)
-class Options:
-    """The encoder's options; see `Encoder`."""
-
-    tokens: Tokens
-    policy: Policy
-    control: str = "refuse"
-    border: str = "refuse"
-    context: str = "inference"
-    dropped: str = "refuse"
-    repairs: frozenset[str] = frozenset()
-    max_length: int | None = None
-    overflow: str = "refuse"
-    thoughts: str = "as_written"
-    bos: bool | str = "auto"
-    eos: bool | str = "auto"
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    now: datetime = field(default_factory=datetime.now)
 
 
 class Work(Protocol):
@@ -173,3 +156,93 @@ def too_long(sequence: Sequence, most: int, why: str = "") -> RowError:
         fix="raise max_length, or overflow='drop_turns' (whole oldest turns), 'drop_reply' (replies that don't fit) "
         "or 'truncate'",
     )
+
+
+# === conversations =======================================================================================
+
+
+def sequences_of(
+    chat: Chat, found: Candidate, parts: list[Encoded], notes: tuple[str, ...], border: str
+) -> list[Sequence]:
+    """The sequences of a candidate with its ids; raises RowError `straddling_token` where these don't fit."""
+    options, sequences = chat.options, list[Sequence]()
+    texts: Iterable[tuple[Outline, Encoded]] = zip(found.outlines, parts, strict=True)
+    for outline, encoded in encoded_apart(texts, options) if border == "split" else texts:
+        if options.control != "parse":
+            given = {"messages": chat.row.messages, "tools": chat.row.tools, "documents": chat.row.documents}
+            refuse_alike(options.tokens, encoded, given)
+        outline = with_thoughts(outline, chat.tags, options.thoughts == "empty_masked")
+        borders = borders_of(outline, encoded, options, border)
+        segments = segments_of(outline, encoded, borders)
+        weights = _weights(chat, segments, len(encoded.ids))
+        of_spans = apply_spans(weights, segments, encoded, chat.row.messages)
+        if sequences:
+            # What an earlier sequence has already weighed: no reply of this one, even if it begins alike.
+            own = min((borders[start] for _, start, _, _ in outline.turns), default=len(weights))
+            known = max(_common(s.ids, encoded.ids) for s in sequences)
+            weights[: min(own, known)] = 0
+        as_text = (_AS_TEXT,) if set(outline.cuts) - {t[1] for t in outline.turns} else ()
+        pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
+        all_notes = (*notes, *outline.notes, *of_spans, *found.notes, *as_text)
+        sequences.append(sequence_of(encoded.ids, weights, segments, pieces, all_notes))
+    return fitted(sequences, options.max_length, options.overflow)
+
+
+def _weights(chat: Chat, segments: list[Segment], length: int) -> npt.NDArray[np.float32]:
+    row, weights = chat.row, np.zeros(length, np.float32)
+    last = max((i for i, m in enumerate(row.messages) if m.get("role") == "assistant"), default=-1)
+    for s in segments:
+        message: Mapping[str, Any] = row.messages[s.message] if s.message is not None else {}
+        own = message.get("weight", 1.0)
+        part = Part(s.kind, s.output, s.message, message.get("role"), s.message == last, own)
+        weights[s.start : s.stop] = weight_of(chat.options.policy, part)
+    return weights * np.float32(row.weight)
+
+
+def _common(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
+    """The length of the common prefix of two arrays."""
+    n = min(len(a), len(b))
+    differ = np.flatnonzero(a[:n] != b[:n])
+    return int(differ[0]) if len(differ) else n
+
+
+_AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
+
+
+# === shorter rows ========================================================================================
+
+
+def shorter_rows(row: Conversation) -> Iterator[tuple[Conversation, int, int, int]]:
+    """The row without its oldest turns, as few as can be first; what stands before the first user stays.
+
+    Each with how many turns are dropped, and of how many; and how many messages stand before those that are.
+    """
+    first, *later = _turns(row.messages) or [0]
+    for n, start in enumerate(later, 1):
+        yield replace(row, messages=row.messages[:first] + row.messages[start:]), n, 1 + len(later), first
+
+
+def _turns(messages: Iterable[Mapping[str, Any]]) -> list[int]:
+    """Where turns begin: the first at the first user; each other after a reply or a call's result, if a user speaks
+    before the next one."""
+    begins: list[int] = []
+    start = 0
+    for i, role in enumerate(m.get("role") for m in messages):
+        if role in ("assistant", "tool"):
+            start = i + 1
+        elif role == "user" and not begins:
+            begins, start = [i], i
+        elif role == "user" and start > begins[-1]:
+            begins.append(start)
+    return begins
+
+
+def renumbered(sequence: Sequence, first: int, dropped_messages: int) -> Sequence:
+    """The sequence with the messages from `first` on numbered as they are in the row, where more stand before them."""
+    segments = (
+        replace(s, message=s.message + dropped_messages)
+        if s.message is not None and s.message >= first
+        else s
+        for s in sequence.segments
+    )
+    return replace(sequence, segments=tuple(segments))

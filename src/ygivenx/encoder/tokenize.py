@@ -1,4 +1,4 @@
-"""Texts to ids, with the place of each token in the text where the tokenizer tells it truly.
+"""Stage 3, tokenize: texts to ids, with the place of each token in the text where the tokenizer tells it truly.
 
 The Rust tokenizer is called directly, as `apply_chat_template(tokenize=True)` calls it: no special tokens
 added, no truncation, no padding. Its offsets are believed only if they tile the text without a gap; a border
@@ -7,8 +7,9 @@ is else proved by encoding what stands before it.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, pairwise
@@ -18,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, RowError, nearest
-from .pieces import cutting_tokens
 
 Ints = npt.NDArray[np.int64]
 
@@ -328,3 +328,103 @@ def _tiles(starts: Ints, stops: Ints, length: int) -> bool:
     whole = starts[0] == 0 and stops[-1] == length
     in_order = (starts[1:] >= starts[:-1]) & (stops[1:] >= stops[:-1])
     return bool(whole and (in_order & (starts[1:] <= stops[:-1])).all())
+
+
+# === where a text can be cut =============================================================================
+# A tokenizer of the Rust library first takes its added tokens out of the text, the leftmost and longest first, and then
+# normalises, splits and encodes what stands between them, each part by itself. So a text can be cut before and after an
+# added token that (1) is found as it stands, before normalisation, with no regard to its neighbours, and (2) no other
+# added token can overlap or hold. What a row's turns have in common is then encoded once. Whatever isn't known to work
+# part by part (`_APART`) is encoded whole, which is the slow twin.
+
+
+# Steps that know nothing of what stands before their part.
+_APART = {
+    "normalizer": {
+        "NFC",
+        "NFD",
+        "NFKC",
+        "NFKD",
+        "Lowercase",
+        "StripAccents",
+        "Replace",
+        "Sequence",
+        "Prepend",
+        "Precompiled",
+    },
+    "pre_tokenizer": {
+        "Split",
+        "ByteLevel",
+        "Digits",
+        "Punctuation",
+        "Whitespace",
+        "WhitespaceSplit",
+        "Sequence",
+    },
+    "post_processor": {"TemplateProcessing", "ByteLevel", "Sequence"},
+}
+_MODELS = {"BPE", "Unigram", "WordLevel", "WordPiece"}
+
+
+def cutting_tokens(backend: Any) -> re.Pattern[str] | None:
+    """A pattern of the tokens around which this tokenizer's texts can be cut; None if there are none."""
+    settings = json.loads(backend.to_str())
+    model = settings["model"]
+    if model.get("type") not in _MODELS or model.get("dropout") or backend.encode_special_tokens:
+        return None
+    if not all(_apart(settings.get(step), known) for step, known in _APART.items()):
+        return None
+    added = settings["added_tokens"]
+    alone = sorted(_alone(added), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, alone))) if alone else None
+
+
+def _apart(step: Mapping[str, Any] | None, known: set[str]) -> bool:
+    if step is None:
+        return True
+    inner: list[Any] = next(
+        (v for k, v in step.items() if k in ("normalizers", "pretokenizers", "processors")), []
+    )
+    trims = step["type"] == "ByteLevel" and "processors" not in step and step.get("trim_offsets")
+    moves = trims and known is _APART["post_processor"]  # its offsets depend on the place in the text
+    return step["type"] in known and not moves and all(_apart(i, known) for i in inner)
+
+
+def _alone(added: list[dict[str, Any]]) -> list[str]:
+    """The special tokens that nothing can overlap, by what they are and how they are found."""
+    raw = [t["content"] for t in added if not t["normalized"]]
+    tails = {t[i:] for t in raw for i in range(1, len(t))}
+    everything = "\0".join(raw)
+    return [
+        t["content"]
+        for t in added
+        if t["special"] and not (t["normalized"] or t["lstrip"] or t["rstrip"] or t["single_word"])
+        if _bounded(t["content"]) and everything.count(t["content"]) == 1
+        if not any(t["content"][:n] in tails for n in range(1, len(t["content"]) + 1))
+    ]
+
+
+def _bounded(token: str) -> bool:
+    """Whether it begins and ends in what is neither white space nor part of a word, to which flags of others look."""
+    ends = (token[:1], token[-1:])
+    return all(end and not end.isspace() and not end.isalnum() and end != "_" for end in ends)
+
+
+# === refusals ============================================================================================
+
+
+def straddle(encoded: Encoded, at: int, field: str) -> RowError:
+    """A token across the border of x and y, or white space before it that is split otherwise if a word follows."""
+    if (k := across(encoded, at)) is not None:
+        token = repr(encoded.text[encoded.starts[k] : encoded.stops[k]])
+        what = f"the token {token} holds the end of x and the beginning of y"
+    else:
+        what = "the ids of x aren't a prefix of the ids of x and y together"
+    return RowError(
+        what,
+        reason="straddling_token",
+        field=field,
+        why="inference shows x encoded alone: the model would be trained on ids that it never sees",
+        fix="border='split' encodes x and y apart, border='mask' leaves a token that holds both out of y, "
+        "border='refuse' (the default) keeps such rows out",
+    )

@@ -1,0 +1,411 @@
+"""Stage 1, render: a conversation under its template, and the nouns from there to the tokenizer.
+
+A `Chat` is a row with the template that it is written with. It has many renderings (`Renderings` makes each once). A
+`Turn` says which characters of one of them a reply is, a `Rendering` is a text with the turns that it trains, an
+`Outline` says of which kind its characters are, and a `Candidate` is all the texts of a row, ready to be encoded. A
+candidate is proven when its ids are, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any
+
+from ..errors import RowError, nearest
+from ..rows.messages import unread_keys
+from ..rows.nouns import Conversation
+from ..templating.inputs import REASONING_FIELDS, Inputs, inputs_of
+from ..templating.origins import TEMPLATE, Text
+from ..templating.template import Renderer, Template
+from ..templating.tracing import Marked, Traced, marked
+from .policy import Options, Part, weight_of
+
+SHOWN = 40  # characters of a text that an error quotes
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Message `message` is produced as text[start:stop], of which text[end:stop] is the token that ends it.
+
+    `text` is at least P + O. is_apart: what stands before `start` is encoded by itself. notes: what was mended.
+    """
+
+    message: int
+    text: str
+    start: int
+    end: int
+    stop: int
+    traced: Traced | None = None  # of a text that a repair put together
+    notes: tuple[str, ...] = ()
+    is_apart: bool = False
+
+    @property
+    def proven(self) -> str:
+        """P + O."""
+        return self.text[: self.stop]
+
+
+@dataclass(frozen=True, slots=True)
+class Rendering:
+    """A text to be encoded, with the turns that it trains; `upto`: it renders messages[:upto]."""
+
+    text: str
+    turns: tuple[Turn, ...]
+    upto: int
+    traced: Traced | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The texts of a row, one or one for each turn. notes: what a strategy changed of the row's inputs."""
+
+    outlines: tuple[Outline, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(text, the characters at which it is cut and its parts are encoded apart) of each."""
+        return [(o.text, o.cuts) for o in self.outlines]
+
+
+class Renderings:
+    """One conversation under one template: its renderings, each made once."""
+
+    def __init__(self, renderer: Renderer, inputs: Inputs, tags: Tags) -> None:
+        self.renderer, self.inputs, self.tags = renderer, inputs, tags
+        self._prompts: dict[int, str] = {}
+        self._closed: dict[int, str] = {}
+        self._traced: dict[int, Traced | None] = {}
+
+    def __len__(self) -> int:
+        return len(self.inputs.messages)
+
+    def prompt(self, i: int) -> str:
+        """P: what inference shows before message i."""
+        if i not in self._prompts:
+            self._prompts[i] = self.renderer.render(self.inputs.upto(i), add_generation_prompt=True)
+        return self._prompts[i]
+
+    def closed(self, stop: int) -> str:
+        """F: messages[:stop] and nothing after them."""
+        if stop not in self._closed:
+            self._closed[stop] = self.renderer.render(self.inputs.upto(stop))
+        return self._closed[stop]
+
+    @cached_property
+    def marked(self) -> Marked:
+        """The inputs, each text with its origin."""
+        return marked(self.inputs)
+
+    def traced(self, stop: int) -> Traced | None:
+        """`closed(stop)` with the origin of each character, where that can be known."""
+        if stop not in self._traced:
+            self._traced[stop] = self.renderer.trace(self.marked.upto(stop), self.closed(stop))
+        return self._traced[stop]
+
+    def traced_prompt(self, i: int) -> Traced | None:
+        """`prompt(i)` likewise."""
+        return self.renderer.trace(self.marked.upto(i), self.prompt(i), add_generation_prompt=True)
+
+    def text_of(self, text: str, i: int, field: str) -> Text:
+        """A text that comes from a field of message i."""
+        sources = enumerate(self.marked.sources)
+        return Text.of(text, next((n for n, s in sources if (s.message, s.field) == (i, field)), TEMPLATE))
+
+    @cached_property
+    def whole(self) -> str:
+        """The rendering of all messages."""
+        return self.closed(len(self))
+
+    def replies(self) -> list[int]:
+        """The messages that are the assistant's."""
+        return [i for i, m in enumerate(self.inputs.messages) if m.get("role") == "assistant"]
+
+
+def runs_of_message(traced: Traced, message: int) -> list[tuple[int, int]]:
+    """Characters [start, stop) of what a message says, its role's name apart."""
+    runs, at = [], 0
+    for stop, s in traced.text.runs:
+        source = traced.sources[s]
+        if source.message == message and source.field != "role":
+            runs.append((at, stop))
+        at = stop
+    return runs
+
+
+def quoted(text: str) -> str:
+    """A text as an error shows it."""
+    return repr(text) if len(text) <= SHOWN else repr(text[:SHOWN]) + "…"
+
+
+# === outlines ============================================================================================
+
+
+Run = tuple[int, str, bool, int | None]  # its first character, kind, output, message
+Borders = tuple[
+    int, int, int, int
+]  # a turn's message; its output is [start, stop), its end token [end, stop)
+Spans = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A text to be encoded: where its runs begin, and the borders of its turns.
+
+    control: where control tokens must stand in the text, if that isn't known otherwise.
+    cuts: the characters at which it is cut, its parts encoded apart.
+    """
+
+    text: str
+    turns: tuple[Borders, ...]
+    runs: tuple[Run, ...]
+    notes: tuple[str, ...] = ()
+    control: Spans = ()
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def places(self) -> Iterator[int]:
+        """Every character that the outline speaks of."""
+        for turn in self.turns:
+            yield from turn[1:]
+        for run in self.runs:
+            yield run[0]
+        for span in self.control:
+            yield from span
+
+    def only(self, kept: tuple[Borders, ...], stop: int, *notes: str) -> Outline:
+        """The same up to character `stop`, with the outputs of these turns alone; those of others are context."""
+        mine = {turn[0] for turn in kept}
+        runs = [r if r[3] in mine or not r[2] else _as_context(r) for r in self.runs if r[0] < stop]
+        notes = (*self.notes, *notes)
+        cuts = tuple(c for c in self.cuts if c < stop)
+        return replace(self, text=self.text[:stop], turns=kept, runs=tuple(runs), notes=notes, cuts=cuts)
+
+    def moved(self, text: str, to: Mapping[int, int]) -> Outline:
+        """The same of another text, in which each of its places stands elsewhere."""
+        turns = tuple([(i, to[a], to[b], to[c]) for i, a, b, c in self.turns])
+        runs = tuple([(to[at], kind, output, i) for at, kind, output, i in self.runs])
+        return replace(
+            self, text=text, turns=turns, runs=runs, control=[(to[a], to[b]) for a, b in self.control]
+        )
+
+
+def _as_context(run: Run) -> Run:
+    at, kind, _, message = run
+    return (at, "template", False, None) if kind == "end_of_turn" else (at, kind, False, message)
+
+
+# === a conversation under its template ===================================================================
+
+
+_KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
+_RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation under the template that it is written with.
+
+    wanted: the replies of which some part would be trained; the others are context.
+    """
+
+    row: Conversation
+    inputs: Inputs
+    template: Template
+    tags: Tags
+    options: Options
+    to_train: tuple[int, ...]
+
+    def weight(self, kind: str, i: int) -> float:
+        """The weight of a part of reply i, by the policy and the row."""
+        last = max((k for k, m in enumerate(self.row.messages) if m.get("role") == "assistant"), default=-1)
+        part = Part(kind, True, i, "assistant", i == last, self.row.messages[i].get("weight", 1.0))
+        return weight_of(self.options.policy, part)
+
+
+def chat_of(row: Conversation, options: Options, templates: dict[str, tuple[Template, Tags]]) -> Chat:
+    """The chat of a row; templates that are met for the first time are compiled and kept in `templates`."""
+    kwargs = {**options.template_kwargs, **row.template_kwargs}
+    inputs = inputs_of(row.messages, row.tools, row.documents, kwargs, options.now)
+    template, tags = template_of(options.tokens.tokenizer, inputs, templates)
+    for name in kwargs:
+        if name in _RESERVED or name in template.variables or name.endswith("_token"):
+            raise _reserved(name)
+    replies = [i for i, m in enumerate(row.messages) if m.get("role") == "assistant"]
+    chat = Chat(row, inputs, template, tags, options, ())
+    return replace(chat, to_train=tuple(i for i in replies if any(chat.weight(k, i) for k in _KINDS)))
+
+
+def template_of(
+    tokenizer: Any, inputs: Inputs, templates: dict[str, tuple[Template, Tags]]
+) -> tuple[Template, Tags]:
+    if not tokenizer.chat_template:
+        raise RowError(
+            "the tokenizer has no chat template, and this row is a conversation",
+            reason="no_template",
+            fix="set tokenizer.chat_template, or give the row as text: columns prompt and completion, or x and y",
+        )
+    try:
+        source = tokenizer.get_chat_template(tools=inputs.tools)
+    except ValueError as e:  # several by name, and none is the default
+        fix = "name one of them 'default', or set tokenizer.chat_template to it"
+        raise RowError("no chat template fits this row", reason="no_template", why=str(e), fix=fix) from e
+    if source not in templates:
+        template = Template(source, tokenizer.special_tokens_map)
+        templates[source] = template, tags_of(template)
+    return templates[source]
+
+
+def _reserved(name: str) -> RowError:
+    return RowError(
+        f"{name!r} isn't a switch of the template's",
+        reason="reserved_kwarg",
+        field=f"chat_template_kwargs.{name}",
+        why="set by a row, it would change which tokens are y",
+        fix="remove it; messages, tools and documents are columns of the row",
+    )
+
+
+def notes_on(chat: Chat) -> tuple[str, ...]:
+    """What a row says that neither the template nor the encoder reads."""
+    source, read = chat.template.source, chat.template.undeclared
+    keys = unread_keys(chat.row.messages, source)
+    return (
+        *(f"the message key {key!r} is read by neither the template nor ygivenx" for key in keys),
+        *(
+            f"the template doesn't read {name!r} of chat_template_kwargs{nearest(name, read)}"
+            for name in chat.inputs.kwargs
+            if name not in source
+        ),
+    )
+
+
+# === thoughts ============================================================================================
+# By whatever tags a template has: `<think>`, Mistral's `[THINK]`, Gemma's channel, Seed's, Kimi's. They are found in
+# its source, or in what it writes around the reasoning of a reply.
+
+
+# An opening tag whose closing one has a slash after its first character.
+_SLASHED = re.compile(
+    r"[<\[◁](?=[^<>\[\]◁▷\s'\"]*(?:think|thought|reason))[^<>\[\]◁▷\s'\"/]+[>\]▷]", re.IGNORECASE
+)
+_OTHERS = (
+    ("<|channel>thought", "<channel|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|think_start|>", "<|think_end|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<unused94>thought", "<unused95>"),
+)
+_TAG = r"(?:<[^<>\s]*>|\[[^\[\]\s]*\]|◁[^◁▷]*▷)"
+_BEFORE, _AFTER = re.compile(rf"{_TAG}\w*\s*\Z"), re.compile(rf"\s*({_TAG})")
+
+
+@dataclass(frozen=True)
+class Tags:
+    """The tags around a thought: (opening, closing), those of the template first."""
+
+    pairs: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def opened(self) -> re.Pattern[str]:
+        """A text that ends in an open thought."""
+        return _any_of(rf"{re.escape(a)}\s*\Z" for a, _ in self.pairs)
+
+    @cached_property
+    def closed(self) -> re.Pattern[str]:
+        """A text that ends in an empty thought, closed already."""
+        return _any_of(rf"{re.escape(a)}\s*{re.escape(b)}\s*\Z" for a, b in self.pairs)
+
+    @cached_property
+    def thought(self) -> re.Pattern[str]:
+        """A text that begins with a whole thought."""
+        return _any_of(rf"\s*{re.escape(a)}.*?{re.escape(b)}\s*" for a, b in self.pairs)
+
+    @cached_property
+    def rest_of_thought(self) -> re.Pattern[str]:
+        """A text that begins with the rest of a thought which its prompt opens."""
+        return _any_of(rf".*?{re.escape(b)}\s*" for _, b in self.pairs)
+
+    @cached_property
+    def marks(self) -> re.Pattern[str]:
+        """Any of the tags: a template reads them as marks, and writes them anew."""
+        return _any_of(re.escape(tag) for pair in self.pairs for tag in pair)
+
+    def pair_of(self, prompt: str) -> tuple[str, str]:
+        """The tags of the thought that a prompt opens."""
+        return max(self.pairs, key=lambda pair: prompt.rfind(pair[0]))
+
+    def without(self, text: str) -> str:
+        """A text without the open or empty thought at its end."""
+        return self.closed.sub("", self.opened.sub("", text))
+
+    def thinks(self, message: Mapping[str, Any]) -> bool:
+        """Whether a reply has a thought: in a field of its own, as a part of its content, or between tags in it."""
+        if any(
+            (m := message.get(name)) and (not hasattr(m, "strip") or m.strip()) for name in REASONING_FIELDS
+        ):
+            return True
+        content = message.get("content")
+        if isinstance(content, list):
+            return any(
+                part.get("type") in ("thinking", "reasoning") for part in content if isinstance(part, dict)
+            )
+        return content is not None and bool(content) and any(close in content for _, close in self.pairs)
+
+    def own_thought(self, message: Mapping[str, Any], pair: tuple[str, str]) -> tuple[str, str, str] | None:
+        """(reasoning, closing, answer) of a reply that brings its own, as it follows an open thought; else None.
+
+        Closing is the text between the two, "" where the content has it.
+        """
+        content, reasoning = message.get("content") or "", message.get("reasoning_content")
+        opening, closing = pair
+        if not isinstance(content, str):
+            return None
+        if isinstance(reasoning, str) and reasoning.strip():
+            return reasoning.strip(), f"\n{closing}\n\n", content
+        if closing not in content:
+            return None
+        begun = content.lstrip()
+        return "", "", begun[len(opening) :].lstrip() if begun.startswith(opening) else content
+
+
+def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(patterns) or "(?!)", re.DOTALL)
+
+
+@lru_cache(maxsize=256)
+def _tags_in(source: str) -> tuple[tuple[str, str], ...]:
+    slashed = [(t, t[0] + "/" + t[1:]) for t in dict.fromkeys(_SLASHED.findall(source))]
+    pairs = [p for p in (*slashed, *_OTHERS) if p[0] in source and p[1] in source]
+    think = ("<think>", "</think>")  # which data sets have, whether or not a template knows it
+    return tuple(dict.fromkeys((*pairs, think)))
+
+
+def tags_of(template: Template) -> Tags:
+    """The tags of a template; those that only its renderings show among them."""
+    pairs = _tags_in(template.source)
+    shown = _tags_around(template) if len(pairs) == 1 and "reasoning" in template.source else None
+    return Tags((shown, *(p for p in pairs if p != shown)) if shown else pairs)
+
+
+def _tags_around(template: Template) -> tuple[str, str] | None:
+    """The tags that a template writes around the reasoning of a reply; None where it shows none."""
+    thought, answer = "\ue000", "\ue001"  # for private use: no template writes them
+    reply: dict[str, Any] = {
+        "role": "assistant",
+        "content": answer,
+        **dict.fromkeys(REASONING_FIELDS, thought),
+    }
+    try:
+        text = template.render(Inputs(({"role": "user", "content": "x"}, reply)))
+    except RowError:
+        return None
+    before, found, rest = text.partition(thought)
+    opening, closing = _BEFORE.search(before), _AFTER.match(rest.partition(answer)[0])
+    if not found or not opening or not closing:
+        return None
+    return opening[0].strip(), closing[1]
