@@ -5,7 +5,7 @@
     python benchmarks/forest.py precise twenty_turns          gradients against those in float64
     python benchmarks/forest.py growth 4096                   seconds and peak memory of a step on n distinct tokens
     python benchmarks/forest.py build                         building a forest of a million tokens
-    python benchmarks/forest.py table                         the tables of docs/performance.md
+    python benchmarks/forest.py table                         the tables of benchmarks/README.md
 
 Shapes are those of the named cases, token ids are random: neither changes the time of a step. All contestants of
 a case run in one process, in turns: a round that warms up, then --runs of which the medians are kept (of those of

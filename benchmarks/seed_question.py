@@ -28,7 +28,7 @@ from ygivenx.scores.node_log_probs import node_log_probs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "seed-question.json"
-PAGE = ROOT / "docs" / "seed-question.md"
+PAGE = ROOT / "benchmarks" / "seed-question.md"
 ASKED = (
     "What is {a}+{b}?",
     "How much is {a} plus {b}?",

@@ -19,7 +19,7 @@ from .probing import Probe, probe
 from .wrapping import unwrap
 
 # A run behaves as if x were trained once x has improved by this share of what y has, and by more than noise.
-# Measured (docs/seed-question.md): loss on y moves x by a few percent of that, or makes it worse.
+# Measured (benchmarks/seed-question.md): loss on y moves x by a few percent of that, or makes it worse.
 SHARE_OF_Y, NOISE = 0.5, 0.05
 
 
