@@ -83,8 +83,7 @@ def _finetune(config: TrainConfig, args: TrainingArguments, console: Console) ->
     page = write_page(config, trainer, held_out or examples, account, before)
     say(f"saved: {final}, and what was trained: {page}", console)
     _say_what_next(config, final, console)
-    # The ranks' threads end here: a process that leaves them to the interpreter's exit may abort there.
-    trainer.accelerator.end_training()
+    trainer.end_ranks()  # a process that leaves this to the interpreter's exit may abort there
     return {
         **account,
         "steps": trainer.state.global_step,
@@ -280,7 +279,7 @@ def run(trainer: Trainer, start: Path | None, console: Console) -> Any:
     last = checkpoint.newest(Path(trainer.args.output_dir))
     kept = f"--resume auto goes on from {last}" if last else "no checkpoint was saved"
     say(f"interrupted at step {trainer.state.global_step} of {trainer.steps}: {kept}", console)
-    trainer.accelerator.end_training()
+    trainer.end_ranks()
     raise SystemExit(128 + interrupts.received)  # what shells call a program that a signal ended
 
 

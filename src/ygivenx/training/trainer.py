@@ -345,6 +345,16 @@ class Trainer(transformers.Trainer):
         self._epoch = done.global_step // self._steps_of_an_epoch
         return super().train(resume_from_checkpoint=str(path), **kwargs)
 
+    def end_ranks(self) -> None:
+        """Leave the process group, once nothing more of this trainer is asked for; nothing happens in a single process.
+
+        The wrapper of the model goes first. As the group's last owner it would wait for gloo's threads while it holds
+        the interpreter's lock, for which one of these threads may be waiting: a process that never ends.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     def _load_best_model(self) -> None:
         """As transformers', from a checkpoint whose files are what was written. Raises CheckpointError."""
         checkpoint.verify(Path(str(self.state.best_model_checkpoint)))
