@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from ..encoded import EncodedRows
 from ..errors import ConfigError
 from ..locks import locked
 from ..models.sharing import describe_routes
@@ -207,8 +208,6 @@ def examples_of(
     data: DataSection, encoder: Any, *, held_out: bool = False
 ) -> tuple[list[Example], dict[str, Any]]:
     """The examples of the rows, at least one, and their account."""
-    from dataclasses import replace
-
     path, quarantine = str(data.path), data.quarantine
     if held_out:
         path, quarantine = str(data.eval_path), None
@@ -319,9 +318,14 @@ def write_page(
     from ..forest import Forest
     from ..report import TokenStrip, run_page
     from ..scores.node_log_probs import node_log_probs
-    from ..training.packs import flatten
 
-    sequences, names = flatten(examples[:SHOWN_ROWS])
+    rows = EncodedRows.of(examples)
+    shown = range(min(SHOWN_ROWS, len(rows)))
+    texts = trainer.processing_class
+    sequences = [
+        replace(s, tokens=tuple(texts.decode([i]) for i in s.ids)) for s in map(rows.__getitem__, shown)
+    ]
+    names = list(map(rows.name, shown))
     forest = Forest.of(sequences)
     log_p = node_log_probs(trainer.model.eval(), forest)
     strips = [

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers.trainer_utils import TrainOutput
 
+from ..encoded import EncodedRows
 from ..errors import ConfigError, LossError
 from ..forest import MAX_TOKENS, Forest
 from ..models import memory
@@ -25,7 +26,7 @@ from ..models.sharing import describe_routes
 from ..objective import Loss, loss
 from . import checkpoint, runs
 from .evaluation import evaluate, rates
-from .packs import EpochOrder, Packs, flatten
+from .packs import EpochOrder, Packs
 from .precision import RoundedUpdates, refuse_float16_weights
 
 logger = logging.getLogger(__name__)
@@ -433,11 +434,11 @@ def _data_seed(args: transformers.TrainingArguments) -> int:
 
 
 def _held_out(data: Any) -> Any:
-    """Evaluation data as lists, which can be read again and again. Raises ConfigError if there is nothing to read."""
+    """Evaluation data, to be read again and again. Raises ConfigError if there is nothing to read."""
     if isinstance(data, dict):
         return {name: _held_out(part) for name, part in data.items()}
-    kept = list(data)
-    if not flatten(kept)[0]:
+    kept = EncodedRows.of(data)
+    if not len(kept):
         raise ConfigError("eval_dataset is empty", fix="give it Examples or Sequences, or leave it out")
     return kept
 
