@@ -239,20 +239,3 @@ def test_chunks_begin_in_the_states_of_their_path(case, shape):
         assert_same(gradients(model, out.value), wanted)
         assert np.allclose(node_log_probs(model, yx.Forest.of(rows), chunk=chunk),
                            node_log_probs(model, yx.Forest.of(rows)), rtol=1e-4, atol=1e-5, equal_nan=True)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", ["qwen3_5", "granite"])
-def test_every_noun_works(case):
-    """Scores in chunks, ledger and probe of a hybrid model whose sequences share."""
-    model, rows = build(case), uneven()
-    forest = yx.Forest.of(rows)
-    log_p = node_log_probs(model, forest, chunk=20)
-    for s, path in zip(rows, forest.paths, strict=True):
-        assert log_p[path][1:] == pytest.approx(reference.log_probs(model, s.ids).detach().numpy(), abs=1e-4)
-    ledger = yx.ledger(model, rows[0])
-    assert ledger.joint == pytest.approx(reference.log_probs(model, rows[0].ids).sum().item(), abs=1e-3)
-    with yx.probe(model) as probe:
-        yx.loss(model, rows[:3]).value.backward()
-    assert {t.target for t in probe.tokens() if t.weight} == {
-        int(i) for s in rows[:3] for i in s.ids[s.weights > 0]
-    }

@@ -19,7 +19,7 @@ from .families import decoder_of
 from .logits import head_of as head_of
 from .logits import softcap_and_scale as softcap_and_scale
 from .plan import refuse_unknown_route
-from .position_limits import refuse_lengths
+from .position_limits import PositionLimits
 from .resolve import base_of_adapter, located, quiet_loading
 from .sharing import reason_unshared
 from .unshared import UnsharedRun
@@ -114,13 +114,14 @@ def _run(
     decoder = decoder_of(model)
     size = streaming.automatic(model) if chunk is None else chunk
     in_chunks = len(forest.fed) > size
-    if reason_unshared(model, forest, route, in_chunks):
-        # A sequence is never cut here, so each has the positions that it has by itself.
-        refuse_lengths(decoder, forest, whole=True)
-        run: chunked_backward.AnyRun = UnsharedRun.of(model, decoder, forest, size)
-    else:
-        refuse_lengths(decoder, forest, whole=not in_chunks)
-        run = streaming.Run.of(model, forest, size, route, needed)
+    unshared = bool(reason_unshared(model, forest, route, in_chunks))
+    # A sequence that is run by itself is never cut, so it has the positions that it has alone.
+    PositionLimits.of(model).refuse(forest, whole=unshared or not in_chunks)
+    run: chunked_backward.AnyRun = (
+        UnsharedRun.of(model, decoder, forest, size)
+        if unshared
+        else streaming.Run.of(model, forest, size, route, needed)
+    )
     if not run.fits:
         streaming.refuse_reentrant(model)
     return run

@@ -1,4 +1,4 @@
-"""Positions that a model hasn't, and rotary embeddings that are others for longer sequences.
+"""How long sequences can be: positions that a model hasn't, and rotary embeddings that are others for longer ones.
 
 A learned position beyond the last one is an index that isn't there. Of rotary embeddings a forest gets one for all of
 its nodes. transformers chooses by the largest position of a forward pass. `longrope` has two sets of frequencies, one
@@ -8,57 +8,100 @@ up to a length and one beyond it; `dynamic` has one up to a length, and beyond i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ConfigError, ModelError
 from ..forest import Forest
+from .families import config_of, decoder_of
 
 _POSITIONS = re.compile("wpe|position_embeddings?|positions_embed|embed_positions")
+_TOWERS = re.compile("vision|visual|image|img|audio|speech")  # their positions aren't those of text
 
 
-def refuse_lengths(decoder: nn.Module, forest: Forest, whole: bool) -> None:
-    """Raise ModelError where a sequence has no position, or alone would have other frequencies than in this forest.
+@dataclass(frozen=True)
+class PositionLimits:
+    """What bounds the lengths of a model's sequences, in tokens that are read: the last one of a sequence isn't.
 
-    whole: whether the forest is computed in one piece. A chunk would get the frequencies of its own positions.
+    most: no sequence has more, None where there is no such bound; limited_by and why say it in words. switches: (kind,
+    tokens up to which it is the same for all) of each rotary embedding that is another one for longer sequences.
     """
-    fed = [len(path) - 1 for path in forest.paths]
-    shortest, longest = min(fed, default=0), max(fed, default=0)
-    refuse_beyond(decoder, longest)
-    for kind, limit in _switches(decoder):
-        if longest <= limit or (kind == "longrope" and whole and shortest > limit):
-            continue
-        raise ModelError(
-            f"its rotary embedding ({kind}) changes beyond {limit:,} tokens, "
-            f"and of these sequences {shortest:,} to {longest:,} are read",
-            where=type(decoder).__name__,
-            why="a forest gets one embedding for all tokens, so some would get another than alone",
-            fix=f"keep sequences to {limit:,} tokens (max_length={limit})"
-            + (", or have all beyond that, in one piece" if kind == "longrope" else ""),
+
+    model: str
+    most: int | None
+    limited_by: str
+    why: str
+    switches: list[tuple[str, int]]
+
+    @classmethod
+    def of(cls, model: Any) -> PositionLimits:
+        positions, keys = min(_tables(decoder_of(model)), default=None), _indexed_keys(config_of(model))
+        by_keys = keys is not None and (positions is None or keys < positions)
+        return cls(
+            type(model).__name__,
+            keys if by_keys else positions,
+            f"its indexers choose {keys:,} keys" if by_keys else f"it has {positions or 0:,} positions",
+            "without a cache transformers' own code chooses among later keys, too, so that padding changes logits"
+            if by_keys
+            else "its position embeddings are a table, and there is none beyond the last",
+            list(_switches(decoder_of(model))),
         )
 
+    @property
+    def unchanged(self) -> int | None:
+        """Tokens up to which each sequence is computed as it would be alone; None without a bound."""
+        return min((n for n in (self.most, *(n for _, n in self.switches)) if n is not None), default=None)
 
-def refuse_beyond(decoder: nn.Module, longest: int) -> None:
-    """Raise ModelError where `longest` tokens are read, more than there are learned positions."""
-    most = learned(decoder)
-    if most is not None and longest > most:
-        raise ModelError(
-            f"it has {most:,} positions, and a sequence of {longest + 1:,} tokens needs {longest:,}",
-            where=type(decoder).__name__,
-            why="its position embeddings were learned, and there is none beyond the last",
-            fix=f"keep sequences to {most + 1:,} tokens (max_length={most + 1})",
-        )
+    def refuse(self, forest: Forest, whole: bool = True, names: Sequence[str] | None = None) -> None:
+        """Raise ModelError where a sequence has no position, or alone would have other frequencies than here.
+
+        whole: whether the forest is computed in one piece. A chunk would get the frequencies of its own positions.
+        names: of the sequences, for the message.
+        """
+        fed = [len(path) - 1 for path in forest.paths]
+        shortest, longest = min(fed, default=0), max(fed, default=0)
+        where = self.model if names is None or not fed else names[fed.index(longest)]
+        if self.most is not None and longest > self.most:
+            raise ModelError(
+                f"{self.limited_by}, and a sequence of {longest + 1:,} tokens needs {longest:,}",
+                where=where, why=self.why,
+                fix=f"keep sequences to {self.most + 1:,} tokens (max_length={self.most + 1})",
+            )  # fmt: skip
+        for kind, switch in self.switches:
+            if longest <= switch or (kind == "longrope" and whole and shortest > switch):
+                continue
+            raise ModelError(
+                f"its rotary embedding ({kind}) changes beyond {switch:,} tokens, "
+                f"and of these sequences {shortest:,} to {longest:,} are read",
+                where=where,
+                why="a forest gets one embedding for all tokens, so some would get another than alone",
+                fix=f"keep sequences to {switch:,} tokens (max_length={switch})"
+                + (", or have all beyond that, in one piece" if kind == "longrope" else ""),
+            )
+
+    def refuse_max_length(self, max_length: int) -> None:
+        """Raise ConfigError where texts of `max_length` tokens are longer than the model can read."""
+        if self.most is not None and max_length > self.most + 1:
+            raise ConfigError(
+                f"max_length={max_length:,}, but {self.limited_by}",
+                where=self.model, why=self.why, fix=f"give max_length={self.most} or less, or leave it out",
+            )  # fmt: skip
 
 
-def learned(decoder: nn.Module) -> int | None:
-    """How many tokens its tables of positions allow; None where it has none. The last token of a row isn't read."""
-    return min(_tables(decoder), default=None)
+def _indexed_keys(config: Any) -> int | None:
+    """How many keys indexers choose: up to there they take all. A comparison on first use is too short to see it."""
+    indexed = "indexed_attention" in (getattr(config, "layer_types", None) or ())
+    return getattr(config, "index_topk", None) if indexed else None
 
 
 def _tables(decoder: nn.Module) -> Iterator[int]:
+    """How many tokens each table of positions allows."""
     for name, module in decoder.named_modules():
+        if _TOWERS.search(name):
+            continue
         if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(name.rpartition(".")[2]):
             # OPT and BART skip rows by `offset`; RoBERTa begins behind the row for padding.
             skipped = getattr(module, "offset", 0) or (
@@ -68,11 +111,6 @@ def _tables(decoder: nn.Module) -> Iterator[int]:
         for table in (getattr(module, attribute, None) for attribute in ("embed_positions", "pos_encoding")):
             if isinstance(table, Tensor) and table.ndim == 2:  # GPT-J, CodeGen and CTRL: sines
                 yield len(table)
-
-
-def unchanged(decoder: nn.Module) -> int | None:
-    """Tokens up to which every sequence has the same frequencies; None where they don't depend on its length."""
-    return min((limit for _, limit in _switches(decoder)), default=None)
 
 
 def _switches(decoder: nn.Module) -> Iterator[tuple[str, int]]:

@@ -90,7 +90,6 @@ def reason_unshared(model: Any, forest: Forest, route: str, in_chunks: bool) -> 
     Raises ModelError like `sharing_of`, and where the route is one that this model hasn't.
     """
     longest = max((len(path) - 1 for path in forest.paths), default=0)
-    _refuse_indexers(model, longest)
     reason = sharing_of(model).reason_for(longest, in_chunks)
     if route == "unshared":
         return reason or "so it was asked"
@@ -112,22 +111,6 @@ def reason_unshared(model: Any, forest: Forest, route: str, in_chunks: bool) -> 
             "%s: sequences are run by themselves and share nothing: %s", type(model).__name__, reason
         )
     return reason
-
-
-def _refuse_indexers(model: Any, longest: int) -> None:
-    """Raise ModelError where an indexer has to choose keys: up to `index_topk` it takes all of them.
-
-    The comparison on first use is too short to see it: real models choose 2,048 keys.
-    """
-    config = config_of(model)
-    most = getattr(config, "index_topk", None)
-    if most and longest > most and "indexed_attention" in (getattr(config, "layer_types", None) or ()):
-        raise ModelError(
-            f"its indexers choose {most:,} keys, and a sequence of {longest + 1:,} tokens has more",
-            where=type(model).__name__,
-            why="without a cache transformers' own code chooses among later keys, too, so that padding changes logits",
-            fix=f"keep sequences to {most + 1:,} tokens (max_length={most + 1})",
-        )
 
 
 def _judged(decoder: Any, config: Any) -> Sharing:

@@ -238,15 +238,19 @@ def automatic(model: Any) -> int:
     It counts what autograd keeps of a layer (about 18 hidden and 4 intermediate values per token); with gradient
     checkpointing one layer of that, and the input of each. Without gradients next to nothing is kept.
     """
-    config = config_of(model)
-    device = embeddings_of(decoder_of(model)).device
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    wide = 18 * config.hidden_size + 4 * int(np.max(inner))  # one for all layers, or of each
-    layers = config.num_hidden_layers
+    config, decoder = config_of(model), decoder_of(model)
+    embeddings = embeddings_of(decoder)
+    hidden = getattr(config, "hidden_size", None) or embeddings.shape[1]
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    wide = 18 * hidden + 4 * int(np.max(inner))  # one for all layers, or of each
+    # BLT has no number of its own: its parts have one each.
+    layers = getattr(config, "num_hidden_layers", None) or sum(
+        len(m) for m in decoder.modules() if isinstance(m, nn.ModuleList)
+    )
     if not torch.is_grad_enabled():
         values = wide
     elif model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        values = wide + layers * config.hidden_size
+        values = wide + layers * hidden
     else:
         values = wide * layers
-    return max(LEAST, memory.total(device) // (2 * 4 * values))
+    return max(LEAST, memory.total(embeddings.device) // int(2 * 4 * values))

@@ -30,6 +30,7 @@ from ..choices import HarnessBorder, require_choice
 from ..encoder.tokenize import Tokens
 from ..errors import ModelError
 from ..models.memory import keep_freed_memory
+from ..models.position_limits import PositionLimits
 from .requests import WINDOW, Request, ScoredPart, pair_of_ids
 from .scoring import Tally, scores
 
@@ -57,6 +58,7 @@ class ForestLM(HFLM):
             raise ModelError(f"{type(self.model).__name__} isn't a causal language model", fix="--model hf")
         if self.mixed_precision_dtype is not None:
             raise ModelError("mixed_precision_dtype has no effect here", fix="set dtype")
+        PositionLimits.of(self.model).refuse_max_length(self.max_length)
         keep_freed_memory()
         self._batches: Iterator[dict[str, list[int]]] = iter(())
         self._encoded: dict[str, list[int]] = {}

@@ -16,7 +16,7 @@ from ..choices import Bos, Control, Route, ScoreBorder, ScoreOverflow, require_c
 from ..errors import RowError
 from ..forest import Forest, Ints
 from ..models.families import config_of, decoder_of, vocabulary
-from ..models.position_limits import unchanged
+from ..models.position_limits import PositionLimits
 from ..report.parts import finite
 from ..rows.data import Row
 from ..rows.formats import Conversation, Pair
@@ -235,17 +235,21 @@ def request_builder_for(
     encoder = Encoder(
         tokenizer, "all", control=control, border=_ENCODER_BORDER[border], bos=bos, eos=False, now=now
     )
-    limit = context_window(model) if max_length is None else max_length
-    return RequestBuilder(encoder, limit, overflow, unconditional, vocabulary(decoder_of(model)))
+    if max_length is None:
+        max_length = context_window(model)
+    else:
+        PositionLimits.of(model).refuse_max_length(max_length)
+    return RequestBuilder(encoder, max_length, overflow, unconditional, vocabulary(decoder_of(model)))
 
 
 def context_window(model: Any) -> int | None:
-    """Tokens that a model reads at once, by its config; None if that names no number.
+    """Tokens that a model reads at once, by its config and its tables of positions; None if nothing names a number.
 
     Where rotary frequencies depend on the length of a text, no more than those up to which they don't: longer
     texts can't be computed together.
     """
-    return unchanged(decoder_of(model)) or getattr(config_of(model), "max_position_embeddings", None)
+    named = getattr(config_of(model), "max_position_embeddings", None)
+    return min((n for n in (PositionLimits.of(model).unchanged, named) if n), default=None)
 
 
 def scores(
