@@ -45,7 +45,7 @@ def plan_of(forest: yx.Forest, route: str) -> Plan:
 @pytest.mark.parametrize("long", [1, 4, 1000])
 @pytest.mark.parametrize("window", [None, 1, 5, 30])
 def test_blocks_equal_the_twin(block, long, window, monkeypatch):
-    monkeypatch.setattr(blockwise_attention, "BLOCK", block)
+    monkeypatch.setattr(blockwise_attention, "QUERIES_PER_BLOCK", block)
     monkeypatch.setattr(blockwise_attention, "LONG", long)
     for seed in range(3):
         forest = yx.Forest.of(tree(seed))
@@ -63,7 +63,7 @@ def test_blocks_equal_the_twin(block, long, window, monkeypatch):
 @pytest.mark.parametrize("threads", [1, 2, 7, 64])
 @pytest.mark.parametrize("many", [0, 1000])
 def test_however_heads_are_dealt_to_threads_gradients_are_the_same(heads, kv, threads, many, monkeypatch):
-    monkeypatch.setattr(blockwise_attention, "BLOCK", 8)
+    monkeypatch.setattr(blockwise_attention, "QUERIES_PER_BLOCK", 8)
     monkeypatch.setattr(blockwise_attention, "MANY", many)
     monkeypatch.setattr(blockwise_attention.torch, "get_num_threads", lambda: threads)
     forest = yx.Forest.of(tree(1))
@@ -124,7 +124,7 @@ def test_the_twin_is_softmax_over_ancestors():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("long", [8, 512])
 def test_blocks_in_other_precisions(dtype, long, monkeypatch):
-    monkeypatch.setattr(blockwise_attention, "BLOCK", 16)  # else so small a forest is one block
+    monkeypatch.setattr(blockwise_attention, "QUERIES_PER_BLOCK", 16)  # else so small a forest is one block
     monkeypatch.setattr(blockwise_attention, "LONG", long)
     forest = yx.Forest.of(tree(1))
     assert blockwise_attention.make_tiles(plan_of(forest, "blocks"), None).far
@@ -218,7 +218,7 @@ def test_the_mask_function_of_flex_is_the_mask():
 @pytest.mark.parametrize("first", [0, 1, 8, 46])
 def test_blocks_of_flex_are_those_that_the_mask_has_something_in(window, first, monkeypatch):
     """None is left out, and of those that are skipped or taken as a whole there are as many as there may be."""
-    monkeypatch.setattr(flex, "BLOCK", 8)
+    monkeypatch.setattr(flex, "TOKENS_PER_BLOCK", 8)
     seen = {"some": 0, "every": 0, "needless": 0}
     for seed in range(6):
         forest = yx.Forest.of(tree(seed))

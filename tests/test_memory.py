@@ -97,7 +97,7 @@ def test_memory_is_told_without_sysconf(monkeypatch):
     assert memory.total(cpu) == 5
     monkeypatch.delattr(os, "sysconf")
     monkeypatch.setattr(memory, "_limits", lambda own, root: [])
-    assert memory.total(cpu) == memory.UNTOLD
+    assert memory.total(cpu) == memory.UNKNOWN
 
 
 def test_peak_grows_with_what_is_held():

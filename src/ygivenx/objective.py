@@ -15,7 +15,7 @@ from .forest import Edges, Forest, Ints
 from .head.selective import selective_cross_entropy
 from .models.model import head_of, loss_over
 from .models.streaming import ONE_PASS
-from .models.wrappers import sharded, through
+from .models.wrappers import inside_forward, sharded
 from .sequence import Example, Sequence
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def loss(
                 fix="leave chunk out, or use DistributedDataParallel",
             )
         chunk = ONE_PASS
-    return through(model, lambda inner: _loss(inner, forest, denominator, route, chunk))
+    return inside_forward(model, lambda inner: _loss(inner, forest, denominator, route, chunk))
 
 
 def _loss(

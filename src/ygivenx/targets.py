@@ -29,7 +29,7 @@ from .forest import Edges, Forest, Ints
 from .head.distribution import Description, Wants, describe
 from .head.selective import log_probs as head_log_probs
 from .models.model import head_of, hidden_states
-from .models.wrappers import sharded, through
+from .models.wrappers import inside_forward, sharded
 from .sequence import Example, Sequence
 
 Which = Literal["weighted", "reply", "all"]
@@ -190,7 +190,9 @@ def log_probs(
     if chunk is None and sharded(model):  # ranks make equally many forward passes: one each
         chunk = max(1, len(targets.forest))
     with nullcontext() if adapters else _without_adapters(model):
-        return through(model, lambda inner: _log_probs(inner, targets, wants, candidates, route, chunk))
+        return inside_forward(
+            model, lambda inner: _log_probs(inner, targets, wants, candidates, route, chunk)
+        )
 
 
 def _log_probs(

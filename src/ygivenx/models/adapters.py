@@ -32,7 +32,7 @@ def product(layer: Any) -> tuple[Tensor, Tensor | None]:
     if not type(layer).__module__.startswith("peft."):
         return layer.weight, layer.bias
     if not hasattr(layer, "base_layer"):
-        raise _beyond(type(layer).__name__)
+        raise _not_a_product(type(layer).__name__)
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as its forward does
     weight, bias = product(layer.base_layer)
@@ -43,7 +43,7 @@ def product(layer: Any) -> tuple[Tensor, Tensor | None]:
     if type(layer) is not sys.modules["peft.tuners.lora"].Linear or not isinstance(
         layer.get_base_layer(), nn.Linear
     ):
-        raise _beyond(f"{type(layer).__module__}.{type(layer).__name__}")
+        raise _not_a_product(f"{type(layer).__module__}.{type(layer).__name__}")
     for name in layer.active_adapters:
         if name in layer.lora_A:
             weight, bias = _with_lora(layer, name, weight, bias)
@@ -104,10 +104,12 @@ def refuse_unread(model: Any) -> None:
 def _with_lora(layer: Any, name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     variant = getattr(layer, "lora_variant", {}).get(name)
     if variant is not None or layer.use_dora.get(name):
-        raise _beyond("DoRA" if layer.use_dora.get(name) else type(variant).__name__)
+        raise _not_a_product("DoRA" if layer.use_dora.get(name) else type(variant).__name__)
     dropout = layer.lora_dropout[name]
     if dropout.training and getattr(dropout, "p", 0.0) > 0:
-        raise _beyond(f"LoRA with a dropout of {dropout.p:g}", "set lora_dropout=0, or leave the head out")
+        raise _not_a_product(
+            f"LoRA with a dropout of {dropout.p:g}", "set lora_dropout=0, or leave the head out"
+        )
     down, up, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
     _refuse_hooks(down, up)
     # Of two dtypes the wider one: an adapter's first steps are smaller than bfloat16 could add to the weight.
@@ -119,7 +121,9 @@ def _with_lora(layer: Any, name: str, weight: Tensor, bias: Tensor | None) -> tu
     return weight, bias
 
 
-def _beyond(what: str, fix: str = "leave the head out of target_modules, or merge the adapter") -> ModelError:
+def _not_a_product(
+    what: str, fix: str = "leave the head out of target_modules, or merge the adapter"
+) -> ModelError:
     return ModelError(
         f"{what} on the language-model head can't be computed",
         why="it isn't one product with the hidden states, and would be left out",

@@ -40,7 +40,10 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     Without a plan it is what the model would have run anyway.
     """
     if ygx is None:
-        return _stock(module)(module, query, key, value, attention_mask, **options)
+        stock: tuple[Tensor, Tensor | None] = _stock(module)(
+            module, query, key, value, attention_mask, **options
+        )
+        return stock
     # Under autocast the rotary embedding leaves query and key in float32 beside a value in half precision.
     query, key = query.to(value.dtype), key.to(value.dtype)
     kind = query.device.type
@@ -116,7 +119,7 @@ def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) 
     """
     deepest = plan.depth.max()
     if o.chunk is not None and o.chunk <= deepest:
-        return dense(query, key, value, plan.once(chunked_mask, o.chunk), o)
+        return dense(query, key, value, plan.cached(chunked_mask, o.chunk), o)
     window = o.window if o.window is not None and o.window <= deepest else None
     simple = o.softcap is None and o.sinks is None and not o.dropout
     same_width = query.shape[-1] == value.shape[-1]
@@ -126,12 +129,14 @@ def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) 
     if route == "plain":
         return plain(query, key, value, o.scale)
     if route == "varlen":
-        return varlen(query, key, value, plan.once(varlen_cuts, None), o.scale)
+        return varlen(query, key, value, plan.cached(varlen_cuts, None), o.scale)
     if route == "blocks" and simple and same_width:
-        return Blocks.apply(query, key, value, plan.once(make_tiles, window), o.scale)
+        tiles = plan.cached(make_tiles, window)
+        together: Tensor = Blocks.apply(query, key, value, tiles, o.scale)  # type: ignore[no-untyped-call]
+        return together
     if route == "flex" and o.sinks is None and not o.dropout and has_kernel(query, value):
-        return flex(query, key, value, plan.once(flex_mask, window), o.scale, o.softcap)
-    return dense(query, key, value, plan.once(dense_mask, window), o)
+        return flex(query, key, value, plan.cached(flex_mask, window), o.scale, o.softcap)
+    return dense(query, key, value, plan.cached(dense_mask, window), o)
 
 
 # -- dense: the twin -------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..forest import Ints
 from .plan import Plan
 
-BLOCK = 128  # queries of a block that holds more than one segment
+QUERIES_PER_BLOCK = 128  # of a block that holds more than one segment
 MANY = 192  # queries from which torch's flash kernel takes blocks of 64 of them or more, not of 32
 LONG = 512  # keys with which paths must begin alike for the blocks they lead to to see them together
 
@@ -109,10 +109,10 @@ def _cuts(plan: Plan, window: int | None) -> list[tuple[int, int]]:
     # Neighbours with the same end are a chain without branches: a segment.
     bounds = plan.first + np.flatnonzero(np.diff(plan.end[plan.first :], prepend=-1, append=-1))
     if window is not None:
-        bounds = np.unique(np.concatenate((bounds, np.arange(plan.first, len(plan.end), BLOCK))))
+        bounds = np.unique(np.concatenate((bounds, np.arange(plan.first, len(plan.end), QUERIES_PER_BLOCK))))
     cuts, start = [], plan.first
     for here, after in pairwise(bounds.tolist()):
-        if after - start > BLOCK and here > start:
+        if after - start > QUERIES_PER_BLOCK and here > start:
             cuts.append((start, here))
             start = here
     return [*cuts, (start, len(plan.end))]
@@ -134,7 +134,7 @@ def _block(plan: Plan, start: int, stop: int, window: int | None, before: Ints) 
     one = bool((end[start:stop] == end[start]).all()) and everywhere.all()
     if one and (window is None or stop - start <= window):
         return Tile(rows, (slice(start, stop),), causal=True), path
-    if len(path) - len(before) <= BLOCK // 2 and np.array_equal(path[: len(before)], before):
+    if len(path) - len(before) <= QUERIES_PER_BLOCK // 2 and np.array_equal(path[: len(before)], before):
         path = before
     near = np.concatenate((np.setdiff1d(keys, path), np.arange(start, stop)))
     q = np.arange(start, stop)[:, None]
@@ -159,7 +159,8 @@ def _take(values: Tensor, runs: Runs) -> Tensor:
 
 def _parts(values: Tensor, runs: Runs) -> tuple[Tensor, ...]:
     """What belongs to each run of a tile's result [1, heads, F, ...]."""
-    return values.split([run.stop - run.start for run in runs], 2)
+    parts: tuple[Tensor, ...] = values.split([run.stop - run.start for run in runs], 2)
+    return parts
 
 
 def _add(total: Tensor, runs: Runs, parts: Tensor) -> None:
@@ -209,7 +210,8 @@ class _Fold(NamedTuple):
             return a
         grouped = a[0].unflatten(0, (self.kv_heads, self.groups))
         length = self.groups * a.shape[2] // self.batch
-        return grouped.reshape(self.kv_heads, self.batch, length, *a.shape[3:]).transpose(0, 1)
+        batched: Tensor = grouped.reshape(self.kv_heads, self.batch, length, *a.shape[3:])
+        return batched.transpose(0, 1)
 
     def back(self, a: Tensor) -> Tensor:
         if self._nothing:

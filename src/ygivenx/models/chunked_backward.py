@@ -36,8 +36,9 @@ def hidden_states(run: AnyRun) -> Tensor:
         hidden = torch.cat(parts)
         return hidden[torch.from_numpy(np.argsort(np.concatenate(rows))).to(hidden.device)]
     run = run.for_gradients()
-    hidden = _Hidden.apply(run, *parameters)
-    return hidden[torch.from_numpy(np.argsort(run.order)).to(hidden.device)]
+    hidden = _Hidden.apply(run, *parameters)  # type: ignore[no-untyped-call]
+    every: Tensor = hidden[torch.from_numpy(np.argsort(run.order)).to(hidden.device)]
+    return every
 
 
 def loss(run: AnyRun, score: Score) -> Tensor:
@@ -51,8 +52,8 @@ def loss(run: AnyRun, score: Score) -> Tensor:
     run = run.for_gradients()
     store = None if _scaled(run) else _trunk(run)
     if store is None:
-        return score(run.order, _Hidden.apply(run, *_trained(run.decoder)))
-    value: Tensor = _Loss.apply(run, score, store, *parameters)
+        return score(run.order, _Hidden.apply(run, *_trained(run.decoder)))  # type: ignore[no-untyped-call]
+    value: Tensor = _Loss.apply(run, score, store, *parameters)  # type: ignore[no-untyped-call]
     return value
 
 
@@ -154,7 +155,7 @@ class _Backward:
         self.totals: list[Tensor | None] = [None] * len(parameters)
         self.into = _NodeStore(store.nodes, store.device)
 
-    def through(self, chunk: Chunk, done: _Pass, output: Tensor, grad: Tensor) -> None:
+    def propagate(self, chunk: Chunk, done: _Pass, output: Tensor, grad: Tensor) -> None:
         """From `output`, which the chunk's hidden states went into, and from what later chunks made of its keys."""
         outputs = [(output, grad)]
         for layer, into in self.into[self.into.own(chunk)].items():
@@ -184,7 +185,7 @@ class _Loss(torch.autograd.Function):
         refuse_second_derivatives("a forest in chunks")
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward: the first one gave its gradients away
-            with ctx.surroundings.again():
+            with ctx.surroundings.restored():
                 store = _trunk(ctx.run)
                 assert store is not None
                 gradients = _descend(ctx.run, ctx.score, store, list(ctx.saved_tensors))[1]
@@ -204,7 +205,7 @@ def _descend(
         done = _Pass.of(run, chunk, store)
         with torch.enable_grad():
             part = score(run.order[chunk.start : chunk.stop], done.hidden)
-        backward.through(chunk, done, part, torch.ones_like(part))
+        backward.propagate(chunk, done, part, torch.ones_like(part))
         parts.append(part.detach())
         del done, part  # before the next chunk is computed
     return torch.stack(parts).sum(), backward.totals
@@ -239,9 +240,9 @@ class _Hidden(torch.autograd.Function):
         done, ctx.last = ctx.last, None
         for chunk, surroundings in reversed(list(zip(ctx.run.chunks, ctx.surroundings, strict=True))):
             if done is None:
-                with surroundings.again():
+                with surroundings.restored():
                     done = _Pass.of(ctx.run, chunk, ctx.store)
-            backward.through(chunk, done, done.hidden, grad[chunk.start : chunk.stop])
+            backward.propagate(chunk, done, done.hidden, grad[chunk.start : chunk.stop])
             done = None
         return None, *backward.totals
 
@@ -310,7 +311,8 @@ class _Surroundings:
             torch.cuda.set_rng_state(state, self.device)
 
     @contextmanager
-    def again(self) -> Iterator[None]:
+    def restored(self) -> Iterator[None]:
+        """Within it random numbers and autocast are as they were."""
         enabled, dtype = self.autocast
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.autocast(self.device.type, dtype, enabled):

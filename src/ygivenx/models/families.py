@@ -110,7 +110,8 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None 
             where=type(decoder).__name__,
             why="the others would mix tokens that don't stand on one path",
         )
-    return out.last_hidden_state[0]
+    hidden: Tensor = out.last_hidden_state
+    return hidden[0]
 
 
 def feed_sequences(decoder: nn.Module, ids: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .plan import Plan
 
 Bools = NDArray[np.bool_]
 
-BLOCK = 128  # queries and keys of a block that the kernel computes or skips as a whole
+TOKENS_PER_BLOCK = 128  # queries and keys of a block that the kernel computes or skips as a whole
 NARROWEST = 16  # numbers of a head that tensor cores multiply at least
 SPECIALISED = 64  # compiled variants at most: by dtype, width, window, soft-cap, with gradients or without
 
@@ -25,7 +25,7 @@ SPECIALISED = 64  # compiled variants at most: by dtype, width, window, soft-cap
 def has_kernel(query: Tensor, value: Tensor) -> bool:
     """Whether there is one for these: on CUDA not for narrow heads; and few queries aren't worth compiling it."""
     narrow = min(query.shape[-1], value.shape[-1]) < NARROWEST
-    return not query.is_cuda or (query.shape[2] >= BLOCK and not narrow)
+    return not query.is_cuda or (query.shape[2] >= TOKENS_PER_BLOCK and not narrow)
 
 
 def flex(
@@ -91,19 +91,19 @@ def flex_mask(plan: Plan, window: int | None) -> BlockMask:
     (partial_blocks, which), (whole, which_whole) = (map(put, _listed(m)) for m in (some & ~every, every))
     return BlockMask.from_kv_blocks(
         partial_blocks, which, whole, which_whole,
-        BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(len(place), len(end)),
+        BLOCK_SIZE=TOKENS_PER_BLOCK, mask_mod=allowed, seq_lengths=(len(place), len(end)),
     )  # fmt: skip
 
 
 def pairs_of_blocks(end: Ints, depth: Ints, first: int, window: int | None) -> tuple[Bools, Bools]:
     """bool [query blocks, key blocks] twice: where some query may see some key, and where all see all."""
     count = len(end)
-    q, k = np.arange(first, count, BLOCK), np.arange(0, count, BLOCK)
-    q_stop, k_stop = np.minimum(q + BLOCK, count), np.minimum(k + BLOCK, count)
+    q, k = np.arange(first, count, TOKENS_PER_BLOCK), np.arange(0, count, TOKENS_PER_BLOCK)
+    q_stop, k_stop = np.minimum(q + TOKENS_PER_BLOCK, count), np.minimum(k + TOKENS_PER_BLOCK, count)
     end_least, end_most = np.minimum.reduceat(end, k), np.maximum.reduceat(end, k)
     some = (k < q_stop[:, None]) & (end_most > q[:, None])
     # The kernel asks nothing in these, so they must not reach beyond the last token.
-    complete = (q_stop - q == BLOCK)[:, None] & (k_stop - k == BLOCK)
+    complete = (q_stop - q == TOKENS_PER_BLOCK)[:, None] & (k_stop - k == TOKENS_PER_BLOCK)
     every = complete & (k_stop <= q[:, None] + 1) & (end_least >= q_stop[:, None])
     if window is not None:
         q_depth, k_depth = depth[first:], depth

@@ -15,11 +15,11 @@ import torch
 from ..head.pages import ask_for_large_pages
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
-UNTOLD = 8 << 30  # bytes, where a system doesn't say how many it has
+UNKNOWN = 8 << 30  # bytes, where a system doesn't say how many it has
 
 
 def peak() -> int:
-    """Bytes: the most that this process has held so far, on the GPU where there is one; 0 where that can't be told."""
+    """Bytes: the most that this process has held so far, on the GPU where there is one; 0 where that can't be known."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -31,7 +31,7 @@ def peak() -> int:
 
 
 def total(device: torch.device) -> int:
-    """Bytes that a device has; of the host's memory what this process may use, 8 GiB where that can't be told."""
+    """Bytes that a device has; of the host's memory what this process may use, 8 GiB where that can't be known."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return min([_physical(), *_limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
@@ -41,7 +41,7 @@ def _physical() -> int:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf, and others not these names
-        return UNTOLD
+        return UNKNOWN
 
 
 def _limits(own: Path, root: Path) -> Iterator[int]:

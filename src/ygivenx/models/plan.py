@@ -110,8 +110,8 @@ class Plan:
         zeros = torch.zeros(seen.shape, dtype=dtype, device=self.device)
         return zeros.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
 
-    def once(self, make: Callable[..., Any], window: int | None) -> Any:
-        """make(self, window), kept for the layers that ask later."""
+    def cached(self, make: Callable[..., Any], window: int | None) -> Any:
+        """make(self, window), kept for later layers."""
         key = make, window
         if key not in self.built:
             self.built[key] = make(self, window)

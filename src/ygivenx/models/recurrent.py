@@ -2,7 +2,7 @@
 
 No model code is touched: the forward of a layer is called once or a few times per level of the forest's segments,
 with a cache that hands out the parents' states and keeps those of the segments, differentiable and never written in
-place. Padding stands on the right of shorter segments; there the layer's own gates are told to leave the state alone.
+place. Padding stands on the right of shorter segments; there the layer's own gates are closed, which leaves the state alone.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ def prepare(decoder: nn.Module) -> None:
 
 
 def expected_layers(decoder: nn.Module, config: Any) -> int:
-    """How many layers and parts of layers have to be told which tokens stand on one path."""
+    """How many layers and parts of layers have to know which tokens stand on one path."""
     count = len(mixers(decoder))
     kinds = getattr(config, "layer_types", None) or ()
     if not count:
         return int(config.num_hidden_layers)
-    return count + sum(kind.startswith("hybrid") or kind in ATTENDING for kind in kinds)
+    return count + sum(bool(kind.startswith("hybrid") or kind in ATTENDING) for kind in kinds)
 
 
 def _forward(
@@ -112,7 +112,7 @@ def over_forest(mixer: nn.Module, stock: Callable[..., Tensor], hidden: Tensor, 
     """The layer's output [1, N, H] for hidden [1, N, H], each segment from its parent's state on."""
     accepted = inspect.signature(stock).parameters
     cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
-    tree = plan.once(levels, None)
+    tree = plan.cached(levels, None)
     found, states = list[Tensor](), _past(mixer, plan, tree.path)
     for level in tree.groups:
         ended = list[States]()

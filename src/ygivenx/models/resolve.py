@@ -56,7 +56,8 @@ def revision_of(path: str, gguf_file: str | None = None) -> str | None:
         return None
     with quiet_loading(path):
         found = (file_of(path, name) for name in (gguf_file, "config.json", "adapter_config.json") if name)
-        return extract_commit_hash(str(next(filter(None, found), "")), None)
+        commit: str | None = extract_commit_hash(str(next(filter(None, found), "")), None)
+        return commit
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def depths(plan: Plan, kernel: int | None) -> Depths:
 
 def over_forest(mixer: Any, hidden: Tensor, plan: Plan) -> Tensor:
     """The layer's output [1, N, H] for hidden [1, N, H]."""
-    tree = plan.once(depths, mixer.conv_kernel_size)
+    tree = plan.cached(depths, mixer.conv_kernel_size)
     x, gate = mixer.in_proj(hidden[0]).chunk(2, -1)
     x = mixer.act(_convolved(mixer.conv1d, x, tree.ancestors))
     sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
@@ -76,7 +76,8 @@ def over_forest(mixer: Any, hidden: Tensor, plan: Plan) -> Tensor:
     update = (step * x.float())[..., None] * B.float()[:, None]
     states = scan(decay, update, tree).to(x.dtype)
     y = (states @ C[..., None])[..., 0] + x * mixer.D.float()
-    return mixer.out_proj((y * silu(gate)).to(hidden.dtype))[None]
+    out: Tensor = mixer.out_proj((y * silu(gate)).to(hidden.dtype))
+    return out[None]
 
 
 def _convolved(conv: nn.Conv1d, x: Tensor, ancestors: Tensor) -> Tensor:
@@ -111,11 +112,11 @@ def carried(decoder: nn.Module, plan: Plan) -> Iterator[None]:
 
 
 def _checkpointed(function: Any, plan: Plan, forward: Any, *args: Any) -> Any:
-    def again(*given: Any) -> Any:
+    def with_plan(*given: Any) -> Any:
         with _current(plan):
             return forward(*given)
 
-    return function(again, *args)
+    return function(with_plan, *args)
 
 
 @contextmanager

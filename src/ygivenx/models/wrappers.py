@@ -17,6 +17,17 @@ def inner_of(model: Any) -> Any:
     return model
 
 
+def innermost(model: Any) -> Any:
+    """The model inside whatever surrounds it: wrappers with a `module`, torch.compile, PEFT."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None and hasattr(model, "get_base_model"):
+            inner = model.get_base_model()
+        if inner is None:
+            return model
+        model = inner
+
+
 def sharded(model: Any) -> bool:
     """Whether a forward pass gathers weights from all ranks: each has to make as many as the others."""
     return _is_one_of(model, SHARDED)
@@ -26,7 +37,7 @@ def _is_one_of(model: Any, names: set[str]) -> bool:
     return any(kind.__name__ in names for kind in type(model).__mro__)
 
 
-def through(model: Any, compute: Callable[[Any], T]) -> T:
+def inside_forward(model: Any, compute: Callable[[Any], T]) -> T:
     """compute(the inner model), inside the forward pass of a wrapped or sharded model.
 
     DDP and FSDP prepare gradients and gather weights in their own forward; the loss of a forest isn't the

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..head.logit_head import LogitHead
 
 CHUNK = 64  # rows at a time: [CHUNK, vocabulary] in float64
-BLOCK = 1 << 27  # logits held at a time in the model's own precision
+LOGITS_AT_A_TIME = 1 << 27  # in the model's own precision
 MAX_TARGETS = 16  # more targets than this in one row is a distillation, not a cross-entropy
 
 # How far an entry may lie from W·p, relative to p + 1/V, before it counts as a target: rounding of the logits
@@ -164,7 +164,7 @@ def from_hidden(hidden: Tensor, grad: Tensor, head: ProbedHead, hints: Tensor) -
     ] = {}  # by how the logits may have been rounded; one list a row
     norms = head.weight.detach().float().pow(2).sum(1)
     # Logits of as many rows at once as the loss is likely to have made: other shapes round otherwise.
-    for block in torch.arange(len(grad)).split(max(CHUNK, BLOCK // len(norms))):
+    for block in torch.arange(len(grad)).split(max(CHUNK, LOGITS_AT_A_TIME // len(norms))):
         rows = block[grad[block].ne(0).any(1).cpu()].to(grad.device)
         raws = _logits(hidden[block.to(grad.device)], head) if len(rows) else {}
         for dtype, raw in raws.items():

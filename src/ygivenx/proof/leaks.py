@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.families import decoder_of
 from .evidence import Leak, ObservedRow
-from .wrapping import backbone_of, uncompiled, unwrap
+from .wrapping import uncompiled, unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -79,7 +80,7 @@ def leakage(model: nn.Module, inputs: dict[str, Any], groups: np.ndarray) -> np.
     core.eval()  # dropout would be noise here, and would draw random numbers
     try:
         with torch.enable_grad(), uncompiled():
-            hidden = backbone_of(core)(**{**arguments, "use_cache": False})[0]
+            hidden = decoder_of(core)(**{**arguments, "use_cache": False})[0]
     finally:
         hook.remove()
         for module, training in modes:

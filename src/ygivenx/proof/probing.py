@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from ..errors import LossError
+from ..models.families import decoder_of
 from .arrays import as_array, documents_of
 from .gradients import ProbedHead, RecoveredTarget, from_hidden, from_logits
-from .wrapping import backbone_of, probed_head, uncompiled, unwrap
+from .wrapping import probed_head, uncompiled, unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,7 +105,7 @@ class Probe:
         self._embedded: Tensor | None = None
 
     def __enter__(self) -> Probe:
-        head, backbone = self.model.get_output_embeddings(), backbone_of(self.model)
+        head, backbone = self.model.get_output_embeddings(), decoder_of(self.model)
         form = probed_head(self.model, head)
         with ExitStack() as entered:
             entered.enter_context(uncompiled())

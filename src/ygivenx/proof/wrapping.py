@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ModelError
+from ..models.wrappers import innermost
 from .gradients import ProbedHead
 
 if TYPE_CHECKING:
@@ -19,14 +20,7 @@ if TYPE_CHECKING:
 
 def unwrap(model: nn.Module) -> Any:
     """The transformers model inside DDP, FSDP, torch.compile and PEFT wrappers; raises ModelError if none."""
-    seen: Any = model
-    while True:
-        inner = getattr(seen, "_orig_mod", None) or getattr(seen, "module", None)
-        if inner is None and hasattr(seen, "get_base_model"):
-            inner = seen.get_base_model()
-        if inner is None:
-            break
-        seen = inner
+    seen = innermost(model)
     if not hasattr(seen, "get_output_embeddings") or seen.get_output_embeddings() is None:
         raise ModelError(
             f"{type(model).__name__} has no output embeddings",
@@ -34,13 +28,6 @@ def unwrap(model: nn.Module) -> Any:
             fix="pass the causal language model itself, such as trainer.model",
         )
     return seen
-
-
-def backbone_of(model: Any) -> nn.Module:
-    """The part of a transformers model that ends in the final norm: its decoder."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    backbone: nn.Module = model.base_model if decoder is None or decoder is model else decoder
-    return backbone
 
 
 def uncompiled() -> AbstractContextManager[Any]:

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..encoded import EncodedRows
-from ..forest import Forest, Ints
+from ..forest import Forest, Ints, pack
 from ..models.streaming import ONE_PASS
-from ..models.wrappers import sharded, through
+from ..models.wrappers import inside_forward, sharded
 from ..scores.node_log_probs import Float64s, node_values
 from ..sequence import Sequence
-from .packs import plan_of, weighed
+from .packs import flatten, per_sequence
 
 
 @torch.no_grad()
@@ -33,22 +32,21 @@ def evaluate(
 
     denominator: as in training, so that the two losses are one quantity.
     """
-    rows = EncodedRows.of(data)
-    packs = plan_of(rows, max_tokens)
-    own = range(rank, len(packs), ranks)
+    sequences, _ = flatten(data)
+    if denominator == "sequence":
+        sequences = per_sequence(sequences)
+    packs = pack(sequences, max_tokens=max_tokens)
+    own = packs[rank::ranks]
     sums = np.zeros(7)
     was_training = model.training
     model.eval()
     try:
-        for number in own:
-            sequences = [weighed(rows[i], denominator) for i in packs[number]]
-            forest = Forest.of(sequences)
+        for forest in own:
             log_p, place = _values(model, forest)
-            for sequence, path in zip(sequences, forest.paths, strict=True):
-                sums += _role_sums(sequence, log_p[path], place[path])
-        if sharded(model) and len(own) < len(range(0, len(packs), ranks)):
-            # gathers the weights once more, as the other ranks do
-            _values(model, Forest.of(rows.bare(i) for i in packs[0]))
+            for member, path in zip(forest.members, forest.paths, strict=True):
+                sums += _role_sums(sequences[member], log_p[path], place[path])
+        if sharded(model) and len(own) < len(packs[::ranks]):
+            _values(model, packs[0])  # gathers the weights once more, as the other ranks do
     finally:
         model.train(was_training)
     return torch.from_numpy(sums)
@@ -70,7 +68,7 @@ def rates(sums: torch.Tensor) -> dict[str, float]:
 def _values(model: nn.Module, forest: Forest) -> tuple[Float64s, Ints]:
     if not sharded(model):
         return node_values(model, forest)
-    return through(model, lambda inner: node_values(inner, forest, chunk=ONE_PASS))
+    return inside_forward(model, lambda inner: node_values(inner, forest, chunk=ONE_PASS))
 
 
 def _role_sums(s: Sequence, log_p: Float64s, rank: Ints) -> Float64s:
