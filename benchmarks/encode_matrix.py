@@ -2,10 +2,13 @@
 
 make tokenizers
 python benchmarks/encode_matrix.py > FILE
-python benchmarks/encode_matrix.py --templates FOLDER > benchmarks/results/encode-matrix.json
+python benchmarks/encode_matrix.py --templates FOLDER --current --details FILE
+python benchmarks/encode_matrix.py --of FILE --write docs/encoding.md > benchmarks/results/encode-matrix.json
 
 By default the templates are those that TRL ships; `--templates` takes a folder of others, named SOURCE--NAME.jinja
-(scripts/fetch_templates.py makes one). They aren't ours to ship: the report has their names, counts and outcomes.
+(scripts/fetch_templates.py makes one), with `--current` those of today's models alone. They aren't ours to ship: the
+report has their names, counts and outcomes. `--details` adds each outcome to a file, so that parts of the matrix may be
+run apart; `--of` reports on such a file, and `--write` puts the table between its marks in a document.
 
 Every mask that is given is checked by tests/templates/checker.py, which shares nothing with the encoder. A refusal is
 the contract's if the template can render all that the replies say. Each refusal is tried with the options that its
@@ -35,6 +38,7 @@ from templates.stock import stock_templates
 from ygivenx import Encoder, RowError
 from ygivenx.errors import ConfigError
 
+CURRENT = frozenset((Path(__file__).parents[1] / "tests/templates/current.txt").read_text().split())
 # One conversation for each column of the table of models.
 KINDS = {
     "plain": "one turn",
@@ -213,28 +217,104 @@ def share(n: int, of: int) -> float:
     return round(n / of, 4) if of else 1.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--templates", type=Path, metavar="FOLDER")
-    parser.add_argument("--only", default="", metavar="REGEX", help="templates whose name it finds")
-    parser.add_argument("--details", type=Path, metavar="FILE", help="each outcome as a line of JSON")
-    parser.add_argument("--quick", action="store_true", help="refusals aren't tried with options")
-    choice = parser.parse_args()
+def written(found: list[Outcome]) -> str:
+    """Totals and the table of models, as Markdown."""
+    all_of, by_model = rates(found), table(found)
+    results = all_of["results"]
+    totals = {
+        "pairs of a template and a conversation": len(found),
+        "trained as the template writes them": results.get("trained", 0),
+        "repaired, with a note": results.get("repaired", 0),
+        "not rendered by the template in any spelling": results.get("unrendered", 0),
+        "refused, as the template leaves out part of a reply, or the row itself is at fault": sum(
+            o.result == "refused" and (o.reason in OF_ROWS or not o.in_full) for o in found
+        ),
+        "refused by the contract, of those rendered in full": percent(
+            all_of["refused_by_the_contract_of_those_rendered_in_full"]
+        ),
+        "silent errors": sum(bool(o.faults) for o in found),
+        "refusals that an option lets through, and that name one": percent(
+            all_of["of_these_named_in_the_message"]
+        ),
+    }
+    lines = [
+        "| | |",
+        "|---|---|",
+        *(f"| {k} | {v:,} |" if isinstance(v, int) else f"| {k} | {v} |" for k, v in totals.items()),
+    ]
+    lines += ["", "✗: refused, with the reason; –: the template renders nothing.", ""]
+    lines += [f"| template (source) | {' | '.join(KINDS)} |", "|---" * (len(KINDS) + 1) + "|"]
+    for name in sorted(by_model, key=lambda n: n.partition("--")[2].lower()):
+        source, _, short = name.partition("--")
+        cells = (c.replace("refused: ", "✗ ") for c in by_model[name].values())
+        lines.append(f"| {short} ({source}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def percent(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
+
+
+MARK = "<!-- {} of the matrix: benchmarks/encode_matrix.py writes it -->"
+
+
+def put_between_marks(file: Path, text: str) -> None:
+    """Put a text between the two marks of a document."""
+    begin, end = MARK.format("beginning"), MARK.format("end")
+    document = file.read_text()
+    if begin not in document or end not in document:
+        raise SystemExit(f"{file} has no marks {begin!r} and {end!r}")
+    before, _, rest = document.partition(begin)
+    file.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
+def chosen_templates(choice: argparse.Namespace) -> dict[str, str]:
     if choice.templates:
         templates = {p.stem: p.read_text() for p in sorted(choice.templates.glob("*.jinja"))}
-        source = {"sources": Counter(n.partition("--")[0] for n in templates)}
     else:
-        templates = {n: t for n, t in stock_templates().items() if not n.endswith("_training")}
-        source = {"trl": version("trl")}
-    templates = {n: t for n, t in templates.items() if re.search(choice.only, n)}
+        templates = {f"trl--{n}": t for n, t in stock_templates().items() if not n.endswith("_training")}
+    return {
+        n: t
+        for n, t in templates.items()
+        if re.search(choice.only, n) and (not choice.current or n in CURRENT)
+    }
+
+
+def outcomes_of(choice: argparse.Namespace) -> list[Outcome]:
+    """The outcomes of a file, or of the templates that are chosen, each put down as it comes."""
+    if choice.of:
+        return [Outcome(**json.loads(line)) for line in choice.of.read_text().splitlines()]
     found = []
-    for o in outcomes(templates, tries=not choice.quick):
+    for o in outcomes(chosen_templates(choice), tries=not choice.quick):
         found.append(o)
         if choice.details:
             with choice.details.open("a") as file:
                 print(json.dumps(asdict(o), ensure_ascii=False), file=file)
-    command = "python benchmarks/encode_matrix.py" + (" --templates FOLDER" if choice.templates else "")
-    print(json.dumps(report(found, {"command": command, **source}), indent=1, ensure_ascii=False))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--templates", type=Path, metavar="FOLDER")
+    parser.add_argument("--current", action="store_true", help="templates of today's models alone")
+    parser.add_argument("--only", default="", metavar="REGEX", help="templates whose name it finds")
+    parser.add_argument(
+        "--details", type=Path, metavar="FILE", help="each outcome as a line of JSON, added to it"
+    )
+    parser.add_argument("--of", type=Path, metavar="FILE", help="report on such a file")
+    parser.add_argument("--write", type=Path, metavar="DOCUMENT", help="put the table between its marks")
+    parser.add_argument("--quick", action="store_true", help="refusals aren't tried with options")
+    choice = parser.parse_args()
+    found = outcomes_of(choice)
+    if choice.write:
+        put_between_marks(choice.write, written(found))
+    source = {
+        "command": "python benchmarks/encode_matrix.py"
+        + (" --templates FOLDER --current" if choice.current else ""),
+        "sources": Counter(n.partition("--")[0] for n in {o.template for o in found}),
+        "trl": version("trl"),
+    }
+    print(json.dumps(report(found, source), indent=1, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -82,8 +82,8 @@ def ours(model: Any, tokenizer: Any) -> dict[str, Any]:
     )
     packs = trainer.train_dataset
     order = list(trainer._get_train_sampler())
-    result = timed(trainer, lambda i: int((packs.forests[order[i]].weight > 0).sum()))
-    return result | {"rows_per_step": statistics.mean(len(f.paths) for f in packs.forests)}
+    result = timed(trainer, lambda i: int((packs[order[i]]["forest"].weight > 0).sum()))
+    return result | {"rows_per_step": len(packs.plan.members) / len(packs)}
 
 
 def encoded(tokenizer: Any) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import get_args, get_type_hints
 
 import pytest
 from templates.conversations import call, calls, reply, result, system, tool, user
@@ -16,6 +17,9 @@ from templates.stock import stock_templates
 from tokenizers import Regex, pre_tokenizers
 
 from ygivenx import Encoder, Example, RowError
+from ygivenx.commands.config import ColumnOptions, EncoderSection
+from ygivenx.commands.inputs import in_flags, open_rows
+from ygivenx.encoder.encode import CHOICES, OPTIONS
 from ygivenx.errors import ConfigError
 
 SHELF = stock_templates()
@@ -247,3 +251,43 @@ def test_encoders_of_different_times_share_nothing_in_threads(tokenizer):
 
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(years, encoders)) == [{"2001"}, {"2002"}]
+
+
+@pytest.mark.parametrize(
+    ("python", "flags"),
+    [
+        ("dropped='warn'", "-e dropped=warn"),
+        ('control="text"', "--control text"),
+        ("max_length=512", "--max-length 512"),
+        ("bos=True", "-e bos=true"),
+        ("repair='default,append_end'", "-e repair=default,append_end"),
+        ("stops=['<|end|>', '<|a|>']", """-e 'stops=["<|end|>", "<|a|>"]'"""),
+        ("template_kwargs={'enable_thinking': False}", """-e 'template_kwargs={"enable_thinking": false}'"""),
+        ("roles=['critic']", "--roles critic"),
+        ("tokenizer.eos_token='x'", "tokenizer.eos_token='x'"),
+    ],
+)
+def test_hints_in_the_spelling_of_commands(python, flags):
+    """Y19: what a fix names as Python has it is an option that commands take; elsewhere texts stay as they are."""
+    assert (
+        in_flags(f"what: {python}\n  fix: {python}, or mend it")
+        == f"what: {python}\n  fix: {flags}, or mend it"
+    )
+
+
+def test_commands_take_every_choice_that_a_hint_may_name():
+    for name, hint in get_type_hints(EncoderSection).items():
+        if name in CHOICES:
+            assert set(get_args(hint)) == set(CHOICES[name])
+    assert {*CHOICES, "repair", "stops", "template_kwargs", "max_length", "bos"} <= {*OPTIONS, "control"}
+
+
+def test_a_role_of_the_templates_own_has_a_flag(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(
+        '{"messages": [{"role": "critic", "content": "no"}, {"role": "assistant", "content": "yo"}]}\n'
+    )
+    (refused,) = open_rows(str(rows), ColumnOptions())
+    assert "--roles critic" in in_flags(refused.message)
+    (row,) = open_rows(str(rows), ColumnOptions(roles="critic"))
+    assert row.value.messages[0]["role"] == "critic"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from itertools import pairwise
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 from trees import tree
 
 import ygivenx as yx
+from ygivenx import packing
 from ygivenx.errors import ConfigError, RowError
+from ygivenx.forest import _comparable
 from ygivenx.sequence import Example, Sequence
 
 EXAMPLES = int(os.environ.get("YGX_EXAMPLES", "60"))
@@ -109,6 +113,33 @@ def test_a_prefix_of_another_has_its_own_end():
     f = yx.Forest.of([row(5, 6), row(5, 6, 7, 8)])
     assert [p.tolist() for p in f.paths] == [[0, 1], [0, 1, 2, 3]]
     assert f.fed.tolist() == [0, 1, 2]
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(rows_strategy, st.sampled_from([1, 8, 1 << 23]))
+def test_sequences_are_compared_block_by_block_as_a_whole(sequences, block):
+    """The order is Python's own order of lists, and what neighbours share is counted token by token."""
+    lists = [s.ids.tolist() for s in sequences]
+    in_order = sorted(range(len(lists)), key=lists.__getitem__)
+    shared = [len(os.path.commonprefix([lists[a], lists[b]])) for a, b in pairwise(in_order)]  # noqa: RUF071
+    with patch.object(packing, "BLOCK", block):
+        order, common = packing.prefix_order(*_comparable(sequences))
+    assert order.tolist() == in_order
+    assert common[1:].tolist() == shared
+
+
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(rows_strategy, st.integers(1, 12))
+def test_a_plan_counts_the_distinct_tokens_of_its_packs(sequences, max_tokens):
+    packs = yx.pack(sequences, max_tokens, seed=1)
+    assert (
+        list(map(len, packs)) == packing.plan(*_comparable(sequences), max_tokens, seed=1).distinct.tolist()
+    )
+
+
+def test_an_id_that_is_too_large_is_refused():
+    with pytest.raises(RowError, match="too large"):
+        yx.Forest.of([row(1, 2**31)])
 
 
 def test_single_tokens_need_no_forward_pass():

@@ -29,9 +29,14 @@ def test_a_fingerprint_tells_ids_weights_and_order_apart():
 
 def test_a_mean_per_sequence_is_the_reference_s():
     model, rows = llama(), sequences(5, seed=2)
-    forests = packs(rows, denominator="sequence").forests
+    forests = [pack["forest"] for pack in packs(rows, denominator="sequence")]
     value = sum(yx.loss(model, f, denominator=len(rows)).value.item() for f in forests)
     assert value == pytest.approx(reference.loss(model, rows, "sequence").item(), rel=1e-6)
+
+
+def test_the_places_of_packs_are_told_apart():
+    rows = sequences(6)
+    assert len({Packs(rows, max_tokens=n, seed=0).fingerprint for n in (1, 10_000)}) == 2
 
 
 def test_ranks_get_equally_many_and_what_weighs_nothing_is_left_out():
@@ -39,10 +44,10 @@ def test_ranks_get_equally_many_and_what_weighs_nothing_is_left_out():
     silent = yx.Sequence(np.arange(30, 65), np.zeros(35))
     made = packs([*rows, silent])
     assert made.skipped == 1
-    weight = sum(f.weight.sum() for f in made.forests)
+    weight = sum(pack["forest"].weight.sum() for pack in made)
     made.fill(len(made) + 1)
-    assert len(made) % (len(made.names)) == 0
-    assert sum(f.weight.sum() for f in made.forests) == weight
+    assert made.fillers == 1
+    assert sum(pack["forest"].weight.sum() for pack in made) == weight
     assert made[len(made) - 1]["names"] == ["a filler"]
 
 

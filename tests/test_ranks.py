@@ -31,7 +31,7 @@ def run(out: Path, ranks: int, *settings: int, script: Path = HERE / "ranked.py"
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.full  # now and then one of the two processes doesn't end, which is not yet understood
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("rows", "max_tokens"), [(4, 24), (1, 10_000)], ids=["uneven packs", "a rank without y"]
 )

@@ -300,7 +300,7 @@ def finish(report: Any, fail_on: str, html: Path | None, sarif: Path | None, as_
     if sarif is not None:
         sarif.parent.mkdir(parents=True, exist_ok=True)
         sarif.write_text(report.to_sarif(), encoding="utf-8")
-    print(visible_json(report.to_json()) if as_json else report)
+    print(visible_json(report.to_json()) if as_json else in_flags(str(report)))
     raise typer.Exit(report.exit_code(fail_on))
 
 

@@ -7,7 +7,7 @@ q attends to k iff k <= q < end[k].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .errors import ConfigError, RowError
+from .errors import RowError
+from .packing import KEYS, Read, plan, prefix_order
 from .sequence import Example, Sequence
 
 MAX_TOKENS = 4096  # distinct tokens of a pack, unless another number is given
+LARGEST = 2**31  # ids are compared as 32-bit numbers
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -118,27 +120,14 @@ def pack(
     such as one long sequence, is a pack of its own, however long. Which sequences share a pack, and the order of packs,
     are a function of (seed, epoch). Raises ConfigError for max_tokens < 1.
     """
-    if max_tokens < 1:
-        raise ConfigError(f"max_tokens is {max_tokens}", fix="give at least 1; 4096 to 16384 is usual")
     flat = list(_flatten(sequences))
-    order, shared = _sorted(flat)
-    units = _units(np.array([len(flat[i]) for i in order], np.int64), shared, max_tokens)
-    shuffled = np.random.default_rng((seed, epoch)).permutation(len(units))
-    packs: list[list[int]] = []
-    room, there = 0, set[Stem]()
-    for unit in (units[i] for i in shuffled):
-        if unit.cost(there) > room:
-            packs.append([])
-            room, there = max_tokens, set()
-        packs[-1].extend(order[unit.start : unit.stop])
-        room -= unit.cost(there)
-        there.update(unit.stems)
-    return [_pack_of(flat, members) for members in packs]
+    packs = plan(*_comparable(flat), max_tokens, seed, epoch)
+    return [grown(flat.__getitem__, members) for members in packs]
 
 
-def _pack_of(flat: list[Sequence], members: list[int]) -> Forest:
-    members = sorted(members)
-    return replace(_grow([flat[i] for i in members]), members=tuple(members))
+def grown(sequence: Callable[[int], Sequence], members: list[int]) -> Forest:
+    """The forest of some sequences, each given by its number."""
+    return replace(_grow([sequence(i) for i in members]), members=tuple(members))
 
 
 def _flatten(items: Iterable[Any]) -> Iterator[Sequence]:
@@ -151,41 +140,35 @@ def _flatten(items: Iterable[Any]) -> Iterator[Sequence]:
             yield Sequence(*item)
 
 
-def _sorted(sequences: list[Sequence]) -> tuple[list[int], Ints]:
-    """(lexicographic order, tokens that each shares with the one before it in that order, int64 [n])."""
+def _comparable(sequences: list[Sequence]) -> tuple[Ints, Read]:
+    """(lengths, a reader of tokens) for `prefix_order`. Raises RowError for an empty sequence or a bad id."""
     for i, s in enumerate(sequences):
         if not len(s):
             raise RowError("it has no tokens", reason="empty", where=f"sequence {i}", fix="leave it out")
-        if s.ids.min() < 0:
-            raise RowError(f"token id {s.ids.min()} is negative", reason="bad_id", where=f"sequence {i}")
-    # Big-endian bytes compare like the ids themselves.
-    keys = [s.ids.astype(">i8").tobytes() for s in sequences]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    return order, _common_prefixes([sequences[i].ids for i in order])
+        for id_ in (int(s.ids.min()), int(s.ids.max())):
+            if not 0 <= id_ < LARGEST:
+                what = f"token id {id_} is negative" if id_ < 0 else f"token id {id_} is too large"
+                raise RowError(what, reason="bad_id", where=f"sequence {i}")
+
+    def read(which: Ints, start: int, stop: int) -> Any:
+        block = np.zeros((len(which), stop - start), KEYS)
+        for row, i in zip(block, which.tolist(), strict=True):
+            ids = sequences[i].ids[start:stop]
+            row[: len(ids)] = ids + 1
+        return block
+
+    return np.array([len(s) for s in sequences], np.int64), read
 
 
-def _common_prefixes(rows: list[Ints]) -> Ints:
-    if not rows:
-        return np.zeros(0, np.int64)
-    flat = np.concatenate(rows)
-    length = np.array([len(r) for r in rows])
-    start = np.cumsum(length) - length
-    position = np.arange(len(flat)) - np.repeat(start, length)
-    before = np.repeat(np.concatenate(([0], start[:-1])), length) + position
-    differs = flat[np.minimum(before, len(flat) - 1)] != flat
-    differs |= position >= np.repeat(np.concatenate(([0], length[:-1])), length)
-    return np.minimum.reduceat(np.where(differs, position, np.repeat(length, length)), start)
-
-
-def _deepest_first(sequences: list[Sequence], order: list[int], shared: Ints) -> tuple[list[int], Ints]:
+def _deepest_first(length: Ints, order: Ints, shared: Ints) -> tuple[list[int], Ints]:
     """Sorted sequences so that of branches which part at one place the one with the longest sequence comes first.
 
     The longest path from any node then stands side by side, and so does most of what leads to other branches:
     attention reads it without a copy.
     """
-    length = np.array([len(sequences[i]) for i in order], np.int64)
+    length = length[order]
     places, common = list[int](), list[int]()
-    todo = [(0, len(order), 0)] if order else []
+    todo = [(0, len(order), 0)] if len(order) else []
     while todo:
         start, stop, before = todo.pop()
         if stop - start == 1:
@@ -198,11 +181,12 @@ def _deepest_first(sequences: list[Sequence], order: list[int], shared: Ints) ->
         parts = sorted(pairwise([start, *cuts, stop]), key=lambda part: -int(length[slice(*part)].max()))
         # The last one in is taken out first.
         todo += [(*part, branch) for part in reversed(parts[1:])] + [(*parts[0], before)]
-    return [order[p] for p in places], np.array(common, np.int64)
+    return order[places].tolist(), np.array(common, np.int64)
 
 
 def _grow(sequences: list[Sequence]) -> Forest:
-    order, shared = _deepest_first(sequences, *_sorted(sequences))
+    length, read = _comparable(sequences)
+    order, shared = _deepest_first(length, *prefix_order(length, read))
     fresh = [s.ids[k:] for s, k in zip((sequences[i] for i in order), shared, strict=True)]
     count = sum(map(len, fresh))
     parent, depth = np.arange(-1, count - 1), np.empty(count, np.int64)
@@ -222,53 +206,3 @@ def _grow(sequences: list[Sequence]) -> Forest:
     return Forest(
         token, parent, depth, end, weight.astype(np.float32), tuple(paths), tuple(range(len(paths)))
     )
-
-
-Stem = tuple[int, int]  # (a place among the sorted sequences that names it, tokens)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Sorted sequences [start, stop) that stay together: `own` distinct tokens, on stems that others may share."""
-
-    start: int
-    stop: int
-    own: int
-    stems: tuple[Stem, ...]
-
-    def cost(self, there: set[Stem]) -> int:
-        """Tokens that it adds to a pack in which some stems are there already."""
-        return self.own + sum(stem[1] for stem in self.stems if stem not in there)
-
-
-def _units(length: Ints, shared: Ints, max_tokens: int) -> list[_Unit]:
-    """Subtrees that stay together.
-
-    A subtree is taken apart at its first branching if sharing its stem would spare less than 1/32 of what leaves
-    the largest branch. One that doesn't fit is taken apart, too, where the stem once per pack is less than that.
-    """
-    fresh = np.concatenate(([0], np.cumsum(length - shared)))
-
-    def size(start: int, stop: int) -> int:
-        return int(fresh[stop] - fresh[start] + shared[start])
-
-    units = []
-    todo: list[tuple[int, int, int, tuple[Stem, ...]]] = [(0, len(length), 0, ())] if len(length) else []
-    while todo:
-        start, stop, depth, stems = todo.pop()
-        whole = size(start, stop) - depth
-        if stop - start > 1:
-            branch = int(shared[start + 1 : stop].min())
-            cuts = start + 1 + np.flatnonzero(shared[start + 1 : stop] == branch)
-            parts = list(pairwise([start, *cuts.tolist(), stop]))
-            leaving = whole - max(size(*part) - depth for part in parts)
-            # Taken apart, each further branch computes the stem again. A subtree that fits into a pack is only taken
-            # apart where that costs less than 1/32 of what leaves it: some 3 % of its tokens for freedom in packing.
-            # One that doesn't fit needs the stem once per pack anyway.
-            again = len(cuts) * 32 if whole + depth <= max_tokens else min(len(cuts), whole // max_tokens)
-            if (branch - depth) * again < max(leaving, 1):
-                inner = (*stems, (int(cuts[0]), branch - depth)) if branch > depth else stems
-                todo += [(*part, branch, inner) for part in parts]
-                continue
-        units.append(_Unit(start, stop, whole, stems))
-    return units

@@ -3,11 +3,16 @@
 For each reply that is trained:
 
 1. the ids before it are those of `apply_chat_template(messages[:i], add_generation_prompt=True)` with the row's own
-   switches, or of another spelling of the row (`VARIANTS`), which a note has to tell;
+   switches, or of another spelling of the row (`Variant`), which a note has to tell; where such a prompt opens a
+   thought, white space and the tag that closes it may follow as context, which a note has to tell, too;
 2. it ends in a token at which the model's generation stops, and holds no other one;
 3. what the row says of it stands in it, and nothing but the template's structure beside that;
 4. it is what the template writes, or what a note says that it is;
 5. what the other messages say stands in its context.
+
+Texts are compared without white space, and as the tokenizer's own normaliser leaves them: of a decomposed accent it may
+make a composed one, which is then all that any model sees. A reply before the first user's message is asked for by
+nothing: it may be context.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from jinja2 import meta
@@ -93,7 +99,7 @@ def rendered_in_full(tokenizer: Any, row: Mapping[str, Any], now: datetime = NOW
     for variant in render.variants():
         try:
             texts = {
-                i: render.text(variant, i + 1)
+                i: _added(render, variant, i)
                 for i, m in enumerate(row["messages"])
                 if m["role"] == "assistant"
             }
@@ -103,6 +109,13 @@ def rendered_in_full(tokenizer: Any, row: Mapping[str, Any], now: datetime = NOW
         if result:
             return True
     return result
+
+
+def _added(render: Renderer, variant: Variant, i: int) -> str:
+    """What the rendering with reply i has after the beginning that it shares with the prompt before it."""
+    shown, closed = render.try_text(variant, i, prompt=True) or "", render.text(variant, i + 1)
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(shown, closed, strict=False))
+    return closed[len(list(same)) :]
 
 
 # --- one reply -------------------------------------------------------------------------------------------
@@ -118,7 +131,8 @@ def _of_reply(
         yield "generation stops before its end"
     said = tokenizer.decode(ids[start : stop - 1])
     for text in missing(render.row["messages"][i], said):
-        yield f"it lacks {text!r}"
+        if _bare(render.seen(text)) not in _bare(said):
+            yield f"it lacks {text!r}"
     variant = render.spelling(ids, i, start, stop)
     if variant is None:
         yield "what stands before it isn't what inference shows"
@@ -193,7 +207,7 @@ def _is_provable(render: Renderer, variant: Variant, i: int, ends: set[int]) -> 
     context = render.tokenizer.decode(shown)
     wrong = [*_of_header(render, variant, i, said), *_of_thought(context, said)]
     whole = not missing(render.row["messages"][i], said) and not wrong
-    return whole and not list(_lacking(render.row["messages"][:i], context))
+    return whole and not list(_lacking(render, i, context))
 
 
 # --- the rest of a sequence ------------------------------------------------------------------------------
@@ -217,21 +231,23 @@ def _of_weights(sequence: Sequence, row: Mapping[str, Any]) -> Iterator[str]:
 def _of_context(render: Renderer, sequence: Sequence) -> Iterator[str]:
     last = max((i for i, _, _ in outputs(sequence)), default=0)
     text = render.tokenizer.decode(sequence.ids.tolist())
-    yield from _lacking(render.row["messages"][:last], text)
+    yield from _lacking(render, last, text)
 
 
-def _lacking(messages: list[Message], text: str) -> Iterator[str]:
-    """Whose texts, other than replies, don't stand in a context; the users' in order."""
+def _lacking(render: Renderer, stop: int, text: str) -> Iterator[str]:
+    """Whose texts before message `stop`, other than replies, don't stand in a context; the users' in order."""
     inside, at = _bare(text), 0
-    for i, message in enumerate(messages):
+    for i, message in enumerate(render.row["messages"][:stop]):
         if message["role"] == "assistant":
             continue
         for said in _contents(message):
-            place = inside.find(_bare(said), at if message["role"] == "user" else 0)
-            if place < 0 and _bare(json.dumps(said)) not in inside:
+            is_user = message["role"] == "user"
+            forms = map(_bare, (said, render.seen(said), json.dumps(said)))
+            place, length = max((inside.find(f, at if is_user else 0), len(f)) for f in forms)
+            if place < 0:
                 yield f"message {i} ({message['role']}) isn't in the context as it is"
-            elif message["role"] == "user":
-                at = place + len(_bare(said))
+            elif is_user:
+                at = place + length
 
 
 def _of_coverage(row: Mapping[str, Any], trained: list[int]) -> Iterator[str]:
@@ -334,17 +350,28 @@ class Renderer:
         first = None
         for variant in self.variants():
             text = self.try_text(variant, i, prompt=True)
-            if text is None or self.ids(text) != ids[:start]:
+            if text is None or not self._shows(text, ids[:start]):
                 continue
             if self.closes(variant, i)[:stop] == ids[:stop]:
                 return variant
             first = first or variant
         return first
 
+    def _shows(self, prompt: str, context: list[int]) -> bool:
+        """Whether a context is what a prompt shows, or that with the thought which it opens closed at once."""
+        shown = self.ids(prompt)
+        rest = self.tokenizer.decode(context[len(shown) :])
+        closed = not rest or (_OPENS.search(prompt) and _CLOSES.fullmatch(rest.strip()))
+        return context[: len(shown)] == shown and bool(closed)
+
     def closes(self, variant: Variant, i: int) -> list[int]:
         """The ids of the rendering that ends with message i; none where the template fails."""
         text = self.try_text(variant, i + 1)
         return [] if text is None else self.ids(text)
+
+    def seen(self, text: str) -> str:
+        """A text as the tokenizer gives it back."""
+        return str(self.tokenizer.decode(self.ids(text)))
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -84,7 +84,7 @@ _FAMILIES: tuple[tuple[str, Family], ...] = (
 _MORE = {
     "tencent-hy3": (
         "<｜hy_begin_of_sentence:opensource｜>", "<｜hy_pad:opensource｜>", "<｜hy_User:opensource｜>",
-        "<｜hy_Assistant:opensource｜>", "<｜reasoning_mode:opensource｜>",
+        "<｜hy_Assistant:opensource｜>", "<think:opensource>", "</think:opensource>", "<｜reasoning_mode:opensource｜>",
     ),
     "telechat": ("<_bot>", "<_user>"),
 }  # fmt: skip

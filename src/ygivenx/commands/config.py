@@ -46,6 +46,7 @@ class ColumnOptions:
     y: str | None = option(None, "the column of the output")
     plain: bool = option(False, "x and y are text as the model reads it: no chat template", flags="--plain")
     split: str | None = option(None, "which of a dataset's splits")
+    roles: str | None = option(None, "roles of messages that the template has beside the known ones: a,b")
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,9 @@ class EncoderSection:
     train: str = option("assistant", "what is trained: assistant, last, all, or a role")
     control: Literal["refuse", "text", "parse"] = option("refuse", "control tokens in a row's text")
     max_length: int | None = option(None, "tokens of a sequence", bounds=PAIR, default_text="no limit")
-    overflow: Literal["refuse", "drop_turns", "truncate"] = option("refuse", "what happens to a longer one")
+    overflow: Literal["refuse", "drop_turns", "drop_reply", "truncate"] = option(
+        "refuse", "what happens to a longer one"
+    )
     further: dict[str, Any] = option(
         {}, "name=value of a further option of Encoder, such as repair=append_end", flags="--encoder -e"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from ..encoded import EncodedRows
 from ..errors import ConfigError
 from ..locks import locked
 from ..models.sharing import describe_routes
@@ -83,8 +84,7 @@ def _finetune(config: TrainConfig, args: TrainingArguments, console: Console) ->
     page = write_page(config, trainer, held_out or examples, account, before)
     say(f"saved: {final}, and what was trained: {page}", console)
     _say_what_next(config, final, console)
-    # The ranks' threads end here: a process that leaves them to the interpreter's exit may abort there.
-    trainer.accelerator.end_training()
+    trainer.end_ranks()  # a process that leaves this to the interpreter's exit may abort there
     return {
         **account,
         "steps": trainer.state.global_step,
@@ -208,8 +208,6 @@ def examples_of(
     data: DataSection, encoder: Any, *, held_out: bool = False
 ) -> tuple[list[Example], dict[str, Any]]:
     """The examples of the rows, at least one, and their account."""
-    from dataclasses import replace
-
     path, quarantine = str(data.path), data.quarantine
     if held_out:
         path, quarantine = str(data.eval_path), None
@@ -280,7 +278,7 @@ def run(trainer: Trainer, start: Path | None, console: Console) -> Any:
     last = checkpoint.newest(Path(trainer.args.output_dir))
     kept = f"--resume auto goes on from {last}" if last else "no checkpoint was saved"
     say(f"interrupted at step {trainer.state.global_step} of {trainer.steps}: {kept}", console)
-    trainer.accelerator.end_training()
+    trainer.end_ranks()
     raise SystemExit(128 + interrupts.received)  # what shells call a program that a signal ended
 
 
@@ -320,9 +318,14 @@ def write_page(
     from ..forest import Forest
     from ..report import TokenStrip, run_page
     from ..scores.node_log_probs import node_log_probs
-    from ..training.packs import flatten
 
-    sequences, names = flatten(examples[:SHOWN_ROWS])
+    rows = EncodedRows.of(examples)
+    shown = range(min(SHOWN_ROWS, len(rows)))
+    texts = trainer.processing_class
+    sequences = [
+        replace(s, tokens=tuple(texts.decode([i]) for i in s.ids)) for s in map(rows.__getitem__, shown)
+    ]
+    names = list(map(rows.name, shown))
     forest = Forest.of(sequences)
     log_p = node_log_probs(trainer.model.eval(), forest)
     strips = [

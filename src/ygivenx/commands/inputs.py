@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from ast import literal_eval
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -90,6 +92,7 @@ def open_rows(data: str, columns: ColumnOptions, limit: int | None = None) -> Re
         as_text=columns.plain,
         limit=limit,
         split=columns.split,
+        roles=tuple((columns.roles or "").replace(",", " ").split()),
     )
 
 
@@ -238,28 +241,30 @@ def row_of(reader: Reader, number: int) -> Row:
     return item
 
 
+# Options of Encoder and of `read` that commands have a flag for; the others are names of --encoder.
 _FLAGS = {
-    "control": "--control ",
-    "train": "--train ",
-    "max_length": "--max-length ",
-    "overflow": "--overflow ",
+    name: "--" + name.replace("_", "-") for name in ("control", "train", "max_length", "overflow", "roles")
 }
-_IN_PYTHON = re.compile(r"\b([a-z_]+)=(?:(['\"])(.*?)\2|(\d+|True|False)\b)")
+_IN_PYTHON = re.compile(r"""\b([a-z_]+)=('[^']*'|"[^"]*"|\[[^\]]*\]|\{[^}]*\}|\d+\b|True\b|False\b)""")
 
 
 def in_flags(text: str) -> str:
-    """A message whose fixes name options of Encoder as Python does, in the spelling of commands.
+    """A message whose fixes name options as Python does, in the spelling of commands.
 
-    `dropped='warn'` becomes `-e dropped=warn`, `control="text"` `--control text`.
+    `dropped='warn'` becomes `-e dropped=warn`, `control="text"` `--control text`, and `stops=['<|end|>']`
+    `-e 'stops=["<|end|>"]'`.
     """
+    return "\n".join(
+        _IN_PYTHON.sub(_in_flags, line) if line.lstrip().startswith("fix:") else line
+        for line in text.split("\n")
+    )
+
+
+def _in_flags(match: re.Match[str]) -> str:
     from ..encoder.encode import OPTIONS
 
-    def flag(match: re.Match[str]) -> str:
-        name, value = match[1], match[3] if match[2] else match[4].lower()
-        if name in _FLAGS:
-            return _FLAGS[name] + value
-        return f"-e {name}={value}" if name in OPTIONS else match[0]
-
-    return "\n".join(
-        _IN_PYTHON.sub(flag, line) if line.lstrip().startswith("fix:") else line for line in text.split("\n")
-    )
+    name, value = match[1], literal_eval(match[2])
+    if name in _FLAGS:
+        return f"{_FLAGS[name]} {quote(','.join(value) if isinstance(value, list) else str(value))}"
+    as_text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f"-e {quote(f'{name}={as_text}')}" if name in OPTIONS else match[0]

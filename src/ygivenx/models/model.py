@@ -116,7 +116,8 @@ def _run(
     in_chunks = len(forest.fed) > size
     unshared = bool(reason_unshared(model, forest, route, in_chunks))
     # A sequence that is run by itself is never cut, so it has the positions that it has alone.
-    PositionLimits.of(model).refuse(forest, whole=unshared or not in_chunks)
+    lengths = np.array([len(path) for path in forest.paths], np.int64)
+    PositionLimits.of(model).refuse(lengths, whole=unshared or not in_chunks)
     run: chunked_backward.AnyRun = (
         UnsharedRun.of(model, decoder, forest, size)
         if unshared

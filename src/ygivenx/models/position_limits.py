@@ -8,14 +8,14 @@ up to a length and one beyond it; `dynamic` has one up to a length, and beyond i
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import ConfigError, ModelError
-from ..forest import Forest
+from ..forest import Ints
 from .families import config_of, decoder_of
 
 _POSITIONS = re.compile("wpe|position_embeddings?|positions_embed|embed_positions")
@@ -55,15 +55,16 @@ class PositionLimits:
         """Tokens up to which each sequence is computed as it would be alone; None without a bound."""
         return min((n for n in (self.most, *(n for _, n in self.switches)) if n is not None), default=None)
 
-    def refuse(self, forest: Forest, whole: bool = True, names: Sequence[str] | None = None) -> None:
-        """Raise ModelError where a sequence has no position, or alone would have other frequencies than here.
+    def refuse(self, lengths: Ints, whole: bool = True, where: str = "") -> None:
+        """Raise ModelError where a sequence has no position, or alone would have other frequencies than in a forest.
 
-        whole: whether the forest is computed in one piece. A chunk would get the frequencies of its own positions.
-        names: of the sequences, for the message.
+        lengths: int64 [n], tokens of the sequences of one forest. whole: whether it is computed in one piece. A chunk
+        would get the frequencies of its own positions. where: what the longest one is called.
         """
-        fed = [len(path) - 1 for path in forest.paths]
-        shortest, longest = min(fed, default=0), max(fed, default=0)
-        where = self.model if names is None or not fed else names[fed.index(longest)]
+        if not len(lengths) or self.unchanged is None:
+            return
+        shortest, longest = int(lengths.min()) - 1, int(lengths.max()) - 1
+        where = where or self.model
         if self.most is not None and longest > self.most:
             raise ModelError(
                 f"{self.limited_by}, and a sequence of {longest + 1:,} tokens needs {longest:,}",

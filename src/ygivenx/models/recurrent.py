@@ -2,7 +2,7 @@
 
 No model code is touched: the forward of a layer is called once or a few times per level of the forest's segments,
 with a cache that hands out the parents' states and keeps those of the segments, differentiable and never written in
-place. Padding stands on the right of shorter segments; there the layer's own gates are closed, which leaves the state alone.
+place. Padding stands on the right of shorter segments; there the layer's own gates are closed: the state stays.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def _rehearse(ev: Evidence, trainer: Any) -> list[dict[str, Any]]:
     ev.probe, ev.evaluation = run.probe, run.evaluation
     for i, (batch, probed) in enumerate(zip(run.batches, run.probe.micro_batches, strict=True)):
         if "forest" in batch:  # ours
-            sequences = [trainer.train_dataset.sequences[m] for m in batch["forest"].members]
+            sequences = [trainer.train_dataset.sequence(m) for m in batch["forest"].members]
             ev.steps += seen_in_forest(i, probed, batch["forest"], sequences)
         else:
             ev.steps += seen_in_step(i, probed)

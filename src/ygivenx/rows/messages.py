@@ -148,7 +148,7 @@ def _role(name: str, at: str, roles: Iterable[str]) -> str:
     role = _ROLES.get(name) or _ROLES.get(name.strip().lower())
     if role is None:
         what = f"unknown role {name!a:.60}{nearest(name.strip().lower(), _ROLES)}"
-        fix = f"known: {', '.join(_ROLES)}; a template's own role is allowed by read(..., roles=[...])"
+        fix = f"known: {', '.join(_ROLES)}; a role of the template's own is read with roles={[name]!a:.60}"
         why = "its message would become context that no model was trained on"
         raise RowError(what, reason="unknown_role", field=at, why=why, fix=fix)
     return role

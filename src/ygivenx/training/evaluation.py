@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..forest import Forest, Ints, pack
+from ..encoded import EncodedRows
+from ..forest import Forest, Ints
 from ..models.streaming import ONE_PASS
 from ..models.wrappers import inside_forward, sharded
 from ..scores.node_log_probs import Float64s, node_values
 from ..sequence import Sequence
-from .packs import flatten, per_sequence
+from .packs import plan_of, weighed
 
 
 @torch.no_grad()
@@ -32,21 +33,22 @@ def evaluate(
 
     denominator: as in training, so that the two losses are one quantity.
     """
-    sequences, _ = flatten(data)
-    if denominator == "sequence":
-        sequences = per_sequence(sequences)
-    packs = pack(sequences, max_tokens=max_tokens)
-    own = packs[rank::ranks]
+    rows = EncodedRows.of(data)
+    packs = plan_of(rows, max_tokens)
+    own = range(rank, len(packs), ranks)
     sums = np.zeros(7)
     was_training = model.training
     model.eval()
     try:
-        for forest in own:
+        for number in own:
+            sequences = [weighed(rows[i], denominator) for i in packs[number]]
+            forest = Forest.of(sequences)
             log_p, place = _values(model, forest)
-            for member, path in zip(forest.members, forest.paths, strict=True):
-                sums += _role_sums(sequences[member], log_p[path], place[path])
-        if sharded(model) and len(own) < len(packs[::ranks]):
-            _values(model, packs[0])  # gathers the weights once more, as the other ranks do
+            for sequence, path in zip(sequences, forest.paths, strict=True):
+                sums += _role_sums(sequence, log_p[path], place[path])
+        if sharded(model) and len(own) < len(range(0, len(packs), ranks)):
+            # gathers the weights once more, as the other ranks do
+            _values(model, Forest.of(rows.bare(i) for i in packs[0]))
     finally:
         model.train(was_training)
     return torch.from_numpy(sums)

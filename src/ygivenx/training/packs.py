@@ -4,95 +4,97 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from ..errors import ConfigError
-from ..forest import Forest, pack
-from ..sequence import Example, Sequence
+from ..encoded import EncodedRows
+from ..forest import Forest, grown
+from ..packing import Ints, PackPlan, joined, plan
+from ..sequence import Sequence
 
 
 class Packs(Dataset[dict[str, Any]]):
-    """Sequences packed into forests; item i is {"forest": ...}, one micro-batch.
+    """Sequences packed into forests; item i is {"forest": ..., "names": ...}, one micro-batch.
 
-    `names[i]` says for each sequence of pack i where it comes from. `skipped` counts packs without any weight:
-    they would be steps that do nothing, so they are left out, never silently trained as 0/0.
+    rows: Examples, Sequences or EncodedRows, which may lie in a file: a forest is made when it is asked for. The names
+    say for each sequence of a pack where it comes from. `skipped` counts packs without any weight: they would be steps
+    that do nothing, so they are left out, never silently trained as 0/0.
     """
 
     def __init__(
-        self, sequences: Iterable[Any], *, max_tokens: int, seed: int, denominator: str = "tokens"
+        self, rows: Iterable[Any], *, max_tokens: int, seed: int, denominator: str = "tokens"
     ) -> None:
-        flat, labels = flatten(sequences)
-        self.sequences = per_sequence(flat) if denominator == "sequence" else flat
-        packs = pack(self.sequences, max_tokens=max_tokens, seed=seed)
-        self.forests = [f for f in packs if f.weight.any()]
-        self.skipped = len(packs) - len(self.forests)
-        self.names = [[labels[i] for i in f.members] for f in self.forests]
+        self.rows, self.denominator = EncodedRows.of(rows), denominator
+        planned = plan_of(self.rows, max_tokens, seed)
+        weight = planned.sums(self.rows.weight)
+        self.plan = planned.only(np.flatnonzero(weight > 0))
+        self.skipped, self.fillers = len(planned) - len(self.plan), 0
 
     def fill(self, ranks: int) -> None:
         """Every rank needs the same number of micro-batches: add packs that weigh nothing."""
         while len(self) % ranks:
-            self.forests.append(_weightless(self.forests[0]))
-            self.names.append(["a filler"])
+            self.fillers += 1
 
     def __str__(self) -> str:
-        distinct = sum(len(f.token) for f in self.forests)
-        total = sum(len(p) for f in self.forests for p in f.paths)
-        trained = sum(int((f.weight[p] > 0).sum()) for f in self.forests for p in f.paths)
+        seen = self.plan.members
+        distinct, total = int(self.plan.distinct.sum()), int(self.rows.length[seen].sum())
+        trained = int(self.rows.trained[seen].sum())
         return (
-            f"{sum(len(f.paths) for f in self.forests):,} sequences in {len(self):,} packs: {total:,} tokens, "
+            f"{len(seen):,} sequences in {len(self):,} packs: {total:,} tokens, "
             f"{distinct:,} distinct (sharing {total / max(distinct, 1):.2f}), {trained / max(total, 1):.1%} trained"
             + (f"; {self.skipped} packs without any weight left out" if self.skipped else "")
         )
 
     def __len__(self) -> int:
-        return len(self.forests)
+        return len(self.plan) + self.fillers
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"forest": self.forests[index], "names": self.names[index]}
+        if len(self.plan) <= index < len(self):
+            return {"forest": self._weightless(), "names": ["a filler"]}
+        members = self.plan[index]
+        forest = grown(lambda i: weighed(self.rows.bare(i), self.denominator), members)
+        return {"forest": forest, "names": list(map(self.rows.name, members))}
+
+    def sequence(self, member: int) -> Sequence:
+        """A member of a forest, with its segments and the weights that it is trained with."""
+        return weighed(self.rows[member], self.denominator)
+
+    def _weightless(self) -> Forest:
+        ids = self.rows.bare(self.plan[0][0]).ids[:2]
+        return Forest.of([Sequence(ids, np.zeros(len(ids), np.float32))])
 
     @property
     def fingerprint(self) -> str:
         """A hash over every token, weight and place: two equal ones train the same."""
-        digest = hashlib.sha256()
-        for f in self.forests:
-            for values in (f.token, f.parent, f.weight):
-                digest.update(np.ascontiguousarray(values).tobytes())
+        digest = hashlib.sha256(self.denominator.encode())
+        for values in (self.rows.digest[self.plan.members], self.plan.bounds, np.array(self.fillers)):
+            digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 
 
-def flatten(items: Iterable[Any]) -> tuple[list[Sequence], list[str]]:
-    """Examples and sequences as sequences, with a name for each ("row 3", "row 3, turn 1").
-
-    A row's number is the example's own, among all that were read, or else its place among the items; from 0.
-    Raises ConfigError for an item that is neither.
-    """
-    flat, names = [], []
-    for i, item in enumerate(items):
-        if not isinstance(item, Example | Sequence):
-            raise ConfigError(
-                f"item {i} of the data set is a {type(item).__name__}, not an Example or a Sequence",
-                why="packs are made of encoded rows: token ids with a weight for each",
-                fix="examples, rejected = yx.Encoder(tokenizer).batch(rows), and give it the examples",
-            )
-        parts, known = (list(item), item.index) if isinstance(item, Example) else ([item], None)
-        row = f"row {i if known is None else known}"
-        for turn, sequence in enumerate(parts):
-            flat.append(sequence)
-            names.append(f"{row}, turn {turn}" if len(parts) > 1 else row)
-    return flat, names
+def plan_of(rows: EncodedRows, max_tokens: int, seed: int = 0) -> PackPlan:
+    """The packs of all rows, and for those that are seen more than once further ones: no pack has a sequence twice."""
+    rounds = [np.flatnonzero(rows.counts > n) for n in range(int(rows.counts.max(initial=0)))]
+    return joined([_plan_of_some(rows, which, max_tokens, (seed, n)) for n, which in enumerate(rounds)])
 
 
-def per_sequence(sequences: Iterable[Sequence]) -> list[Sequence]:
-    """Each sequence's weights divided by their sum: the loss becomes the mean of per-sequence means."""
-    out = []
-    for s in sequences:
-        total = s.weights.sum(dtype=np.float64)
-        weights = s.weights / total if total > 0 else s.weights
-        out.append(Sequence(s.ids, weights.astype(np.float32), s.segments, s.tokens, s.notes))
-    return out
+def _plan_of_some(rows: EncodedRows, which: Ints, max_tokens: int, seed: tuple[int, int]) -> PackPlan:
+    def read(some: Ints, start: int, stop: int) -> Any:
+        return rows.read(which[some], start, stop)
+
+    found = plan(rows.length[which], read, max_tokens, *seed)
+    return PackPlan(which[found.members], found.bounds, found.distinct)
+
+
+def weighed(s: Sequence, denominator: str) -> Sequence:
+    """By sequence, each one's weights are divided by their sum: the loss becomes the mean of per-sequence means."""
+    total = s.weights.sum(dtype=np.float64)
+    if denominator != "sequence" or not total > 0:
+        return s
+    return replace(s, weights=(s.weights / total).astype(np.float32))
 
 
 class EpochOrder(Sampler[int]):
@@ -110,8 +112,3 @@ class EpochOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.length)
         return iter(order.tolist())
-
-
-def _weightless(forest: Forest) -> Forest:
-    ids = forest.token[forest.paths[0]][:2]
-    return Forest.of([Sequence(ids, np.zeros(len(ids), np.float32))])

@@ -18,15 +18,16 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers.trainer_utils import TrainOutput
 
+from ..encoded import EncodedRows
 from ..errors import ConfigError, LossError
-from ..forest import MAX_TOKENS, Forest, pack
+from ..forest import MAX_TOKENS, Forest
 from ..models import memory
 from ..models.position_limits import PositionLimits
 from ..models.sharing import describe_routes
 from ..objective import Loss, loss
 from . import checkpoint, runs
 from .evaluation import evaluate, rates
-from .packs import EpochOrder, Packs, flatten
+from .packs import EpochOrder, Packs, plan_of
 from .precision import RoundedUpdates, refuse_float16_weights
 
 logger = logging.getLogger(__name__)
@@ -349,14 +350,24 @@ class Trainer(transformers.Trainer):
 
     def _refuse_unreadable(self, model: nn.Module) -> None:
         """Raise ModelError by the row's name, before any step, for what the model can't read."""
-        limits, packs = PositionLimits.of(model), self.train_dataset
-        for forest, names in zip(packs.forests, packs.names, strict=True):
-            limits.refuse(forest, names=names)
-        held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset or []}
-        for part in held_out.values():
-            sequences, names = flatten(part)
-            for forest in pack(sequences, max_tokens=self.max_tokens):
-                limits.refuse(forest, names=[f"eval_dataset, {names[i]}" for i in forest.members])
+        limits, held_out = PositionLimits.of(model), self.eval_dataset or {}
+        held_out = held_out if isinstance(held_out, dict) else {"": held_out}
+        plans = [("", self.train_dataset.rows, self.train_dataset.plan)]
+        plans += [("eval_dataset, ", rows, plan_of(rows, self.max_tokens)) for rows in held_out.values()]
+        for source, rows, packs in plans:
+            for pack in packs if limits.unchanged else ():
+                lengths = rows.length[pack]
+                limits.refuse(lengths, where=source + rows.name(pack[int(lengths.argmax())]))
+
+    def end_ranks(self) -> None:
+        """Leave the process group, once nothing more of this trainer is asked for; nothing happens in a single process.
+
+        The wrapper of the model goes first. As the group's last owner it would wait for gloo's threads while it holds
+        the interpreter's lock, for which one of these threads may be waiting: a process that never ends.
+        """
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
     def _load_best_model(self) -> None:
         """As transformers', from a checkpoint whose files are what was written. Raises CheckpointError."""
@@ -436,11 +447,11 @@ def _data_seed(args: transformers.TrainingArguments) -> int:
 
 
 def _held_out(data: Any) -> Any:
-    """Evaluation data as lists, which can be read again and again. Raises ConfigError if there is nothing to read."""
+    """Evaluation data, to be read again and again. Raises ConfigError if there is nothing to read."""
     if isinstance(data, dict):
         return {name: _held_out(part) for name, part in data.items()}
-    kept = list(data)
-    if not flatten(kept)[0]:
+    kept = EncodedRows.of(data)
+    if not len(kept):
         raise ConfigError("eval_dataset is empty", fix="give it Examples or Sequences, or leave it out")
     return kept
 
