@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -199,8 +199,8 @@ def with_sections(command: Callable[..., T], unset: bool = False) -> Callable[..
         return command(**values)
 
     functools.update_wrapper(flat, command, ("__module__", "__name__", "__qualname__", "__doc__"))
-    del flat.__wrapped__  # type: ignore[attr-defined]  # typer would look at the signature behind it
-    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    del vars(flat)["__wrapped__"]  # typer would look at the signature behind it
+    vars(flat)["__signature__"] = inspect.Signature(parameters)
     flat.__annotations__ = {p.name: p.annotation for p in parameters}
     return flat
 
@@ -282,7 +282,7 @@ def default_of(f: Any) -> Any:
 def _section_from(section: type[T], values: Mapping[str, Any]) -> T:
     """A section from flags, checked; what wasn't given has its default."""
     hints = get_type_hints(section)
-    named = {f.name: f for f in fields(section)}  # type: ignore[arg-type]
+    named = {f.name: f for f in fields(cast(Any, section))}
     if "further" in named and values["further"]:
         check_options(values["further"], flags_of(named["further"])[0])
     return section(

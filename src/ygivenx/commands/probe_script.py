@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import transformers
 
@@ -30,7 +30,7 @@ def at_train(script: Path, arguments: list[str], look: Callable[[Any], T]) -> T:
     """
     if not script.is_file():
         raise ConfigError("there is no such script", where=str(script))
-    seen = _Look(look)
+    seen: _Look[T] = _Look(look)
     why = "the probe looks at the first transformers.Trainer (or TRL trainer) that is about to train"
     with _as_main(script, arguments), seen.instead_of_train():
         try:
@@ -68,25 +68,27 @@ def output_aside() -> Iterator[None]:
         os.close(kept)
 
 
-class _Look:
+class _Look(Generic[T]):
     """The first look and what came of it, kept whatever the script does with the exception that ends it."""
 
-    def __init__(self, look: Callable[[Any], Any]) -> None:
-        self.look, self.done = look, False
-        self._value: Any = None
+    def __init__(self, look: Callable[[Any], T]) -> None:
+        self.look, self._values = look, list[T]()
         self._error: BaseException | None = None
 
-    def result(self) -> Any:
+    @property
+    def done(self) -> bool:
+        return bool(self._values) or self._error is not None
+
+    def result(self) -> T:
         if self._error is not None:
             raise self._error
-        return self._value
+        return self._values[0]
 
     def _look_at_first(self, trainer: Any) -> None:
         if self.done:
             return
-        self.done = True
         try:
-            self._value = self.look(trainer)
+            self._values.append(self.look(trainer))
         except BaseException as error:  # not the script's to catch: raised outside of it
             self._error = error
 

@@ -83,8 +83,9 @@ class Rows:
         if not isinstance(several, list) or not all(isinstance(v, str) for v in several) or not several:
             self.account.reject(item)
             return []
-        named = {"columns": (x, y), "as_text": plain} if x and y else {}
-        return [normalise(item.row | {column: v}, **named) for v in several]  # type: ignore[arg-type]
+        columns = (x, y) if x and y else None
+        as_text = plain and columns is not None
+        return [normalise(item.row | {column: v}, columns=columns, as_text=as_text) for v in several]
 
 
 def _raw(item: Any) -> Any:

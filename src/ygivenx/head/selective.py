@@ -70,7 +70,7 @@ def selective_cross_entropy(
     rows, targets, weights = _int64(rows, hidden), _int64(targets, hidden), weights.to(hidden.device)
     hidden, weight = _autocast(hidden), _autocast(weight)
     needed = _needs_gradient(hidden, weight, bias)
-    result: tuple[Tensor, Tensor] = _SelectiveLoss.apply(  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _SelectiveLoss.apply(  # type: ignore[no-untyped-call]  # torch has no type for it
         hidden, weight, bias, rows, targets, weights, softcap, scale, z_loss, needed, memory
     )
     return result
@@ -112,7 +112,7 @@ def log_probs(
         output = run_head(hidden, LogitHead(weight, bias, softcap, scale), rows, targets, ranks=True)
         assert output.rank is not None
         return Ranked(output.log_p, output.rank)
-    log_p: Tensor = _SelectiveLogProbs.apply(  # type: ignore[no-untyped-call]
+    log_p: Tensor = _SelectiveLogProbs.apply(  # type: ignore[no-untyped-call]  # torch has no type for it
         hidden, weight, bias, rows, targets, softcap, scale, memory
     )
     return log_p

@@ -129,7 +129,7 @@ class Placeholder(Opaque):
     def __bool__(self) -> bool:
         return self._ask("true")
 
-    def __eq__(self, other: object) -> bool:  # type: ignore[override]
+    def __eq__(self, other: object) -> bool:  # type: ignore[override]  # the base says None: undecided
         if other is self:
             return True
         if isinstance(other, Opaque):
@@ -138,7 +138,7 @@ class Placeholder(Opaque):
 
     __hash__ = undecided
 
-    def __contains__(self, part: Any) -> bool:  # type: ignore[override]
+    def __contains__(self, part: Any) -> bool:  # type: ignore[override]  # likewise
         return self._ask("contains", part)
 
     def startswith(self, prefix: Any) -> bool:

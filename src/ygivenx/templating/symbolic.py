@@ -118,7 +118,7 @@ def _filter_of(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 def _with_pass_mark(call: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
     """The mark by which Jinja knows that a function takes its environment or context first."""
     if hasattr(function, "jinja_pass_arg"):
-        call.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
+        vars(call)["jinja_pass_arg"] = function.jinja_pass_arg
     return call
 
 

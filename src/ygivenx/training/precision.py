@@ -18,7 +18,7 @@ SAMPLE = 4096  # values of each tensor that are compared: shares of an update ar
 def multiplies_bfloat16() -> bool:
     """Whether this machine's own instructions multiply bfloat16; emulated products would only cost accuracy."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     instructions = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return any(getattr(torch.cpu, name, bool)() for name in instructions)
 
