@@ -30,7 +30,7 @@ def main(out: Path, rows: int, max_tokens: int, accumulation: int, steps: int) -
         torch.save({"grads": grads, "losses": losses, "packs": len(trainer.train_dataset)}, out)
     trainer.end_ranks()
     # A wrapper that outlives its group waits, now and then, for a thread that waits for the interpreter's lock.
-    assert not any(isinstance(o, DistributedDataParallel) for o in gc.get_objects())
+    assert not any(type(o) is DistributedDataParallel for o in gc.get_objects())
 
 
 if __name__ == "__main__":

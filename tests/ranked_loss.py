@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,8 @@ def main(out: Path, chunk: int, sharded: bool) -> None:
         compute(out, chunk, sharded, 0, 1)
         return
     dist.init_process_group("gloo")
-    compute(
-        out, chunk, sharded, dist.get_rank(), dist.get_world_size()
-    )  # the wrapper has to be gone before its group is
+    compute(out, chunk, sharded, dist.get_rank(), dist.get_world_size())
+    gc.collect()  # the wrapper has to be gone before its group is: see Trainer.end_ranks
     dist.destroy_process_group()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
 from pathlib import Path
@@ -52,6 +53,7 @@ def main(out: Path) -> None:
         torch.save(
             {"resumed": [r for r, _ in told], "best": [torch.equal(w, told[0][1]) for _, w in told]}, out
         )
+    gc.collect()  # the wrapper has to be gone before its group is: see Trainer.end_ranks
     dist.destroy_process_group()
 
 

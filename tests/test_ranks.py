@@ -24,10 +24,15 @@ def run(out: Path, ranks: int, *settings: int, script: Path = HERE / "ranked.py"
         *map(str, settings),
     ]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=HERE, check=False, timeout=240, env=env
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=HERE, env=env
+    ) as p:
+        try:
+            _, errors = p.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            p.terminate()  # torchrun ends its ranks, where a kill would leave them
+            raise
+    assert p.returncode == 0, errors[-3000:]
     return torch.load(out, weights_only=True)
 
 

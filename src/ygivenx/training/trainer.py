@@ -60,7 +60,7 @@ class Meter:
             "sharing": round(self.total / self.distinct, 3),
             "peak_memory_mib": round(memory.peak() / 2**20),
         }
-        self.__init__()  # type: ignore[misc]
+        vars(self).update(vars(Meter()))
         return readings
 
 
@@ -253,7 +253,7 @@ class Trainer(transformers.Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 × parameters × tokens fed (Kaplan et al. 2020, section 2.1)."""
-        return 6 * len(inputs["forest"].fed) * sum(p.numel() for p in self.model.parameters())
+        return 6 * len(inputs["forest"].fed) * sum(int(p.numel()) for p in self.model.parameters())
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
         """Tokens of all sequences, on all ranks: transformers looks for `input_ids`."""
@@ -312,12 +312,12 @@ class Trainer(transformers.Trainer):
         """Optimiser steps of the whole run, as transformers counts them."""
         if self.args.max_steps > 0:
             return int(self.args.max_steps)
-        return math.ceil(self.args.num_train_epochs * self._steps_of_an_epoch)
+        return math.ceil(float(self.args.num_train_epochs) * self._steps_of_an_epoch)
 
     @property
     def _steps_of_an_epoch(self) -> int:
-        packs = len(self.train_dataset) // self.args.world_size
-        return -(-packs // self.args.gradient_accumulation_steps)
+        packs: int = len(self.train_dataset) // self.args.world_size
+        return -(-packs // int(self.args.gradient_accumulation_steps))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """As transformers', and `resume_from_checkpoint="auto"`: the newest complete one, or a fresh start.
