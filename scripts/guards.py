@@ -28,6 +28,8 @@ HEAD = "tests/test_head.py tests/test_reweight.py -m 'not full'"
 CHECKPOINT = "tests/test_checkpoint.py"
 PACKS = "tests/test_packs.py"
 POLICY = "tests/test_policy.py"
+ENCODER = "tests/test_reference.py tests/test_faults.py tests/test_chats.py tests/test_encode.py -m 'not full and not model'"
+PROOFS = "tests/test_faults.py tests/test_shapes.py -m 'not full and not model'"
 
 GUARDS = [
     # The forest
@@ -139,4 +141,60 @@ GUARDS = [
           "if not 0 <= weight < math.inf:", "if False:", POLICY),
     Guard("a reply by role is what the model produces", "encoder/policy.py",
           "part.role in chosen and (part.output or part.role != \"assistant\")", "part.role in chosen", POLICY),
+    # The contract
+    Guard("the reply continues the prompt", "encoder/prove.py",
+          "continues = rendered.renderer.begins(text, shown)", "continues = True", ENCODER),
+    Guard("one text serves all turns only if it begins with each", "encoder/prove.py",
+          "if all(begins(text, t.proven) for t in turns):", "if True:", ENCODER),
+    Guard("no stop inside a reply", "encoder/prove.py",
+          "if found[0] in tokens.stops and written:", "if False:", ENCODER),
+    Guard("a header that nothing asks for isn't trained", "encoder/prove.py",
+          "if _writes_header(tokens, rendered, i):\n        raise", "if False:\n        raise", ENCODER),
+    Guard("a header of a template without prompts isn't trained", "encoder/prove.py",
+          "if continues and _trains_header(", "if False and _trains_header(", ENCODER),
+    Guard("the end is sought behind the prompt", "encoder/prove.py",
+          "after = max(last, len(shown) if continues else 0)", "after = last", ENCODER),
+    Guard("where an empty reply stands is proven", "encoder/prove.py",
+          "if at < 0 or filled[:at] + filled[at + 1 :] != text:", "if False:", ENCODER),
+    # The end of a turn
+    Guard("the first stop ends a turn", "encoder/turns.py", "first = (shared or stops)[0]", "first = (shared or stops)[-1]", ENCODER),
+    Guard("a turn ends where generation stops", "encoder/turns.py",
+          "if tokens.declares_stops and found.token not in tokens.stops:", "if False:", ENCODER),
+    Guard("an eos is put behind nothing but white space", "encoder/turns.py",
+          "    if rest.strip():\n        fix = \"if one", "    if False:\n        fix = \"if one", ENCODER),
+    Guard("of several stops none is chosen unasked", "encoder/turns.py",
+          "\"append_end\" if len(tokens.stops) > 1 else \"only_end\"", "\"only_end\"", ENCODER),
+    Guard("the next header ends a turn only where this text ends", "encoder/turns.py",
+          "header.start() == common == len(text)", "header.start() == common", ENCODER),
+    # A row's text is no control
+    Guard("a special token in a text is refused", "encoder/content.py",
+          "        if found := tokens.has_control(text):\n", "        if (found := tokens.has_control(text)) and False:\n", ENCODER),
+    Guard("one that row and template write together is refused", "encoder/content.py",
+          "if cuts and control == \"refuse\":", "if False:", ENCODER),
+    Guard("names of fields are texts", "encoder/content.py", "            yield here, str(key)\n", "", ENCODER),
+    Guard("one that a normaliser makes is refused", "encoder/tokenize.py", "if written.strip() != token:", "if False:", ENCODER),
+    # Borders
+    Guard("no token stands across the border", "encoder/tokenize.py",
+          "if across(encoded, character) is not None:", "if False:", ENCODER),
+    Guard("white space before the border is encoded as without what follows", "encoder/tokenize.py",
+          "if before and encoded.text[character - 1].isspace():", "if False:", ENCODER),
+    Guard("without offsets the ids of the prompt are compared", "encoder/tokenize.py",
+          "if np.array_equal(prefix, encoded.ids[: len(prefix)]) else None", "if True else None", ENCODER),
+    Guard("texts aren't joined where a space is put before each", "encoder/tokenize.py", "if self._puts_space:", "if False:", ENCODER),
+    Guard("an eos that is no token is refused", "encoder/tokenize.py",
+          "if token and tokenizer.encode(token, add_special_tokens=False) != [", "if False and tokenizer.encode(token, add_special_tokens=False) != [", ENCODER),
+    # Proofs of a shape
+    Guard("no control token between a template's words and a row's", "encoder/proofs.py",
+          "return filled_in if all(_forges_nothing(o, tokens) for c in filled_in for o in c.outlines) else None", "return filled_in", PROOFS),
+    Guard("the template decides alike", "encoder/proofs.py", "if not self.conditions.hold_for(texts):", "if False:", PROOFS),
+    Guard("no control token in a text", "encoder/proofs.py",
+          "not any(map(chat.options.tokens.has_control, found[1]))", "True", PROOFS,
+          survives="`_forges_nothing` refuses the proof too: this one spares the work"),
+    Guard("weights are a part of the shape", "encoder/proofs.py",
+          "given.get(\"weight\"), *(", "None, *(", PROOFS),
+    # What leaves the encoder
+    Guard("a first token has no weight", "encoder/weigh.py", "if weights[:1].any():", "if False:", ENCODER),
+    Guard("a row without a trained token is refused", "encoder/weigh.py",
+          "    if not trained:\n", "    if False:\n", ENCODER),
+    Guard("what is too long is refused", "encoder/weigh.py", "if overflow != \"truncate\":", "if False:", ENCODER),
 ]  # fmt: skip

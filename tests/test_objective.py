@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import VOCAB, llama, sequences
+from trees import tree
 
 import ygivenx as yx
 from ygivenx.errors import LossError
@@ -22,6 +23,20 @@ def test_value_and_gradient_equal_the_reference():
     assert out.value.item() == pytest.approx(expected.item(), rel=1e-5)
     for (name, p), q in zip(fast.named_parameters(), slow.parameters(), strict=True):
         assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm(), name
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk": 16}, {"route": "unshared"}, {"route": "unshared", "chunk": 16}]
+)
+def test_log_p_stands_in_the_order_of_the_edges(options):
+    model, rows = llama(), tree(seed=6)
+    out, expected = yx.loss(model, rows, **options), []
+    for node in out.edges.nodes.tolist():
+        path = [node]
+        while out.forest.parent[path[-1]] >= 0:
+            path.append(int(out.forest.parent[path[-1]]))
+        expected.append(yx.reference.log_probs(model, out.forest.token[path[::-1]])[-1].item())
+    assert out.log_p.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_last_token_of_x_as_a_target_has_no_part():
