@@ -12,7 +12,7 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
-from tiny import llama
+from tiny import llama, score_sequences
 from torch import nn
 from trees import assert_same, gradients, tree
 
@@ -20,7 +20,6 @@ import ygivenx as yx
 from ygivenx import reference
 from ygivenx.errors import ModelError
 from ygivenx.models.model import head_of
-from ygivenx.scores.scoring import score_sequences
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 ROWS = tree(3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny import VOCAB, llama
+from tiny import VOCAB, llama, score_sequences
 from transformers import AutoModelForCausalLM
 from trees import assert_same, distances, gradients, tree
 
@@ -23,7 +23,7 @@ from ygivenx.models.streaming import ONE_PASS
 from ygivenx.models.unshared import UnsharedRun
 from ygivenx.scores.node_log_probs import node_log_probs
 from ygivenx.scores.requests import pair_of_ids
-from ygivenx.scores.scoring import context_window, score_sequences
+from ygivenx.scores.scoring import context_window
 
 COMMON = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

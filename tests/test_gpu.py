@@ -13,7 +13,7 @@ from test_head import check_float32, random_case
 from test_routes import in_packs, one, run, unshared, varlen
 from test_scoring import one_by_one
 from test_trainer import make
-from tiny import VOCAB, llama, sequences
+from tiny import VOCAB, llama, score_sequences, sequences
 from trees import assert_same, gradients, tree
 
 import ygivenx as yx
@@ -21,7 +21,6 @@ from ygivenx import reference
 from ygivenx.head.selective import selective_cross_entropy
 from ygivenx.models import attention, memory
 from ygivenx.models.plan import Plan
-from ygivenx.scores.scoring import score_sequences
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),

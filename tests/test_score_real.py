@@ -8,11 +8,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from tiny import score_sequences
 
 import ygivenx as yx
 from ygivenx.scores.node_log_probs import node_log_probs
 from ygivenx.scores.requests import pair_of_ids
-from ygivenx.scores.scoring import request_builder_for, score_sequences, scores
+from ygivenx.scores.scoring import request_builder_for, scores
 
 pytestmark = pytest.mark.model
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tiny import llama, sequences
+from tiny import llama, score_sequences, sequences
 
 import ygivenx as yx
 from ygivenx.errors import ModelError, RowError
 from ygivenx.scores.requests import NO_CONTEXT
-from ygivenx.scores.scoring import score_sequences
 from ygivenx.sequence import Segment, Sequence
 
 

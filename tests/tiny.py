@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ygivenx.scores.requests import RequestBuilder
+from ygivenx.scores.scoring import Score, scores
 from ygivenx.sequence import Segment, Sequence
 
 VOCAB = 97
@@ -33,3 +35,9 @@ def sequences(count: int, seed: int = 0, low: int = 6, high: int = 24) -> list[S
         segments = (Segment(0, cut, "prompt"), Segment(cut, length, "answer", output=True))
         out.append(Sequence(rng.integers(0, VOCAB, length), weights, segments))
     return out
+
+
+def score_sequences(model, rows: list[Sequence], **options) -> list[Score]:
+    """Scores of sequences whose segments say what is y; options of `scores`."""
+    builder = RequestBuilder(None)
+    return list(scores(model, (request for row in rows for request in builder(row)), **options))

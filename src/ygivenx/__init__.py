@@ -19,7 +19,7 @@ _PUBLIC = {
     "objective": "Loss loss",
     "targets": "LogProbs Targets log_probs",
     "head.selective": "selective_cross_entropy",
-    "scores.scoring": "Score score score_choices",
+    "scores.scoring": "Score ScoreOptions score score_choices",
     "scores.ledger": "Check Ledger check ledger",
     "report.parts": "Finding LedgerRow",
     "proof.probing": "Probe ProbedToken probe",
@@ -65,6 +65,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; tests/test_pu
     from .scores.ledger import check as check
     from .scores.ledger import ledger as ledger
     from .scores.scoring import Score as Score
+    from .scores.scoring import ScoreOptions as ScoreOptions
     from .scores.scoring import score as score
     from .scores.scoring import score_choices as score_choices
     from .sequence import Example as Example

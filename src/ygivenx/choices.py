@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args
 
-from .errors import ConfigError, nearest
+from .errors import refuse_unknown
 
 Bos = bool | Literal["auto"]  # auto: where the tokenizer itself adds one
 Control = Literal["refuse", "text", "parse"]  # a row's text that holds control tokens
@@ -18,8 +18,4 @@ Severity = Literal["error", "warning", "info"]  # most severe first
 
 def require_choice(name: str, value: object, choice: Any) -> None:
     """Raise ConfigError unless `value` is one of the words of `choice`, a Literal."""
-    words = get_args(choice)
-    if value not in words:
-        raise ConfigError(
-            f"unknown {name} {value!r}{nearest(str(value), words)}", fix=f"one of {', '.join(words)}"
-        )
+    refuse_unknown(name, [value], get_args(choice))

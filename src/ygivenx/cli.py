@@ -47,7 +47,7 @@ from .commands.inputs import (
 )
 from .commands.inputs import console as err
 from .commands.options import with_sections
-from .errors import ConfigError, YgivenxError, nearest
+from .errors import ConfigError, YgivenxError, refuse_unknown
 from .models.resolve import located
 from .report.parts import finite
 from .show import visible, visible_json
@@ -73,8 +73,7 @@ def _severity(name: str) -> str:
     """Raise ConfigError for what is no severity before any work is done."""
     from .proof.rules import SEVERITIES
 
-    if name not in SEVERITIES:
-        raise ConfigError(f"unknown severity {name!r}{nearest(name, SEVERITIES)}", where="--fail-on")
+    refuse_unknown("severity", [name], SEVERITIES, "--fail-on")
     return name
 
 
@@ -378,8 +377,7 @@ def merge(
     from .commands import adapters
     from .commands.quiet import quiet
 
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"unknown dtype {dtype!r}", fix="float32, bfloat16 or float16")
+    refuse_unknown("dtype", [dtype], ("float32", "bfloat16", "float16"))
     with quiet():
         adapters.merge(adapter, output, getattr(torch, dtype))
     say(f"merged: {output}")

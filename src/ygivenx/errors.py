@@ -98,3 +98,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def refuse_unknown(what: str, given: Iterable[object], known: Iterable[str], where: str = "") -> None:
+    """Raise ConfigError for the first of `given` that isn't one of `known`."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            message = f"unknown {what} {name!r}{nearest(str(name), known)}"
+            raise ConfigError(message, where=where, fix=f"known: {', '.join(known)}")

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, refuse_unknown
 from .options import (
     COUNT,
     PAIR,
@@ -290,7 +290,7 @@ class _Placed:
             elif key in _FLAT:
                 self._put(*_FLAT[key], value, where)
             else:
-                self._refuse(key, where)
+                refuse_unknown("key", [key], [*SECTIONS, *_FLAT], where)
 
     def _put(self, section: str, key: str, value: Any, where: str) -> None:
         """One key of a section; what isn't a field of ours may be a name of the class that the section stands for."""
@@ -306,14 +306,8 @@ class _Placed:
             self.further[section][name] = value
         else:
             known = [k for k, (s, _) in _FLAT.items() if s == section]
-            raise ConfigError(f"unknown key {key!r}{nearest(key, known)}", where=f"{where}, {section}")
+            refuse_unknown("key", [key], known, f"{where}, {section}")
         self.where[section, name] = where
-
-    def _refuse(self, key: str, where: str) -> None:
-        known = [*SECTIONS, *_FLAT]
-        raise ConfigError(
-            f"unknown key {key!r}{nearest(key, known)}", where=where, fix=f"known keys: {', '.join(known)}"
-        )
 
     def config(self) -> TrainConfig:
         """The sections, checked. Raises ConfigError for what couldn't run, before anything is loaded."""

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 import typer
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, nearest, refuse_unknown
 
 T = TypeVar("T")
 
@@ -172,10 +172,7 @@ def check_options(names: Iterable[str], where: str) -> None:
     """Raise ConfigError for a name that is no option of Encoder, or one that commands have a flag for."""
     from ..encoder.encode import OPTIONS
 
-    for name in names:
-        if name not in OPTIONS:
-            what = f"unknown option of the encoder {name!r}{nearest(str(name), OPTIONS)}"
-            raise ConfigError(what, where=where, fix=f"known: {', '.join(OPTIONS)}")
+    refuse_unknown("option of the encoder", names, OPTIONS, where)
 
 
 # -- flags -------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, RowError, nearest
+from ..errors import ConfigError, RowError, refuse_unknown
 from ..models.resolve import file_of, located, quiet_loading
 from ..rows.columns import preference
 from ..rows.data import Row
@@ -95,11 +95,7 @@ class Encoder:
             "thoughts": thoughts,
         }
         for name, value in choice.items():
-            if value not in CHOICES[name]:
-                known = ", ".join(CHOICES[name])
-                raise ConfigError(
-                    f"{name}={value!r}{nearest(str(value), CHOICES[name])}", fix=f"known: {known}"
-                )
+            refuse_unknown(name, [value], CHOICES[name])
         _check_kinds(repair, bos, eos, stops, max_length, template_kwargs)
         self.tokenizer, self.now = tokenizer, _time(now)
         stops = (stops,) if isinstance(stops, str) else tuple(stops)

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import ConfigError, nearest
+from ..errors import refuse_unknown
 from ..templating.inputs import Inputs
 from ..templating.template import Renderer
 from .render import Tags
@@ -52,12 +52,9 @@ def chosen(repair: str | Iterable[str]) -> frozenset[str]:
     named = {"default": DEFAULT, "none": (), "all": REPAIRS}
     if isinstance(repair, str):
         repair = named.get(repair) or [n for n in repair.split(",") if n and n != "none"]
-    names: set[str] = set()
-    for name in repair:
-        if name != "default" and name not in REPAIRS:
-            raise ConfigError(f"repair={name!r}{nearest(name, REPAIRS)}", fix=f"known: {', '.join(REPAIRS)}")
-        names |= set(DEFAULT) if name == "default" else {name}
-    return frozenset(names)
+    names = frozenset(repair)
+    refuse_unknown("repair", names - {"default"}, REPAIRS)
+    return names - {"default"} | frozenset(DEFAULT if "default" in names else ())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ..choices import Route, require_choice
 from ..errors import ConfigError
 from ..forest import Forest, Ints
 from . import chunked_backward, streaming
@@ -18,7 +19,6 @@ from .adapters import with_adapter
 from .families import decoder_of
 from .logits import head_of as head_of
 from .logits import softcap_and_scale as softcap_and_scale
-from .plan import refuse_unknown_route
 from .position_limits import PositionLimits
 from .resolve import base_of_adapter, located, quiet_loading
 from .sharing import reason_unshared
@@ -108,7 +108,7 @@ def _run(
     model: nn.Module, forest: Forest, route: str, chunk: int | None, needed: Ints | None
 ) -> chunked_backward.AnyRun:
     """How a forest is computed: shared or not, at once or in chunks."""
-    refuse_unknown_route(route)
+    require_choice("route", route, Route)
     if chunk is not None and chunk < 1:
         raise ConfigError(f"chunk is {chunk}", fix="give at least 1 token; 512 to 4096 is usual")
     decoder = decoder_of(model)

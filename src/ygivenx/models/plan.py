@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, nearest
+from ..choices import Route, require_choice
+from ..errors import ConfigError
 from ..forest import Ints
 
 CHAINS = ("varlen", "plain")  # where no two sequences begin alike
-ROUTES = ("auto", "dense", "blocks", "flex", *CHAINS, "unshared")
 
 # By attention layer, each [1, heads, tokens, D]; by recurrent layer and node, the states of its convolution and its
 # own after that node, [1, ...] each.
@@ -71,7 +71,7 @@ class Plan:
 
     @classmethod
     def of(cls, end: Ints, depth: Ints, device: torch.device, route: str = "auto", first: int = 0) -> Plan:
-        refuse_unknown_route(route)
+        require_choice("route", route, Route)
         bounds = _bounds(end, first)
         plain = bounds is not None and len(bounds) == 2
         if (route == "plain" and not plain) or (route == "varlen" and bounds is None):
@@ -116,14 +116,6 @@ class Plan:
         if key not in self.built:
             self.built[key] = make(self, window)
         return self.built[key]
-
-
-def refuse_unknown_route(route: str) -> None:
-    """Raise ConfigError for a route that there isn't."""
-    if route not in ROUTES:
-        raise ConfigError(
-            f"unknown route {route!r}{nearest(route, ROUTES)}", fix=f"use one of {', '.join(ROUTES)}"
-        )
 
 
 def automatic(device: torch.device, shared: bool = True) -> str:

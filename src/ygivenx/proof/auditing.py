@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..encoder.encode import Encoder
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, refuse_unknown
 from ..report.parts import Finding, finite
 from ..sequence import Example, Rejected
 from ..show import visible
@@ -42,8 +42,7 @@ class Report:
 
     def exit_code(self, fail_on: str = "warning") -> int:
         """1 if a finding is at least as severe as `fail_on` ("error", "warning", "info"), else 0."""
-        if fail_on not in SEVERITIES:
-            raise ConfigError(f"unknown severity {fail_on!r}{nearest(fail_on, SEVERITIES)}")
+        refuse_unknown("severity", [fail_on], SEVERITIES)
         bar = SEVERITIES.index(fail_on)
         return int(any(SEVERITIES.index(f.severity) <= bar for f in self.findings))
 
@@ -252,9 +251,8 @@ def _rows_of(trainer: Any) -> list[Any] | None:
 
 
 def _check_suppressions(suppress: Mapping[str, str]) -> None:
+    refuse_unknown("rule", suppress, RULES, "suppress")
     for name, reason in suppress.items():
-        if name not in RULES:
-            raise ConfigError(f"there is no rule {name!r}{nearest(name, RULES)}", where="suppress")
         if not reason.strip():
             raise ConfigError(f"the suppression of {name!r} has no reason", where="suppress", fix="say why")
 

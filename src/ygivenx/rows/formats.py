@@ -24,7 +24,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..errors import ConfigError, DataError, RowError, nearest
+from ..errors import ConfigError, DataError, RowError, nearest, refuse_unknown
 from . import converters, preferences
 from .columns import Record
 from .converters import TEMPLATE_COLUMNS
@@ -213,8 +213,7 @@ def _agree(fmt: str | None, x: str | None, y: str | None, as_text: bool) -> None
         raise ConfigError("fmt= (--format) beside x= and y=", fix="name the format or the two columns")
     if as_text and x is None:
         raise ConfigError("as text needs the names of two columns", fix="give x= and y= (--x, --y)")
-    if fmt is not None and fmt not in NAMES:
-        raise ConfigError(f"unknown format {fmt!r}{nearest(fmt, NAMES)}", fix=f"known: {', '.join(NAMES)}")
+    refuse_unknown("format", [fmt] if fmt is not None else [], NAMES)
 
 
 def _need(names: Iterable[str], columns: list[str]) -> None:

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from ..choices import Bos, Control, Route, ScoreBorder, ScoreOverflow, require_choice
-from ..errors import RowError
+from ..errors import RowError, refuse_unknown
 from ..forest import Forest, Ints
 from ..models.families import config_of, decoder_of, vocabulary
 from ..models.position_limits import PositionLimits
@@ -135,70 +135,65 @@ class Tally:
         )
 
 
+class ScoreOptions(TypedDict, total=False):
+    """What `score` and `score_choices` take by name.
+
+    border: `joint` (the default) tokenises x + y as one text, and a token that straddles the border counts as y, with
+    a note; `split` tokenises them apart. bos: True, False, or `auto` (the default): one if and only if the tokenizer
+    itself adds one. control: see `Encoder`. overflow: for more than `max_length` tokens (by default the model's context
+    window) `refuse` (the default), cut x on the `left`, or `roll` a window over them.
+    unconditional: a prompt in the place of x for `Score.pmi`.
+    """
+
+    border: ScoreBorder
+    bos: Bos
+    control: Control
+    overflow: ScoreOverflow
+    max_length: int | None
+    unconditional: str | None
+
+
 def score(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    items: Iterable[Item],
-    *,
-    border: ScoreBorder = "joint",
-    bos: Bos = "auto",
-    control: Control = "refuse",
-    overflow: ScoreOverflow = "refuse",
-    max_length: int | None = None,
-    unconditional: str | None = None,
-    marginal: bool = True,
-    tokens: bool = False,
-) -> list[Score]:
-    """The Score of each item, in input order; common prefixes are computed once.
+    model: nn.Module, tokenizer: Tokenizer, items: Iterable[Item], *, marginal: bool = True, tokens: bool = False,
+    **options: Unpack[ScoreOptions],
+) -> list[Score]:  # fmt: skip
+    """The Score of each item, in input order; common prefixes are computed once. Options: see `ScoreOptions`.
 
     An item is (x, y), a text (all of it y, x empty), a row as `Encoder` takes it, or a Sequence or Example. For
-    items with several y's or renderings see `score_choices`.
-
-    border: `joint` tokenises x + y as one text, and a token that straddles the border counts as y, with a
-    note; `split` tokenises them apart. bos: True, False, or `auto`: one if and only if the tokenizer itself adds one.
-    control: see `Encoder`. overflow: for more than `max_length` tokens (by default the model's context
-    window) `refuse`, cut x on the `left`, or `roll` a window over them.
-    unconditional: a prompt in the place of x for `Score.pmi`. marginal=False spares log Pr(x).
-    tokens: keep the value and rank of each token.
+    items with several y's or renderings see `score_choices`. marginal=False spares log Pr(x); tokens=True keeps the
+    value and rank of each token.
 
     Raises RowError for an item that can't be encoded, doesn't fit, or has several scores.
 
         s, = yx.score(model, tokenizer, [("The capital of France is", " Paris")])
         s.log_p_y_given_x, s.per_token
     """
-    scored = score_choices(
-        model, tokenizer, items, border=border, bos=bos, control=control, overflow=overflow, max_length=max_length,
-        unconditional=unconditional, marginal=marginal, tokens=tokens, _one_each=True,
-    )  # fmt: skip
-    return [of_item[0] for of_item in scored]
+    built = _built(model, tokenizer, items, options, one_each=True)
+    return [of_item[0] for of_item in _scored(model, built, marginal, tokens)]
 
 
 def score_choices(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    items: Iterable[Choices],
-    *,
-    border: ScoreBorder = "joint",
-    bos: Bos = "auto",
-    control: Control = "refuse",
-    overflow: ScoreOverflow = "refuse",
-    max_length: int | None = None,
-    unconditional: str | None = None,
-    marginal: bool = True,
-    tokens: bool = False,
-    _one_each: bool = False,
-) -> list[list[Score]]:
+    model: nn.Module, tokenizer: Tokenizer, items: Iterable[Choices], *, marginal: bool = True, tokens: bool = False,
+    **options: Unpack[ScoreOptions],
+) -> list[list[Score]]:  # fmt: skip
     """The Scores of each item, in input order: one per y of (x, [y, ...]), or per rendering of a conversation.
 
-    Items and arguments are those of `score`, and (x, [y, ...]). Common prefixes are computed once.
+    Items and options are those of `score`, and (x, [y, ...]). Common prefixes are computed once.
 
         (paris, rome), = yx.score_choices(model, tokenizer, [("The capital of France is", [" Paris", " Rome"])])
     """
-    builder = request_builder_for(
-        model, tokenizer, border=border, bos=bos, control=control, overflow=overflow,
-        max_length=max_length, unconditional=unconditional,
-    )  # fmt: skip
-    built = [_requests_of(builder, number, item, _one_each) for number, item in enumerate(items)]
+    return _scored(model, _built(model, tokenizer, items, options, one_each=False), marginal, tokens)
+
+
+def _built(
+    model: nn.Module, tokenizer: Tokenizer, items: Iterable[Choices], options: ScoreOptions, *, one_each: bool
+) -> list[list[Request]]:
+    refuse_unknown("option of a score", options, ("marginal", "tokens", *ScoreOptions.__annotations__))
+    builder = request_builder_for(model, tokenizer, **options)
+    return [_requests_of(builder, number, item, one_each) for number, item in enumerate(items)]
+
+
+def _scored(model: nn.Module, built: list[list[Request]], marginal: bool, tokens: bool) -> list[list[Score]]:
     results = scores(model, (r for requests in built for r in requests), marginal=marginal, tokens=tokens)
     return [[next(results) for _ in requests] for requests in built]
 
@@ -279,24 +274,6 @@ def scores(
             values = [(log_p[p], rank[p]) for _, p in zip(request.sequences, paths, strict=False)]
             tally.scores += 1
             yield _score(request, values, marginal, tokens)
-
-
-def score_sequences(
-    model: nn.Module,
-    sequences: Iterable[Sequence],
-    *,
-    marginal: bool = True,
-    tokens: bool = False,
-    window: int = WINDOW,
-    chunk: int = CHUNK_NODES,
-    route: Route = "auto",
-) -> list[Score]:
-    """Score sequences whose segments say what is y; in input order. Arguments as in `scores`."""
-    builder = RequestBuilder(None)
-    requests = (r for s in sequences for r in builder(s))
-    return list(
-        scores(model, requests, marginal=marginal, tokens=tokens, window=window, chunk=chunk, route=route)
-    )
 
 
 def _outputs(requests: list[Request], forest: Forest) -> npt.NDArray[np.bool_]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..choices import Denominator
 from ..encoded import EncodedRows
 from ..forest import Forest, Ints
 from ..models.streaming import ONE_PASS
@@ -27,7 +28,7 @@ def evaluate(
     max_tokens: int,
     rank: int = 0,
     ranks: int = 1,
-    denominator: str = "tokens",
+    denominator: Denominator = "tokens",
 ) -> torch.Tensor:
     """Sums over the data, float64 [7]: Σ log p and tokens of y, of x, Σ w·log p and Σ w, tokens of y that come first.
 

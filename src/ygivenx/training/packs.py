@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from ..choices import Denominator
 from ..encoded import EncodedRows
 from ..forest import Forest, grown
 from ..packing import Ints, PackPlan, joined, plan
@@ -25,7 +26,7 @@ class Packs(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, rows: Iterable[Any], *, max_tokens: int, seed: int, denominator: str = "tokens"
+        self, rows: Iterable[Any], *, max_tokens: int, seed: int, denominator: Denominator = "tokens"
     ) -> None:
         self.rows, self.denominator = EncodedRows.of(rows), denominator
         planned = plan_of(self.rows, max_tokens, seed)

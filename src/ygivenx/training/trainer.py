@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers.trainer_utils import TrainOutput
 
+from ..choices import Denominator, require_choice
 from ..encoded import EncodedRows
 from ..errors import ConfigError, LossError
 from ..forest import MAX_TOKENS, Forest
@@ -144,12 +145,11 @@ class Trainer(transformers.Trainer):
         eval_dataset: Any = None,
         *,
         max_tokens: int = MAX_TOKENS,
-        denominator: str = "tokens",
+        denominator: Denominator = "tokens",
         notes: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if denominator not in ("tokens", "sequence"):
-            raise ConfigError(f"unknown denominator {denominator!r}", fix='use "tokens" or "sequence"')
+        require_choice("denominator", denominator, Denominator)
         args = args or transformers.TrainingArguments("trainer_output")
         refuse_unused(args, kwargs)
         args.remove_unused_columns = False
