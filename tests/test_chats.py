@@ -523,8 +523,8 @@ def test_one_time_for_all_rows_of_an_encoder_and_of_its_copies():
     shown = f"{made.now:%H:%M:%S.%f}<|im_start|>"
     for one in (made, pickle.loads(pickle.dumps(made))):
         assert all("".join(one(r).tokens).startswith(shown) for r in rows)
-    assert made.dated
-    assert not encoder().dated
+    assert made.writes_time
+    assert not encoder().writes_time
 
 
 @pytest.mark.parametrize("now", ["2024-02-03", "2024-02-03T04:05", date(2024, 2, 3), datetime(2024, 2, 3)])

@@ -707,7 +707,7 @@ def tool_calls_trained(setup: Setup) -> Report:
 
 @sound
 def a_plain_loop(setup: Setup) -> Report:
-    """A loop of one's own: a probe around one step, the audit told about the rows."""
+    """A loop of one's own: a probe around one step, the audit knows the rows."""
     rows, model = setup.chats(3), setup.model()
     batch = DataCollatorForSeq2Seq(setup.tok())(setup.encoded(rows))
     optimizer = torch.optim.AdamW(model.parameters())

@@ -74,7 +74,7 @@ def open_encoder(source: ModelOptions, section: EncoderSection, **options: Any) 
             trust_remote_code=source.trust_remote_code,
             **{**options, **options_of(section)},
         )
-    if encoder.dated:
+    if encoder.writes_time:
         now = encoder.now.isoformat(timespec="seconds")
         say(f"the chat template writes the time: it is taken to be {now} (--encoder now={now})")
     return encoder

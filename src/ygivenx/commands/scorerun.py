@@ -266,7 +266,7 @@ def _score_file(
         k: getattr(scoring, k) for k in ("border", "control", "overflow", "max_length", "unconditional")
     }
     builder = request_builder_for(loaded, tokenizer, bos=_BOS[scoring.bos], now=now, **requests)
-    if builder.encoder.dated:
+    if builder.encoder.writes_time:
         say(f"the chat template writes the time: it is taken to be {now}", console)
     account = Account(reader.format, columns.quarantine)
     rows = Rows(reader, builder, (columns.x, columns.y, columns.plain), account)

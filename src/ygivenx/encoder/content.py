@@ -297,7 +297,7 @@ def control_cuts(tokens: Tokens, rendering: Rendering, control: str) -> tuple[in
     traced = next((t.traced for t in rendering.turns if t.traced), rendering.traced)
     if traced is None:
         what = "the origin of this text's characters can't be followed through the template"
-        why = "so control tokens of the row's can't be told from the template's"
+        why = "so control tokens of the row's can't be distinguished from the template's"
         raise RowError(what, reason="no_origins", why=why, fix="control='parse' trusts the row")
     runs, sources = traced.text.runs, traced.sources
 

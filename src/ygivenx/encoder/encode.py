@@ -134,7 +134,7 @@ class Encoder:
         return cls(tokenizer, **options)
 
     @property
-    def dated(self) -> bool:
+    def writes_time(self) -> bool:
         """Whether a chat template asks for the time, so that `now` is in the tokens."""
         return "strftime_now" in str(self.tokenizer.chat_template)
 

@@ -158,12 +158,12 @@ def _shape(chat: Chat) -> tuple[Shape, list[str]] | None:
             or m["role"] not in ROLES
         ):
             return None
-        said = [(k, v) for k, v in m.items() if k != "role"]
-        reasoning = {v for k, v in said if k in REASONING_FIELDS}
-        if len(reasoning) > 1 or any(v and not v.strip() for _, v in said):
+        named = [(k, v) for k, v in m.items() if k != "role"]
+        reasoning = {v for k, v in named if k in REASONING_FIELDS}
+        if len(reasoning) > 1 or any(v and not v.strip() for _, v in named):
             return None
         # A weight of 1 that the row itself gives isn't the same as none: see `prove._asked_for`.
-        shape.append((m["role"], given.get("weight"), *((k, bool(v)) for k, v in said)))
+        shape.append((m["role"], given.get("weight"), *((k, bool(v)) for k, v in named)))
         texts += [m["content"]] if m.get("content") else []
         texts += [r for r in reasoning if r]
     return tuple(shape), texts

@@ -398,10 +398,10 @@ def _answers_nothing(message: Mapping[str, Any]) -> bool:
 
 
 def _place(rendered: Renderings, i: int) -> int:
-    """Where in F the content of message i, which is blank, ends; raises RowError if that can't be told."""
+    """Where in F the content of message i, which is blank, ends; raises RowError if that isn't known."""
     text, (*before, message) = rendered.closed(i + 1), rendered.inputs.upto(i + 1).messages
-    said = {**message, "content": (message.get("content") or "") + _STAND_IN}
-    filled = rendered.renderer.render(replace(rendered.inputs, messages=(*before, said)))
+    marked = {**message, "content": (message.get("content") or "") + _STAND_IN}
+    filled = rendered.renderer.render(replace(rendered.inputs, messages=(*before, marked)))
     at = filled.find(_STAND_IN)
     if at < 0 or filled[:at] + filled[at + 1 :] != text:
         what = "nothing shows where this empty reply stands: the template writes it otherwise than others"
@@ -428,12 +428,12 @@ def _by_origin(tokens: Tokens, rendered: Renderings, i: int) -> Turn:
 
 
 def _end_in_whole(
-    tokens: Tokens, rendered: Renderings, runs: list[tuple[int, int]], said: str, token: str
+    tokens: Tokens, rendered: Renderings, runs: list[tuple[int, int]], reply: str, token: str
 ) -> int | None:
     """Where the token that ends F's message ends it in the whole text: after the same words, or after its last."""
     at = runs[0][0]
-    if rendered.renderer.begins(rendered.whole[at:], said + token):
-        return at + len(said)
+    if rendered.renderer.begins(rendered.whole[at:], reply + token):
+        return at + len(reply)
     return next((m.start() for m in tokens.control(rendered.whole, runs[-1][1]) if m[0] == token), None)
 
 

@@ -372,14 +372,14 @@ def cutting_tokens(backend: Any) -> re.Pattern[str] | None:
     model = settings["model"]
     if model.get("type") not in _MODELS or model.get("dropout") or backend.encode_special_tokens:
         return None
-    if not all(_apart(settings.get(step), known) for step, known in _APART.items()):
+    if not all(_works_by_parts(settings.get(step), known) for step, known in _APART.items()):
         return None
     added = settings["added_tokens"]
     alone = sorted(_alone(added), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, alone))) if alone else None
 
 
-def _apart(step: Mapping[str, Any] | None, known: set[str]) -> bool:
+def _works_by_parts(step: Mapping[str, Any] | None, known: set[str]) -> bool:
     if step is None:
         return True
     inner: list[Any] = next(
@@ -387,7 +387,7 @@ def _apart(step: Mapping[str, Any] | None, known: set[str]) -> bool:
     )
     trims = step["type"] == "ByteLevel" and "processors" not in step and step.get("trim_offsets")
     moves = trims and known is _APART["post_processor"]  # its offsets depend on the place in the text
-    return step["type"] in known and not moves and all(_apart(i, known) for i in inner)
+    return step["type"] in known and not moves and all(_works_by_parts(i, known) for i in inner)
 
 
 def _alone(added: list[dict[str, Any]]) -> list[str]:

@@ -314,7 +314,7 @@ def position_after(shown: str, text: str) -> int | None:
 
 
 def _reply_beyond(rendered: Renderings, i: int, begin: int, end: int) -> list[str] | None:
-    """F[begin:end] without the template's own white space before the reply; None where that can't be told."""
+    """F[begin:end] without the template's own white space before the reply; None where that isn't known."""
     whole = rendered.traced(i + 1)
     if whole is None or begin > end:
         return None

@@ -27,7 +27,7 @@ from .inputs import Inputs
 MAX_CHARACTERS, MAX_ROUNDS, MAX_SECONDS = 64 << 20, 1_000_000, 20.0
 
 
-def spent(what: str) -> RowError:
+def over_budget(what: str) -> RowError:
     return RowError(
         f"the chat template takes too much: {what}",
         reason="template_budget",
@@ -49,9 +49,9 @@ class State:
     def charge(self, rounds: int) -> None:
         self.rounds -= rounds
         if self.rounds < 0:
-            raise spent(f"more than {MAX_ROUNDS:,} rounds of its loops")
+            raise over_budget(f"more than {MAX_ROUNDS:,} rounds of its loops")
         if monotonic() > self.deadline:
-            raise spent(f"more than {MAX_SECONDS:g} seconds")
+            raise over_budget(f"more than {MAX_SECONDS:g} seconds")
 
 
 class _Generation(jinja2.ext.Extension):
@@ -142,11 +142,11 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and abs(right) > 64:
-            raise spent(f"a number to the power {right}")
+            raise over_budget(f"a number to the power {right}")
         if operator == "*":
             for sized, times in ((left, right), (right, left)):
                 if isinstance(sized, str | list | tuple) and len(sized) * times > MAX_CHARACTERS:
-                    raise spent(f"a text of more than {MAX_CHARACTERS:,} characters")
+                    raise over_budget(f"a text of more than {MAX_CHARACTERS:,} characters")
         return super().call_binop(context, operator, left, right)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -174,7 +174,7 @@ def _grows(node: jinja2.nodes.Node) -> bool:
 
 def _sized(value: Any) -> Any:
     if isinstance(value, str | list) and len(value) > MAX_CHARACTERS:
-        raise spent(f"a text of more than {MAX_CHARACTERS:,} characters")
+        raise over_budget(f"a text of more than {MAX_CHARACTERS:,} characters")
     return value
 
 
@@ -248,7 +248,7 @@ def compiled(source: str, kind: Callable[[], Environment]) -> jinja2.Template:
 def _join_checked(parts: Iterable[Any]) -> str:
     parts = [str(p) for p in parts]
     if sum(map(len, parts)) > MAX_CHARACTERS:
-        raise spent(f"a text of more than {MAX_CHARACTERS:,} characters")
+        raise over_budget(f"a text of more than {MAX_CHARACTERS:,} characters")
     return "".join(parts)
 
 

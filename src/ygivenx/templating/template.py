@@ -15,7 +15,7 @@ import jinja2.meta
 from ..errors import RowError
 from .inputs import Inputs
 from .origins import OriginsLost, join
-from .sandbox import MAX_CHARACTERS, STATE, Environment, State, compiled, environment, spent
+from .sandbox import MAX_CHARACTERS, STATE, Environment, State, compiled, environment, over_budget
 from .tracing import Marked, Traced, TracingEnvironment
 
 _PLAIN: Any = Environment  # a class that mypy doesn't take for hashable
@@ -89,11 +89,11 @@ class Template:
                 pieces.append(piece)
                 size += size_of(piece)
                 if size > MAX_CHARACTERS:
-                    raise spent(f"more than {MAX_CHARACTERS:,} characters")
+                    raise over_budget(f"more than {MAX_CHARACTERS:,} characters")
         except (RowError, OriginsLost):
             raise
         except RecursionError:
-            raise spent("endless recursion") from None
+            raise over_budget("endless recursion") from None
         except Exception as e:  # a template is someone's program: whatever it raises is about this row
             raise RowError(
                 "the chat template fails",
