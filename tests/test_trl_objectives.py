@@ -114,7 +114,7 @@ def test_examples_are_short(example):
 
 @pytest.mark.full
 @pytest.mark.model
-def test_a_group_raises_its_reward(capsys):
-    means = runpy.run_path(str(EXAMPLES / "grpo.py"))["main"](steps=2, tokens=6)
-    assert len(means) == 2
+def test_a_group_is_sampled_and_trained(capsys):
+    means = runpy.run_path(str(EXAMPLES / "grpo.py"))["main"](steps=1, tokens=4)
+    assert len(means) == 1
     assert "entropy" in capsys.readouterr().out

@@ -17,7 +17,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .stock import _SPECIAL
+from .stock import _SPECIAL, ends_for, stock_templates
 
 FOLDER = Path(__file__).parents[2] / ".tokenizers"
 
@@ -106,10 +106,21 @@ def is_there(family: Family) -> bool:
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
-    """A fetched tokenizer with its own template."""
+    """A fetched tokenizer with its own template, else with TRL's for it."""
     if not (FOLDER / name / "tokenizer.json").is_file():
         pytest.skip("not fetched: make tokenizers")
-    return AutoTokenizer.from_pretrained(FOLDER / name)
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / name)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = stock_templates().get(name)
+    if tokenizer.chat_template is None:
+        pytest.skip("no template without TRL")
+    return tokenizer
+
+
+def stops_of(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The ends of the family that this release of its tokenizer has: Llama 3 has no `<|eom_id|>` yet."""
+    known = {str(t) for t in tokenizer.added_tokens_decoder.values()}
+    return tuple(stop for stop in ends_for(name) if stop in known)
 
 
 def real_tokenizer(name: str, template: str, family: Family) -> PreTrainedTokenizerFast:
