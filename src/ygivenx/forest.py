@@ -41,6 +41,7 @@ class Edges(NamedTuple):
 
     def leaving(self, rows: Ints) -> tuple[Ints, Ints]:
         """(the edges out of `rows`, where among `rows` each comes from), int64 [n], sorted by the latter."""
+        # Two look-ups in one array: which rows are meant, and where each of them stands among those that were given.
         place = np.full(max((int(r.max()) + 1 for r in (rows, self.rows) if len(r)), default=0), -1)
         place[rows] = np.arange(len(rows))
         local = place[self.rows]
@@ -167,6 +168,7 @@ def _deepest_first(length: Ints, order: Ints, shared: Ints) -> tuple[list[int], 
     attention reads it without a copy.
     """
     length = length[order]
+    # Depth first, without recursion: a chain of shared prefixes may be as long as a sequence.
     places, common = list[int](), list[int]()
     todo = [(0, len(order), 0)] if len(order) else []
     while todo:
@@ -186,6 +188,13 @@ def _deepest_first(length: Ints, order: Ints, shared: Ints) -> tuple[list[int], 
 
 def _grow(sequences: list[Sequence]) -> Forest:
     length, read = _comparable(sequences)
+    # The sequences a b c, a b d e and a f become, the deepest branch first,
+    #     node    0  1  2  3  4  5
+    #     token   a  b  d  e  c  f
+    #     parent -1  0  1  2  1  0
+    #     depth   0  1  2  3  2  1
+    #     end     6  5  4  4  5  6
+    # so that e sees the k <= 3 with end[k] > 3, which are a, b, d and itself.
     order, shared = _deepest_first(length, *prefix_order(length, read))
     fresh = [s.ids[k:] for s, k in zip((sequences[i] for i in order), shared, strict=True)]
     count = sum(map(len, fresh))

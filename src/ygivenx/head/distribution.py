@@ -41,6 +41,7 @@ def describe(hidden: Tensor, head: LogitHead, rows: Tensor, targets: Tensor, wan
     order = rows.argsort(stable=True)
     unique, counts = rows[order].unique_consecutive(return_counts=True)
     ends = [0, *counts.cumsum(0).tolist()]
+    # 4 bytes for each logit, which are float32.
     size = max(1, MEMORY // (4 * len(head.weight)))
     parts = []
     for a in range(0, len(unique), size):

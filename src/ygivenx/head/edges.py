@@ -107,8 +107,11 @@ class EdgeColumns:
         lse_part = 2 * self.z_loss * (on_target + elsewhere)
         if self.z_loss:
             lse_part = lse_part * (self.shift[a:b] + self.log_z[a:b])
+        # The gradient at logit v is c·p(v) less the weights of the edges to v, with p(v) = e[v] / Z.
         c = on_target + elsewhere + lse_part
         z = self.log_z[a:b].exp()
+        # At *the* target p = 1 - S / Z, so c·p - on_target is this: no difference of two numbers that are nearly
+        # equal.
         at_target = elsewhere + lse_part - c * self.sums[a:b] / z
         g = -weight.where(~at_first, 0.0)
         g[first - self.starts[a]] = at_target
@@ -150,6 +153,8 @@ def even_spans(a: int, b: int, most: int, unit: int = PAD) -> list[tuple[int, in
     """[a, b) in as few parts of at most `most` as possible, about equal and, but for the last, whole units."""
     if a == b:
         return []
+    # [0, 1000) in parts of at most 400 is [0, 336), [336, 672), [672, 1000): three parts are needed, of 334, in units
+    # of 16.
     size = padded(-(-(b - a) // -(-(b - a) // most)), unit)
     return [(c, min(c + size, b)) for c in range(a, b, size)]
 

@@ -52,6 +52,8 @@ def _exponentials(
     above = (z > z.gather(1, target)).sum(1) if ranks else None
     z.scatter_(1, target, -torch.inf)
     m = z.amax(1).double()
+    # s is the highest of all logits, m the highest beside the target. Relative to m exponentials are at most 1, and
+    # the largest of them is 1, however far above them the target lies; `lift` brings their sum to s.
     shift = torch.maximum(edges.shift[a:b], m)
     lift = (m - shift).exp()
     # With no other token, or only masked ones, m is -inf, and so is z.
@@ -75,6 +77,7 @@ def _gradients(
         into.add_hidden(edges, a, b, factor, g, product(e.to(weight.dtype), weight, edges.wide))
     if into.weight is None:
         return
+    # Only float16 needs it: bfloat16 has the range of float32.
     unit = _unit(factor, at_targets) if weight.dtype == torch.float16 else 1.0
     e *= (factor / unit).to(e.dtype)[:, None]
     e.index_put_((row, token), (at_targets / unit).to(e.dtype), accumulate=True)

@@ -21,8 +21,10 @@ WIDTH = kernel.WIDTH
 def run_fused(edges: EdgeColumns, into: Gradients, memory: int, *, ranks: bool) -> None:
     """Compute the sums of `edges` and add the gradients to `into`, in rounds whose x and y fit into `memory`."""
     weight = edges.head.weight
+    # Columns of a block come in whole groups of WIDTH, as the kernel reads them.
     block = max(1, TOTAL_BYTES // (4 * weight.shape[1] * WIDTH)) * WIDTH
     scratch = Scratch(weight.device)
+    # Half of `memory` holds the packed columns, x and y for each.
     fits = memory // 2 // (2 * kernel.bytes_of_column(weight)) // WIDTH * WIDTH
     for a, b in even_spans(0, len(edges.rows), max(fits, block) if into.second_sweep else block, WIDTH):
         _FusedRound(edges, a, b, into, scratch).run(block, ranks=ranks)

@@ -120,6 +120,8 @@ class Columns:
         The next call overwrites that. Threads share out the columns, in groups of some width, and then the vocabulary.
         """
         threads, n = torch.get_num_threads(), tiles.columns
+        # A group has at least 4 * WIDTH columns. Threads beyond the groups share out the vocabulary, and what they
+        # sum up is added below.
         groups = max(1, min(threads, n // (4 * WIDTH)))
         parts = threads // groups
         sums, above = zeros(parts, n, dtype=torch.float64), zeros(parts, n, dtype=torch.int64)

@@ -49,10 +49,12 @@ def run_head(
 ) -> HeadOutput:
     """log p of every edge; with `weights` the loss and the needed gradients (of hidden, weight, bias)."""
     with torch.autocast(hidden.device.type, enabled=False):
+        # The two may differ, as where only the head is kept in float32: the wider dtype counts.
         wide = torch.promote_types(hidden.dtype, head.weight.dtype)
         head = replace(head, weight=head.weight.to(wide))
         edges = EdgeColumns(hidden, head, rows, targets, weights, z_loss=z_loss, one_each=ranks)
         into = Gradients(hidden, head, edges.wide, needed)
+        # dW is written by the first round, not added to; without an edge there is no round.
         if into.weight is not None and not len(rows):
             into.weight.zero_()
         if launches_are_costly(hidden.device):

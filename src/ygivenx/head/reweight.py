@@ -83,6 +83,7 @@ def mean_log_probs(
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     rows, targets = rows.long(), targets.long()  # `log_probs` takes narrower ones, too
+    # mean(z) - z[target] = h·(mean of W - W[target]): one product of H numbers for each edge, whatever V is.
     mean_token = weight.mean(0, dtype=wide)
     step = hidden[rows].to(wide) * (mean_token - weight[targets].to(wide))
     distance = step.sum(-1)

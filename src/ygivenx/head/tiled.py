@@ -66,6 +66,7 @@ class _TiledRound:
         self.weight, self.adds, self.products = edges.head.weight, a > 0, edges.products
         self.thin = b - a <= THIN_COLUMNS and self.weight.dtype == self.products != torch.bfloat16
         self.kept = min(room, self._wide(b - a))
+        # Blocks end where waiting ends, so that each of them either waits whole or is computed again whole.
         middle = min(a + self.kept, b)
         block = min(
             BLOCK_COLUMNS, max(1, TOTAL_BYTES // (edges.wide.itemsize * self.weight.shape[1]) // PAD) * PAD
@@ -146,7 +147,10 @@ class _TiledRound:
     def _second_sweep(self) -> None:
         into = self.into
         marks = Marks(*(torch.cat(parts) for parts in zip(*self.marks, strict=True)))
+        # Tiles that are completed are as wide as all columns, so they are lower than those of the first sweep.
         step = _height(max(self.width, self.copied), 256) if self.recomputed else self.step
+        # Backwards: tile i waits in the place of dW's tile i - 1. From the end on, no tile of dW is written before
+        # the exponentials in its place have been used.
         for i, first in reversed(list(enumerate(self.starts))):
             last = min(first + self.step, len(self.weight))
             for start in range(first, last, step):
@@ -195,9 +199,13 @@ def _rounds(columns: int, weight: Tensor, memory: int) -> list[tuple[int, int, i
     if not columns or not memory:
         return [(0, columns, 0)] if columns else []
     tokens, row = len(weight) * weight.element_size(), weight.shape[1] * product_dtype(weight).itemsize
+    # Of `memory` a quarter is for hidden states. A column that doesn't wait holds two rows of it, x and factor·x; one
+    # that does has x scaled in its place, so that one is enough.
     most = memory // 4 // row
     fits = max(PAD, most // 2 // PAD * PAD)
     room = 0 if weight.dtype == torch.float16 else min(weight.shape[1], max(PAD, most)) // PAD * PAD
+    # In later rounds dW is taken: a column that waits needs memory for V exponentials beside its rows of hidden
+    # states.
     later = memory * 3 // 4 // (tokens + 3 * row) // PAD * PAD
     wait = room and weight.element_size() > 2 and later >= WAITING_COLUMNS
     first = min(columns, room if wait else max(room, fits))

@@ -90,6 +90,8 @@ class ColumnBlock:
             lost = self.scratch.view("lost", len(out), self.width, out.dtype)
             torch.addmm(out, weight, self.x.T, beta=-1, out=lost)
             z.copy_(out).add_(lost)
+        # Without a cap the shift is taken off first, in the units of the product; with one only from the capped
+        # logit.
         if not capped:
             z -= shift / head.scale
         if head.bias is not None:
@@ -125,6 +127,8 @@ class ColumnBlock:
         """Fill the tiles and compute log p; returns Σ e[v]·W[v] [width, H] with `product`."""
         sums, above, total = self._sums(tiles, product, ranks)
         far = (~(sums[: self.b - self.a] <= HUGE_SUM)).nonzero()[:, 0]  # NaN as well
+        # The target's logit was the shift, so others may have overflowed. Shifted by the maximum none can; it isn't
+        # the first choice, since it costs a pass over the logits.
         if len(far):
             self.shift[far] = self.edges.highest_logits(far + self.a).to(self.shift.dtype)
             # Ranks were counted at the target.
@@ -146,6 +150,8 @@ class ColumnBlock:
             e = self.exponentials(weight, tile, start, sums, above)
             if total is None:
                 continue
+            # In the products' own precision the sum grows in place. Narrower products, and those of few columns, are
+            # made apart and added in float32.
             if weight.dtype == wide and self.width > FEW_COLUMNS:
                 total.addmm_(e.T, weight)
                 continue

@@ -83,6 +83,7 @@ def _solve_logits(
     log_p = z.log_softmax(1)
     p = log_p.exp()
     mass, smoothing, excess = _explain(g, p, BEND[dtype])
+    # W itself may be 0, where positive and negative weights cancel: then the largest entry gives the scale.
     unit = torch.maximum(mass.abs(), g.abs().amax(1))[:, None]
     targets = excess.abs() > (OUTLIER[dtype] + rounding) * unit * (p + 1 / vocab)
     # A loss on everything (distillation) has no sparse targets: keep the entry that is pushed up most, if it
@@ -92,8 +93,10 @@ def _solve_logits(
     targets[empty, g[empty].argmin(1)] = True
     total = g.abs().sum(1)
     unexplained = (excess.abs() * ~targets).sum(1) / total
+    # Σ ∂L/∂z = W - Σ w = 0 for any weighted cross-entropy: what doesn't add up to 0 is another term.
     unbalanced = g.sum(1).abs() / unit[:, 0]
     residual = torch.maximum(unexplained, unbalanced)
+    # Smoothing takes ε of a target's weight and spreads it over the vocabulary.
     weights = -excess / (1 - smoothing)[:, None]
     at, target = targets.nonzero(as_tuple=True)
     solved = torch.stack([target.double(), weights[at, target], log_p[at, target]])
@@ -111,9 +114,11 @@ def _explain(g: Tensor, p: Tensor, bend: float) -> tuple[Tensor, Tensor, Tensor]
     """
     vocab = p.shape[1]
     likely, where = p.topk(min(vocab, 128), 1)
+    # 128 entries with at most 16 targets among them: the median is never a target's.
     mass = (g.gather(1, where) / likely).nan_to_num().median(1).values
     excess = g - mass[:, None] * p
     smoothing = torch.zeros_like(mass)
+    # One target explains the largest entry; only what is left beyond it speaks for smoothing.
     spread = excess.abs().sum(1) - excess.abs().amax(1)
     bent = (spread > bend * g.abs().sum(1)).nonzero().flatten()
     if not len(bent):
@@ -124,6 +129,7 @@ def _explain(g: Tensor, p: Tensor, bend: float) -> tuple[Tensor, Tensor, Tensor]
     lines = [_line(g, p, suspect) for suspect in suspects]
     misfits = torch.stack([line.misfit for line in lines])
     chosen = misfits.argmin(0)
+    # A line has two parameters where W·p has one, so it fits better in any case: only a tenfold gain counts.
     better = misfits.amin(0) < 0.1 * spread[bent]
     for i, line in enumerate(lines):
         use = better & (chosen == i)
@@ -141,10 +147,12 @@ class _Line(NamedTuple):
 
 def _line(g: Tensor, p: Tensor, without: Tensor) -> _Line:
     """Least squares g = slope·p + offset over all entries but one per row, weighted by 1/(p + 1/V)²."""
+    # Errors are relative to p + 1/V, as in OUTLIER: otherwise the few probable tokens alone would decide.
     omega = (p + 1 / p.shape[1]) ** -2
     omega.scatter_(1, without[:, None], 0)
     omega /= omega.sum(1, keepdim=True)
     p_mean, g_mean = (omega * p).sum(1), (omega * g).sum(1)
+    # The textbook's slope, covariance over variance, with these weights.
     centred = p - p_mean[:, None]
     slope = (omega * centred * (g - g_mean[:, None])).sum(1) / (omega * centred**2).sum(1)
     offset = g_mean - slope * p_mean
@@ -203,6 +211,8 @@ def _solve_hidden(
     log_p = z.log_softmax(1)
     rows = _Directions(log_p, slope * torch.ones_like(z), head.weight.detach())
     g = grad.double()
+    # Beside the eight best by a float32 estimate: the most probable token, whose direction is known exactly, and the
+    # one that the text has next.
     candidates = torch.cat([rows.shortlist(g, norms), rows.top[:, None], hint.clamp(min=0)[:, None]], 1)
     weights, residuals, misfits = rows.fit(g, candidates)
     # Where p − 1 has lost its digits, what lies along the target's row says nothing.
@@ -257,6 +267,8 @@ class _Directions:
         """The tokens [n, size] whose directions explain most of g, in float32."""
         mean = self.mean()
         slope = self.slope.float()
+        # g·d(t) and ‖d(t)‖² for all tokens by two products, without making [V, H] directions: gain is the squared
+        # length of g along d(t).
         along = (g * mean).sum(1, keepdim=True).float() - slope * (g.float() @ self.weight.float().T)
         length = mean.pow(2).sum(1, keepdim=True).float() + slope**2 * norms
         length -= 2 * slope * (mean.float() @ self.weight.float().T)
@@ -282,6 +294,7 @@ class _Directions:
         every = torch.arange(self.weight.shape[0])[None]
         chosen: list[int] = []
         weights, residual = torch.zeros(0), g
+        # Rare, and for one row: here all directions are made.
         directions = self.mean()[i] - self.slope[i][:, None] * self.weight.double()
         lengths = directions.norm(dim=1).clamp(min=1e-12)
         for _ in range(min(MAX_TARGETS, every.shape[1])):

@@ -107,6 +107,7 @@ class Probe:
     def __enter__(self) -> Probe:
         head, backbone = self.model.get_output_embeddings(), decoder_of(self.model)
         form = probed_head(self.model, head)
+        # A hook that can't be set takes back those that were: a probe that fails to open leaves the model as it was.
         with ExitStack() as entered:
             entered.enter_context(uncompiled())
             for hook in (
@@ -176,6 +177,7 @@ class Probe:
             return "none"
         weights = np.array([r.weight for r in rows])
         p = np.exp([r.log_p for r in rows])
+        # 2 % apart are alike: in half precision weights are read from gradients of three digits.
         for name, unit in (("uniform", np.ones_like(p)), ("probability", p)):
             ratio = weights / np.maximum(unit, 1e-30)
             if np.ptp(ratio) <= 2e-2 * abs(np.median(ratio)):
@@ -252,6 +254,7 @@ class _ForwardPass:
     def contains(self, x: Tensor) -> bool:
         """Whether x lies in this pass's hidden states."""
         assert self.hidden is not None
+        # Slices such as hidden[:, :-1] are views, so the memory tells, where values could be equal by chance.
         return x.untyped_storage().data_ptr() == self.hidden.untyped_storage().data_ptr()
 
     def locate(self, x: Tensor) -> np.ndarray | None:
@@ -268,6 +271,7 @@ class _ForwardPass:
         return None
 
     def watch(self, head: nn.Module, x: Tensor, output: Tensor, rows: np.ndarray) -> None:
+        # torch counts changes in place; the count tells later whether these are still the logits.
         version, logits = output._version, output.detach()
 
         def on_logits(grad: Tensor) -> None:
@@ -291,6 +295,7 @@ class _ForwardPass:
         # A fused loss may leave out an adapter on the head.
         forms = [self.form, *(replace(self.form, weight=w) for w in (self.form.unadapted,) if w is not None)]
         readings = (from_hidden(hidden.reshape(-1, hidden.shape[-1]), grad, form, hints) for form in forms)
+        # The reading that leaves less unexplained is the one that the loss used.
         self.found += min(readings, key=lambda found: sum(f.residual for f in found))
 
     def guarded_hook(self, read: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
@@ -318,6 +323,8 @@ class _ForwardPass:
 def merged(parts: list[MicroBatch]) -> MicroBatch:
     """Several forward passes as one batch: over the same ids their weights add up, other rows come below."""
     rows = max_width = 0
+    # A loss may run the same rows several times, as with one pass per term: these are one row of the batch. Rows of
+    # other passes are put below.
     blocks: list[tuple[MicroBatch, int]] = []  # and the row that it begins at
     for part in parts:
         if not any(np.array_equal(part.ids, b.ids) for b, _ in blocks):
@@ -367,6 +374,7 @@ def _rows(number: int, batch: MicroBatch) -> list[ProbedToken]:
         s, u = divmod(flat, width)
         after = min(u + 1, width - 1)
         untrained = RecoveredTarget(flat, int(following[s, u]), 0.0, math.nan, 0.0, 0.0)
+        # The last position predicts nothing, unless a loss makes it.
         if u + 1 == width and flat not in by_row:
             continue
         rows += [

@@ -184,6 +184,7 @@ def _log_p(model: nn.Module, sequences: tuple[Sequence, ...], route: Route) -> l
 
 def _by_difference(model: nn.Module, s: Sequence, output: np.ndarray, route: Route) -> float:
     """Σ over runs [a, b) of y: log Pr(ids[:b]) − log Pr(ids[:a]), each from a forward pass of its own."""
+    # Where y begins and ends, in turn: a0, b0, a1, b1, ...
     edges = np.flatnonzero(np.diff(np.concatenate(([False], output, [False])).astype(np.int8)))
     prefixes = [_joint(model, s, int(n), route) for n in edges]
     return math.fsum(b - a for a, b in zip(prefixes[::2], prefixes[1::2], strict=True))
@@ -229,6 +230,7 @@ def _rows(sequences: tuple[Sequence, ...], log_p: list[np.ndarray]) -> tuple[lis
 
 
 def _share(part: float, whole: float) -> float:
+    # −∞ of −∞ is all of it; any finite part beside it is nothing.
     if math.isinf(whole):
         return float(part == whole)
     return part / whole if whole else 0.0

@@ -185,6 +185,8 @@ def rolling(length: int, limit: int) -> list[tuple[int, int, int]]:
     the last has all the context that fits, as in lm-evaluation-harness. Windows have at most limit + 1 tokens,
     of which the last is never read.
     """
+    # 10 tokens with a limit of 4: (0, 0, 5), (4, 5, 9), (5, 9, 10). The first token counts with the first window,
+    # though it has no context.
     bounds = [*range(1, length, limit), length]
     windows = [(max(0, b - limit - 1), a, b) for a, b in pairwise(bounds)] or [(0, 0, length)]
     return [(0, 0, windows[0][2]), *windows[1:]]
@@ -200,6 +202,8 @@ def windows(requests: Iterable[Request], tokens: int = WINDOW) -> Iterator[tuple
     window: list[Request] = []
     seen, raw, room, most = _SortedKeys(), 0, 0, 0
     for request in requests:
+        # Whether a request fits is known once it is added; one that doesn't is added again to the keys of a new
+        # window.
         length, added = sum(map(len, request.sequences)), seen.add(request)
         if window and (added > room or raw + length > most):
             yield window, _forest(window)
@@ -225,6 +229,7 @@ class _SortedKeys:
         return sum(self._add(s.ids.astype(np.uint32).tobytes()) for s in request.sequences)
 
     def _add(self, key: bytes) -> int:
+        # In sorted order a key's longest common prefix is with the one before it or with the one after.
         at = bisect_left(self.sorted, key)
         shared = max((_common(key, k) for k in self.sorted[max(0, at - 1) : at + 1]), default=0)
         self.sorted.insert(at, key)

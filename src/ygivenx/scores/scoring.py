@@ -267,6 +267,7 @@ def scores(
     for requests_here, forest in windows(requests, window):
         scored = True if marginal else _outputs(requests_here, forest)
         log_p, rank = node_values(model, forest, scored, chunk=chunk, route=route)
+        # Paths come in the order in which the requests' sequences were given.
         paths = iter(forest.paths)
         tally.tokens += forest.total
         tally.distinct += len(forest)
@@ -293,6 +294,7 @@ def _score(request: Request, values: list[tuple[Float64s, Ints]], marginal: bool
     y, log_p, rank = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not marginal:  # what is x here may be y of another request, whose values are no part of this one's
         log_p, rank = np.where(y, log_p, np.nan), np.where(y, rank, -1)
+    # Windows of one text after the first don't begin with its BOS.
     first = request.parts[0].sequence
     bos = bool(first.segments) and first.segments[0].kind == "bos"
     log_p_x = float(np.nansum(log_p[~y])) if marginal else math.nan
