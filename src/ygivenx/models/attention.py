@@ -120,6 +120,7 @@ def _routed(plan: Plan, query: Tensor, key: Tensor, value: Tensor, o: _Options) 
     deepest = plan.depth.max()
     if o.chunk is not None and o.chunk <= deepest:
         return dense(query, key, value, plan.cached(chunked_mask, o.chunk), o)
+    # A window or a chunk that no path reaches is none, and spares the masks that it would need.
     window = o.window if o.window is not None and o.window <= deepest else None
     simple = o.softcap is None and o.sinks is None and not o.dropout
     same_width = query.shape[-1] == value.shape[-1]

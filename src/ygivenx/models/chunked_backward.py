@@ -50,6 +50,7 @@ def loss(run: AnyRun, score: Score) -> Tensor:
     if not parameters:
         return torch.stack([score(rows, hidden) for rows, hidden in run.stream()]).sum()
     run = run.for_gradients()
+    # Where the gradients can't be made at once, all hidden states are made first, and computed again for backward.
     store = None if _scaled(run) else _trunk(run)
     if store is None:
         return score(run.order, _Hidden.apply(run, *_trained(run.decoder)))  # type: ignore[no-untyped-call]
@@ -83,6 +84,7 @@ class _NodeStore:
         return picked(self.kept, nodes, self._places(nodes))
 
     def add(self, nodes: Ints, values: Mapping[Place, tuple[Tensor | None, Tensor | None]]) -> None:
+        # What several chunks send to one node adds up; keys and values themselves come once, onto zeros.
         places = self._places(nodes)
         for layer, parts in values.items():
             key, value = parts
@@ -107,6 +109,7 @@ class _NodeStore:
 
 def _own(values: KeysValues, nodes: Ints, chunk: Chunk) -> KeysValues:
     """Of a chunk's keys, values and states those of `nodes`."""
+    # All of the chunk's nodes: nothing to pick.
     if len(nodes) == chunk.stop - chunk.start or not values:
         return values
     device = next(iter(values.values()))[0].device
@@ -121,6 +124,7 @@ def _trunk(run: AnyRun) -> _NodeStore | None:
         return store
     trunk = run.only(run.trunk)
     for chunk in trunk.chunks:
+        # The run of the trunk counts its own nodes; the store goes by those of the whole run.
         path = store[run.trunk[chunk.path]]
         _, fresh = trunk(chunk, renamed(path, lambda node: int(np.searchsorted(run.trunk, node))))
         if before.drawn():
@@ -157,10 +161,12 @@ class _Backward:
 
     def propagate(self, chunk: Chunk, done: _Pass, output: Tensor, grad: Tensor) -> None:
         """From `output`, which the chunk's hidden states went into, and from what later chunks made of its keys."""
+        # Of the nodes that later chunks saw, their gradients have come in by now: those chunks were done before.
         outputs = [(output, grad)]
         for layer, into in self.into[self.into.own(chunk)].items():
             outputs += zip(done.fresh[layer], into, strict=True)
         leaves = [t for pair in done.leaves.values() for t in pair]
+        # One call for all: gradients of parameters, and of the path's keys and values, which go on to earlier chunks.
         with _hooks_at_rest(self.parameters):
             gradients = _gradients(outputs, [*self.parameters, *leaves])
         n = len(self.parameters)
@@ -284,6 +290,7 @@ def _hooks_at_rest(parameters: list[Tensor]) -> Iterator[None]:
 
 
 def _accumulate(totals: list[Tensor | None], parts: tuple[Tensor | None, ...]) -> None:
+    # In place, so that one set of gradients is held beside that of a chunk.
     for i, part in enumerate(parts):
         total = totals[i]
         if part is not None:

@@ -77,6 +77,7 @@ def sharing_of(model: Any) -> Sharing:
             why="its tokens depend on what an encoder read, and rows here are one text",
             fix="use a decoder-only model",
         )
+    # Judged once for each decoder, which is remembered no longer than it lives.
     if decoder not in _known:
         _known[decoder] = _judged(decoder, config)
     if not _known[decoder].reason:
@@ -134,6 +135,8 @@ def _small_forest(vocabulary: int, branches_branch: bool) -> Forest:
     rng = np.random.default_rng(0)
     trunk, *tails = (rng.integers(0, vocabulary, n) for n in (9, 6, 8, 7))
     rows = [[*trunk, *tail] for tail in tails]
+    # Recurrent layers hand states on by segments: these rows have segments that begin in states of others, at two
+    # levels.
     if branches_branch:
         rows += [[*trunk, *before, *tail] for before in (tails[1], tails[2][:1]) for tail in tails[:2]]
     return Forest.of((ids, np.zeros(len(ids))) for ids in rows)
@@ -156,6 +159,8 @@ def _compared(decoder: Any, config: Any) -> Sharing:
         if window is not None and _window_is_kept(decoder, config, forest):
             window = None
         return Sharing("", window, _in_one_pass(decoder, config, plan))
+    # What can't share has to be exact at least in a padded batch: else nothing that is computed here could be relied
+    # upon.
     batch = _attempted(decoder, lambda: UnsharedRun.of(decoder, decoder, forest, size=ONE_PASS).at_once())
     if worse := _difference(batch, single):
         raise ModelError(
@@ -191,6 +196,7 @@ def _known_reason(decoder: nn.Module, config: Any) -> str:
 
 def _window_is_kept(decoder: Any, config: Any, forest: Forest) -> bool:
     """Whether the model's own mask has the window that we take for it: compared where it is shorter than sequences."""
+    # The real window is longer than the small forest's sequences, which could say nothing of it.
     window, config.sliding_window = config.sliding_window, SMALL_WINDOW
     try:
         single = _attempted(decoder, lambda: UnsharedRun.of(decoder, decoder, forest, size=1).at_once())
@@ -270,6 +276,7 @@ def _gradient(hidden: Tensor, embedded: list[tuple[Tensor, Tensor]]) -> Tensor |
     """Of a random mean of the hidden states, by id: the same however the ids are distributed over sequences."""
     if not hidden.requires_grad or not embedded:
         return None
+    # A sum would hide errors that cancel, and a norm's gradient is 0 where rows are normalised.
     direction = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
     gradients = torch.autograd.grad((hidden * direction).sum(), [e for _, e in embedded])
     ids = torch.cat([i.flatten() for i, _ in embedded])
@@ -295,6 +302,7 @@ def _difference(found: _Outcome | str, single: _Outcome) -> str:
         if what == "gradients":
             ours, exact = ours[finite], exact[finite]
         off = float((ours - exact).norm() / exact.norm())
+        # Written so that NaN is far as well.
         if not off < min(units * eps, FAR):
             return f"its {what} differ by {off:.1e} from those of single runs"
     return ""

@@ -120,6 +120,7 @@ class Run:
         for start, stop in pairwise(self._bounds().tolist()):
             found.append(Chunk(start, stop, path))
             path = np.concatenate((path, np.arange(start, stop)))
+            # Open are the nodes whose subtrees go on beyond the cut.
             path = path[self.end[path] > stop]
         return found
 
@@ -170,6 +171,7 @@ class Run:
         stack: KeysValues = {}
         held = np.zeros(0, np.int64)
         for part in self.chunks:
+            # The stack is cut back to the path of the next chunk before anything is put on it.
             keep = torch.from_numpy(np.flatnonzero(np.isin(held, part.path))).to(self.device)
             stack = picked(stack, part.path, keep)
             hidden, fresh = self(part, stack)
@@ -194,6 +196,7 @@ def _largest_last(end: Ints) -> Ints:
     ends, order = end.tolist(), list[int]()
 
     def siblings(first: int, stop: int) -> list[int]:
+        # A node's next sibling stands where its own subtree ends.
         found = []
         while first < stop:
             found.append(first)

@@ -104,6 +104,7 @@ def _leaf_paths(forest: Forest) -> list[tuple[int, Ints]]:
     leaves = np.flatnonzero(forest.fed_end == np.arange(len(depth)) + 1)
     paths, start, path = list[tuple[int, Ints]](), 0, np.zeros(0, np.int64)
     for leaf in leaves.tolist():
+        # The path branches off from the one before at the depth of its first own node.
         path = np.concatenate((path[: depth[start]], np.arange(start, leaf + 1)))
         paths.append((start, path))
         start = leaf + 1
@@ -114,6 +115,7 @@ def _batches(paths: list[tuple[int, Ints]], token: Ints, size: int) -> tuple[lis
     """(batches of paths of similar length, the order of the fed nodes in them)."""
     groups = list[list[tuple[int, Ints]]]()
     for start, path in sorted(paths, key=lambda p: -len(p[1])):
+        # Longest first, so a group's first path is its longest, and its batch takes that much for each of its paths.
         longest = len(groups[-1][0][1]) if groups else 0
         similar = (
             len(path) >= SIMILAR * longest and (len(groups[-1]) + 1) * longest <= size if groups else False

@@ -21,6 +21,7 @@ class Library:
     """The encoder's sequences, indexed by what occurs in the rows that are to be explained, and by nothing else."""
 
     def __init__(self, examples: Iterable[Example], seen: Iterable[ObservedRow]) -> None:
+        # The batch is small and the data large: of the data only what the batch has is kept.
         indexed = np.unique(np.concatenate([_shingles(s.ids) for s in seen]))
         self._examples = _distinct(examples) if len(indexed) else []
         self._places: dict[int, list[_Place]] = {}
@@ -51,6 +52,7 @@ class Library:
         ):
             sequence = self._sequence(stretch.place)
             matched = np.zeros(len(sequence), bool)
+            # A row may have lost tokens of the document, or gained some: what agrees comes in blocks.
             kinds, output = _columns(sequence)
             blocks = _blocks(ids[start:stop], sequence.ids.tolist())
             # What follows the last token of a document, and is nothing of its example, isn't part of it.
@@ -151,6 +153,7 @@ def _distinct(examples: Iterable[Example]) -> list[Example]:
 
 def _shingles(ids: np.ndarray) -> np.ndarray:
     """uint64 [max(1, T − SHINGLE + 1)]: a hash of each SHINGLE tokens in a row, or of all where there are fewer."""
+    # A polynomial hash: Σ id·bᵏ modulo 2⁶⁴, with an odd b, over all windows by one product.
     width = min(SHINGLE, len(ids))
     if not width:
         return np.zeros(0, np.uint64)

@@ -170,6 +170,7 @@ def _read_rows(ev: Evidence, rows: Any, encoder: Any, trainer: Any) -> None:
     if rows is not None:
         ev.rows = list(rows)
         unread = [r for r in ev.rows if isinstance(r, Rejected)]
+        # Whole, not row by row: a row that is refused doesn't end the audit, it is evidence.
         examples, rejected = encoder.batch(r for r in ev.rows if not isinstance(r, Rejected))
         ev.examples, ev.rejected = list(examples), [*unread, *rejected]
 
@@ -244,6 +245,7 @@ def _rows_of(trainer: Any) -> list[Any] | None:
     if "messages" not in kept and not {"prompt", "completion"} <= set(kept):
         return None
     rows = trainer.train_dataset.select_columns(kept)
+    # A stream may have no end.
     return list(rows if hasattr(rows, "__len__") else islice(rows, STREAMED))
 
 

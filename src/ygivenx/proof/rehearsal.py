@@ -123,6 +123,7 @@ def denominators(steps: list[ObservedRow], *, gather: bool) -> list[Denominator]
             units = np.concatenate(
                 [(s.weight / np.where(s.expected > 0, s.expected, 1))[s.trained] for s in members]
             )
+            # The median: a few tokens may be misread, and rows with weights of their own may vary.
             median = float(np.median(units))
             uniform = bool(np.mean(np.abs(units / median - 1) < 0.05) > 0.95) if median else False
             total = float(sum(s.weight[s.trained].sum() for s in members))
@@ -142,6 +143,7 @@ def untouched(trainer: Any) -> Iterator[None]:
     counters = {
         k: copy.deepcopy(vars(trainer)[k]) for k in ("_metrics", "_logs", "meter") if k in vars(trainer)
     }
+    # The tensors themselves, not copies: no update is made, so only what `.data` and `.grad` point to can change.
     parameters = [(p, p.data, p.grad) for p in model.parameters()]
     owners = [trainer, accelerator, *model.modules()]
     owners += [accelerator.scaler] if accelerator.scaler is not None else []
@@ -178,6 +180,7 @@ def _shallow(owner: Any) -> Attributes:
 
 
 def _restore(owner: Any, kept: Attributes) -> None:
+    # Attributes that came with the step go, and those that were there are the same objects with the same content.
     vars(owner).clear()
     for name, (value, content) in kept.items():
         vars(owner)[name] = value
@@ -206,6 +209,7 @@ def _evaluation(trainer: Any) -> Evaluation | None:
     loader = trainer.get_eval_dataloader(part)
     reported = trainer.evaluation_loop(loader, "audit", prediction_loss_only=True).metrics.get("eval_loss")
     trainer.model.eval()
+    # Once more, batch by batch, so that their losses can be weighed by their tokens.
     losses, tokens = [], []
     for batch in loader:
         if "labels" not in batch:
