@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from torch import nn
 
 import ygivenx as yx
+from ygivenx.proof.evidence import Evidence
 
 
 def test_all_names_load_and_are_documented():
@@ -43,3 +49,42 @@ def test_type_checkers_see_the_names_that_load():
     imported = {alias.name: node.module for node in block.body for alias in node.names}
     assert imported.pop("reference") is None
     assert imported == yx._HOME
+
+
+LAZY = {"nn": nn, "Probe": yx.Probe}  # imported for type checkers alone
+
+
+def _classes(hint: Any) -> Iterator[Any]:
+    if inspect.isclass(hint) and not get_args(hint):
+        yield hint
+    for inner in get_args(hint):
+        yield from _classes(inner)
+
+
+def _results(thing: Any) -> Iterator[Any]:
+    """What a public function returns; what a class's fields, properties and methods are or return."""
+    members = (
+        [v for k, v in vars(thing).items() if not k.startswith("_")] if inspect.isclass(thing) else [thing]
+    )
+    for member in members:
+        function = member.fget if isinstance(member, property) else member
+        if inspect.isfunction(function):
+            yield from _classes(get_type_hints(function, localns=LAZY).get("return"))
+    if inspect.isclass(thing):
+        for name, hint in get_type_hints(thing, localns=LAZY).items():
+            yield from () if name.startswith("_") else _classes(hint)
+
+
+@pytest.mark.parametrize("name", yx.__all__)
+def test_what_is_returned_is_public(name):
+    public = {id(getattr(yx, n)) for n in yx.__all__} | {id(Evidence)}  # of a Report: for its own page
+    own = (c for c in _results(getattr(yx, name)) if c.__module__.startswith("ygivenx"))
+    assert [c.__name__ for c in own if id(c) not in public] == []
+
+
+def test_documents_use_public_names_alone():
+    root = Path(__file__).parents[1]
+    for path in (root / "README.md", *(root / "docs").glob("*.md")):
+        code = re.findall(r"(?<!python -m )(?:from )?ygivenx\.([a-z_]+)", path.read_text())
+        # Two modules of functions are public as modules.
+        assert {c for c in code if c not in ("reference", "objectives", "json", "toml")} == set(), path.name

@@ -10,8 +10,7 @@ import pytest
 from mypy import api
 
 import ygivenx as yx
-from ygivenx.choices import Route, Severity
-from ygivenx.models.plan import ROUTES
+from ygivenx.choices import Severity
 from ygivenx.report.page import SEVERITIES
 
 ROOT = Path(__file__).parents[1]
@@ -41,5 +40,4 @@ def test_the_readme_type_checks(checked):
 
 
 def test_choices_name_what_there_is():
-    assert set(get_args(Route)) == set(ROUTES)
     assert get_args(Severity) == SEVERITIES
