@@ -13,7 +13,7 @@ from ...rows.data import Row
 from ...sequence import Rejected
 from ..evidence import Evidence
 from .base import Hit, rule
-from .shared import EXAMPLES, by_x, places, row_numbers, some
+from .shared import EXAMPLES, by_x, located, places, row_numbers, some
 
 # Reasons of the encoder that have a rule of their own.
 NAMED: set[str] = set()
@@ -111,12 +111,9 @@ def rows_quarantined(ev: Evidence) -> Iterator[Hit]:
     fix="Give the rows: yx.audit(rows, encoder, ...), or ygx probe --data FILE SCRIPT.",
 )
 def rows_unrecognised(ev: Evidence) -> Iterator[Hit]:
-    unknown = [s for s in ev.seen if not s.pieces]
-    if unknown:
-        examples = tuple({"where": s.where, "text": ev.text(s.ids[:16])} for s in unknown[:EXAMPLES])
-        severity: Severity = "warning" if len(unknown) == len(ev.seen) else "info"
-        share = len(unknown) / len(ev.seen)
-        yield Hit("rows of the batch are none that were given", len(unknown), share, examples, severity)
+    unknown = [(s.where, s.ids[:16]) for s in ev.seen if not s.pieces]
+    severity: Severity = "warning" if len(unknown) == len(ev.seen) else "info"
+    yield from located(ev, "rows of the batch are none that were given", unknown, len(ev.seen), severity)
 
 
 @rule(
@@ -153,14 +150,7 @@ def end_does_not_stop(ev: Evidence) -> Iterator[Hit]:
         if g.kind == "end_of_turn"
     ]
     deaf = [(place, ids) for place, ids in ends if not ev.stop_ids & set(ids.tolist())]
-    if deaf:
-        examples = tuple({"where": place, "text": ev.text(ids)} for place, ids in deaf[:EXAMPLES])
-        yield Hit(
-            "turns end in a token at which generation doesn't stop",
-            len(deaf),
-            len(deaf) / len(ends),
-            examples,
-        )
+    yield from located(ev, "turns end in a token at which generation doesn't stop", deaf, len(ends))
 
 
 @rule(
@@ -211,12 +201,10 @@ def length_outliers(ev: Evidence) -> Iterator[Hit]:
     if len(lengths) < 20:
         return
     low, high = np.quantile(lengths, [0.25, 0.75])
-    far = np.flatnonzero(lengths > high + 6 * max(high - low, 8))
-    if len(far):
-        at = places(ev)
-        examples = tuple({"where": at[i], "text": f"{lengths[i]:,} tokens"} for i in far[:EXAMPLES])
-        message = f"sequences are far longer than the rest (median {int(np.median(lengths)):,} tokens)"
-        yield Hit(message, len(far), len(far) / len(lengths), examples)
+    limit = high + 6 * max(high - low, 8)
+    far = [(at, f"{n:,} tokens") for at, n in zip(places(ev), lengths.tolist(), strict=True) if n > limit]
+    message = f"sequences are far longer than the rest (median {int(np.median(lengths)):,} tokens)"
+    yield from located(ev, message, far, len(lengths))
 
 
 @rule(
@@ -229,11 +217,10 @@ def longer_than_the_model(ev: Evidence) -> Iterator[Hit]:
     limit = ev.context_length
     if limit is None:
         return
-    long = [(at, len(s)) for at, s in zip(places(ev), ev.sequences, strict=True) if len(s) > limit]
-    if long:
-        examples = tuple({"where": at, "text": f"{n:,} tokens"} for at, n in long[:EXAMPLES])
-        message = f"sequences are longer than the model's {limit:,} positions"
-        yield Hit(message, len(long), len(long) / len(ev.sequences), examples)
+    lengths = zip(places(ev), map(len, ev.sequences), strict=True)
+    long = [(at, f"{n:,} tokens") for at, n in lengths if n > limit]
+    message = f"sequences are longer than the model's {limit:,} positions"
+    yield from located(ev, message, long, len(ev.sequences))
 
 
 @rule(
@@ -263,21 +250,17 @@ def joint_above_marginal(ev: Evidence) -> Iterator[Hit]:
         for i, r in enumerate(raw)
         if isinstance(r, Mapping) and all(isinstance(r.get(k), int | float) for k in ("log_p_xy", "log_p_x"))
     ]
-    wrong = [(i, joint, x) for i, joint, x in scored if joint > x + 1e-4]
-    if wrong:
-        examples = tuple(
-            {"where": f"row {i}", "text": f"log Pr([x,y]) = {joint:g} > log Pr(x) = {x:g}"}
-            for i, joint, x in wrong[:EXAMPLES]
-        )
-        yield Hit("rows have a joint above its marginal", len(wrong), len(wrong) / len(scored), examples)
+    wrong = [
+        (f"row {i}", f"log Pr([x,y]) = {joint:g} > log Pr(x) = {x:g}")
+        for i, joint, x in scored
+        if joint > x + 1e-4
+    ]
+    yield from located(ev, "rows have a joint above its marginal", wrong, len(scored))
 
 
 def _quarantined(ev: Evidence, message: str, *reasons: str) -> Iterator[Hit]:
-    rows = [r for r in ev.rejected if r.reason in reasons]
-    if rows:
-        total = len(ev.rejected) + len(ev.examples)
-        examples = tuple({"where": r.where, "text": _what_and_fix(r)} for r in rows[:EXAMPLES])
-        yield Hit(message, len(rows), len(rows) / total, examples)
+    rows = [(r.where, _what_and_fix(r)) for r in ev.rejected if r.reason in reasons]
+    yield from located(ev, message, rows, len(ev.rejected) + len(ev.examples))
 
 
 def _what_and_fix(rejected: Rejected) -> str:

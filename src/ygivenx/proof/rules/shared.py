@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from ...choices import Severity
 from ...sequence import Sequence
 from ..evidence import UNKNOWN, Evidence, MatchedStretch, ObservedRow
 from .base import Hit
@@ -33,6 +35,18 @@ def tokens(ev: Evidence, message: str, mask: Mask, of: Mask | None = None) -> It
     found = collect(ev, mask, of=of)
     if found.count:
         yield found.hit(message)
+
+
+def located(
+    ev: Evidence, message: str, found: list[tuple[str, Any]], of: int, severity: Severity | None = None
+) -> Iterator[Hit]:
+    """A hit for places, (where, a text or the ids of one), among `of`; none for none."""
+    if found:
+        shown = [
+            (where, text if isinstance(text, str) else ev.text(text)) for where, text in found[:EXAMPLES]
+        ]
+        examples = tuple({"where": where, "text": text} for where, text in shown)
+        yield Hit(message, len(found), len(found) / of, examples, severity)
 
 
 def collect(

@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 from ..evidence import Evidence
 from .base import Hit, rule
-from .shared import EXAMPLES, STRAY, first_lost, leaks_of, lost_tokens, places, stray_tokens, weighted_in
+from .shared import (
+    EXAMPLES,
+    STRAY,
+    first_lost,
+    leaks_of,
+    located,
+    lost_tokens,
+    places,
+    stray_tokens,
+    weighted_in,
+)
 
 
 @rule(
@@ -50,10 +60,8 @@ def doubled_bos(ev: Evidence) -> Iterator[Hit]:
     rows = [(s.where, s.ids[s.attended]) for s in ev.seen] or [
         (place, s.ids) for place, s in zip(places(ev), ev.sequences, strict=True)
     ]
-    twice = [(where, ids) for where, ids in rows if len(ids) > 1 and ids[0] == ids[1] == bos]
-    if twice:
-        examples = tuple({"where": w, "text": ev.text(ids[:12])} for w, ids in twice[:EXAMPLES])
-        yield Hit("rows begin with two BOS tokens", len(twice), len(twice) / len(rows), examples)
+    twice = [(where, ids[:12]) for where, ids in rows if len(ids) > 1 and ids[0] == ids[1] == bos]
+    yield from located(ev, "rows begin with two BOS tokens", twice, len(rows))
 
 
 @rule(
@@ -66,13 +74,12 @@ def doubled_bos(ev: Evidence) -> Iterator[Hit]:
 )
 def y_truncated(ev: Evidence) -> Iterator[Hit]:
     pieces = [(s, p) for s in ev.seen for p in s.pieces]
-    cut = [(s, p) for s, p in pieces if weighted_in(p.sequence)[p.missing_tail].any()]
-    if cut:
-        examples = tuple(
-            {"where": s.where, "text": ev.text(p.sequence.ids[p.missing_tail][:20])}
-            for s, p in cut[:EXAMPLES]
-        )
-        yield Hit("documents lose part of their y at the end", len(cut), len(cut) / len(pieces), examples)
+    cut = [
+        (s.where, p.sequence.ids[p.missing_tail][:20])
+        for s, p in pieces
+        if weighted_in(p.sequence)[p.missing_tail].any()
+    ]
+    yield from located(ev, "documents lose part of their y at the end", cut, len(pieces))
 
 
 @rule(
@@ -83,12 +90,8 @@ def y_truncated(ev: Evidence) -> Iterator[Hit]:
 )
 def document_cut(ev: Evidence) -> Iterator[Hit]:
     pieces = [(s, p) for s in ev.seen for p in s.pieces]
-    cut = [(s, p) for s, p in pieces if p.missing_head > STRAY // 4]
-    if cut:
-        examples = tuple(
-            {"where": s.where, "text": ev.text(s.ids[p.start : p.start + 16])} for s, p in cut[:EXAMPLES]
-        )
-        yield Hit("documents are trained without their beginning", len(cut), len(cut) / len(pieces), examples)
+    cut = [(s.where, s.ids[p.start : p.start + 16]) for s, p in pieces if p.missing_head > STRAY // 4]
+    yield from located(ev, "documents are trained without their beginning", cut, len(pieces))
 
 
 @rule(

@@ -6,13 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ...choices import Severity
 from ..evidence import UNKNOWN, Evidence
 from .base import Hit, rule
 from .shared import (
-    EXAMPLES,
     after_end,
     collect,
     expected_y,
+    located,
     misplaced,
     of_kind,
     parts_of,
@@ -164,16 +165,9 @@ def padding_trained(ev: Evidence) -> Iterator[Hit]:
 )
 def nothing_trained(ev: Evidence) -> Iterator[Hit]:
     units = [(s, part) for s in ev.seen for part in parts_of(s)]
-    empty = [(s, part) for s, part in units if not (s.trained | s.foreign)[part].any()]
-    if empty:
-        whole = len(empty) == len(units)
-        yield Hit(
-            "rows have no trained token",
-            len(empty),
-            len(empty) / len(units),
-            tuple({"where": s.where, "text": ev.text(s.ids[part][:40])} for s, part in empty[:EXAMPLES]),
-            "error" if whole else "warning",
-        )
+    empty = [(s.where, s.ids[part][:40]) for s, part in units if not (s.trained | s.foreign)[part].any()]
+    severity: Severity = "error" if len(empty) == len(units) else "warning"
+    yield from located(ev, "rows have no trained token", empty, len(units), severity)
 
 
 @rule(
