@@ -54,6 +54,7 @@ class Form:
         parts = [self.words[0]]
         for placeholder, words in zip(self.placeholders, self.words[1:], strict=True):
             parts += (texts[placeholder], words)
+        # A mark is one character: a place moves by what the texts before it are longer than that.
         grown = [0, *accumulate(len(texts[h]) - 1 for h in self.placeholders)]
         return self.outline.moved("".join(parts), {p: p + grown[n] for p, n in self.after.items()})
 
@@ -109,6 +110,8 @@ class Proofs:
         if shape not in self.tries and len(self.tries) >= _MOST_SHAPES:
             return None
         tries = self.tries[shape] = self.tries.get(shape, 0) + 1
+        # A proof costs several rows' work: none is made for a shape that occurs once, and few for one whose texts
+        # answer differently each time.
         if not 1 < tries <= 1 + _MOST_TRIES:
             return None
         try:

@@ -239,6 +239,8 @@ def prove(
     forced: bool = False,
 ) -> list[Rendering]:
     """The texts that train the wanted messages; raises RowError where no text can."""
+    # One text for all turns costs one forward pass, and is right where each turn's own text begins it: then history
+    # is written as inference shows it.
     text, begins = rendered.whole, rendered.renderer.begins
     turns = [_turn(tokens, rendered, i, repairs, forced) for i in to_train]
     if turns and begins(turns[-1].proven, text):  # the next header ends the last turn
@@ -298,6 +300,7 @@ def _turn(
     first, last = _spoken(rendered, i)
     if continues and _trains_header(rendered, i, shown, text, first):
         raise _no_header(i)
+    # Where nothing of the message is found in F, its end stands behind P all the same.
     after = max(last, len(shown) if continues else 0)
     if not continues and not repairs:
         raise _not_continued(i, shown, text)
@@ -344,6 +347,7 @@ def _spoken(rendered: Renderings, i: int) -> tuple[int, int]:
 
     [0, 0) where F has nothing of it.
     """
+    # The whole text is traced in any case; where it begins with F its origins are F's, which spares a rendering.
     text, whole = rendered.closed(i + 1), rendered.whole
     traced = rendered.traced(len(rendered) if rendered.renderer.begins(whole, text) else i + 1)
     runs = [r for r in runs_of_message(traced, i) if r[1] <= len(text)] if traced else []
@@ -369,6 +373,8 @@ def _writes_header(tokens: Tokens, rendered: Renderings, i: int) -> bool:
     if prompted is None:
         return False
     prompted = rendered.tags.without(prompted).rstrip()
+    # F goes on `<|im_start|>assistant\nHi`, and the prompt after a user ends in `<|im_start|>assistant\n`: a
+    # beginning of the one is an end of the other. It counts if it holds a control token, or begins a word there.
     ends = [head[:n] for n in range(1, min(len(head), _HEADER) + 1) if prompted.endswith(head[:n])]
     return any(tokens.has_control(e) or prompted[: -len(e)][-1:].isspace() for e in ends)
 
@@ -378,6 +384,8 @@ def _trains_header(rendered: Renderings, i: int, shown: str, text: str, first: i
 
     What a template writes before the words of every reply, whatever it says, is the header's.
     """
+    # Nothing stands between P and the reply's first word, or the template does write a generation prompt: then no
+    # header can be trained.
     if not text[len(shown) : max(first, len(shown))].strip() or rendered.closed(i) != shown:
         return False
     plain = {"role": "assistant", "content": _STAND_IN}
@@ -385,6 +393,7 @@ def _trains_header(rendered: Renderings, i: int, shown: str, text: str, first: i
         probe = rendered.renderer.render(rendered.inputs.upto(i, plain))
     except RowError:
         return False
+    # Marks of a thought are the model's to write; whatever else stands before every reply is a header.
     lead, found, _ = probe[len(shown) :].partition(_STAND_IN)
     return bool(found) and bool(rendered.tags.marks.sub("", lead).strip())
 
@@ -401,6 +410,7 @@ def _place(rendered: Renderings, i: int) -> int:
     """Where in F the content of message i, which is blank, ends; raises RowError if that isn't known."""
     text, (*before, message) = rendered.closed(i + 1), rendered.inputs.upto(i + 1).messages
     marked = {**message, "content": (message.get("content") or "") + _STAND_IN}
+    # The same rendering with one character for the missing words: where it appears is where the words would stand.
     filled = rendered.renderer.render(replace(rendered.inputs, messages=(*before, marked)))
     at = filled.find(_STAND_IN)
     if at < 0 or filled[:at] + filled[at + 1 :] != text:

@@ -379,6 +379,7 @@ def _any_of(patterns: Iterable[str]) -> re.Pattern[str]:
 
 @lru_cache(maxsize=256)
 def _tags_in(source: str) -> tuple[tuple[str, str], ...]:
+    # `<think>` → `</think>`, `[THINK]` → `[/THINK]`.
     slashed = [(t, t[0] + "/" + t[1:]) for t in dict.fromkeys(_SLASHED.findall(source))]
     pairs = [p for p in (*slashed, *_OTHERS) if p[0] in source and p[1] in source]
     think = ("<think>", "</think>")  # which data sets have, whether or not a template knows it
@@ -388,6 +389,7 @@ def _tags_in(source: str) -> tuple[tuple[str, str], ...]:
 def tags_of(template: Template) -> Tags:
     """The tags of a template; those that only its renderings show among them."""
     pairs = _tags_in(template.source)
+    # Only `<think>`, which every template gets, and yet it reads reasoning: its tags are put together as it runs.
     shown = _tags_around(template) if len(pairs) == 1 and "reasoning" in template.source else None
     return Tags((shown, *(p for p in pairs if p != shown)) if shown else pairs)
 

@@ -52,6 +52,7 @@ def with_thoughts(outline: Outline, tags: Tags, masked: bool = False) -> Outline
             continue
         is_empty = masked and not tags.marks.sub("", outline.text[turn[1] : stop]).strip()
         kind, output = ("template", False) if is_empty else ("reasoning", True)
+        # The run in which the thought ends goes on behind it; those before it are the thought.
         there = next(r for r in reversed(mine) if r[0] <= stop)
         thought = [(at, kind, output, i if output else None) for at, _, _, i in mine[:1]]
         rest = [(stop, *there[1:]), *(r for r in mine if r[0] > stop)]
@@ -75,6 +76,7 @@ def segments_of(outline: Outline, encoded: Encoded, borders: Mapping[int, int]) 
     """
     runs = outline.runs
     if encoded.tiled:
+        # The first token that begins at the run's first character or behind it.
         at = np.searchsorted(encoded.starts, np.array([r[0] for r in runs])).tolist()
     else:
         at = _by_borders(runs, borders)
@@ -155,6 +157,8 @@ def _inside(text: str, turn: Turn, pieces: list[Piece]) -> list[Run]:
         if source is None or source.message != turn.message:
             continue
         kind = _field_kind(source.field)
+        # The template's own tags between two fields are output, too: what closes a thought belongs to it, and what
+        # opens a call to the call.
         if at < a and before == "reasoning" != kind:  # `</think>` is the thought's, `<tool_call>` the call's
             opener = text.find("<", max(text.find(">", at, a), at), a) if kind == "tool_call" else -1
             runs.append((at, before, True, turn.message))
@@ -193,6 +197,7 @@ def apply_spans(
         factors = _character_weights(encoded.text, int(starts[0]), int(stops[-1]), messages[i], i)
         for k, (a, b) in enumerate(zip(starts - starts[0], stops - starts[0], strict=True), first):
             within = factors[a:b]
+            # The least of its characters' weights: a token that straddles is trained no more than either side allows.
             weights[k] *= within.min(initial=1.0) if len(within) else 1.0
             if len(within) and within.min() != within.max() and _STRADDLES not in notes:
                 notes.append(_STRADDLES)
@@ -252,9 +257,11 @@ def borders_of(outline: Outline, encoded: Encoded, options: Options, border: str
     for message, start, end, stop in outline.turns:
         for at in (start, end, stop):
             found = tokens.border(encoded, at, cuts)
+            # The token that straddles is context: y begins with the one behind it.
             if found is None and at == start and border == "mask":
                 token = across(encoded, at)
                 found = None if token is None else token + 1
+            # A stop may take in the line break behind it.
             if found is None and at == stop:
                 found = tokens.after(encoded, end, stop)
             if found is None:

@@ -139,6 +139,8 @@ class Tokens:
             if foreign(found):
                 if len(found[0]) == 1:
                     raise RowError(f"{found[0]!r} can't be encoded as text", reason="control_text")
+                # "<" and "|im_end|>" apart are no special token; the rest is searched again, since a token may hold
+                # another.
                 cuts.append(found.start() + 1)
                 at = found.start() + 1
             else:
@@ -181,6 +183,7 @@ class Tokens:
         if cutting is None:
             return self.encode_whole(texts)
         parts = [_parts(cutting, t) for t in texts]
+        # Turns of one row share most of their text, and rows a system prompt: each part is encoded once in a batch.
         unique = list(dict.fromkeys(chain.from_iterable(parts)))
         known = dict(zip(unique, self.encode_whole(unique), strict=True))
         return [joined([known[p] for p in some], t) for t, some in zip(texts, parts, strict=True)]
@@ -226,6 +229,8 @@ class Tokens:
 
     def _part_of(self, encoded: Encoded, before: int, cut: int) -> tuple[int, int]:
         """(the first of the tokens that were encoded together with the one before token `before`, its character)."""
+        # From the border back to the last special token or cut: so much was encoded together, and so much is encoded
+        # again.
         first = before
         while first and encoded.starts[first - 1] >= cut:
             piece = encoded.text[encoded.starts[first - 1] : encoded.stops[first - 1]]
@@ -325,6 +330,8 @@ def _encoded(text: str, encoding: Any) -> Encoded:
 def _tiles(starts: Ints, stops: Ints, length: int) -> bool:
     if not len(starts):
         return length == 0
+    # Every character lies in some token, and tokens come in order: then offsets can be relied upon. Tokens that hold
+    # bytes of one character overlap.
     whole = starts[0] == 0 and stops[-1] == length
     in_order = (starts[1:] >= starts[:-1]) & (stops[1:] >= stops[:-1])
     return bool(whole and (in_order & (starts[1:] <= stops[:-1])).all())

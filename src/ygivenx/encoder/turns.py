@@ -64,6 +64,8 @@ def _by_stops(tokens: Tokens, rendered: Renderings, i: int, after: int) -> End |
     text, then = rendered.closed(i + 1), _next(rendered, i)
     common = rendered.renderer.common_prefix(text, then)
     stops = [m for m in tokens.control(text, after) if m[0] in tokens.stops]
+    # Phi-3 writes `<|end|>` after a reply and, where the conversation ends, `<|endoftext|>` after that: only the
+    # first is still there when it goes on. gpt-oss ends its last turn in a stop that history lacks (row 2).
     shared = [m for m in stops if m.end() <= common]
     if shared or (stops and tokens.declares_stops):
         first = (shared or stops)[0]
@@ -80,6 +82,8 @@ def _by_structure(tokens: Tokens, rendered: Renderings, i: int, after: int) -> E
     common = rendered.renderer.common_prefix(text, then)
     inside = tokens.control(text, after)
     shared = [m for m in inside if m.end() <= common]
+    # Llama 3's first template writes the next header unasked: of the tokens behind the reply those that begin turns
+    # elsewhere in the text are then no ends, and one has to be left over.
     known = any(m[0] in tokens.stops for m in shared or inside)
     if not known and common >= after and text[common:].strip() and _asks(rendered, i + 1, text):
         beginning = _beginning(tokens, rendered, i)
@@ -91,6 +95,7 @@ def _by_structure(tokens: Tokens, rendered: Renderings, i: int, after: int) -> E
     if inside:
         stop = next((m for m in inside if m[0] in tokens.stops), None)
         end = stop or inside[0]
+        # What stands there may be the beginning of the next prompt, which the template writes in any case.
         if stop is None and _begins_next(rendered, i, text[end.start() :]):
             return _next_header(tokens, rendered, i, after)
         return End(end.start(), end[0])
@@ -107,6 +112,7 @@ def appended_end(tokens: Tokens, rendered: Renderings, i: int, after: int, repai
         raise RowError(what, reason="no_end_of_turn", field=field, why=why, fix=fix)
     if not eos:
         raise RowError(what, reason="no_end_of_turn", field=field, why=why, fix="set tokenizer.eos_token")
+    # With several stops the template could mean any of them; with one there is nothing to choose.
     needed = "append_end" if len(tokens.stops) > 1 else "only_end"
     if not repairs & {needed, "append_end"}:
         why = f"any of {', '.join(sorted(tokens.stops))} could, and none is written: {why}"
@@ -128,6 +134,7 @@ def _next(rendered: Renderings, i: int) -> str:
 
     "" where the template can write none.
     """
+    # The row's own next message, such as a tool's result, shows better than an invented one how the turn is followed.
     following = next((j for j in rendered.replies() if j > i), len(rendered))
     if i + 1 < len(rendered) and following != i + 1:
         return _prompt_or_none(rendered, following) or ""
@@ -164,6 +171,8 @@ def _next_header(tokens: Tokens, rendered: Renderings, i: int, after: int) -> En
         return None
     plain = render_or_none(rendered.renderer, then)
     traced = rendered.renderer.trace(marked(then), plain, add_generation_prompt=True) if plain else None
+    # GLM ends a turn by nothing but the header of what comes next: with a user put behind it, the first control token
+    # after the reply is that header.
     runs = runs_of_message(traced, i) if traced else []
     if not runs or plain is None:
         return None
@@ -243,6 +252,7 @@ def _after_open_thought(
     shown, message = rendered.prompt(i), rendered.inputs.messages[i]
     pair = rendered.tags.pair_of(shown)
     own = rendered.tags.own_thought(message, pair)
+    # P ends in `<think>` and the row has a thought: P + reasoning + `</think>` + answer, as the model would write it.
     if own and "open_think" in repairs and not message.get("tool_calls"):
         field = "reasoning_content" if own[0] else "content"
         reasoning = rendered.text_of(own[0], i, field)
@@ -251,6 +261,8 @@ def _after_open_thought(
         return _put_together(rendered, i, what, [p for p in parts if p], end)
     if own or "empty_think" not in repairs or rendered.tags.thinks(message):
         return None
+    # P ends in `<think>` and the row has none: P + `</think>` + answer. `\n` that ends P and `\n` that follows are
+    # one token together, which inference never sees: so the two are encoded apart.
     what = f"the {pair[0]} that the prompt opens is closed at once, encoded apart"
     if continues:
         return _put_together(
@@ -302,6 +314,7 @@ def _after_closed(rendered: Renderings, shown: str, text: str) -> int | None:
 
 def position_after(shown: str, text: str) -> int | None:
     """How much of `text` says all of `shown`, white space apart; None if it doesn't begin with it."""
+    # "a b" and "a\n b c" agree up to the place before " c": white space is skipped on both sides.
     expected, have = "".join(shown.split()), 0
     for at, character in enumerate(text):
         if have == len(expected):

@@ -62,6 +62,7 @@ def fitted(sequences: list[Sequence], most: int | None, overflow: str) -> list[S
 
     Raises RowError `nothing_trained`, and `too_long` where one is and overflow isn't "truncate" or that leaves nothing.
     """
+    # What is noted on a sequence that goes is kept on the first that stays.
     trained = [s for s in sequences if s.weights.any()]
     if not trained:
         raise _nothing_trained(sequences)
@@ -178,6 +179,8 @@ def sequences_of(
         of_spans = apply_spans(weights, segments, encoded, chat.row.messages)
         if sequences:
             # What an earlier sequence has already weighed: no reply of this one, even if it begins alike.
+            # A row of several turns has several sequences, and the context of a later one repeats the earlier: each
+            # token is weighed once.
             own = min((borders[start] for _, start, _, _ in outline.turns), default=len(weights))
             known = max(_common(s.ids, encoded.ids) for s in sequences)
             weights[: min(own, known)] = 0
