@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import doctest
+import re
 from collections import Counter
+from importlib import import_module
 
 import numpy as np
 import pytest
+import torch
 from templates.conversations import ALL
 from templates.stock import stock_templates, stops_for, tokenizer_for
-from tiny import llama
+from tiny import VOCAB, llama, score_sequences
 from trees import tree
 
 import ygivenx as yx
 from ygivenx import reference
+from ygivenx.scores.node_log_probs import node_log_probs
 from ygivenx.sequence import Segment
 
 TEMPLATES = stock_templates()
@@ -55,14 +59,6 @@ def test_encoder(name):
     assert found["single"] + found["split"] >= 7, found
 
 
-def test_loss_of_a_forest():
-    """−Σ w·log p / W: by sequence, by prefix, and by the library, for sequences that share much."""
-    model, rows = llama(), tree(seed=3)
-    expected = reference.loss(model, rows).item()
-    assert reference.forest_loss(model, rows).item() == pytest.approx(expected, rel=1e-6)
-    assert yx.loss(model, rows).value.item() == pytest.approx(expected, rel=1e-6)
-
-
 def test_forest():
     """Node by node: the same prefixes, in some order, with the same weights."""
     rows = tree(seed=4)
@@ -75,11 +71,78 @@ def test_forest():
     assert prefixes == pytest.approx(expected, rel=1e-6)
 
 
-def test_score_and_ledger():
-    model, s = llama(), tree(seed=5, count=1, low=20)[0]
-    x, y = s.ids[:8].tolist(), s.ids[8:].tolist()
-    segments = (Segment(0, 8, "prompt"), Segment(8, len(s), "answer", output=True))
-    pair = yx.Sequence(s.ids, np.r_[np.zeros(8), np.ones(len(y))], segments)
-    expected, ledger = reference.score(model, x, y), yx.ledger(model, pair)
-    got = ledger.joint, ledger.marginal, ledger.conditional, ledger.conditional_by_difference
-    assert got == pytest.approx(tuple(expected), rel=1e-5)
+SPLIT = 8  # tokens of x in PAIR
+ROWS, PAIR = tree(seed=3), tree(seed=5, count=1, low=20)[0]
+PAIR = yx.Sequence(
+    PAIR.ids,
+    np.r_[np.zeros(SPLIT), np.ones(len(PAIR) - SPLIT)],
+    (Segment(0, SPLIT, "prompt"), Segment(SPLIT, len(PAIR), "answer", output=True)),
+)
+
+
+def by_node(model):
+    forest = yx.Forest.of(ROWS)
+    values = node_log_probs(model, forest)
+    return np.concatenate([values[path[1:]] for path in forest.paths])
+
+
+def by_path(model):
+    return torch.cat([reference.log_probs(model, s.ids) for s in ROWS])
+
+
+def of_targets(model):
+    each = [reference.log_probs(model, s.ids)[s.weights[1:] > 0] for s in ROWS]
+    return torch.cat(each)
+
+
+def scored(model):
+    (s,) = score_sequences(model, [PAIR])
+    return s.log_p_xy, s.log_p_x, s.log_p_y_given_x
+
+
+def balanced(model):
+    ledger = yx.ledger(model, PAIR)
+    return ledger.joint, ledger.marginal, ledger.conditional, ledger.conditional_by_difference
+
+
+def sums(model):
+    return reference.score(model, PAIR.ids[:SPLIT].tolist(), PAIR.ids[SPLIT:].tolist())
+
+
+def head(function):
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=rng) for n in (9, VOCAB))
+    rows, targets = torch.arange(9).repeat(2), torch.arange(18) * 5
+    log_p, value = function(hidden, weight, rows, targets, torch.linspace(-1, 2, 18))
+    return [*log_p.tolist(), float(value)]
+
+
+# What equals which function of the reference, and how nearly; the encoder is above.
+EQUAL = {
+    "loss": (lambda m: yx.loss(m, ROWS).value, lambda m: reference.loss(m, ROWS)),
+    "loss by prefix": (lambda m: yx.loss(m, ROWS).value, lambda m: reference.forest_loss(m, ROWS)),
+    "log p of targets": (lambda m: yx.log_probs(m, yx.Targets.of(ROWS)).log_p, of_targets),
+    "log p of nodes": (by_node, by_path),
+    "score": (scored, lambda m: sums(m)[:3]),
+    "ledger": (balanced, sums),
+    "head": (lambda _: head(yx.selective_cross_entropy), lambda _: head(reference.selective_cross_entropy)),
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_the_fast_way_equals_the_reference(name):
+    fast, slow = (torch.as_tensor(way(llama())).detach().double() for way in EQUAL[name])
+    torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["encoder.encode", "forest", "objective", "targets", "head.selective", "head.passes", "scores.scoring",
+     "scores.node_log_probs", "scores.ledger"],
+)  # fmt: skip
+def test_a_fast_module_says_what_it_equals(module):
+    first = (import_module(f"ygivenx.{module}").__doc__ or "").splitlines()[:8]
+    named = re.search(r"Equals `ygivenx\.reference\.(\w+)`(?P<how>.)", "\n".join(first))
+    assert named
+    assert callable(getattr(reference, named[1]))
+    assert named["how"] in ",: ("

@@ -1,5 +1,6 @@
 """The forest: every distinct prefix of a batch once, with weights on its edges.
 
+Equals `ygivenx.reference.forest`: the same prefixes, and weights that are added in float64 and kept in float32.
 A token is a node whose path from the root is its context, so log p(v) = log Pr(token v | path to its parent).
 Nodes stand in depth-first preorder, and `end[k]`, one past the subtree of k, is the whole attention mask:
 q attends to k iff k <= q < end[k].

@@ -1,4 +1,7 @@
-"""The loss of a forest: −Σ w(v)·log p(v) / W, and nothing for a token without a weight."""
+"""The loss of a forest: −Σ w(v)·log p(v) / W, and nothing for a token without a weight.
+
+Equals `ygivenx.reference.loss`, value and gradients, up to the rounding of the model's dtype.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +58,6 @@ def loss(
     chunk: int | None = None,
 ) -> Loss:
     """−Σ w(v)·log Pr(v | path to v) / W over the trained edges of a forest.
-
-    Equals `ygivenx.reference.loss`, up to the rounding of the model's dtype.
 
     `batch` is a Forest, or sequences and examples that become one. `denominator` is W: by default the sum of
     the batch's own weights; give the sum over the whole optimiser step when this batch is only a part of it.

@@ -1,7 +1,7 @@
 """log Pr of the targets of many sequences, differentiable, from one forest: what every objective is made of.
 
 Sequences that begin alike share their tokens: a prompt with eight completions is computed once, forward and backward.
-The values equal `ygivenx.reference.log_probs` of each sequence by itself, up to float32 rounding.
+Equals `ygivenx.reference.log_probs` of each sequence by itself, up to float32 rounding.
 
     batch = yx.Targets.of([chosen, rejected])           # one forest, built once for policy and reference
     policy = yx.log_probs(model, batch)

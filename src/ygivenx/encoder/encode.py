@@ -1,5 +1,7 @@
 """Rows to examples: ids, a weight for each token, and segments that say what each token is.
 
+Equals `ygivenx.reference.encode`, to the bit, where that can encode a row: it knows no repairs and fewer ends of turns.
+
 `Encoder` renders a conversation, proves which of its tokens the model has to produce (prove.py), encodes
 them in batches and weighs them by policy. What can't be proven is refused with a reason; nothing is guessed.
 """

@@ -1,6 +1,7 @@
 """One pass through the head: which route computes it, and what it gives.
 
-Equals `ygivenx.reference` (all logits in float64, torch's own autograd) to the rounding of the products' dtype.
+Equals `ygivenx.reference.selective_cross_entropy` (all logits in float64, torch's own autograd) and `ranks`, to the
+rounding of the products' dtype.
 """
 
 from __future__ import annotations

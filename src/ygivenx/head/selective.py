@@ -1,7 +1,7 @@
 """The selective head: log p and gradients for the tokens that a loss or a score needs, and for no other.
 
 Rows of hidden states that carry no edge never meet the head, and there is no [tokens, vocabulary] tensor beyond
-one chunk. It equals `ygivenx.reference.selective_cross_entropy`, as nearly as float32 does.
+one chunk. Equals `ygivenx.reference.selective_cross_entropy`, as nearly as float32 does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The ledger: where the log-probability of a sequence goes, and the check that it adds up to the joint."""
+"""The ledger: where the log-probability of a sequence goes, and the check that it adds up to the joint.
+
+Equals `ygivenx.reference.score` for a pair, up to the rounding of the model's dtype.
+"""
 
 from __future__ import annotations
 
@@ -94,8 +97,6 @@ def ledger(
 
     The first token of a sequence has no probability without a BOS before it: sums start at the second, and a
     note says so. route: see `hidden_states`.
-
-    Equals `ygivenx.reference.score` for a pair, up to the rounding of the model's dtype.
     """
     sequences = (example,) if isinstance(example, Sequence) else tuple(example)
     log_p = _log_p(model, sequences, route)

@@ -1,4 +1,7 @@
-"""The log-probability and the rank of every node of a forest, streamed: memory is bounded by a chunk."""
+"""The log-probability and the rank of every node of a forest, streamed: memory is bounded by a chunk.
+
+Equals `ygivenx.reference.log_probs` of each path, up to the rounding of the model's dtype.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,7 @@ Float64s = npt.NDArray[np.float64]
 def node_log_probs(
     model: nn.Module, forest: Forest, *, chunk: int = CHUNK_NODES, route: Route = "auto"
 ) -> Float64s:
-    """log Pr(token | path) of every node, float64 [N]; NaN at roots, which have no context. No gradients.
-
-    Equals `ygivenx.reference.log_probs` of each path, up to the rounding of the model's dtype.
-    """
+    """log Pr(token | path) of every node, float64 [N]; NaN at roots, which have no context. No gradients."""
     return node_values(model, forest, chunk=chunk, route=route, ranks=False)[0]
 
 

@@ -1,4 +1,7 @@
-"""Scores: log Pr(x), log Pr(y|x) and log Pr([x, y]) as sums along the paths of a forest."""
+"""Scores: log Pr(x), log Pr(y|x) and log Pr([x, y]) as sums along the paths of a forest.
+
+Equals `ygivenx.reference.score` of each pair by itself, up to the rounding of the model's dtype.
+"""
 
 from __future__ import annotations
 
