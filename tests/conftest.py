@@ -28,6 +28,14 @@ def data_dir() -> Path:
     return DATA
 
 
+@pytest.fixture(scope="session", autouse=True)
+def rows_kept_apart(tmp_path_factory):
+    """Encoded rows aren't kept in the user's cache."""
+    os.environ["YGIVENX_CACHE"] = str(tmp_path_factory.mktemp("encoded"))
+    yield
+    del os.environ["YGIVENX_CACHE"]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def memory_given_back():
     """What the tests of one file used isn't held while those of the next run."""

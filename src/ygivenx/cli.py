@@ -34,8 +34,7 @@ from .commands.config import (
     template,
 )
 from .commands.inputs import (
-    Accepted,
-    encoded,
+    Account,
     in_flags,
     open_encoder,
     open_model,
@@ -151,28 +150,36 @@ def _sequence_json(s: Any) -> dict[str, Any]:
 def encode(
     data: Data, source: ModelOptions, rows: EncodedRowOptions, encoder: EncoderSection,
     output: Annotated[Path, typer.Option("--output", "-o", help="a Parquet file")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file of that name")] = False,
     ray: RayWorkers = 0, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Ids, weights, labels, positions and segments of every row as Parquet, for TRL, axolotl or a plain loop.
 
     Example: `ygx encode data.jsonl --model sample -o encoded.parquet`
     """
-    from .rows.parquet import write_parquet
+    from .commands.encoding import Cores, accepted, chunks, part_of
+    from .commands.progress import counted
+    from .rows.files import count_of_rows
+    from .rows.parquet import write_tables
 
+    if output.exists() and not overwrite:
+        raise ConfigError("the file exists", where=f"--output {output}", fix="--overwrite replaces it")
     reader = open_rows(data, rows)
+    account = Account(reader.format, rows.quarantine)
     if ray:
         from .scores.clusters import encoded_on_ray
 
         place = located(str(source.path), source.gguf_file)
         items = encoded_on_ray(*place, iter(reader), workers=ray, **options_of(encoder))
+        sequences = write_tables(accepted(map(part_of, chunks(items, 512)), account), output)
     else:
-        items = encoded(reader, open_encoder(source, encoder), rows.processes)
-    accepted = Accepted(reader, items, rows.quarantine)
-    with err.status("encoding"):
-        sequences = write_parquet(accepted, output)
-    account = accepted.account() | {"sequences": sequences, "output": str(output)}
+        with Cores(open_encoder(source, encoder), rows.processes) as cores:
+            tables = accepted(cores.parts(reader), account)
+            total = count_of_rows(data, rows.limit)
+            sequences = write_tables(counted(err, tables, "encoding", account, total), output)
+    document = account.close() | {"sequences": sequences, "output": str(output)}
     if as_json:
-        emit(account)
+        emit(document)
 
 
 @command()

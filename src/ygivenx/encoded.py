@@ -121,8 +121,13 @@ class EncodedRows:
     an epoch; 1 unless it is set.
     """
 
-    def __init__(self, batches: Iterable[Any], mapped: mmap.mmap | None = None) -> None:
-        self._batches, self._mapped = list(batches), mapped
+    def __init__(
+        self, batches: Iterable[Any], mapped: Iterable[mmap.mmap] = (), names: Iterable[str] = ()
+    ) -> None:
+        self._batches, self._mapped = list(batches), list(mapped)
+        self._names = list(names) or [""] * len(
+            self._batches
+        )  # of the file of each table, where there are several
         self._first: list[int] = [0, *accumulate(b.num_rows for b in self._batches)]
         self._offsets = [b.column("input_ids").offsets.to_numpy() for b in self._batches]
         self._ids = [b.column("input_ids").values.to_numpy() for b in self._batches]
@@ -142,8 +147,8 @@ class EncodedRows:
         return cls(tables(_example(i, item) for i, item in enumerate(items)))
 
     @classmethod
-    def open(cls, path: Path) -> EncodedRows:
-        """A file of `write`, mapped into memory. Raises ValueError where it isn't whole."""
+    def open(cls, path: Path, name: str = "") -> EncodedRows:
+        """A file of `write`, mapped into memory; `name` is what its rows are said to be of. Raises ValueError."""
         import pyarrow as pa
 
         with path.open("rb") as file:
@@ -151,7 +156,18 @@ class EncodedRows:
         reader = pa.ipc.open_file(pa.py_buffer(mapped))
         if not reader.schema.equals(schema()):
             raise ValueError(f"{path} has other columns")
-        return cls((reader.get_batch(i) for i in range(reader.num_record_batches)), mapped)
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        return cls(batches, [mapped], [name] * len(batches))
+
+    @classmethod
+    def joined(cls, parts: list[EncodedRows]) -> EncodedRows:
+        """The rows of several, one after another."""
+        if len(parts) == 1:
+            return parts[0]
+        several = [[x for p in parts for x in getattr(p, at)] for at in ("_batches", "_mapped", "_names")]
+        rows = cls(*several)
+        rows.counts = _flat([p.counts for p in parts], np.int64)
+        return rows
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -175,7 +191,10 @@ class EncodedRows:
     def name(self, i: int) -> str:
         """Where a sequence comes from: "row 3", or "row 3, turn 1"."""
         several = self.turn[i] > 0 or (i + 1 < len(self) and self.turn[i + 1] > 0)
-        return f"row {self.row[i]}" + (f", turn {self.turn[i]}" if several else "")
+        of = self._names[self._place(i)[0]]
+        return (
+            f"row {self.row[i]}" + (f" of {of}" if of else "") + (f", turn {self.turn[i]}" if several else "")
+        )
 
     def examples(self) -> Iterator[Example]:
         """The rows, each with its sequences."""
@@ -223,8 +242,8 @@ class EncodedRows:
 
     def _let_go(self) -> None:
         """Pages of the file that were read may leave memory: they come again when they are needed."""
-        if self._mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+        for mapped in self._mapped if hasattr(mmap, "MADV_DONTNEED") else ():
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _example(i: int, item: Any) -> Example:

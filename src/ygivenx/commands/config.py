@@ -76,8 +76,19 @@ class EncodedRowOptions(RowOptions):
 class DataSection(EncodedRowOptions):
     """The rows of a run."""
 
-    path: str | None = option(None, "the rows to train on", flags="--data", required=True)
-    eval_path: str | None = option(None, "held-out rows of the same format", flags="--eval-data")
+    path: list[str] | None = option(
+        None, "the rows to train on: files, patterns such as chats/*.parquet; may be repeated", flags="--data",
+        required=True,
+    )  # fmt: skip
+    mix: dict[str, float] = option(
+        {}, "name=weight of a file: 2 sees its rows twice in an epoch, 0.5 half of them", flags="--mix"
+    )
+    cache: str | None = option(
+        None,
+        "where encoded rows are kept for the next run",
+        default_text="$YGIVENX_CACHE, or ~/.cache/ygivenx/encoded",
+    )
+    eval_path: list[str] | None = option(None, "held-out rows; may be repeated", flags="--eval-data")
     eval_split: str | None = option(None, "which of the held-out dataset's splits")
     eval_limit: int | None = option(
         None, "read at most so many held-out rows", bounds=COUNT, default_text="all"

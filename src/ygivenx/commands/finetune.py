@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -20,14 +21,14 @@ from ..errors import ConfigError
 from ..locks import locked
 from ..models.sharing import describe_routes
 from ..proof.limits import Limits
-from ..sequence import Example
 from ..training import checkpoint, runs
 from ..training.interrupts import Interrupts
 from ..training.precision import multiplies_bfloat16
 from ..training.trainer import Trainer, refuse_unused
 from . import adapters
-from .config import DataSection, TrainConfig, TrainingSection
-from .inputs import open_encoder, open_model, open_rows, say, take
+from .config import TrainConfig, TrainingSection
+from .encoding import kept_rows
+from .inputs import open_encoder, open_model, say
 from .modelcard import write_card
 from .progress import RichProgress, trained
 from .quiet import quiet
@@ -65,8 +66,8 @@ def _finetune(config: TrainConfig, args: TrainingArguments, console: Console) ->
     directory = Path(args.output_dir)
     start = checkpoint.start(directory, config.output.resume)
     encoder = encoder_of(config, start)
-    examples, account = examples_of(config.data, encoder)
-    held_out = examples_of(config.data, encoder, held_out=True)[0] if config.data.eval_path else None
+    examples, account = rows_of(config, args, encoder, console)
+    held_out = rows_of(config, args, encoder, console, held_out=True)[0] if config.data.eval_path else None
     model, tokenizer = open_model(config.model, precision_of(config.model.dtype).weights)
     if config.lora.further and args.process_index == 0:
         adapters.write_base(model, config.model, directory)
@@ -204,34 +205,32 @@ def encoder_of(config: TrainConfig, start: Path | None) -> Any:
     return open_encoder(config.model, config.encoder, now=before.get("now"))
 
 
-def examples_of(
-    data: DataSection, encoder: Any, *, held_out: bool = False
-) -> tuple[list[Example], dict[str, Any]]:
-    """The examples of the rows, at least one, and their account."""
-    path, quarantine = str(data.path), data.quarantine
+def rows_of(
+    config: TrainConfig, args: TrainingArguments, encoder: Any, console: Console, *, held_out: bool = False
+) -> tuple[EncodedRows, dict[str, Any]]:
+    """The encoded rows of a run, at least one, and their account. Of several ranks the first one encodes them."""
+    data, paths = config.data, config.data.path
     if held_out:
-        path, quarantine = str(data.eval_path), None
-        data = replace(data, split=data.eval_split, limit=data.eval_limit)
-    examples, account = take(open_rows(path, data), encoder, data.processes, quarantine)
-    if not examples:
-        raise ConfigError("no row was accepted", where=path, fix="the reasons are above; try `ygx show`")
-    return examples, account
+        paths, data = data.eval_path, replace(
+            data, split=data.eval_split, limit=data.eval_limit, quarantine=None, mix={}
+        )  # fmt: skip
+    with args.main_process_first(desc="encoding"):
+        return kept_rows(paths or [], data, encoder, console, config.training.seed)
 
 
-def _say_too_long(examples: list[Example], model: Any, console: Console) -> None:
-    most = Limits.of(model.config, None).context_length
-    lengths = [len(s) for example in examples for s in example]
-    if most and max(lengths) > most:
+def _say_too_long(rows: EncodedRows, model: Any, console: Console) -> None:
+    most, lengths = Limits.of(model.config, None).context_length, rows.length
+    if most and lengths.max() > most:
         say(
-            f"warning: {sum(n > most for n in lengths):,} sequences are longer than the {most:,} tokens that the model "
-            f"was made for, the longest {max(lengths):,}: --max-length {most} quarantines them",
+            f"warning: {(lengths > most).sum():,} sequences are longer than the {most:,} tokens that the model "
+            f"was made for, the longest {lengths.max():,}: --max-length {most} quarantines them",
             console,
         )
 
 
 def build(
-    config: TrainConfig, args: TrainingArguments, model: Any, tokenizer: Any, examples: list[Example],
-    held_out: list[Example] | None, console: Console, notes: dict[str, Any] | None = None,
+    config: TrainConfig, args: TrainingArguments, model: Any, tokenizer: Any, examples: Iterable[Any],
+    held_out: Iterable[Any] | None, console: Console, notes: dict[str, Any] | None = None,
 ) -> Trainer:  # fmt: skip
     """The Trainer of a config, with one progress bar and no other output; `notes` go into its checkpoints."""
     for name in args.report_to:
@@ -308,7 +307,7 @@ def save(config: TrainConfig, trainer: Trainer, account: dict[str, Any], after: 
 
 
 def write_page(
-    config: TrainConfig, trainer: Trainer, examples: list[Example], account: dict[str, Any],
+    config: TrainConfig, trainer: Trainer, rows: EncodedRows, account: dict[str, Any],
     before: dict[str, float],
 ) -> Path:  # fmt: skip
     """`report.html` in the output directory: the curves of the run, and some rows token by token after it.
@@ -319,7 +318,6 @@ def write_page(
     from ..report import TokenStrip, run_page
     from ..scores.node_log_probs import node_log_probs
 
-    rows = EncodedRows.of(examples)
     shown = range(min(SHOWN_ROWS, len(rows)))
     texts = trainer.processing_class
     sequences = [
@@ -335,7 +333,7 @@ def write_page(
     which = "held-out rows" if config.data.eval_path else "rows"
     page = run_page(
         [{**before, "step": 0}, *trainer.state.log_history],
-        title=f"Training on {Path(str(config.data.path)).name}",
+        title=f"Training on {', '.join(Path(p).name for p in config.data.path or [])}",
         subtitle=f"{trainer.train_dataset}. Below: {which} after training, as the model reads them.",
         summary={
             "model": Path(str(config.model.path)).name,

@@ -6,7 +6,7 @@ import json
 import re
 from ast import literal_eval
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from ..encoder.encode import Encoder
 
 console = Console(stderr=True)
-CHUNK = 256  # rows that are encoded at a time: their texts go to the tokenizer together
-# Starting processes takes seconds, as long as encoding some thousand rows: they begin behind these, with large chunks.
-ALONE, CHUNK_APART = 8192, 32768
 
 
 def say(text: str, to: Console | None = None) -> None:
@@ -96,28 +93,6 @@ def open_rows(data: str, columns: ColumnOptions, limit: int | None = None) -> Re
     )
 
 
-def encoded(reader: Iterable[Any], encoder: Any, processes: int = 1) -> Iterator[Example | Rejected]:
-    """An Example or a Rejected per row read; what the reader quarantined passes through."""
-    rows = iter(reader)
-    for chunk in _chunks(islice(rows, ALONE) if processes > 1 else rows, CHUNK):
-        yield from _encoded(chunk, encoder, 1)
-    for chunk in _chunks(rows, CHUNK_APART):
-        yield from _encoded(chunk, encoder, processes)
-
-
-def _encoded(chunk: list[Any], encoder: Any, processes: int) -> Iterator[Example | Rejected]:
-    options = {} if processes == 1 else {"processes": processes}
-    examples, rejected = encoder.batch([r for r in chunk if not isinstance(r, Rejected)], **options)
-    yield from (r for r in chunk if isinstance(r, Rejected))
-    yield from examples
-    yield from rejected
-
-
-def _chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
-    while chunk := list(islice(items, size)):
-        yield chunk
-
-
 @dataclass
 class Account:
     """What became of the rows: accepted + quarantined = read. Notes on accepted ones are counted by kind.
@@ -148,25 +123,52 @@ class Account:
         self.reasons[row.reason] += 1
         self.first = self.first or row.message
         if self.quarantine:
-            self._file = self._file or self._open.enter_context(_quarantine_file(self.quarantine))
+            self._file = self._file or self._open.enter_context(quarantine_file(self.quarantine))
             record = {"reason": row.reason, "where": row.where, "message": row.message, "row": row.row}
             self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
+    @property
+    def read(self) -> int:
+        """How many rows were read: accepted + quarantined."""
+        return self.accepted + self.reasons.total()
+
+    def add(self, other: Account) -> None:
+        """Count what another one has counted of further rows."""
+        formats = [f for f in (self.format, other.format) if f]
+        self.format, self.first = "; ".join(dict.fromkeys(formats)), self.first or other.first
+        self.accepted += other.accepted
+        self.reasons.update(other.reasons)
+        self.notes.update(other.notes)
+        self.examples = {**other.examples, **self.examples}
+
+    def kept(self) -> dict[str, Any]:
+        """Plain types, from which `of` makes it again."""
+        return {**self.document(), "first": self.first, "examples": self.examples}
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> Account:
+        """From what `kept` gave."""
+        reasons, notes = Counter(kept["reasons"]), Counter(kept["notes"])
+        return cls(kept["format"], None, kept["accepted"], reasons, kept["first"], notes, kept["examples"])
+
     def document(self) -> dict[str, Any]:
         """Plain types: the counts."""
-        quarantined = self.reasons.total()
         return {
             "format": self.format,
-            "read": self.accepted + quarantined,
+            "read": self.read,
             "accepted": self.accepted,
-            "quarantined": quarantined,
+            "quarantined": self.reasons.total(),
             "reasons": dict(self.reasons.most_common()),
             "notes": dict(self.notes.most_common()),
         }
 
+    def end(self) -> None:
+        """Close the file."""
+        self._open.close()
+
     def close(self) -> dict[str, Any]:
         """Print the counts and close the file; the same as a document."""
-        self._open.close()
+        self.end()
         document = self.document()
         say_account(document, self.first, self.examples)
         if self.quarantine and document["quarantined"]:
@@ -174,41 +176,12 @@ class Account:
         return document
 
 
-def _quarantine_file(path: str) -> Any:
+def quarantine_file(path: str) -> Any:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return open(path, "w", encoding="utf-8")  # the account closes it
     except OSError as error:
         raise ConfigError("it can't be written", where=f"--quarantine {path}", why=str(error)) from error
-
-
-class Accepted:
-    """Iterates over the examples that a reader's rows became, and keeps the account of all of them.
-
-    items: an Example or a Rejected per row of the reader, as from `encoded`.
-    """
-
-    def __init__(self, reader: Reader, items: Iterable[Any], quarantine: str | None = None) -> None:
-        self.items, self._account = items, Account(reader.format, quarantine)
-
-    def __iter__(self) -> Iterator[Example]:
-        for item in self.items:
-            if isinstance(item, Rejected):
-                self._account.reject(item)
-            else:
-                self._account.accept(item)
-                yield item
-
-    def account(self) -> dict[str, Any]:
-        """Accepted + quarantined = read; printed too."""
-        return self._account.close()
-
-
-def take(reader: Reader, encoder: Any, processes: int = 1, quarantine: str | None = None) -> Any:
-    """(all examples of a reader, the account of its rows)."""
-    accepted = Accepted(reader, encoded(reader, encoder, processes), quarantine)
-    examples = list(accepted)
-    return examples, accepted.account()
 
 
 def say_account(account: dict[str, Any], first: str, examples: dict[str, str] | None = None) -> None:

@@ -41,7 +41,7 @@ def write_card(
         CARD.format(
             lora=", lora" if config.lora.further else "",
             model=_name(str(config.model.path)),
-            data=_name(str(config.data.path)),
+            data=", ".join(map(_name, config.data.path or [])),
             train=config.encoder.train,
             denominator=section.denominator,
             steps=trainer.state.global_step,

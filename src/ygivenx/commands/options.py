@@ -99,6 +99,8 @@ def _as(kind: Any, value: Any) -> Any:
     kind_of = get_origin(kind) or kind
     if kind_of is Any:
         return value
+    if kind_of is list and isinstance(value, str):  # one of them
+        return [value]
     if kind_of is Literal:
         if value in get_args(kind) and type(value) is type(get_args(kind)[get_args(kind).index(value)]):
             return value
@@ -249,7 +251,7 @@ def _parsed(f: Any, value: Any) -> Any:
 
 def _flag_type(hint: Any, unset: bool) -> Any:
     """What typer parses; choices are text here, since `fit` has the better message."""
-    if get_origin(hint) is dict:
+    if any(get_origin(kind) in (dict, list) for kind in _members(hint)):
         return list[str] | None
     kinds = [k for k in _members(hint) if k is not type(None)]
     kind = str if any(get_origin(k) is Literal or k is str for k in kinds) else kinds[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ SILENCE = 10.0  # seconds after which a run without a terminal says that it is a
 
 
 def bar(console: Console) -> Progress:
-    """The one look of progress bars; it disappears when done."""
+    """The one look of progress bars, which terminals alone have; it disappears when done."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -41,6 +41,7 @@ def bar(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 
@@ -58,6 +59,27 @@ def tracked(console: Console, items: Sequence[T], what: str, unit: int = 1) -> I
             if not console.is_terminal and time.monotonic() - spoke > SILENCE / 2:
                 console.print(f"{what}: {(done + 1) * unit} of {total}", highlight=False)
                 spoke = time.monotonic()
+
+
+def counted(
+    console: Console, items: Iterable[T], what: str, account: Any, total: int | None = None
+) -> Iterator[T]:
+    """The items, with a bar of the rows that `account.read` counts; without a terminal a line every few seconds.
+
+    total: how many rows there are, where that is known.
+    """
+    began = spoke = time.monotonic()
+    with bar(console) as progress:
+        task = progress.add_task(what, total=total)
+        for item in items:
+            yield item
+            progress.update(task, completed=account.read)
+            now = time.monotonic()
+            if not console.is_terminal and now - spoke > SILENCE / 2:
+                rate = account.read / (now - began)
+                left = f", {timedelta(seconds=round((total - account.read) / rate))} left" if total else ""
+                console.print(f"{what}: {account.read:,} rows, {rate:,.0f} a second{left}", highlight=False)
+                spoke = now
 
 
 class RichProgress(TrainerCallback):

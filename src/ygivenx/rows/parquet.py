@@ -17,91 +17,57 @@ not belong in a template: there it can't be checked, and it changes the text tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..sequence import Example, Sequence
+import numpy as np
 
-_CHUNK = 512  # sequences per row group: memory holds no more
+from ..encoded import schema, tables
+from ..sequence import Example
 
 
 def write_parquet(examples: Iterable[Example], path: str | Path) -> int:
     """Write the sequences of examples as they come; returns how many. The file appears whole or not at all."""
+    return write_tables(tables(examples), path)
+
+
+def write_tables(batches: Iterable[Any], path: str | Path) -> int:
+    """`write_parquet` from tables of `encoded`."""
     import pyarrow.parquet as pq
 
     path, count = Path(path), 0
     partial = path.with_name(path.name + ".partial")
-    schema = _schema()
-    with pq.ParquetWriter(partial, schema) as writer:
-        for rows in _chunks(_rows(examples)):
-            writer.write_table(_table(rows, schema))
-            count += len(rows)
+    with pq.ParquetWriter(partial, _schema()) as writer:
+        for batch in batches:
+            writer.write_batch(_for_trainers(batch))
+            count += batch.num_rows
     partial.replace(path)
     return count
 
 
-def _rows(examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
-    for place, example in enumerate(examples):
-        number = place if example.index is None else example.index
-        for n, sequence in enumerate(example.sequences):
-            yield {"row": number, "sequence": n, **_columns(sequence)}
-
-
-def _columns(s: Sequence) -> dict[str, Any]:
-    return {
-        "input_ids": s.ids,
-        "weights": s.weights,
-        "labels": s.labels,
-        "attention_mask": [1] * len(s),
-        "position_ids": range(len(s)),
-        "segments": [
-            {"start": g.start, "stop": g.stop, "kind": g.kind, "output": g.output, "message": g.message}
-            for g in s.segments
-        ],
-        "notes": list(s.notes),
-    }
-
-
-def _chunks(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    chunk: list[dict[str, Any]] = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == _CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
-
-
-def _table(rows: list[dict[str, Any]], schema: Any) -> Any:
+def _for_trainers(batch: Any) -> Any:
+    """A table of encoded rows with the columns that other trainers look for."""
     import pyarrow as pa
 
-    return pa.table({name: [r[name] for r in rows] for name in schema.names}, schema=schema)
+    ids, weights = batch.column("input_ids"), batch.column("weights").values.to_numpy()
+    labels = np.where(weights > 0, ids.values.to_numpy(), -100).astype(np.int32)
+    length = np.diff(ids.offsets.to_numpy())
+    places = np.arange(len(labels)) - np.repeat(np.cumsum(length) - length, length)
+    ones, places = np.ones(len(labels), np.int8), places.astype(np.int32)
+    derived = {"labels": labels, "attention_mask": ones, "position_ids": places}
+    columns = {n: pa.ListArray.from_arrays(ids.offsets, pa.array(values)) for n, values in derived.items()}
+    return pa.record_batch([columns.get(n) or batch.column(n) for n in _schema().names], schema=_schema())
 
 
 def _schema() -> Any:
     import pyarrow as pa
 
-    segment = pa.struct(
-        {
-            "start": pa.int32(),
-            "stop": pa.int32(),
-            "kind": pa.string(),
-            "output": pa.bool_(),
-            "message": pa.int32(),
-        }
-    )
-    return pa.schema(
-        {
-            "row": pa.int64(),
-            "sequence": pa.int64(),
-            "input_ids": pa.list_(pa.int32()),
-            "weights": pa.list_(pa.float32()),
-            "labels": pa.list_(pa.int32()),
-            "attention_mask": pa.list_(pa.int8()),
-            "position_ids": pa.list_(pa.int32()),
-            "segments": pa.list_(segment),
-            "notes": pa.list_(pa.string()),
-        }
-    )
+    known = schema()
+    derived = {
+        "labels": pa.list_(pa.int32()),
+        "attention_mask": pa.list_(pa.int8()),
+        "position_ids": pa.list_(pa.int32()),
+    }
+    order = ["row", "sequence", "input_ids", "weights", *derived, "segments", "notes"]
+    return pa.schema([pa.field(n, derived[n]) if n in derived else known.field(n) for n in order])
