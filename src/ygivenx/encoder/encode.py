@@ -47,6 +47,11 @@ CHOICES = {
 }
 
 
+_GROUP = (
+    64  # rows on their way at once: of more, Python's garbage collector goes over too many half-made ones
+)
+
+
 class Encoder:
     """Encodes rows for one tokenizer.
 
@@ -181,6 +186,10 @@ class Encoder:
             return [done for chunk in pool.map(_encode_chunk, chunks) for done in chunk]
 
     def _encode(self, rows: list[Any], first: int = 0) -> list[Example | RowError]:
+        groups = range(0, len(rows), _GROUP)
+        return [done for at in groups for done in self._encode_group(rows[at : at + _GROUP], first + at)]
+
+    def _encode_group(self, rows: list[Any], first: int) -> list[Example | RowError]:
         jobs = [self._try(n, row) for n, row in enumerate(rows, first)]
         texts = [t for job in jobs if not isinstance(job, RowError) for t in job.texts]
         encoded = iter(self.tokens.encode_cut(texts))

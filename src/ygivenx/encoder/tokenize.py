@@ -375,15 +375,22 @@ _MODELS = {"BPE", "Unigram", "WordLevel", "WordPiece"}
 
 def cutting_tokens(backend: Any) -> re.Pattern[str] | None:
     """A pattern of the tokens around which this tokenizer's texts can be cut; None if there are none."""
-    settings = json.loads(backend.to_str())
-    model = settings["model"]
-    if model.get("type") not in _MODELS or model.get("dropout") or backend.encode_special_tokens:
+    model = backend.model
+    if (
+        type(model).__name__ not in _MODELS
+        or getattr(model, "dropout", None)
+        or backend.encode_special_tokens
+    ):
         return None
-    if not all(_works_by_parts(settings.get(step), known) for step, known in _APART.items()):
+    if not all(_works_by_parts(_settings(getattr(backend, step)), known) for step, known in _APART.items()):
         return None
-    added = settings["added_tokens"]
-    alone = sorted(_alone(added), key=len, reverse=True)
+    alone = sorted(_alone(list(backend.get_added_tokens_decoder().values())), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, alone))) if alone else None
+
+
+def _settings(step: Any) -> dict[str, Any] | None:
+    """What a step of the tokenizer is made of. The whole would come with its vocabulary, half a second's work."""
+    return None if step is None else json.loads(step.__getstate__())
 
 
 def _works_by_parts(step: Mapping[str, Any] | None, known: set[str]) -> bool:
@@ -397,17 +404,17 @@ def _works_by_parts(step: Mapping[str, Any] | None, known: set[str]) -> bool:
     return step["type"] in known and not moves and all(_works_by_parts(i, known) for i in inner)
 
 
-def _alone(added: list[dict[str, Any]]) -> list[str]:
+def _alone(added: Sequence[Any]) -> list[str]:
     """The special tokens that nothing can overlap, by what they are and how they are found."""
-    raw = [t["content"] for t in added if not t["normalized"]]
+    raw = [t.content for t in added if not t.normalized]
     tails = {t[i:] for t in raw for i in range(1, len(t))}
     everything = "\0".join(raw)
     return [
-        t["content"]
+        t.content
         for t in added
-        if t["special"] and not (t["normalized"] or t["lstrip"] or t["rstrip"] or t["single_word"])
-        if _bounded(t["content"]) and everything.count(t["content"]) == 1
-        if not any(t["content"][:n] in tails for n in range(1, len(t["content"]) + 1))
+        if t.special and not (t.normalized or t.lstrip or t.rstrip or t.single_word)
+        if _bounded(t.content) and everything.count(t.content) == 1
+        if not any(t.content[:n] in tails for n in range(1, len(t.content) + 1))
     ]
 
 
