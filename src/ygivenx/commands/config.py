@@ -16,6 +16,7 @@ from typing import Any, Literal, get_type_hints
 import yaml
 
 from ..errors import ConfigError, refuse_unknown
+from ..forest import MAX_TOKENS
 from .options import (
     COUNT,
     PAIR,
@@ -155,7 +156,7 @@ class LoraSection:
 class TrainingSection:
     """The steps of a run: these, and any other field of transformers' `TrainingArguments`."""
 
-    max_tokens: int = option(1024, "distinct tokens in one micro-batch", bounds=PAIR)
+    max_tokens: int = option(MAX_TOKENS, "distinct tokens in one micro-batch", bounds=PAIR)
     denominator: Literal["tokens", "sequence"] = option("tokens", "what the sum of a step is divided by")
     num_train_epochs: float = option(1.0, "passes over the rows", flags="--epochs", bounds=Bounds(open=True))
     max_steps: int | None = option(None, "optimiser steps, whatever epochs says", bounds=COUNT)
