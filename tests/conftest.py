@@ -40,6 +40,10 @@ def rows_kept_apart(tmp_path_factory):
 def memory_given_back():
     """What the tests of one file used isn't held while those of the next run."""
     yield
+    give_memory_back()
+
+
+def give_memory_back() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):  # elsewhere than with glibc
         ctypes.CDLL(None).malloc_trim(0)

@@ -308,13 +308,13 @@ def test_only_what_was_seen_is_indexed():
 
 def test_rows_that_the_audit_was_not_given_are_left_alone(setup):
     """Half of the rows are known; the others are GSM8K too, with the same system prompt and phrases."""
-    rows = setup.chats(24)
+    rows = setup.chats(12)
     encoder = Encoder(setup.tokenizer)
-    trainer = setup.hf(setup.encoded(rows), per_device_train_batch_size=12)
-    report = audit(rows[:12], encoder, trainer=trainer)
+    trainer = setup.hf(setup.encoded(rows), per_device_train_batch_size=6)
+    report = audit(rows[:6], encoder, trainer=trainer)
     assert [f.rule for f in report.findings] == ["rows-unrecognised"], str(report)
     assert report.exit_code() == 0
-    known = {tuple(s.ids.tolist()) for e in encoder.batch(rows[:12])[0] for s in e}
+    known = {tuple(s.ids.tolist()) for e in encoder.batch(rows[:6])[0] for s in e}
     for seen in report.evidence.steps:
         assert bool(seen.pieces) == (tuple(seen.ids[seen.attended].tolist()) in known)
 

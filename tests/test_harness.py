@@ -192,6 +192,7 @@ def test_every_task_with_the_real_model(smol, tasks):
     assert_equal(*(run(name, arguments, tasks, limit=2) for name in ("ygivenx", "hf")))
 
 
+@pytest.mark.full
 def test_the_harness_s_own_command(tiny_model, tasks, tmp_path):
     folder, _ = tasks
     done = subprocess.run(

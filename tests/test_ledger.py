@@ -112,6 +112,7 @@ def test_check_has_a_tolerance():
     assert check(-5.2, -5.2 - 1e-9, tolerance=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.model
 def test_identity_on_the_real_model(smol):
     from ygivenx import Encoder

@@ -13,6 +13,7 @@ from ygivenx.cli import app
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
+@pytest.mark.full
 @pytest.mark.model
 def test_the_python_blocks_run(smol, capsys):
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)

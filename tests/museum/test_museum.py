@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from conftest import give_memory_back
 
 from ygivenx.proof.rules import RULES
 
@@ -14,6 +15,13 @@ from .pages import DOCS, title
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAULTS = [e for e in EXHIBITS if e.rule is not None]
 SOUND = [e for e in EXHIBITS if e.rule is None]
+
+
+@pytest.fixture(autouse=True)
+def trainer_given_back():
+    """A trainer and its logits take hundreds of megabytes."""
+    yield
+    give_memory_back()
 
 
 def cases(exhibits):
