@@ -67,6 +67,8 @@ class Targets:
                     where=f"sequence {number}", fix="leave it out, or ask for which='all'",
                 )  # fmt: skip
         forest = Forest.of(flat)
+        # Sequences that share a target share its node: one edge is computed, and `edge_of` hands its value to each of
+        # them.
         nodes = _joined([path[p] for path, p in zip(forest.paths, positions, strict=True)])
         is_target = np.zeros(len(forest), bool)
         is_target[nodes] = True

@@ -37,9 +37,8 @@ MEMORY_BYTES = 64 << 20  # beyond the gradients, that a call may hold on to
 BLOCK_COLUMNS = 1024  # of one first sweep
 TOTAL_BYTES = 8 << 20  # of Σ e[v]·W[v] in one first sweep: it has to stay in the cache
 TILE_ELEMENTS = 2 << 20
-THIN_COLUMNS = (
-    128  # up to so many, float32 tiles lie column by column, unpadded: few columns multiply faster so
-)
+# up to so many, float32 tiles lie column by column, unpadded: few columns multiply faster so
+THIN_COLUMNS = 128
 WAITING_COLUMNS = 160  # from so many on, adding to dW costs less than computing the logits again
 
 

@@ -22,9 +22,8 @@ DENSE = {
     "llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "smollm3",
 }  # fmt: skip
 ROW_BY_ROW = ("self_attn.q_proj", "self_attn.o_proj", "mlp")
-WORTHWHILE = (
-    0.5  # of the rows: picking them and putting them back costs as much as sparing a third of them gains
-)
+# of the rows: picking them and putting them back costs as much as sparing a third of them gains
+WORTHWHILE = 0.5
 
 
 @contextmanager

@@ -95,9 +95,8 @@ class Probe:
     def __init__(self, model: nn.Module) -> None:
         self.model = unwrap(model)
         self.micro_batches: list[MicroBatch] = []
-        self.loss_scale = (
-            1.0  # what a gradient scaler multiplies the loss by; reported weights are free of it
-        )
+        # what a gradient scaler multiplies the loss by; reported weights are free of it
+        self.loss_scale = 1.0
         self.temperature = 1.0  # what the loss divides its logits by
         self._passes: list[_ForwardPass] = []
         self._declared: int | None = None  # micro-batches that the loop has announced so far

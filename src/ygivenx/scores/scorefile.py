@@ -105,6 +105,7 @@ class ScoreFile:
     def finish(self, account: Mapping[str, Any]) -> None:
         """The Parquet file, if that is asked for, and the account of the run beside it."""
         note = _note(self.note)
+        # The account comes first: a Parquet file without one would be complete and couldn't be read back.
         _replace(self.note, json.dumps(note | {"account": dict(account)}, indent=1, default=str))
         if self.parquet and not self.finished:  # last: where it is, everything is
             _to_parquet(self.lines, self.path)
@@ -158,6 +159,7 @@ def _whole_lines(path: Path) -> int:
     count = whole = 0
     with path.open("r+b") as file:
         for line in file:
+            # Nothing behind the first broken line is kept: records are matched to requests by their order.
             if not line.endswith(b"\n") or not _is_record(line):
                 break
             count, whole = count + 1, whole + len(line)
@@ -182,6 +184,7 @@ def _to_parquet(lines: Path, path: Path) -> None:
     new = path.with_name(path.name + ".new")
     with lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as out:
         while batch := [json.loads(line) for line in islice(file, BATCH)]:
+            # pyarrow would drop a column that the schema lacks without a word.
             unknown = batch[0].keys() - set(schema.names)
             if unknown:
                 raise DataError(f"no column for {', '.join(sorted(unknown))}", where=str(lines))

@@ -98,6 +98,8 @@ class Text(str):
         return _locate(self, str.split(self, sep, maxsplit))
 
     def rsplit(self, sep: str | None = None, maxsplit: SupportsIndex = -1) -> list[str]:
+        # From the right the parts are found as from the left in a mirror: "a--b---c" by "--" gives other cuts each
+        # way.
         parts = [p[::-1] for p in reversed(str.rsplit(self, sep, maxsplit))]
         mirrored = _locate(self[::-1], parts)
         return [p[::-1] for p in reversed(mirrored)]
@@ -115,6 +117,7 @@ class Text(str):
 
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> Text:
         if not old:
+            # "" stands between all characters: what is put there has no one place to come from.
             return self.made_into(str.replace(self, old, new, count))
         pieces: list[str] = []
         at, left = 0, count.__index__()
@@ -136,6 +139,7 @@ class Text(str):
         result = Text(result)
         if len(self.runs) <= 1:
             result.runs = ((len(result), self.runs[0][1] if self.runs else TEMPLATE),) if result else ()
+        # As upper-casing does, character by character; where "ß" becomes "SS" nobody knows which characters moved.
         elif len(result) == len(self):
             result.runs = self.runs
         else:

@@ -125,6 +125,8 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         """The tree with a meter on what each loop runs over and on each text that a variable or call keeps."""
+        # In the tree, not at run time: generated code then calls the meter by itself, and a template can't take it
+        # away.
         tree = super()._parse(source, name, filename)
         for loop in list(tree.find_all(jinja2.nodes.For)):
             loop.iter = self._filtered(loop.iter, "_metered")
@@ -141,6 +143,7 @@ class Environment(ImmutableSandboxedEnvironment):
         return result
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        # Before it is computed: afterwards the memory or the time is gone.
         if operator == "**" and abs(right) > 64:
             raise over_budget(f"a number to the power {right}")
         if operator == "*":
@@ -151,6 +154,8 @@ class Environment(ImmutableSandboxedEnvironment):
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         """As the sandbox does it, in one step for what templates read most: fields, variables, loops."""
+        # The sandbox's own way asks several questions for each access. These kinds are known to hold no harm under
+        # such names; everything else goes the long way.
         kind = type(obj)
         if kind is dict and attribute not in _OF_DICT:
             try:
@@ -240,6 +245,7 @@ def compiled(source: str, kind: Callable[[], Environment]) -> jinja2.Template:
     except jinja2.TemplateSyntaxError as e:
         why = f"line {e.lineno}: {e.message}"
         raise RowError("the chat template isn't Jinja", reason="template_syntax", why=why) from e
+    # Generated code finds Jinja's own functions in its globals, not in the environment.
     names: Any = result.root_render_func.__globals__
     names |= environment(kind).own_names()
     return result

@@ -65,6 +65,7 @@ def clear(staging: Path) -> None:
 
 def publish(staged: Path, final: Path) -> None:
     """Give a sealed directory its name in one rename; one that has it is put aside before, and deleted after."""
+    # At each moment a complete checkpoint has a name that `mend` knows: a crash between any two lines loses none.
     aside = final.with_name(final.name + _ASIDE)
     if final.exists():
         os.rename(final, aside)
@@ -132,6 +133,7 @@ def verify(directory: Path) -> None:
         path = directory / name
         if not path.is_file():
             raise CheckpointError("a file is missing", where=str(path), why="the manifest lists it", fix=fix)
+        # The size first, which costs nothing.
         if path.stat().st_size != size or _hash(path) != sha256:
             raise CheckpointError(
                 "a file was altered", where=str(path), why="its hash differs from the manifest", fix=fix
