@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRAS := gguf,lora,test
 
-.PHONY: setup demo test check full mutate nightly browser tokenizers gpu clean help
+.PHONY: setup demo test check full mutate nightly docs browser tokenizers gpu clean help
 
 help:
-	@echo "make demo | test | check | full | mutate | nightly | browser | tokenizers | gpu | setup | clean"
+	@echo "make demo | test | check | full | mutate | nightly | docs | browser | tokenizers | gpu | setup | clean"
 
 setup: $(READY)
 
@@ -44,6 +44,13 @@ mutate: setup
 nightly: setup
 	YGIVENX_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_properties.py tests/test_shapes.py
 
+# The site in site/: the reference of commands and options is made first, and a warning is an error.
+docs: setup
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/typer ygivenx.cli utils docs --name ygx --output docs/reference/cli.md
+	$(BIN)/python -m ygivenx.commands.config > docs/reference/train.md
+	$(BIN)/mkdocs build --strict
+
 browser: setup
 	$(BIN)/python -m pytest -m browser
 
@@ -57,4 +64,4 @@ gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/test_gpu.py tests/test_auditing.py -k gpu
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist site
