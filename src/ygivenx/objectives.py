@@ -60,6 +60,7 @@ def orpo(chosen: Tensor, rejected: Tensor, *, beta: float = 0.1) -> Tensor:
 
 def _log_complement(log_p: Tensor) -> Tensor:
     """log(1 − p) without loss of digits where p is close to 1."""
+    # 1 - exp(log p) would be 0 in float32 from p = 1 - 6e-8 on, and its logarithm -inf.
     return torch.log(-torch.expm1(log_p))
 
 
@@ -82,6 +83,7 @@ def kto(
 
     Ethayarajh et al. 2024 (arXiv 2402.01306), equation 8. kl estimates KL(π‖π_ref), see `kto_kl`; it is a constant.
     """
+    # σ(-z) = 1 - σ(z): an undesirable reply is pushed below the baseline as a desirable one is pushed above it.
     gain = beta * (log_p - reference - torch.as_tensor(kl, device=log_p.device).detach())
     sign = torch.where(desirable, 1.0, -1.0)
     weight = torch.where(desirable, desirable_weight, undesirable_weight)

@@ -97,6 +97,7 @@ def _forward(
     if plan is None:
         return stock(*args, **kwargs)
     plan.layers.add(mixer)
+    # Families pass hidden states by place or by name.
     hidden = inspect.signature(stock).bind(*args, **kwargs).arguments["hidden_states"]
     if type(mixer).__name__ in SCANS:
         return selective_scan.over_forest(mixer, hidden, plan)
@@ -114,6 +115,8 @@ def over_forest(mixer: nn.Module, stock: Callable[..., Tensor], hidden: Tensor, 
     cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
     tree = plan.cached(levels, None)
     found, states = list[Tensor](), _past(mixer, plan, tree.path)
+    # Segments of a level have equally many above them, so their parents' states are all there: a call or a few for
+    # each level, not one for each segment.
     for level in tree.groups:
         ended = list[States]()
         for group in level:
@@ -227,6 +230,7 @@ class SegmentCache:
     ) -> Tensor:
         """The inputs [B, channels, T] behind those that they continue."""
         before = self.get_conv_state(layer_idx, state_idx)
+        # The convolution reads its last inputs, which lie in the parent segment where this one is young.
         whole = conv_states if before is None else torch.cat((before, conv_states), -1)
         if len(self.group.kept):
             shown = nn.functional.pad(conv_states, (conv_kernel_size, 0)) if before is None else whole

@@ -71,6 +71,8 @@ class ForestLM(HFLM):
         """As the base class; the texts of a log-likelihood request come from their batch."""
         if args or options:
             return list(super().tok_encode(string, *args, **options))
+        # The base class asks for one text after another, in the order of its requests: a text that isn't there begins
+        # the next batch.
         if string not in self._encoded:
             self._encoded = next(self._batches, {})
         ids = self._encoded.get(string)
@@ -87,6 +89,7 @@ class ForestLM(HFLM):
         bos = self.tokenizer.decode(self.prefix_token_id)
         usual = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
         encoded = dict[str, list[int]]()
+        # A text that begins with the BOS itself gets no second one, which is the base class's rule for a single text.
         for begun, options in ((False, usual), (True, {"add_special_tokens": False})):
             if these := [t for t in texts if t.startswith(bos) == begun]:
                 encoded |= zip(these, self.tokenizer(these, **options)["input_ids"], strict=True)
@@ -102,6 +105,7 @@ class ForestLM(HFLM):
             raise ModelError("this tokenizer doesn't tell where its tokens stand", fix="border=harness")
         ids = encoded.ids.tolist()
         whole = self._begun(self.tok_encode(context + continuation), ids)
+        # A token that reaches beyond the context is y, so log Pr(x) + log Pr(y|x) is that of the text as written.
         cut = len(whole) - int((encoded.stops > len(context)).sum())
         return (whole[:cut], whole[cut:]) if cut else ([self.prefix_token_id], whole)
 
@@ -165,6 +169,7 @@ class ForestLM(HFLM):
                 why="its white space was moved into the continuation, and hf fails there, too",
                 fix="border=exact, or a context that isn't white space alone",
             )
+        # The last token is never read, so one more fits than the model reads.
         lost = max(0, len(x) + len(y) - self.max_length - 1)
         self.truncated += lost > 0
         return Request((ScoredPart(pair_of_ids(x[lost:], y)),), 0, truncated=lost)
