@@ -28,6 +28,7 @@ HEAD = "tests/test_head.py tests/test_reweight.py -m 'not full'"
 CHECKPOINT = "tests/test_checkpoint.py"
 PACKS = "tests/test_packs.py"
 POLICY = "tests/test_policy.py"
+LIMITS = "tests/test_families.py -k 'limit or position or length or frequencies' -m 'not full and not model'"
 ENCODER = "tests/test_reference.py tests/test_faults.py tests/test_chats.py tests/test_encode.py -m 'not full and not model'"
 PROOFS = "tests/test_faults.py tests/test_shapes.py -m 'not full and not model'"
 
@@ -131,6 +132,11 @@ GUARDS = [
           'if denominator != "sequence" or not total > 0:', "if True:", PACKS),
     Guard("the epoch is a part of the order", "training/packs.py",
           "np.random.default_rng((self.seed, self.epoch))", "np.random.default_rng(self.seed)", PACKS),
+    # Lengths
+    Guard("no position beyond the last", "models/position_limits.py",
+          "if self.most is not None and longest > self.most:", "if self.most is not None and longest > self.most + 1:", LIMITS),
+    Guard("no length beyond that of the frequencies", "models/position_limits.py",
+          "if longest <= switch or", "if longest <= switch + 1 or", LIMITS),
     # Policies
     Guard("a factor is for what the model produces", "encoder/policy.py",
           "weight if part.output and part.kind == kind else 1.0", "weight if part.kind == kind else 1.0", POLICY),
