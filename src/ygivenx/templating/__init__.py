@@ -1,7 +1,8 @@
 """Chat templates, rendered as transformers renders them; no module here knows a tokenizer.
 
 inputs          what a template sees of a row
-sandbox         the Jinja environment, with a budget for each rendering
+sandbox         the Jinja environment, and what a template may do in this process
+confined        a rendering in a process with limits of the operating system
 template        a rendering: inputs -> text
 origins         text that knows where each of its characters comes from
 writing         values that hold such texts, written as text

@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from .origins import OriginsLost
+from .sandbox import measured
 
 FIRST, MOST = 0xD800, 2048
 MARK = re.compile("[\ud800-\udfff]")
+
+MOST_PARTS = 10_000
 
 PathCondition = tuple[int, str, tuple[Any, ...]]  # of which placeholder, what, with which arguments
 
@@ -203,7 +206,9 @@ class Words(Opaque):
 def concatenated(parts: Iterable[Any]) -> str | Placeholder | Words:
     flat = list(_flat(parts))
     if not any(isinstance(p, Placeholder) for p in flat):
-        return "".join(flat)
+        return "".join(measured(flat))
+    if len(flat) > MOST_PARTS:
+        raise Undecided
     return flat[0] if len(flat) == 1 else Words(tuple(flat))
 
 

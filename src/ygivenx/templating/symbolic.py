@@ -22,7 +22,7 @@ from .placeholders import (
     text_with_marks,
     undecided,
 )  # fmt: skip
-from .sandbox import Environment
+from .sandbox import Environment, Outside
 from .template import Template, common_prefix
 from .tracing import Marked, Traced
 
@@ -51,7 +51,7 @@ _COMPARING = {"eq", "equalto", "==", "ne", "!=", "in"}
 _FILTERS: dict[str, Callable[..., Any]] = {
     "trim": lambda text, chars=None: text.strip(chars),
     "string": lambda text: text,
-    "_sized": lambda text: text,
+    "_kept": lambda context, text: text,
     **dict.fromkeys(("default", "d"), do_default),
 }
 
@@ -67,8 +67,7 @@ class SymbolicEnvironment(Environment):
         join = concatenated
         return {"str": as_written, "str_join": join, "markup_join": join}
 
-    def __init__(self) -> None:
-        super().__init__()
+    def adapt(self) -> None:
         tests: dict[str, Any] = dict(self.tests)
         self.tests = {k: _test_of(k, f) for k, f in tests.items()}
         self.filters = {k: _filter_of(k, f) for k, f in self.filters.items()}
@@ -155,7 +154,12 @@ class SymbolicTemplate:
     def render(self, inputs: Inputs, *, add_generation_prompt: bool = False) -> str:
         """The text with marks; raises Undecided where it depends on more of a text than its answers."""
         kind: Any = SymbolicEnvironment
-        return text_with_marks(self.template.pieces(kind, inputs, add_generation_prompt))
+        if self.template.is_outside or self.template.refusal:
+            raise Undecided
+        try:
+            return text_with_marks(self.template.pieces(kind, inputs, add_generation_prompt))
+        except Outside as e:
+            raise Undecided from e
 
     def trace(self, marked: Marked, plain: str, *, add_generation_prompt: bool = False) -> Traced | None:
         """`plain` with the origin of each character: a mark is its placeholder's, all else the template's."""

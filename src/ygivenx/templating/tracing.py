@@ -17,7 +17,7 @@ import jinja2.filters
 
 from .inputs import Inputs
 from .origins import TEMPLATE, OriginsLost, Source, Text, join
-from .sandbox import Environment
+from .sandbox import Environment, measured
 from .writing import Owned, as_text, braces, has_origin, join_any, owned, percent, to_json
 
 
@@ -68,28 +68,29 @@ def marked(inputs: Inputs) -> Marked:
     tools = None if inputs.tools is None else mark_whole(inputs.tools, "tools")
     documents = None if inputs.documents is None else mark_whole(inputs.documents, "documents")
     kwargs = {k: mark_whole(v, k) for k, v in inputs.kwargs.items()}
-    return Marked(Inputs(messages, tools, documents, kwargs, inputs.now), tuple(sources))
+    return Marked(Inputs(messages, tools, documents, kwargs, inputs.now, used=inputs.used), tuple(sources))
 
 
 # Filters that hand on what they are given.
 _PASSING = {
-    *["_metered", "_sized", "default", "d", "items", "map", "select", "reject", "selectattr", "rejectattr"]
+    *["_metered", "_kept", "default", "d", "items", "map", "select", "reject", "selectattr", "rejectattr"]
 }
 
 
 class TracingEnvironment(Environment):
     """The same over `Text`: what would make a plain str of one is replaced."""
 
-    concat = staticmethod(join)
     texts = (str, Text)
-    intercepted_binops = frozenset({"*", "**", "%"})  # a plain pattern % a tuple of texts would be plain
+
+    @staticmethod
+    def concat(parts: Any) -> Text:
+        return join(measured(parts))
 
     @staticmethod
     def own_names() -> dict[str, Any]:
-        return {"str": as_text, "str_join": join_any, "markup_join": join_any}
+        return {"str": as_text, "str_join": _join_checked, "markup_join": _join_checked}
 
-    def __init__(self) -> None:
-        super().__init__()
+    def adapt(self) -> None:
         self.filters = {k: f if k in _PASSING else _guarded(f) for k, f in self.filters.items()}
         self.filters |= {
             "tojson": _tojson_traced,
@@ -101,8 +102,8 @@ class TracingEnvironment(Environment):
         }
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "%" and isinstance(left, str):
-            return percent(left, right)
+        if operator == "%" and isinstance(left, str) and self.everything:
+            return percent(left, right)  # a plain pattern % a tuple of texts would be plain
         return super().call_binop(context, operator, left, right)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -116,6 +117,10 @@ class TracingEnvironment(Environment):
             return None
         plain = super().wrap_str_format(getattr(str.__str__(value.__self__), value.__name__))
         return plain and partial(braces, value.__self__, plain)
+
+
+def _join_checked(parts: Any) -> Text:
+    return join(measured(map(as_text, parts)))
 
 
 def _wrapped(obj: Any) -> Any:
