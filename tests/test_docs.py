@@ -118,6 +118,7 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
 def test_the_reference_of_commands_is_the_commands():
     made = CliRunner().invoke(_documenter(), ["ygivenx.cli", "utils", "docs", "--name", "ygx"])
     assert made.exit_code == 0
+    # `make docs` writes it.
     assert (DOCS / "reference/cli.md").read_text() == made.output.rstrip() + "\n"
 
 

@@ -27,6 +27,6 @@ def test_the_python_blocks_run(smol, capsys):
 
 def test_every_command_that_it_names_exists():
     named = set(re.findall(r"^ygx +(\w+)", README, re.M))
-    assert named >= {"show", "train", "score", "ledger", "doctor"}
+    assert named >= {"show", "train", "generate", "score", "audit", "probe"}
     for command in named:
         assert CliRunner().invoke(app, [command, "--help"]).exit_code == 0
