@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -28,11 +29,18 @@ def head_of(model: nn.Module) -> LogitHead:
 
 def softcap_and_scale(model: nn.Module) -> tuple[float | None, float]:
     """What is done to the product of hidden states and head; see `LogitHead`. Raises ModelError like `head_of`."""
-    config = config_of(model)
-    softcap = next((cap for cap in (getattr(config, n, None) for n in _SOFTCAPS) if cap), None)
-    if config.model_type in PROVEN:
-        return softcap, 1.0
-    return softcap, _measured(model, config, softcap).scale
+    if _is_proven(model):
+        return _named_softcap(config_of(model)), 1.0
+    return _measured(model)[:2]
+
+
+def _is_proven(model: Any) -> bool:
+    """By the config of the whole model: Gemma 3 with images has the text config of Gemma 3, but no soft cap."""
+    return model.config.model_type in PROVEN
+
+
+def _named_softcap(config: Any) -> float | None:
+    return next((cap for cap in (getattr(config, n, None) for n in _SOFTCAPS) if cap), None)
 
 
 def _head_layer(model: Any) -> Any:
@@ -49,8 +57,9 @@ _SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multip
 
 
 class _Measured(NamedTuple):
-    """The factor of the logits, and whether the model makes something else of hidden states before its head."""
+    """What is done to the product, and whether the model makes something else of hidden states before its head."""
 
+    softcap: float | None
     scale: float
     prepares: bool
 
@@ -60,34 +69,34 @@ _known: WeakKeyDictionary[nn.Module, _Measured] = WeakKeyDictionary()
 
 def head_input(model: Any, hidden: Tensor) -> Tensor:
     """What the head reads [n, H'] where the decoder gives hidden [n, H]: for most models the same."""
-    config = config_of(model)
     layer = getattr(model, "get_output_embeddings", lambda: None)()
-    if layer is None or config.model_type in PROVEN:
+    if layer is None or _is_proven(model):
         return hidden
-    softcap, _ = softcap_and_scale(model)
-    return _prepared(model, hidden[None])[0] if _measured(model, config, softcap).prepares else hidden
+    return _prepared(model, hidden[None])[0] if _measured(model).prepares else hidden
 
 
-def _measured(model: Any, config: Any, softcap: float | None) -> _Measured:
+def _measured(model: Any) -> _Measured:
     if model not in _known:
-        _known[model] = _measure(model, LogitHead(*product(_head_layer(model)), softcap, 1.0), config)
+        _known[model] = _measure(model, LogitHead(*product(_head_layer(model))), config_of(model))
     return _known[model]
 
 
 @torch.no_grad()
 def _measure(model: Any, head: LogitHead, config: Any) -> _Measured:
-    """The factor, 1 or one that the config names, with which `head` gives the logits of the model itself."""
+    """The soft cap and the factor, none or what the config names, with which `head` gives the model's own logits."""
     ids = torch.arange(4, device=head.weight.device)[None] % config.vocab_size
     training = model.training
     model.eval()
     try:
         hidden = feed_sequences(decoder_of(model), ids)
         theirs = model(input_ids=ids).logits.double()
-        for prepares in (False, True):
+        for prepares, softcap in itertools.product(
+            (False, True), dict.fromkeys((_named_softcap(config), None))
+        ):
             raw = head.product(_prepared(model, hidden) if prepares else hidden).double()
-            scale = _scale(head, raw, theirs, config)
+            scale = _scale(replace(head, softcap=softcap), raw, theirs, config)
             if scale is not None:
-                return _Measured(scale, prepares)
+                return _Measured(softcap, scale, prepares)
     finally:
         model.train(training)
     raise ModelError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from ..choices import Route, require_choice
-from ..errors import ConfigError
+from ..errors import ConfigError, ModelError
 from ..forest import Forest, Ints
 from . import chunked_backward, streaming
 from .adapters import with_adapter
@@ -24,6 +25,8 @@ from .resolve import base_of_adapter, located, quiet_loading
 from .sharing import reason_unshared
 from .unshared import UnsharedRun
 
+logger = logging.getLogger(__name__)
+
 
 def load(
     path: str | Path, gguf_file: str | None = None, dtype: torch.dtype | None = None,
@@ -33,7 +36,8 @@ def load(
 
     A directory with an adapter gives its base model with the adapter. dtype: float32 by default. device: the first
     CUDA device if there is one, else the CPU. Only safetensors and GGUF are read. Code that comes with a model is run
-    with trust_remote_code=True alone, and nobody is asked. Raises MissingExtra without `gguf` or `peft` where needed.
+    with trust_remote_code=True alone, and nobody is asked. Of a multimodal checkpoint the language model reads text.
+    Raises MissingExtra without `gguf` or `peft` where needed, ModelError for weights that the files lack.
     """
     path, gguf_file = located(path, gguf_file)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,12 +46,33 @@ def load(
     with quiet_loading(path):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
         with base_of_adapter(path) as base:
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(base or path, **settings)
+            auto = _auto_class(transformers.AutoConfig.from_pretrained(base or path, **options))
+            model: Any
+            model, info = auto.from_pretrained(base or path, output_loading_info=True, **settings)
+        _account_for_weights(base or path, info)
         if base is not None:
             model = with_adapter(model, path, len(tokenizer))
     if gguf_file is not None:
         _forget_quantization(model)
     return model.to(device).eval(), tokenizer
+
+
+def _account_for_weights(path: str, info: Any) -> None:
+    """Raise ModelError for weights that the model has and its files lack; say which of the files' are left out."""
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"its files lack {len(missing)} of its weights, such as {missing[0]}", where=path,
+            why="transformers would fill them with random numbers", fix="get the whole checkpoint",
+        )  # fmt: skip
+    if left_out := sorted({name.split(".")[0] for name in info["unexpected_keys"]}):
+        logger.warning("%s: not loaded, since text doesn't need it: %s", path, ", ".join(left_out))
+
+
+def _auto_class(config: Any) -> Any:
+    """What loads a model: for a multimodal one without a class of its own for text, the one that reads images, too."""
+    text, multimodal = transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText
+    kind = type(config)
+    return multimodal if kind in multimodal._model_mapping and kind not in text._model_mapping else text
 
 
 def _forget_quantization(model: Any) -> None:
