@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from ygivenx import __version__
 from ygivenx.cli import app, main
 from ygivenx.commands import inputs
 from ygivenx.commands.config import EncoderSection, ModelOptions
@@ -329,3 +330,8 @@ def test_a_refusal_s_repair_can_be_asked_for(smol_tokenizer, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["sequences"][0]["tokens"][-1] == "<|im_end|>"
+
+
+def test_the_version():
+    out = CliRunner().invoke(app, ["--version"])
+    assert (out.exit_code, out.output) == (0, f"ygivenx {__version__}\n")

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from . import __version__
 from .commands.config import (
     ColumnOptions,
     DataSection,
@@ -59,6 +60,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="log Pr(y|x), exact, proven and cheap. Exit codes: 0 ok, 1 findings, 2 usage or input error.",
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ygivenx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _app(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None: ...
+
 
 Data = Annotated[str, typer.Argument(help="JSONL, JSON, CSV, Parquet, Arrow, or a saved dataset's directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
