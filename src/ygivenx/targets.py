@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from .choices import Route
 from .errors import ModelError, RowError
 from .forest import Edges, Forest, Ints
 from .head.distribution import Description, Wants, describe
@@ -174,7 +175,7 @@ def log_probs(
     top_k: int = 0,
     candidates: Tensor | None = None,
     adapters: bool = True,
-    route: str = "auto",
+    route: Route = "auto",
     chunk: int | None = None,
 ) -> LogProbs:
     """log Pr of every target given its path, differentiable in the model's weights.
@@ -198,7 +199,12 @@ def log_probs(
 
 
 def _log_probs(
-    model: nn.Module, targets: Targets, wants: Wants, candidates: Tensor | None, route: str, chunk: int | None
+    model: nn.Module,
+    targets: Targets,
+    wants: Wants,
+    candidates: Tensor | None,
+    route: Route,
+    chunk: int | None,
 ) -> LogProbs:
     edges = targets.edges
     hidden = hidden_states(model, targets.forest, route=route, chunk=chunk, needed=np.unique(edges.rows))

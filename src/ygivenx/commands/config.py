@@ -15,6 +15,7 @@ from typing import Any, Literal, get_type_hints
 
 import yaml
 
+from ..choices import Control, Denominator, Overflow, ScoreBorder, ScoreOverflow
 from ..errors import ConfigError, refuse_unknown
 from ..forest import MAX_TOKENS
 from .options import (
@@ -132,11 +133,9 @@ class EncoderSection:
     """How rows become tokens with weights: these, and any other option of `yx.Encoder` by name."""
 
     train: str = option("assistant", "what is trained: assistant, last, all, or a role")
-    control: Literal["refuse", "text", "parse"] = option("refuse", "control tokens in a row's text")
+    control: Control = option("refuse", "control tokens in a row's text")
     max_length: int | None = option(None, "tokens of a sequence", bounds=PAIR, default_text="no limit")
-    overflow: Literal["refuse", "drop_turns", "drop_reply", "truncate"] = option(
-        "refuse", "what happens to a longer one"
-    )
+    overflow: Overflow = option("refuse", "what happens to a longer one")
     further: dict[str, Any] = option(
         {}, "name=value of a further option of Encoder, such as repair=append_end", flags="--encoder -e"
     )
@@ -157,7 +156,7 @@ class TrainingSection:
     """The steps of a run: these, and any other field of transformers' `TrainingArguments`."""
 
     max_tokens: int = option(MAX_TOKENS, "distinct tokens in one micro-batch", bounds=PAIR)
-    denominator: Literal["tokens", "sequence"] = option("tokens", "what the sum of a step is divided by")
+    denominator: Denominator = option("tokens", "what the sum of a step is divided by")
     num_train_epochs: float = option(1.0, "passes over the rows", flags="--epochs", bounds=Bounds(open=True))
     max_steps: int | None = option(None, "optimiser steps, whatever epochs says", bounds=COUNT)
     gradient_accumulation_steps: int = option(1, "micro-batches of one optimiser step", bounds=COUNT)
@@ -211,12 +210,10 @@ class OutputSection:
 class Scoring:
     """How rows are scored."""
 
-    control: Literal["refuse", "text", "parse"] = option("refuse", "control tokens in a row's text")
-    border: Literal["joint", "split"] = option(
-        "joint", "joint: one text, a straddling token is y; split: tokenised apart"
-    )
+    control: Control = option("refuse", "control tokens in a row's text")
+    border: ScoreBorder = option("joint", "joint: one text, a straddling token is y; split: tokenised apart")
     bos: Literal["auto", "always", "never"] = option("auto", "auto: as the tokenizer does")
-    overflow: Literal["refuse", "left", "roll"] = option(
+    overflow: ScoreOverflow = option(
         "refuse", "more than the model reads: refuse, left (cut x) or roll (a window)"
     )
     max_length: int | None = option(None, "tokens read at once", bounds=COUNT, default_text="the model's")

@@ -20,7 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, RowError, refuse_unknown
+from ..choices import Border, Bos, Context, Control, Dropped, Overflow, Thoughts, require_choice
+from ..errors import ConfigError, RowError
 from ..models.resolve import file_of, located, quiet_loading
 from ..rows.columns import preference
 from ..rows.data import Row
@@ -38,13 +39,9 @@ from .ways_out import WaysOut
 from .weigh import Work
 
 CHOICES = {
-    "control": ("refuse", "text", "parse"),
-    "border": ("refuse", "mask", "split", "y"),
-    "context": ("inference", "rendered"),
-    "dropped": ("refuse", "warn"),
-    "overflow": ("refuse", "drop_turns", "drop_reply", "truncate"),
-    "thoughts": ("as_written", "off", "empty", "empty_masked"),
-}
+    "control": Control, "border": Border, "context": Context, "dropped": Dropped, "overflow": Overflow,
+    "thoughts": Thoughts,
+}  # fmt: skip
 
 
 _GROUP = (
@@ -79,16 +76,16 @@ class Encoder:
         tokenizer: Any,
         train: str | Policy | Iterable[str | Policy] = "assistant",
         *,
-        control: str = "refuse",
-        border: str = "refuse",
-        context: str = "inference",
+        control: Control = "refuse",
+        border: Border = "refuse",
+        context: Context = "inference",
         repair: str | Iterable[str] = "default",
-        dropped: str = "refuse",
+        dropped: Dropped = "refuse",
         max_length: int | None = None,
-        overflow: str = "refuse",
-        thoughts: str = "as_written",
-        bos: bool | str = "auto",
-        eos: bool | str = "auto",
+        overflow: Overflow = "refuse",
+        thoughts: Thoughts = "as_written",
+        bos: Bos = "auto",
+        eos: Bos = "auto",
         stops: str | Iterable[str] = (),
         template_kwargs: Mapping[str, Any] | None = None,
         now: datetime | str | None = None,
@@ -102,7 +99,7 @@ class Encoder:
             "thoughts": thoughts,
         }
         for name, value in choice.items():
-            refuse_unknown(name, [value], CHOICES[name])
+            require_choice(name, value, CHOICES[name])
         _check_kinds(repair, bos, eos, stops, max_length, template_kwargs)
         self.tokenizer, self.now = tokenizer, _time(now)
         stops = (stops,) if isinstance(stops, str) else tuple(stops)

@@ -87,7 +87,7 @@ def _forget_quantization(model: Any) -> None:
 
 
 def hidden_states(
-    model: nn.Module, forest: Forest, *, route: str = "auto", chunk: int | None = None, needed: Ints | None = None
+    model: nn.Module, forest: Forest, *, route: Route = "auto", chunk: int | None = None, needed: Ints | None = None
 ) -> Tensor:  # fmt: skip
     """What the logit head reads, of the nodes with children: [F, H], differentiable. Most often the last norm's output.
 
@@ -104,7 +104,7 @@ def hidden_states(
 
 def loss_over(
     model: nn.Module, forest: Forest, score: chunked_backward.Score, *,
-    route: str = "auto", chunk: int | None = None, needed: Ints | None = None,
+    route: Route = "auto", chunk: int | None = None, needed: Ints | None = None,
 ) -> Tensor:  # fmt: skip
     """The sum of score(rows, hidden states of these rows [n, H]), the loss of rows int64 [n], over all rows.
 
@@ -118,7 +118,7 @@ def loss_over(
 
 
 def stream_hidden(
-    model: nn.Module, forest: Forest, *, chunk: int, route: str = "auto", needed: Ints | None = None
+    model: nn.Module, forest: Forest, *, chunk: int, route: Route = "auto", needed: Ints | None = None
 ) -> Iterator[tuple[Ints, Tensor]]:
     """(rows int64 [n], hidden [n, H]), about `chunk` rows at a time; no gradients.
 
@@ -130,7 +130,7 @@ def stream_hidden(
 
 
 def _run(
-    model: nn.Module, forest: Forest, route: str, chunk: int | None, needed: Ints | None
+    model: nn.Module, forest: Forest, route: Route, chunk: int | None, needed: Ints | None
 ) -> chunked_backward.AnyRun:
     """How a forest is computed: shared or not, at once or in chunks."""
     require_choice("route", route, Route)

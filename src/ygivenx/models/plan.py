@@ -57,7 +57,7 @@ class Plan:
 
     end: Ints
     depth: Ints
-    route: str
+    route: Route
     device: torch.device
     first: int = 0
     past: KeysValues = field(default_factory=dict)
@@ -70,7 +70,7 @@ class Plan:
     calls: int = 0
 
     @classmethod
-    def of(cls, end: Ints, depth: Ints, device: torch.device, route: str = "auto", first: int = 0) -> Plan:
+    def of(cls, end: Ints, depth: Ints, device: torch.device, route: Route = "auto", first: int = 0) -> Plan:
         require_choice("route", route, Route)
         bounds = _bounds(end, first)
         plain = bounds is not None and len(bounds) == 2
@@ -118,7 +118,7 @@ class Plan:
         return self.built[key]
 
 
-def automatic(device: torch.device, shared: bool = True) -> str:
+def automatic(device: torch.device, shared: bool = True) -> Route:
     """The route that forests take on a device; shared: whether some sequences begin alike."""
     if device.type == "cuda" and not shared:
         return "varlen"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..choices import Route
 from ..errors import ModelError
 from ..forest import Forest
 from . import attention, memory, recurrent
@@ -85,7 +86,7 @@ def sharing_of(model: Any) -> Sharing:
     return _known[decoder]
 
 
-def reason_unshared(model: Any, forest: Forest, route: str, in_chunks: bool) -> str:
+def reason_unshared(model: Any, forest: Forest, route: Route, in_chunks: bool) -> str:
     """Why the sequences of this forest are run by themselves; empty where they share. Says so once.
 
     Raises ModelError like `sharing_of`, and where the route is one that this model hasn't.

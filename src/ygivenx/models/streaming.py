@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..choices import Route
 from ..errors import ModelError
 from ..forest import Forest, Ints
 from . import memory, recurrent
@@ -55,14 +56,14 @@ class Run:
     end: Ints
     order: Ints
     size: int
-    route: str = "auto"
+    route: Route = "auto"
     needed: Ints | None = None
     longest_last: bool = False
     also: Ints = field(default_factory=lambda: NO_NODES)
 
     @classmethod
     def of(
-        cls, model: nn.Module, forest: Forest, chunk: int, route: str = "auto", needed: Ints | None = None
+        cls, model: nn.Module, forest: Forest, chunk: int, route: Route = "auto", needed: Ints | None = None
     ) -> Run:
         fed = forest.fed
         order = np.arange(len(fed))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from ..choices import Bos, Control, Route, ScoreBorder, ScoreOverflow, require_choice
+from ..choices import Border, Bos, Control, Route, ScoreBorder, ScoreOverflow, require_choice
 from ..errors import RowError, refuse_unknown
 from ..forest import Forest, Ints
 from ..models.families import config_of, decoder_of, vocabulary
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Item = str | tuple[str, str] | Mapping[str, Any] | Sequence | Example | Conversation | Pair | Row
 Choices = Item | tuple[str, list[str]] | list[Any]
 # A straddling token counts as y where x + y is one text: what the encoder calls border="y".
-_ENCODER_BORDER = {"joint": "y", "split": "split"}
+_ENCODER_BORDER: dict[ScoreBorder, Border] = {"joint": "y", "split": "split"}
 
 
 @dataclass(frozen=True)
