@@ -118,6 +118,19 @@ def test_the_time_that_a_template_writes_is_that_of_the_run(settings, tmp_path, 
         train(dated, max_steps=2, resume="auto", encoder={"now": "2024-01-01"})
 
 
+def test_a_run_on_a_base_of_which_one_weight_differs_is_refused(settings, tmp_path):
+    train(settings, max_steps=1, lr_scheduler="constant")
+    path = tmp_path / "model/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1  # one bit of the last weight
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"base_weights .* changed"):
+        train(settings, max_steps=2, lr_scheduler="constant", resume="auto")
+    data[-3] ^= 1
+    path.write_bytes(data)
+    assert train(settings, max_steps=2, lr_scheduler="constant", resume="auto")[0]["steps"] == 2
+
+
 def test_rows_are_called_by_their_numbers_in_the_file(settings, tmp_path):
     data = rows_in(tmp_path / "some.jsonl", count=2, bad=3)
     told, _ = train(settings, data=data, max_steps=1)

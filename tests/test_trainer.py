@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -456,6 +457,27 @@ def test_a_checkpoint_without_an_optimizer_is_not_resumed_from(tmp_path):
     make(tmp_path / "b", sequences(4), **for_two).train()
     with pytest.raises(CheckpointError, match="the model alone"):
         make(tmp_path / "b", sequences(4), **for_two | {"max_steps": 3}).train(resume_from_checkpoint="auto")
+
+
+class Executed:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("content", ["pickle", "text", "nothing"])
+def test_a_sealed_file_of_another_kind_is_an_error_of_ours_and_is_not_run(tmp_path, capsys, name, content):
+    settings = {"max_steps": 2, "save_steps": 1, "max_tokens": 48}
+    make(tmp_path, sequences(12, seed=4), **settings).train()
+    shutil.rmtree(tmp_path / "checkpoint-2")
+    step = tmp_path / "checkpoint-1"
+    step.joinpath(name).write_bytes(
+        {"pickle": pickle.dumps(Executed()), "text": b"text", "nothing": b""}[content]
+    )
+    checkpoint.seal(step)
+    with pytest.raises(CheckpointError, match="checkpoint-1: it can't be read"):
+        make(tmp_path, sequences(12, seed=4), **settings).train(resume_from_checkpoint="auto")
+    assert "executed" not in capsys.readouterr().out
 
 
 def test_resume_without_a_checkpoint(tmp_path):

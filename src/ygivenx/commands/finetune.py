@@ -71,7 +71,10 @@ def _finetune(config: TrainConfig, args: TrainingArguments, console: Console) ->
     model, tokenizer = open_model(config.model, precision_of(config.model.dtype).weights)
     if config.lora.further and args.process_index == 0:
         adapters.write_base(model, config.model, directory)
-    notes = {"now": encoder.now.isoformat()}
+    # Adapters' runs have a hash of their frozen base of themselves.
+    base = {} if config.lora.further else {"base_weights": runs.hash_of(model.parameters())}
+    runs.refuse_another_base(start, base)
+    notes = {"now": encoder.now.isoformat(), **base}
     trainer = build(
         config, args, adapters.adapted(model, config.lora), tokenizer, examples, held_out, console, notes
     )

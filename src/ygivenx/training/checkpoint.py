@@ -20,7 +20,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, YgivenxError
 
 logger = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -40,6 +40,22 @@ def writing(path: Path) -> Iterator[None]:
             where=str(path),
             why=str(error),
             fix="make room; --resume auto (resume='auto') goes on from the newest complete checkpoint",
+        ) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raises CheckpointError for whatever a file makes its reader raise: hashes hold for what is sealed as it is."""
+    try:
+        yield
+    except YgivenxError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            "it can't be read",
+            where=str(path),
+            why=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
+            fix="resume from an earlier checkpoint; delete this one, if you don't know who wrote it",
         ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,11 @@ def _adapters(model: nn.Module) -> dict[str, Any]:
     }
     frozen = [p for p in model.parameters() if not p.requires_grad]
     if not any(p.is_meta for p in frozen):  # as they are on ranks that are sent their weights
-        settings["base_model"] = _hash(frozen)
+        settings["base_model"] = hash_of(frozen)
     return settings
 
 
-def _hash(tensors: list[nn.Parameter]) -> str:
+def hash_of(tensors: Iterable[nn.Parameter]) -> str:
     """SHA-256 over all bytes of the tensors, one tensor at a time on the CPU: two seconds for a gigabyte."""
     digest = hashlib.sha256()
     for t in tensors:
@@ -130,6 +130,13 @@ def refuse_another_run(before: Mapping[str, Any], now: Mapping[str, Any], where:
         + (" (packs are rows as the encoder's options make them)" if "packs" in changed else ""),
         fix="use the same data and settings, or another output directory",
     )
+
+
+def refuse_another_base(start: Path | None, base: Mapping[str, str]) -> None:
+    """Raise CheckpointError where a run began with a model of other weights; `base`: their hash by a name."""
+    before = {} if start is None else recalled(start)
+    if start is not None and set(base) <= set(before):
+        refuse_another_run(before, base, start)
 
 
 def refuse_model_alone(run: Mapping[str, Any], where: Path) -> None:

@@ -390,6 +390,18 @@ class Trainer(transformers.Trainer):
             **runs.trained(self.model),
         }
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with checkpoint.reading(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint_dir: Any) -> None:
+        with checkpoint.reading(Path(str(checkpoint_dir))):
+            super()._load_optimizer_and_scheduler(checkpoint_dir)
+
+    def _load_rng_state(self, checkpoint_dir: Any) -> None:
+        with checkpoint.reading(Path(str(checkpoint_dir))):
+            super()._load_rng_state(checkpoint_dir)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 
