@@ -151,6 +151,7 @@ class EncodedRows:
         """A file of `write`, mapped into memory; `name` is what its rows are said to be of. Raises ValueError."""
         import pyarrow as pa
 
+        # Mapped, not read: rows may be more than memory holds.
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         reader = pa.ipc.open_file(pa.py_buffer(mapped))
@@ -220,6 +221,7 @@ class EncodedRows:
             local = which[at] - self._first[b]
             begin, end = self._offsets[b][local] + start, self._offsets[b][local + 1]
             index = begin[:, None] + np.arange(stop - start)
+            # Beyond a sequence's end 0, which no id is, since 1 is added to each: the shorter one sorts first.
             inside = index < end[:, None]
             found = self._ids[b][np.minimum(index, len(self._ids[b]) - 1)]
             block[at] = np.where(inside, found + 1, 0)

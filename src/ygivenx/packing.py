@@ -84,6 +84,7 @@ def _filled(units: _Units, shuffled: Ints, max_tokens: int) -> tuple[Ints, Ints]
     room, there = 0, set[Stem]()
     for n, u in enumerate(shuffled.tolist()):
         own, stems = int(units.own[u]), units.stems[units.stem[u]]
+        # A stem that an earlier unit of this pack has brought along is computed already.
         cost = own + sum(tokens for place, tokens in stems if (place, tokens) not in there)
         if cost > room:
             firsts.append(n)
@@ -104,6 +105,8 @@ def prefix_order(lengths: Ints, read: Read) -> tuple[Ints, Ints]:
     places, group, at = order.copy(), order * 0, 0  # the places that are still open; equal so far: one group
     while len(places):
         width = max(1, min(max(BLOCK // len(places), 8), int(lengths[order[places]].max()) - at))
+        # One sort for all groups: the group's number stands before its tokens, so that equal beginnings of other
+        # groups don't mix. Big-endian bytes sort as numbers do.
         keys = np.empty((len(places), width + 1), KEYS)
         keys[:, 0], keys[:, 1:] = group, read(order[places], at, at + width)
         arranged = np.argsort(keys.view(f"S{keys.strides[0]}")[:, 0], kind="stable")
@@ -113,8 +116,10 @@ def prefix_order(lengths: Ints, read: Read) -> tuple[Ints, Ints]:
         parted = ~equal & (first > 0)  # column 0 is the group
         shared[places[1:][parted]] = at + first[parted] - 1
         ended = equal & (keys[1:, -1] == 0)
+        # Both have ended: one is the other once more.
         shared[places[1:][ended]] = lengths[order[places[1:][ended]]]
         goes_on = equal & ~ended
+        # Two neighbours that are equal so far keep each other open.
         is_open = np.append(goes_on, False) | np.insert(goes_on, 0, False)
         group = np.cumsum(~np.insert(goes_on, 0, False))[is_open]
         places, at = places[is_open], at + width
@@ -178,6 +183,7 @@ def _units(length: Ints, shared: Ints, max_tokens: int) -> _Units:
                 if branch > depth:
                     found.stems.append((*found.stems[stem], (int(cuts[0]), branch - depth)))
                     stem = len(found.stems) - 1
+                # A single sequence is a unit; what holds several may be taken apart further.
                 lone = stops - starts == 1
                 found.add(starts[lone], stops[lone], own[lone], stem)
                 many = zip(starts[~lone].tolist(), stops[~lone].tolist(), strict=True)

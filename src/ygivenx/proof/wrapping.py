@@ -51,7 +51,10 @@ def probed_head(model: Any, head: Any) -> ProbedHead:
 
 @torch.no_grad()
 def _adapted(head: Any) -> Tensor:
-    """The whole matrix [V, H] of a head with an adapter: what it makes of the identity."""
+    """The whole matrix [V, H] of a head with an adapter: what it makes of the identity.
+
+    Of any linear adapter, DoRA too: other trainers have what `models.adapters.product` refuses to train.
+    """
     modes = [(m, m.training) for m in head.modules()]
     head.eval()  # adapters may drop out
     try:
