@@ -240,7 +240,9 @@ class Setup:
             (Path(folder) / "task.json").write_text(json.dumps(task))
             command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
             script = str(Path(__file__).with_name("ranks.py"))
-            subprocess.run([sys.executable, *command, script, folder], check=True, capture_output=True)
+            subprocess.run(
+                [sys.executable, *command, script, folder], check=True, capture_output=True, timeout=150
+            )
             told = json.loads((Path(folder) / "report.json").read_text())
         return Report(tuple(Finding(**f) for f in told["findings"]), (), told["summary"], Evidence())
 

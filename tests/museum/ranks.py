@@ -38,6 +38,10 @@ def main(folder: Path) -> None:
     report = audit(trainer=trainer, suppress={"rows-unrecognised": "the division is what is shown here"})
     if args.process_index == 0:
         (folder / "report.json").write_text(report.to_json())
+    # As `ygivenx.Trainer.end_ranks`: the wrapper of the model goes before its process group.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
