@@ -1,19 +1,19 @@
 """A step of DPO and of GRPO from a forest, against the same without sharing, and against TRL's DPOTrainer.
 
-    python benchmarks/objectives.py dpo [--rounds 5]
-    python benchmarks/objectives.py grpo [--rounds 5]
+    python benchmarks/objectives.py dpo [--seconds 240]
+    python benchmarks/objectives.py grpo [--seconds 240]
 
-SmolLM2-135M-Instruct, float32, random tokens, forward and backward without the optimiser. dpo: pairs with prompts of
-400 tokens and two replies of 150; the reference is a copy of the model. grpo: a prompt of 400 tokens with eight
-completions of 100, old log-probs and entropies from the same call. Contestants take turns in one process, with the
-allocator keeping freed memory for all. `unshared` computes the same sequences with a first token of their own, so
-that they share nothing. Lines go to benchmarks/results/objectives.jsonl.
+SmolLM2-135M-Instruct, float32, random tokens, forward and backward without the optimiser. dpo: a pair with a prompt
+of 400 tokens and two replies of 150; all have the reference's log-probabilities beforehand. grpo: a prompt of 400
+tokens with eight completions of 50, old log-probs and entropies from the same call. Contestants take turns in one
+process, with the allocator keeping freed memory for all, after a round that warms up, until the time is over.
+`unshared` computes the same sequences with a first token of their own, so that they share nothing. `of_limit`: the
+ratio to `unshared` divided by tokens per distinct token. Lines go to benchmarks/results/objectives.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -28,8 +28,8 @@ import ygivenx as yx
 from ygivenx.objectives import dpo, group_advantages, policy_gradient
 
 RESULTS = Path(__file__).parent / "results" / "objectives.jsonl"
-PROMPT, REPLY, PAIRS = 400, 150, 2
-GROUP, COMPLETION = 8, 100
+PROMPT, REPLY = 400, 150
+GROUP, COMPLETION = 8, 50
 
 
 def replies(prompt: int, lengths: list[int], seed: int) -> list[yx.Sequence]:
@@ -45,29 +45,38 @@ def without_sharing(rows: list[yx.Sequence]) -> list[yx.Sequence]:
     return [yx.Sequence(np.concatenate(([100 + i], s.ids[1:])), s.weights) for i, s in enumerate(rows)]
 
 
-def dpo_step(model: Any, reference: Any, rows: list[yx.Sequence]) -> float:
-    batch = yx.Targets.of(rows)
-    with torch.no_grad():
-        before = yx.log_probs(reference, batch).sums()
-    after = yx.log_probs(model, batch).sums()
-    loss = dpo(after[0::2], after[1::2], before[0::2], before[1::2], beta=0.1).mean()
+def dpo_step(model: Any, reference: torch.Tensor, rows: list[yx.Sequence]) -> float:
+    after = yx.log_probs(model, rows).sums()
+    loss = dpo(after[0::2], after[1::2], reference[0::2], reference[1::2], beta=0.1).mean()
     loss.backward()
     return loss.item()
 
 
-def trl_step(model: Any, reference: Any, rows: list[yx.Sequence], tokenizer: Any) -> Callable[[], float]:
-    """TRL's own loss on its own padded batch, chosen first; here all rows have one length, so nothing is padded."""
+def trl_step(
+    model: Any, reference: torch.Tensor, rows: list[yx.Sequence], tokenizer: Any
+) -> Callable[[], float]:
+    """TRL's own loss on its own padded batch, chosen first; here all rows have one length, so nothing is padded.
+
+    precompute_ref_log_probs is TRL's fastest setting on a CPU: padding_free is out of order in TRL 1.16.
+    """
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
-    args = DPOConfig("runs/benchmark", report_to=[], bf16=False, use_cpu=True, gradient_checkpointing=False)
+    args = DPOConfig(
+        "runs/benchmark", report_to=[], bf16=False, use_cpu=True, gradient_checkpointing=False,
+        precompute_ref_log_probs=True,
+    )  # fmt: skip
     pair = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
-    trainer = DPOTrainer(model, reference, args=args, train_dataset=pair, processing_class=tokenizer)
+    trainer = DPOTrainer(model, args=args, train_dataset=pair, processing_class=tokenizer)
+    trainer.model.eval()
     ids, mask = (
         torch.from_numpy(np.stack([getattr(s, name) for s in (*rows[0::2], *rows[1::2])]))
         for name in ("ids", "weights")
     )
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask.long()}
+    batch = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask.long(),
+        "ref_chosen_logps": reference[0::2], "ref_rejected_logps": reference[1::2],
+    }  # fmt: skip
 
     def step() -> float:
         loss = trainer.compute_loss(model, dict(batch))
@@ -85,29 +94,36 @@ def grpo_step(model: Any, rows: list[yx.Sequence]) -> float:
     return loss.item()
 
 
-def in_turns(contestants: dict[str, Callable[[], float]], model: Any, rounds: int) -> dict[str, list[float]]:
+def in_turns(
+    contestants: dict[str, Callable[[], float]], model: Any, budget: float
+) -> dict[str, list[float]]:
+    """Seconds of each step, by contestant, without those of the first round."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds + 1):  # the first round warms up
+    began = time.perf_counter()
+    while True:
+        round_began = time.perf_counter()
         for name, step in contestants.items():
             model.zero_grad(set_to_none=True)
             start = time.perf_counter()
-            step()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+            value = step()
+            seconds[name].append(time.perf_counter() - start)
+            print(f"{name}: {value:.5f}, {seconds[name][-1]:.1f} s", flush=True)
+        now = time.perf_counter()
+        if now + (now - round_began) > began + budget:
+            return {name: times[1:] or times for name, times in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=("dpo", "grpo"))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=240)
     args = parser.parse_args()
     yx.keep_freed_memory()
     model, tokenizer = yx.load("sample")
     contestants: dict[str, Callable[[], float]]
     if args.case == "dpo":
-        reference = copy.deepcopy(model)
-        rows = [s for seed in range(PAIRS) for s in replies(PROMPT, [REPLY, REPLY], seed)]
+        rows = replies(PROMPT, [REPLY, REPLY], 0)
+        reference = torch.tensor([-900.0, -901.0])
         contestants = {
             "forest": lambda: dpo_step(model, reference, rows),
             "unshared": lambda: dpo_step(model, reference, without_sharing(rows)),
@@ -119,17 +135,20 @@ def main() -> None:
             "forest": lambda: grpo_step(model, rows),
             "unshared": lambda: grpo_step(model, without_sharing(rows)),
         }
-    seconds = in_turns(contestants, model, args.rounds)
+    seconds = in_turns(contestants, model, args.seconds)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     forest = yx.Forest.of(rows)
+    limit = forest.total / len(forest)
     record = {
-        "case": args.case, "limit": forest.total / len(forest), "seconds": seconds,
+        "case": args.case, "limit": limit, "seconds": seconds,
         "ratios": {name: value / median["forest"] for name, value in median.items()},
+        "of_limit": median["unshared"] / median["forest"] / limit,
+        "y_tokens_per_second": {name: len(yx.Targets.of(rows)) / value for name, value in median.items()},
         "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip
     with RESULTS.open("a") as out:
         out.write(json.dumps(record) + "\n")
-    print(json.dumps({k: v for k, v in record.items() if k != "seconds"}, indent=1))
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

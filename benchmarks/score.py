@@ -260,9 +260,7 @@ def score_many(count: int) -> None:
         for i in range(count):
             if i % 8 == 0:
                 passage = rng.integers(0, 512, 40).tolist()
-            yield Request(
-                (ScoredPart(pair_of_ids(passage + rng.integers(0, 512, 10).tolist(), [1, 2, 3])),), 0
-            )
+            yield Request((ScoredPart(pair_of_ids(passage + rng.integers(0, 512, 10).tolist(), [1, 2, 3])),))
 
     tally = Tally()
     for _ in scores(model, questions(), marginal=False, tally=tally):

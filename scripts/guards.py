@@ -30,6 +30,8 @@ PACKS = "tests/test_packs.py"
 POLICY = "tests/test_policy.py"
 LIMITS = "tests/test_families.py -k 'limit or position or length or frequencies' -m 'not full and not model'"
 ENCODER = "tests/test_reference.py tests/test_faults.py tests/test_chats.py tests/test_encode.py -m 'not full and not model'"
+RATED = "tests/test_preference_trainer.py tests/test_rated.py -m 'not full'"
+SCORERS = "tests/test_scorers.py"
 PROOFS = "tests/test_faults.py tests/test_shapes.py -m 'not full and not model'"
 
 GUARDS = [
@@ -203,4 +205,24 @@ GUARDS = [
     Guard("a row without a trained token is refused", "encoder/weigh.py",
           "    if not trained:\n", "    if False:\n", ENCODER),
     Guard("what is too long is refused", "encoder/weigh.py", "if overflow != \"truncate\":", "if False:", ENCODER),
+    # Rated replies
+    Guard("a row counts once, however many pairs it has", "training/rated.py",
+          "row.weight / max(1, n) for", "row.weight for", RATED),
+    Guard("the better reply comes first", "training/rated.py",
+          "(a + start, b + start)", "(b + start, a + start)", RATED),
+    Guard("the weights of tokens multiply their log p", "training/rated.py",
+          "(values * weight).double()", "values.double()", RATED),
+    Guard("KTO compares with another row's reply", "training/rated.py",
+          "self.rows[(i + 1) % len(self.rows)]", "self.rows[i]", RATED),
+    Guard("a pack that fills a rank weighs nothing", "training/rated.py",
+          "np.zeros_like(batch.weight)", "batch.weight", "tests/test_ranks.py -m full -k rated"),
+    Guard("the supervised loss refuses rated replies", "objective.py",
+          "if any(isinstance(item, RatedExample) for item in items):", "if False:", RATED),
+    Guard("replies of the same tokens are refused", "encoder/rated.py",
+          "if len(replies) > 1 and len({_ids(r) for r in replies}) == 1:", "if False:", RATED),
+    # Scorers
+    Guard("windows move by their stride", "scores/requests.py",
+          "length, stride or limit)", "length, limit)", SCORERS),
+    Guard("a null of a file is −∞", "scores/choices.py",
+          "return -math.inf if value is None", "return math.inf if value is None", SCORERS),
 ]  # fmt: skip

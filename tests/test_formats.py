@@ -327,7 +327,7 @@ def test_the_documentations_lines_are_read_as_it_says(name, line, noun):
 def test_the_documentation_has_every_format():
     named = {name for name, _, _ in lines_of_the_documentation()}
     assert set(FORMATS) <= named
-    assert len(lines_of_the_documentation()) == 26
+    assert len(lines_of_the_documentation()) == 30
 
 
 def test_further_columns_reach_the_template():
@@ -414,9 +414,12 @@ def call_fault(call, reason, field):
         ({"messages": [USER, REPLY], "weight": "heavy"}, "bad_weight", "weight"),
         ({"messages": [USER, REPLY], "weight": 1, "sample_weight": 2}, "conflict", "weight"),
         ({"messages": [USER, REPLY], "loss_mask": [0, 1]}, "bad_weight", "loss_mask"),
-        ({"messages": [USER, REPLY], "label": False}, "judged_row", "label"),
-        ({"prompt": "x", "completion": "y", "label": True}, "judged_row", "label"),
-        ({"instruction": "x", "output": "y", "kto_tag": "true"}, "judged_row", "kto_tag"),
+        ({"messages": [USER, REPLY], "label": True, "kto_tag": False}, "conflict", "label"),
+        ({"prompt": "x", "chosen": "y", "rejected": "z", "label": True}, "judged_row", "label"),
+        ({"prompt": "x", "completions": ["y"], "rewards": [1, 2]}, "wrong_length", "rewards"),
+        ({"prompt": "x", "completions": ["y"], "rewards": ["1"]}, "wrong_type", "rewards[0]"),
+        ({"prompt": "x", "completions": ["y"], "rewards": [float("nan")]}, "not_a_number", "rewards[0]"),
+        ({"prompt": "x", "completions": ["y", 4], "rewards": [1, 2]}, "wrong_type", "completions[1]"),
         ({"messages": [USER, REPLY], "rejected": "5"}, "preference_row", "rejected"),
         ({"prompt": "x", "completion": "y", "rejected_response": "5"}, "preference_row", "rejected_response"),
         ({"messages": [USER, REPLY], "images": ["a.png"]}, "not_text", "images"),

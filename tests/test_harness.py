@@ -13,8 +13,6 @@ from harness_tasks import write_tasks
 from tiny import llama
 from tokenizers import processors
 
-from ygivenx.errors import ModelError
-
 if find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed", allow_module_level=True)
 
@@ -165,8 +163,29 @@ def test_what_the_harness_cuts_and_what_it_fails_on_is_said(tiny_model, caplog):
     )
     assert "2 of 3 requests are longer than the 8 tokens" in caplog.text
     assert lm.get_model_info()["ygivenx"]["requests_truncated"] == 2
-    with pytest.raises(ModelError, match="a context of no tokens"):
-        lm.loglikelihood([Instance("loglikelihood", {}, (" \n", " hello world"), 0)], disable_tqdm=True)
+
+
+def test_a_bad_request_is_named_and_the_others_are_kept(tiny_model, caplog):
+    from lm_eval.api.instance import Instance
+
+    from ygivenx.scores.harness import ForestLM
+
+    lm = ForestLM(pretrained=str(tiny_model), device="cpu")
+
+    def ask(*pairs):
+        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+        return lm.loglikelihood(requests, disable_tqdm=True)
+
+    good = [("Well", " then"), ("So", " what")]
+    expected = ask(*good)
+    found = ask(good[0], ("hello wor", "ld"), (" \n", " hello world"), ("", ""), good[1])
+    assert [a for a, _ in (found[0], found[4])] == pytest.approx([a for a, _ in expected])
+    assert found[1:4] == [(float("-inf"), False)] * 3
+    assert "3 of 5 requests can't be scored" in caplog.text
+    assert "indexes: [1, 2, 3]" in caplog.text
+    assert {tuple(f["request"]) for f in lm.get_model_info()["ygivenx"]["requests_not_scored"]} == {
+        ("hello wor", "ld"), (" \n", " hello world"), ("", ""),
+    }  # fmt: skip
 
 
 def test_requests_are_encoded_once_and_in_batches(tiny_model, monkeypatch):

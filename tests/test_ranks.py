@@ -52,6 +52,15 @@ def test_two_ranks_are_one(tmp_path):
             assert ((a - b).norm() / a.norm()).item() < 1e-6
 
 
+def test_two_ranks_learn_from_rated_rows_as_one(tmp_path):
+    """Three packs: with two ranks one of them gets a pack that weighs nothing."""
+    one, two = (run("ranked_rated.py", tmp_path / f"{n}.pt", n, 4 // n) for n in (1, 2))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["margins"] == pytest.approx(one["margins"], rel=1e-4, abs=1e-5)
+    assert two["measured"] == pytest.approx(one["measured"], rel=1e-4, abs=1e-5)
+    assert ((two["weights"] - one["weights"]).norm() / one["weights"].norm()).item() < 1e-5
+
+
 def test_the_loss_of_a_wrapped_model_is_that_of_one_process(tmp_path):
     cases = [(0, False), (16, False), (0, True)]  # chunk, sharded
     one, two = (run("ranked_loss.py", tmp_path / f"{n}.pt", n, cases) for n in (1, 2))

@@ -98,8 +98,7 @@ def test_what_is_shared_stays_together():
 def test_a_long_prompt_is_computed_as_often_as_memory_demands_and_no_more(prompt, count, most):
     sequence = pair_of_ids(range(prompt), [0])
     requests = [
-        Request((ScoredPart(replace(sequence, ids=np.append(sequence.ids[:-1], i))),), 0)
-        for i in range(count)
+        Request((ScoredPart(replace(sequence, ids=np.append(sequence.ids[:-1], i))),)) for i in range(count)
     ]
     told = list(windows(requests))
     assert len(told) <= most

@@ -10,6 +10,7 @@ from tiny import llama, score_sequences, sequences
 import ygivenx as yx
 from ygivenx.errors import ModelError, RowError
 from ygivenx.scores.requests import NO_CONTEXT
+from ygivenx.scores.scoring import Details
 from ygivenx.sequence import Segment, Sequence
 
 
@@ -24,7 +25,9 @@ def one_by_one(model, s: Sequence) -> np.ndarray:
 @pytest.mark.parametrize("window", [24, 64, 10_000])
 def test_values_equal_the_twin_whatever_the_window(window):
     model, data = llama(), sequences(9, seed=6)
-    for s, told in zip(data, score_sequences(model, data, window=window, tokens=True), strict=True):
+    for s, told in zip(
+        data, score_sequences(model, data, window=window, details=Details(tokens=True)), strict=True
+    ):
         expected = one_by_one(model, s)
         np.testing.assert_allclose(told.token_log_p, expected, atol=2e-5)
         assert told.log_p_y_given_x == pytest.approx(expected[s.output].sum(), abs=1e-4)

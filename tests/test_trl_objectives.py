@@ -57,6 +57,63 @@ def test_pairs(smol_tokenizer, tmp_path, loss):
     assert_equal(model, ours, theirs.compute_loss(model, batch))
 
 
+def test_labels_with_the_kl_of_mismatched_pairs(smol_tokenizer, tmp_path):
+    """TRL's KTOTrainer on a batch of ids; its KL divergence is the one that `kto_kl` estimates."""
+    model, reference = models(smol_tokenizer)
+    args = trl.KTOConfig(
+        str(tmp_path), beta=0.2, use_cpu=True, bf16=False, report_to=[], gradient_checkpointing=False,
+        per_device_train_batch_size=3, desirable_weight=1.0, undesirable_weight=1.5,
+    )  # fmt: skip
+    rows = [
+        {"prompt": "Hi", "completion": f" {w}", "label": i != 1} for i, w in enumerate(("yes", "no no", "so"))
+    ]
+    theirs = trl.KTOTrainer(
+        model,
+        reference,
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=smol_tokenizer,
+    )
+    batch = next(iter(theirs.get_train_dataloader()))
+    targets, mismatched = (
+        Targets.of(
+            Sequence(ids[seen > 0], mask[seen > 0])
+            for ids, mask, seen in zip(
+                *(batch[p + n].numpy() for n in ("input_ids", "completion_mask", "attention_mask")),
+                strict=True,
+            )
+        )
+        for p in ("", "KL_")
+    )
+    with torch.no_grad():
+        kl = objectives.kto_kl(*(log_probs(m, mismatched).sums() for m in (model, reference)))
+        before = log_probs(reference, targets).sums()
+    good = torch.as_tensor(batch["label"], dtype=torch.bool)
+    ours = objectives.kto(
+        log_probs(model, targets).sums(), before, good, kl, beta=0.2, undesirable_weight=1.5
+    ).mean()
+    assert_equal(model, ours, theirs.compute_loss(model, batch))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pairs_without_a_reference():
+    """TRL's functions of ORPO and SimPO, on the same log-probabilities."""
+    from types import SimpleNamespace
+
+    from trl.experimental.cpo.cpo_trainer import CPOTrainer
+    from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+
+    chosen, rejected = (-torch.rand(5, generator=torch.Generator().manual_seed(s)) * 3 for s in (0, 1))
+    device = SimpleNamespace(device="cpu")
+    losses, *_ = ORPOTrainer.odds_ratio_loss(SimpleNamespace(beta=0.3, accelerator=device), chosen, rejected)
+    torch.testing.assert_close(objectives.orpo(chosen, rejected, beta=0.3), -chosen - losses)
+    settings = SimpleNamespace(
+        beta=2.0, simpo_gamma=0.7, loss_type="simpo", label_smoothing=0, accelerator=device, alpha=0.0
+    )
+    losses, *_ = CPOTrainer.cpo_loss(settings, chosen, rejected)
+    torch.testing.assert_close(objectives.simpo(chosen, rejected, beta=2.0, gamma=0.7), losses)
+
+
 @pytest.mark.parametrize(
     ("settings", "options"),
     [

@@ -12,19 +12,22 @@ __version__ = "0.1.0"
 # The public names by module. Modules load on first use: `import ygivenx` costs nothing, torch included.
 _PUBLIC = {
     "encoder.encode": "Encoder",
-    "sequence": "Example Rejected Segment Sequence",
+    "encoder.rated": "PreferenceEncoder",
+    "sequence": "Example RatedExample Rejected Segment Sequence",
     "forest": "Edges Forest pack",
     "models.model": "load",
     "models.memory": "keep_freed_memory",
     "objective": "Loss loss",
     "targets": "LogProbs Targets log_probs",
     "head.selective": "selective_cross_entropy",
-    "scores.scoring": "Score ScoreOptions score score_choices",
+    "scores.choices": "best_choice",
+    "scores.scoring": "Score ScoreOptions score score_choices score_each",
     "scores.ledger": "Check Ledger check ledger",
     "report.parts": "Finding LedgerRow",
     "proof.probing": "Probe ProbedToken probe",
     "proof.auditing": "Report audit",
     "proof.callback": "Measurement Watch",
+    "training.preference_trainer": "PreferenceTrainer",
     "training.trainer": "Trainer",
     "types": "Tokenizer",
     "errors": "CheckpointError ConfigError DataError LossError MissingExtra ModelError RowError YgivenxError",
@@ -35,6 +38,7 @@ __all__ = [*_HOME, "reference"]
 if TYPE_CHECKING:  # the same names for editors and type checkers; tests/test_public.py compares the two
     from . import reference as reference
     from .encoder.encode import Encoder as Encoder
+    from .encoder.rated import PreferenceEncoder as PreferenceEncoder
     from .errors import CheckpointError as CheckpointError
     from .errors import ConfigError as ConfigError
     from .errors import DataError as DataError
@@ -60,6 +64,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; tests/test_pu
     from .proof.probing import probe as probe
     from .report.parts import Finding as Finding
     from .report.parts import LedgerRow as LedgerRow
+    from .scores.choices import best_choice as best_choice
     from .scores.ledger import Check as Check
     from .scores.ledger import Ledger as Ledger
     from .scores.ledger import check as check
@@ -68,13 +73,16 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; tests/test_pu
     from .scores.scoring import ScoreOptions as ScoreOptions
     from .scores.scoring import score as score
     from .scores.scoring import score_choices as score_choices
+    from .scores.scoring import score_each as score_each
     from .sequence import Example as Example
+    from .sequence import RatedExample as RatedExample
     from .sequence import Rejected as Rejected
     from .sequence import Segment as Segment
     from .sequence import Sequence as Sequence
     from .targets import LogProbs as LogProbs
     from .targets import Targets as Targets
     from .targets import log_probs as log_probs
+    from .training.preference_trainer import PreferenceTrainer as PreferenceTrainer
     from .training.trainer import Trainer as Trainer
     from .types import Tokenizer as Tokenizer
 else:

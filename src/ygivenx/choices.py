@@ -17,7 +17,7 @@ Denominator = Literal["tokens", "sequence"]
 HarnessBorder = Literal["harness", "exact"]  # lm-evaluation-harness' own rule, or x + y as written
 Route = Literal["auto", "plain", "blocks", "flex", "varlen", "dense", "unshared"]
 ScoreBorder = Literal["joint", "split"]  # x + y as one text, or each by itself
-ScoreOverflow = Literal["refuse", "left", "roll"]  # of a text longer than the model reads
+ScoreOverflow = Literal["refuse", "left", "roll", "stride"]  # of a text longer than the model reads
 Severity = Literal["error", "warning", "info"]  # most severe first
 
 

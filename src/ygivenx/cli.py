@@ -25,6 +25,7 @@ from .commands.config import (
     LoraSection,
     ModelOptions,
     ModelSection,
+    ObjectiveSection,
     OutputSection,
     RowOptions,
     Sampling,
@@ -48,6 +49,7 @@ from .commands.inputs import (
 from .commands.inputs import console as err
 from .commands.options import with_sections
 from .errors import ConfigError, YgivenxError, refuse_unknown
+from .forest import MAX_TOKENS
 from .models.resolve import located
 from .report.parts import finite
 from .show import visible, visible_json
@@ -138,13 +140,16 @@ def show(
     Example: `ygx show data.jsonl --model sample --row 3`
     """
     from .commands.explain import explained
+    from .encoder.rated import PreferenceEncoder
+    from .rows.nouns import Preference, Rated
 
     reader = open_rows(data, columns, row + 1)
     encode_row, item = open_encoder(source, encoder), row_of(reader, row)
     if explain:
         for line in explained(encode_row.tokenizer, item.value):
             say(line)
-    example = encode_row(item)
+    is_rated = isinstance(item.value, Preference | Rated)
+    example: Any = (PreferenceEncoder(encode_row) if is_rated else encode_row)(item)
     if as_json:
         return emit({"format": reader.format, "sequences": [_sequence_json(s) for s in example.sequences]})
     say(f"format: {reader.format}")
@@ -165,15 +170,22 @@ def _sequence_json(s: Any) -> dict[str, Any]:
 @command()
 def encode(
     data: Data, source: ModelOptions, rows: EncodedRowOptions, encoder: EncoderSection,
-    output: Annotated[Path, typer.Option("--output", "-o", help="a Parquet file")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="a Parquet file; with --to also .jsonl")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a file of that name")] = False,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="the columns of one trainer: trl, axolotl, torchtune, skyrl, verl; of rated rows trl-pairs, trl-kto",
+            show_default="all of ours",
+        ),
+    ] = None,
     ray: RayWorkers = 0, as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Ids, weights, labels, positions and segments of every row as Parquet, for TRL, axolotl or a plain loop.
+    """Ids, weights, labels, positions and segments of every row as Parquet, for a plain loop or another trainer.
 
-    Example: `ygx encode data.jsonl --model sample -o encoded.parquet`
+    Example: `ygx encode data.jsonl --model sample -o encoded.parquet --to trl`
     """
-    from .commands.encoding import Cores, accepted, chunks, part_of
+    from .commands.encoding import Cores, accepted, chunks, hand_over, part_of
     from .commands.progress import counted
     from .rows.files import count_of_rows
     from .rows.parquet import write_tables
@@ -182,7 +194,11 @@ def encode(
         raise ConfigError("the file exists", where=f"--output {output}", fix="--overwrite replaces it")
     reader = open_rows(data, rows)
     account = Account(reader.format, rows.quarantine)
-    if ray:
+    if to is not None:
+        if ray:
+            raise ConfigError(f"--to {to} beside --ray", fix="leave --ray out")
+        sequences = hand_over(reader, open_encoder(source, encoder), to, output, account, rows.processes)
+    elif ray:
         from .scores.clusters import encoded_on_ray
 
         place = located(str(source.path), source.gguf_file)
@@ -196,6 +212,39 @@ def encode(
     document = account.close() | {"sequences": sequences, "output": str(output)}
     if as_json:
         emit(document)
+
+
+@command()
+def pack(
+    data: Data, source: ModelOptions, rows: EncodedRowOptions, encoder: EncoderSection,
+    max_tokens: Annotated[int, typer.Option(min=2, help="distinct tokens of a pack")] = MAX_TOKENS,
+    rated: Annotated[
+        bool, typer.Option("--rated", help="rows of rated replies, as `ygx train --objective` takes them")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what packs would bring; write nothing")] = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """How much faster sharing can make a run over these rows: the limit, and what packs of a size reach of it.
+
+    Example: `ygx pack --dry-run data.jsonl --model sample`
+    """
+    from .commands.encoding import accepted_of, items_of
+    from .commands.packing import sharing_of
+    from .encoder.rated import PreferenceEncoder
+
+    if not dry_run:
+        fix = "add --dry-run; `ygx train` makes packs by itself, and in Python `yx.pack`"
+        raise ConfigError("packs aren't written", fix=fix)
+    reader = open_rows(data, rows)
+    encode_row: Any = open_encoder(source, encoder)
+    account = Account(reader.format, rows.quarantine)
+    items = items_of(reader, PreferenceEncoder(encode_row) if rated else encode_row, rows.processes)
+    examples = list(accepted_of(items, account))
+    document, sharing = account.close(), sharing_of(examples, max_tokens)
+    if as_json:
+        emit(document | sharing.to_dict())
+    else:
+        print(sharing)
 
 
 @command()
@@ -329,7 +378,7 @@ def finish(report: Any, fail_on: str, html: Path | None, sarif: Path | None, as_
 @command(unset=True)
 def train(
     data: DataSection, model: ModelSection, output: OutputSection, encoder: EncoderSection, lora: LoraSection,
-    training: TrainingSection,
+    objective: ObjectiveSection, training: TrainingSection,
     config: Annotated[
         Path | None, typer.Argument(help="a YAML file, see --init; flags override it", show_default=False)
     ] = None,
@@ -345,7 +394,7 @@ def train(
     if init is not None:
         return _write_template(init)
     flags = {"data": data, "model": model, "output": output, "encoder": encoder, "lora": lora}
-    checked = TrainConfig.of(config, flags | {"training": training})
+    checked = TrainConfig.of(config, flags | {"objective": objective, "training": training})
     from .commands.finetune import finetune
 
     result = finetune(checked, err)

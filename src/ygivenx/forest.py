@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from .errors import RowError
 from .packing import KEYS, Read, plan, prefix_order
-from .sequence import Example, Sequence
+from .sequence import Example, RatedExample, Sequence
 
 MAX_TOKENS = 4096  # distinct tokens of a pack, unless another number is given
 LARGEST = 2**31  # ids are compared as 32-bit numbers
@@ -134,7 +134,7 @@ def grown(sequence: Callable[[int], Sequence], members: list[int]) -> Forest:
 
 def _flatten(items: Iterable[Any]) -> Iterator[Sequence]:
     for item in items:
-        if isinstance(item, Example):
+        if isinstance(item, Example | RatedExample):
             yield from item.sequences
         elif isinstance(item, Sequence):
             yield item

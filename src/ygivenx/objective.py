@@ -19,7 +19,7 @@ from .head.selective import selective_cross_entropy
 from .models.model import head_of, loss_over
 from .models.streaming import ONE_PASS
 from .models.wrappers import inside_forward, sharded
-from .sequence import Example, Sequence
+from .sequence import Example, RatedExample, Sequence
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,6 +127,10 @@ def as_forest(batch: Batch) -> Forest:
     """A Forest as it is; a sequence, an example or an iterable of them as a new one."""
     if isinstance(batch, Forest):
         return batch
-    if isinstance(batch, Sequence | Example):
-        batch = [batch]
-    return Forest.of(batch)
+    items = [batch] if isinstance(batch, Sequence | Example | RatedExample) else list(batch)
+    if any(isinstance(item, RatedExample) for item in items):
+        raise LossError(
+            "rated replies in a loss that raises the probability of all of them",
+            fix="yx.log_probs with a function of ygivenx.objectives, or yx.PreferenceTrainer",
+        )
+    return Forest.of(items)

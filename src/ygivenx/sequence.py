@@ -1,9 +1,10 @@
-"""The nouns between a row and a forest: Segment, Sequence, Example, Rejected."""
+"""The nouns between a row and a forest: Segment, Sequence, Example, RatedExample, Rejected."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,41 @@ class Example:
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.sequences))
+
+
+@dataclass(frozen=True)
+class RatedExample:
+    """A row as replies to one prompt, each an Example, with a number that says how good each is.
+
+    rewards: of a preference 1 and −1, of a label 1 or −1, else the row's own numbers; the higher, the better.
+    weight: a factor of the row's loss. names: what the replies are called in messages. index: as in Example.
+    """
+
+    replies: tuple[Example, ...]
+    rewards: tuple[float, ...]
+    weight: float = 1.0
+    names: tuple[str, ...] = ()
+    row: Any = None
+    index: int | None = None
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All sequences of all replies, in order."""
+        return tuple(s for reply in self.replies for s in reply)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) for any two replies of different rewards, by their places."""
+        r = self.rewards
+        both = ((a, b) if r[a] > r[b] else (b, a) for a, b in combinations(range(len(r)), 2))
+        return [(a, b) for a, b in both if r[a] > r[b]]
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self.sequences)
+
+    def __str__(self) -> str:
+        rated = zip(self.names, self.rewards, self.replies, strict=True)
+        return "\n".join(f"{name} ({reward:g}): {reply}" for name, reward, reply in rated)
 
 
 @dataclass(frozen=True, slots=True)

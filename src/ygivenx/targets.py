@@ -31,8 +31,9 @@ from .head.distribution import Description, Wants, describe
 from .head.selective import log_probs as head_log_probs
 from .models.model import head_of, hidden_states
 from .models.wrappers import inside_forward, sharded
-from .sequence import Example, Sequence
+from .sequence import Example, RatedExample, Sequence
 
+Item = Sequence | Example | RatedExample
 Which = Literal["weighted", "reply", "all"]
 
 
@@ -54,7 +55,7 @@ class Targets:
     weight: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, sequences: Iterable[Sequence | Example], which: Which = "weighted") -> Targets:
+    def of(cls, sequences: Iterable[Item], which: Which = "weighted") -> Targets:
         """The targets with a weight, those that are part of a reply (trained or not), or all that have a context.
 
         Raises RowError where a sequence has none of them: its sum would be an empty one, which is no log-probability.
@@ -168,7 +169,7 @@ class LogProbs:
 
 def log_probs(
     model: nn.Module,
-    batch: Targets | Iterable[Sequence | Example],
+    batch: Targets | Iterable[Item],
     *,
     entropy: bool = False,
     ranks: bool = False,

@@ -152,6 +152,16 @@ class LoraSection:
 
 
 @dataclass(frozen=True)
+class ObjectiveSection:
+    """What is descended on rated replies (docs/objectives.md) in the place of −log Pr(y|x), and its options."""
+
+    further: dict[str, Any] = option(
+        {}, "dpo, ipo, orpo, simpo, kto or reward_weighted, or name=value of one of its options, such as beta=0.1; "
+        "may be repeated", flags="--objective", bare="name",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class TrainingSection:
     """The steps of a run: these, and any other field of transformers' `TrainingArguments`."""
 
@@ -214,14 +224,26 @@ class Scoring:
     border: ScoreBorder = option("joint", "joint: one text, a straddling token is y; split: tokenised apart")
     bos: Literal["auto", "always", "never"] = option("auto", "auto: as the tokenizer does")
     overflow: ScoreOverflow = option(
-        "refuse", "more than the model reads: refuse, left (cut x) or roll (a window)"
+        "refuse",
+        "more than the model reads: refuse, left (cut x), roll or stride (windows with less or more overlap)",
     )
     max_length: int | None = option(None, "tokens read at once", bounds=COUNT, default_text="the model's")
+    stride: int | None = option(
+        None,
+        "new tokens of each window of overflow=stride",
+        bounds=COUNT,
+        default_text="half of what is read at once",
+    )
+    window_bos: bool = option(False, "a BOS before every window", flags="--window-bos")
     unconditional: str | None = option(None, "a prompt in the place of x, for log Pr(y) and PMI")
     marginal: bool = option(
         True, "log Pr(x) too; without it scoring is cheaper", flags="--marginal/--no-marginal"
     )
     tokens: bool = option(False, "add value, rank and text of each token", flags="--tokens")
+    words: bool = option(False, "add log p of each word of y, by white space", flags="--words")
+    segments: bool = option(False, "add sums by segment and by field of the row", flags="--segments")
+    entropy: bool = option(False, "add the entropy at each token", flags="--entropy")
+    top_k: int = option(0, "add the most probable tokens at each token: how many", bounds=Bounds())
 
 
 @dataclass(frozen=True)
@@ -245,6 +267,7 @@ class TrainConfig:
     encoder: EncoderSection = field(default_factory=EncoderSection)
     model: ModelSection = field(default_factory=ModelSection)
     lora: LoraSection = field(default_factory=LoraSection)
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     output: OutputSection = field(default_factory=OutputSection)
 
@@ -263,6 +286,13 @@ class TrainConfig:
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(TrainConfig)}
 # Every option by its key in a flat file, which is that of its flag: the section and the field.
 _FLAT = {key_of(f): (name, f.name) for name, section in SECTIONS.items() for f in fields(section)}
+# Sections of which one value may stand alone, under this name.
+_BARE = {
+    name: f.metadata["bare"]
+    for name, section in SECTIONS.items()
+    for f in fields(section)
+    if f.metadata["bare"]
+}
 # Fields of TrainingArguments that are said otherwise here, or that forests have no place for.
 _ELSEWHERE = {
     "output_dir": "--output-dir",
@@ -294,8 +324,8 @@ class _Placed:
             if key in SECTIONS and isinstance(value, Mapping):
                 for name, inner in value.items():
                     self._put(key, str(name), inner, where)
-            elif key == "lora":  # the rank alone
-                self._put("lora", "r", value, where)
+            elif key in _BARE:  # such as the rank of lora alone
+                self._put(key, _BARE[key], value, where)
             elif key in _FLAT:
                 self._put(*_FLAT[key], value, where)
             else:
@@ -345,6 +375,8 @@ class _Placed:
         if section == "encoder":
             check_options(values, where)
             return values
+        if section == "objective":
+            return _checked_objective(values, where)
         hints = _lora_hints(values, where) if section == "lora" else _training_hints(values, where)
         return {k: fit(k, v, hints[k], self.where[section, k]) for k, v in values.items() if v is not None}
 
@@ -358,9 +390,32 @@ class _Placed:
                     )
         if config.training.load_best_model_at_end and config.data.eval_path is None:
             raise ConfigError("load_best_model_at_end without eval_data", fix="--eval-data names the rows")
+        for section, name in (
+            (("training", "denominator"), ("data", "mix")) if config.objective.further else ()
+        ):
+            if self.values[section].get(name):
+                why = "a step's loss is the mean over its rows, by their weights"
+                where = self.where[section, name]
+                raise ConfigError(f"{name} beside an objective", where=where, why=why, fix="leave it out")
         if config.lora.further.get("r", 1) < 1:
             where = self.where["lora", "r"]
             raise ConfigError(f"lora is {config.lora.further['r']}", where=where, fix="give a rank ≥ 1")
+
+
+def _checked_objective(values: dict[str, Any], where: str) -> dict[str, Any]:
+    from ..training.rated import Objective
+
+    name, options = values.get("name"), {k: v for k, v in values.items() if k != "name"}
+    if name is None:
+        raise ConfigError(
+            f"{', '.join(options)} of which objective?", where=where, fix="--objective dpo, or name: dpo"
+        )
+    try:
+        Objective(name, options)
+    except ConfigError as error:
+        error.where = where
+        raise
+    return values
 
 
 def _lora_hints(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -419,7 +474,12 @@ def template() -> str:
 
 def _entry(section: str, f: Any) -> list[str]:
     if f.name == "further":
-        example = {"lora": "r: 16", "encoder": "repair: append_end", "training": "adam_beta2: 0.95"}[section]
+        example = {
+            "lora": "r: 16",
+            "objective": "name: dpo",
+            "encoder": "repair: append_end",
+            "training": "adam_beta2: 0.95",
+        }[section]
         return [f"  # {SECTIONS[section].__doc__}", f"  # {example}"]
     value = yaml.safe_dump(default_of(f)).removesuffix("...\n").strip()
     mark = "" if f.metadata["required"] else "# "

@@ -44,6 +44,7 @@ CHUNK = 512  # rows that are encoded at a time: their texts go to the tokenizer 
 ALONE = (
     8192  # starting processes takes seconds, as long as encoding some thousand rows: they begin behind these
 )
+CHUNK_APART = 32768  # rows of which each process takes a part, where a pool starts for them alone
 AHEAD = 4  # chunks of each process that may wait: memory holds no more
 ROWS, REJECTED, ACCOUNT = "rows.arrow", "rejected.jsonl", "account.json"
 CODE = ("rows", "templating", "encoder", "encoded.py", "sequence.py")  # what encoded rows depend on
@@ -134,6 +135,58 @@ def _adopt(encoder: bytes) -> None:
 
 def _encode_there(chunk: list[Any]) -> EncodedPart:
     return encode_chunk(_adopted[0], chunk)
+
+
+def items_of(reader: Iterable[Any], encoder: Any, processes: int = 1) -> Iterator[Any]:
+    """For each row its example or a Rejected: what forms for other trainers and rated replies are made of."""
+    rows = iter(reader)
+    for size, some in (
+        ((CHUNK, islice(rows, ALONE)), (CHUNK_APART, rows)) if processes > 1 else ((CHUNK, rows),)
+    ):
+        options = {"processes": processes} if size == CHUNK_APART else {}
+        for chunk in chunks(some, size):
+            examples, rejected = encoder.batch([r for r in chunk if not isinstance(r, Rejected)], **options)
+            yield from (*(r for r in chunk if isinstance(r, Rejected)), *examples, *rejected)
+
+
+def accepted_of(items: Iterable[Any], account: Account) -> Iterator[Any]:
+    """The accepted ones; the account counts all."""
+    for item in items:
+        if isinstance(item, Rejected):
+            account.reject(item)
+        else:
+            account.accept(item)
+            yield item
+
+
+def hand_over(reader: Any, encoder: Any, form: str, output: Path, account: Account, processes: int) -> int:
+    """Write a reader's rows in the form of another trainer; how many there are. See rows/export.py."""
+    from ..encoder.rated import PreferenceEncoder
+    from ..rows.export import RATED, form_of, unfit, write_examples
+
+    form_of(form)
+    items = items_of(reader, PreferenceEncoder(encoder) if form in RATED else encoder, processes)
+    written = write_examples(accepted_of((unfit(item, form) for item in items), account), output, form)
+    if written.reweighted:
+        what = f"{written.reweighted:,} have weights other than 0 and 1"
+        say(f"{what}: {form} has no column for them, they count 1 there")
+    return written.rows
+
+
+def rated_rows(paths: list[str], data: DataSection, encoder: Any) -> tuple[list[Any], dict[str, Any]]:
+    """The rows of rated replies of one or several files, in memory, and their account, which is printed."""
+    left, examples, total = data.limit, list[Any](), Account("", data.quarantine)
+    for name in files_of(paths):
+        reader = open_rows(name, replace(data, limit=left))
+        before, total.format = total.read, "; ".join(filter(None, (total.format, reader.format)))
+        examples += accepted_of(items_of(reader, encoder, data.processes), total)
+        left = None if left is None else left - (total.read - before)
+    document = total.close()
+    if not examples:
+        raise ConfigError(
+            "no row was accepted", where=", ".join(paths), fix="the reasons are above; try `ygx show`"
+        )
+    return examples, document
 
 
 def accepted(parts: Iterable[EncodedPart], account: Account) -> Iterator[Any]:

@@ -7,27 +7,33 @@ import signal
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from ..encoded import EncodedRows
+from ..encoder.rated import PreferenceEncoder
 from ..errors import ConfigError
 from ..locks import locked
 from ..models.sharing import describe_routes
 from ..proof.limits import Limits
+from ..sequence import Sequence
 from ..training import checkpoint, runs
 from ..training.interrupts import Interrupts
 from ..training.precision import multiplies_bfloat16
+from ..training.preference_trainer import PreferenceTrainer
+from ..training.rated import rated_sequences
 from ..training.trainer import Trainer, refuse_unused
 from . import adapters
 from .config import TrainConfig, TrainingSection
-from .encoding import kept_rows
+from .encoding import kept_rows, rated_rows
 from .inputs import open_encoder, open_model, say
 from .modelcard import write_card
 from .progress import RichProgress, trained
@@ -74,7 +80,7 @@ def _finetune(config: TrainConfig, args: TrainingArguments, console: Console) ->
     # Adapters' runs have a hash of their frozen base of themselves.
     base = {} if config.lora.further else {"base_weights": runs.hash_of(model.parameters())}
     runs.refuse_another_base(start, base)
-    notes = {"now": encoder.now.isoformat(), **base}
+    notes = {"now": getattr(encoder, "encoder", encoder).now.isoformat(), **base}
     trainer = build(
         config, args, adapters.adapted(model, config.lora), tokenizer, examples, held_out, console, notes
     )
@@ -205,12 +211,13 @@ def refuse_lone_ranks(args: Any) -> None:
 def encoder_of(config: TrainConfig, start: Path | None) -> Any:
     """The encoder of a config; its time is that of the run which is resumed from checkpoint `start`."""
     before = {} if start is None else runs.recalled(start)
-    return open_encoder(config.model, config.encoder, now=before.get("now"))
+    encoder = open_encoder(config.model, config.encoder, now=before.get("now"))
+    return PreferenceEncoder(encoder) if config.objective.further else encoder
 
 
 def rows_of(
     config: TrainConfig, args: TrainingArguments, encoder: Any, console: Console, *, held_out: bool = False
-) -> tuple[EncodedRows, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any]]:
     """The encoded rows of a run, at least one, and their account. Of several ranks the first one encodes them."""
     data, paths = config.data, config.data.path
     if held_out:
@@ -218,11 +225,16 @@ def rows_of(
             data, split=data.eval_split, limit=data.eval_limit, quarantine=None, mix={}
         )  # fmt: skip
     with args.main_process_first(desc="encoding"):
+        if config.objective.further:
+            return rated_rows(paths or [], data, encoder)
         return kept_rows(paths or [], data, encoder, console, config.training.seed)
 
 
-def _say_too_long(rows: EncodedRows, model: Any, console: Console) -> None:
-    most, lengths = Limits.of(model.config, None).context_length, rows.length
+def _say_too_long(rows: Any, model: Any, console: Console) -> None:
+    most = Limits.of(model.config, None).context_length
+    lengths = (
+        rows.length if isinstance(rows, EncodedRows) else np.array([len(s) for row in rows for s in row])
+    )
     if most and lengths.max() > most:
         say(
             f"warning: {(lengths > most).sum():,} sequences are longer than the {most:,} tokens that the model "
@@ -243,14 +255,17 @@ def build(
                 where="report_to",
                 fix=f"pip install {name}, or one of {', '.join(get_available_reporting_integrations()) or 'none'}",
             )
-    trainer = Trainer(
+    objective = config.objective.further
+    kind: Any = partial(PreferenceTrainer, objective=objective) if objective else Trainer
+    own = {} if objective else {"denominator": config.training.denominator}
+    trainer: Trainer = kind(
         model=model,
         args=args,
         train_dataset=examples,
         eval_dataset=held_out,
         processing_class=tokenizer,
         max_tokens=config.training.max_tokens,
-        denominator=config.training.denominator,
+        **own,
         notes=notes,
         callbacks=[RichProgress(console)],
     )
@@ -321,12 +336,7 @@ def write_page(
     from ..report import TokenStrip, run_page
     from ..scores.node_log_probs import node_log_probs
 
-    shown = range(min(SHOWN_ROWS, len(rows)))
-    texts = trainer.processing_class
-    sequences = [
-        replace(s, tokens=tuple(texts.decode([i]) for i in s.ids)) for s in map(rows.__getitem__, shown)
-    ]
-    names = list(map(rows.name, shown))
+    sequences, names, columns = _shown(rows, trainer.processing_class)
     forest = Forest.of(sequences)
     log_p = node_log_probs(trainer.model.eval(), forest)
     strips = [
@@ -345,9 +355,20 @@ def write_page(
             "quarantined": account["quarantined"],
         },
         rows=strips,
+        columns=columns,
     )
     target = Path(trainer.args.output_dir) / "report.html"
     return page.write(target) if trainer.is_world_process_zero() else target
+
+
+def _shown(rows: Any, tokenizer: Any) -> tuple[list[Sequence], list[str], int]:
+    """The sequences of the first rows, with the text of each token, their names, and how many stand side by side."""
+    if not isinstance(rows, EncodedRows):
+        rated = rows[:SHOWN_ROWS]
+        return *rated_sequences(rated), 2 if all(len(row.sequences) == 2 for row in rated) else 1
+    shown = [rows[n] for n in range(min(SHOWN_ROWS, len(rows)))]
+    with_texts = [replace(s, tokens=tuple(tokenizer.decode([i]) for i in s.ids)) for s in shown]
+    return with_texts, [rows.name(n) for n in range(len(shown))], 1
 
 
 def _say_what_next(config: TrainConfig, final: Path, console: Console) -> None:

@@ -22,7 +22,7 @@ tags: [ygivenx{lora}]
 | base model | {model} |
 | rows | {data}: {accepted:,} accepted, {quarantined:,} quarantined of {read:,} |
 | trained tokens | policy `{train}`; the loss on all other tokens is exactly 0 |
-| denominator | {denominator} |
+| objective | {objective} |
 | steps | {steps} of at most {max_tokens:,} distinct tokens × {accumulation} |
 | learning rate | {rate:g}, {schedule} |
 | precision | {dtype} |
@@ -43,7 +43,7 @@ def write_card(
             model=_name(str(config.model.path)),
             data=", ".join(map(_name, config.data.path or [])),
             train=config.encoder.train,
-            denominator=section.denominator,
+            objective=_objective(config),
             steps=trainer.state.global_step,
             max_tokens=section.max_tokens,
             accumulation=args.gradient_accumulation_steps,
@@ -61,15 +61,28 @@ def write_card(
     )
 
 
+def _objective(config: TrainConfig) -> str:
+    options = dict(config.objective.further)
+    if not options:
+        return f"−log Pr(y\\|x), divided by {config.training.denominator}"
+    return ", ".join([str(options.pop("name")), *(f"{k} = {v}" for k, v in options.items())])
+
+
 def _name(path: str) -> str:
     """A name of the hub as it is; of a path its last part."""
     return Path(path).name if Path(path).exists() else path
 
 
 def _measured(after: dict[str, float]) -> str:
-    pairs = {"log Pr(y\\|x)": "eval_conditional_nats", "log Pr(x)": "eval_marginal_nats"}
-    return "".join(
-        f"| {label} per held-out token | {-after[key]:.4f} nats |\n"
+    pairs = {
+        "log Pr(y\\|x)": "conditional_nats", "log Pr(x)": "marginal_nats", "log Pr(good reply)": "chosen_nats",
+        "log Pr(bad reply)": "rejected_nats",
+    }  # fmt: skip
+    found = [
+        f"| {label} per held-out token | {-after[f'eval_{key}']:.4f} nats |\n"
         for label, key in pairs.items()
-        if key in after
-    )
+        if f"eval_{key}" in after
+    ]
+    if "eval_accuracy" in after:
+        found.append(f"| held-out pairs in order | {after['eval_accuracy']:.1%} |\n")
+    return "".join(found)

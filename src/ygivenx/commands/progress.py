@@ -14,6 +14,14 @@ from transformers import TrainerCallback
 
 T = TypeVar("T")
 
+# Of rated replies: while training, and held out.
+RATED = (
+    ("margin", "margin", ".3f", 1),
+    ("accuracy", "pairs in order", ".1%", 1),
+    ("kl", "KL", ".4f", 1),
+    ("chosen_nats", "log Pr(good)/token", ".4f", -1),
+    ("rejected_nats", "log Pr(bad)/token", ".4f", -1),
+)
 # What a log line shows, in this order: key of the log entry, label, format, sign. Log-probabilities are never
 # positive; losses, which entries hold as nats, never negative.
 SHOWN = (
@@ -21,6 +29,7 @@ SHOWN = (
     ("eval_conditional_nats", "log Pr(y|x)/token", ".4f", -1),
     ("eval_marginal_nats", "log Pr(x)/token", ".4f", -1),
     ("eval_token_accuracy", "accuracy of y", ".1%", 1),
+    *((f"{when}{name}", label, form, sign) for when in ("", "eval_") for name, label, form, sign in RATED),
     ("grad_norm", "grad", ".3g", 1),
     ("learning_rate", "lr", ".2e", 1),
     ("y_tokens_per_second", "y tokens/s", ".0f", 1),

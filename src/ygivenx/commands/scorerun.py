@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from ..errors import ModelError, RowError
 from ..locks import locked
 from ..models.resolve import located, revision_of
 from ..rows.formats import normalise
+from ..scores.choices import Accuracy, gold_of
 from ..scores.requests import Request, RequestBuilder
 from ..scores.scorefile import ScoreFile, run_before, writing
 from ..sequence import Rejected
@@ -39,11 +41,12 @@ AnswerStream = Callable[[Iterator[Request]], Iterator[Any]]
 
 
 class Numbered(NamedTuple):
-    """A request, the row that it comes from (from 0) and which of that row's it is (from 0)."""
+    """A request, the row that it comes from and which of that row's it is (from 0), and whether it is the gold one."""
 
     row: int
     sequence: int
     request: Request
+    gold: bool | None = None
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Rows:
         for number, item in enumerate(self.reader):
             try:
                 requests = [q for value in self._values(item) for q in self.builder(value)]
+                gold = self._gold(item, len(requests))
             except RowError as error:
                 error.where = error.where or item.where
                 self.account.reject(Rejected(_raw(item), error.reason, error.where, str(error)))
@@ -71,21 +75,38 @@ class Rows:
             if requests:
                 self.account.accept()
             for k, request in enumerate(requests):
-                yield Numbered(number, k, request)
+                yield Numbered(number, k, request, None if gold is None else k == gold)
 
     def _values(self, item: Any) -> list[Any]:
         """What a row asks; nothing if it is quarantined."""
         if not isinstance(item, Rejected):
             return [item.value]
         x, y, plain = self.columns
-        column = y or next((c for c in ("y", "completion", "answer") if c in (item.row or ())), "")
-        several = item.row.get(column) if isinstance(item.row, dict) else None
-        if not isinstance(several, list) or not all(isinstance(v, str) for v in several) or not several:
+        column, several = self._choices(item.row)
+        if not several:
             self.account.reject(item)
             return []
         columns = (x, y) if x and y else None
         as_text = plain and columns is not None
         return [normalise(item.row | {column: v}, columns=columns, as_text=as_text) for v in several]
+
+    def _choices(self, row: Any) -> tuple[str, list[str]]:
+        """The column of y and its texts, where it is a list of several; else none."""
+        column = self.columns[1] or next((c for c in ("y", "completion", "answer") if c in (row or ())), "")
+        several = row.get(column) if isinstance(row, dict) else None
+        if not isinstance(several, list) or not all(isinstance(v, str) for v in several):
+            return column, []
+        return column, several
+
+    def _gold(self, item: Any, count: int) -> int | None:
+        """Which of a row's requests is the right one, where it says so."""
+        row = _raw(item)
+        column, several = self._choices(row)
+        if not several or row.get("gold") is None or column == "gold":
+            return None
+        if count != len(several):
+            raise RowError("a choice has several renderings", reason="several_scores", field=column)
+        return gold_of(row["gold"], several)
 
 
 def _raw(item: Any) -> Any:
@@ -94,17 +115,17 @@ def _raw(item: Any) -> Any:
 
 def records(numbered: Iterable[Numbered], scorer: AnswerStream) -> Iterator[dict[str, Any]]:
     """One record per request, in order; `scorer` makes Scores of requests, reading ahead as it likes."""
-    waiting: deque[tuple[int, int]] = deque()
+    waiting: deque[tuple[int, int, dict[str, bool]]] = deque()
 
     def requests() -> Iterator[Request]:
         for n in numbered:
-            waiting.append((n.row, n.sequence))
+            waiting.append((n.row, n.sequence, {} if n.gold is None else {"gold": n.gold}))
             yield n.request
 
     try:
         for score in scorer(requests()):
-            row, sequence = waiting.popleft()
-            yield {"row": row, "sequence": sequence, **score.to_dict()}
+            row, sequence, gold = waiting.popleft()
+            yield {"row": row, "sequence": sequence, **gold, **score.to_dict()}
     except ModelError as error:
         if waiting:
             error.where = f"rows {waiting[0][0]} to {waiting[-1][0]}, {error.where}".removesuffix(", ")
@@ -115,11 +136,9 @@ def records(numbered: Iterable[Numbered], scorer: AnswerStream) -> Iterator[dict
 class Means:
     """Sums over records, as they pass. impossible: y's of probability 0, whose log p JSON has no number for."""
 
-    scored: int = 0
-    tokens_y: int = 0
+    sums: Counter[str] = field(default_factory=Counter)
     log_p_y: float = 0.0
-    greedy: int = 0
-    impossible: int = 0
+    accuracy: Accuracy = field(default_factory=Accuracy)
 
     def over(self, stream: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The same records, added up."""
@@ -129,20 +148,31 @@ class Means:
 
     def add(self, r: dict[str, Any]) -> None:
         """Add one record up."""
-        self.scored += 1
-        self.tokens_y += r["scored"]
+        self.sums["records"] += 1
+        for name in ("scored", "bytes", "words", "greedy"):
+            self.sums[name] += r[name]
         self.log_p_y += r["log_p_y_given_x"] or 0.0
-        self.greedy += r["greedy"]
-        self.impossible += r["log_p_y_given_x"] is None
+        self.sums["impossible"] += r["log_p_y_given_x"] is None
+        self.accuracy.add(r)
 
     def to_dict(self) -> dict[str, Any]:
-        finite = self.tokens_y and not self.impossible
+        """Of all y's together: nats and perplexity per token, bits per byte and per word; None for no number."""
+
+        def per(unit: str, factor: float = 1.0) -> float | None:
+            finite = self.sums[unit] and not self.sums["impossible"]
+            return -self.log_p_y * factor / self.sums[unit] if finite else None
+
+        nats, bits = per("scored"), 1 / math.log(2)
         return {
-            "scored": self.scored,
-            "tokens_y": self.tokens_y,
-            "conditional_nats_per_token": -self.log_p_y / self.tokens_y if finite else None,
-            "greedy": self.greedy,
-            "impossible": self.impossible,
+            "scored": self.sums["records"],
+            "tokens_y": self.sums["scored"],
+            "conditional_nats_per_token": nats,
+            "perplexity": None if nats is None or nats > 709 else math.exp(nats),
+            "bits_per_byte": per("bytes", bits),
+            "bits_per_word": per("words", bits),
+            "greedy": self.sums["greedy"],
+            "impossible": self.sums["impossible"],
+            **self.accuracy.to_dict(),
         }
 
 
@@ -251,7 +281,7 @@ def _score_file(
     data: str, weights: Weights, columns: RowOptions, scoring: Scoring, output: Path | None, ray: int,
     console: Console, silent: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    from ..scores.scoring import Tally, request_builder_for, scores
+    from ..scores.scoring import Details, Tally, request_builder_for, scores
 
     reader = open_rows(data, columns)
     place = located(str(weights.path), weights.gguf_file)
@@ -262,15 +292,14 @@ def _score_file(
         console.print(f"{output} is complete: nothing to do", highlight=False)
         return file.account
     loaded, tokenizer = open_model(weights, weights.dtype)
-    requests = {
-        k: getattr(scoring, k) for k in ("border", "control", "overflow", "max_length", "unconditional")
-    }
+    requests = {k: getattr(scoring, k) for k in _OF_REQUESTS}
     builder = request_builder_for(loaded, tokenizer, bos=_BOS[scoring.bos], now=now, **requests)
     if builder.encoder.writes_time:
         say(f"the chat template writes the time: it is taken to be {now}", console)
     account = Account(reader.format, columns.quarantine)
     rows = Rows(reader, builder, (columns.x, columns.y, columns.plain), account)
-    settings: dict[str, Any] = {"marginal": scoring.marginal, "tokens": scoring.tokens, "tally": Tally()}
+    details = Details(scoring.tokens, scoring.words, scoring.segments, scoring.entropy, scoring.top_k)
+    settings: dict[str, Any] = {"marginal": scoring.marginal, "details": details, "tally": Tally()}
     scorer: AnswerStream = partial(scores, loaded, **settings)
     if ray:
         from ..scores.clusters import scores_on_ray
@@ -278,10 +307,13 @@ def _score_file(
         del loaded
         scorer = partial(scores_on_ray, (*place, weights.dtype), workers=ray, **settings)
     found = run(rows, scorer, settings["tally"], file, console, silent)
-    console.print(f"{settings['tally']}; log Pr(y|x) {_mean(found)} per token of y", highlight=False)
+    say(f"{settings['tally']}; {summary(found)}", console)
     return found
 
 
+_OF_REQUESTS = (
+    "border", "control", "overflow", "max_length", "unconditional", "stride", "window_bos",
+)  # fmt: skip
 _BOS: dict[str, Bos] = {"auto": "auto", "always": True, "never": False}
 
 
@@ -299,10 +331,22 @@ def _run_of(
     return facts | _identity(place, data)
 
 
-def _mean(account: dict[str, Any]) -> str:
+def summary(account: dict[str, Any]) -> str:
+    """The account of a run's scores in one line."""
     if account["impossible"]:
-        return f"−∞ ({account['impossible']:,} y's of probability 0)"
-    return f"{-(account['conditional_nats_per_token'] or 0):.4f}"
+        return f"log Pr(y|x) −∞ per token of y ({account['impossible']:,} y's of probability 0)"
+    parts = [f"log Pr(y|x) {-(account['conditional_nats_per_token'] or 0):.4f} per token of y"]
+    for name, label in (
+        ("perplexity", "perplexity"),
+        ("bits_per_byte", "bits/byte"),
+        ("bits_per_word", "bits/word"),
+    ):
+        if account[name] is not None:
+            parts.append(f"{label} {account[name]:.4g}")
+    if "choices" in account:
+        shares = ", ".join(f"{by} {share:.1%}" for by, share in account["choices"]["accuracy"].items())
+        parts.append(f"accuracy over {account['choices']['rows']:,} rows: {shares}")
+    return "; ".join(parts)
 
 
 # What a model and its tokenizer are read from; a directory may hold other files, such as these scores.

@@ -23,9 +23,9 @@ from typing import Any
 from ..choices import Border, Bos, Context, Control, Dropped, Overflow, Thoughts, require_choice
 from ..errors import ConfigError, RowError
 from ..models.resolve import file_of, located, quiet_loading
-from ..rows.columns import preference
+from ..rows.columns import judged_row, preference
 from ..rows.data import Row
-from ..rows.formats import Conversation, Pair, Preference, TokenRow, normalise
+from ..rows.formats import Conversation, Pair, Preference, Rated, TokenRow, normalise
 from ..rows.nouns import Message
 from ..sequence import Example, Rejected, Sequence
 from ..templating.inputs import inputs_of
@@ -159,13 +159,17 @@ class Encoder:
         With several processes each gets a copy of this encoder, so that policies must be importable functions;
         raises ConfigError where one isn't.
         """
-        if not _is_count(processes):
-            raise ConfigError(f"processes={processes!r}", fix="give a number of processes, at least 1")
         rows = list(rows)
-        done = self._encode(rows) if processes == 1 else self._encode_apart(rows, processes)
+        done = self.each(rows, processes)
         examples = [d for d in done if isinstance(d, Example)]
         refused = [(r, d) for r, d in zip(rows, done, strict=True) if isinstance(d, RowError)]
         return examples, [Rejected(_raw(r), e.reason, e.where, str(e)) for r, e in refused]
+
+    def each(self, rows: list[Any], processes: int = 1) -> list[Example | RowError]:
+        """For each row its Example, or the error by which it is rejected; see `batch`."""
+        if not _is_count(processes):
+            raise ConfigError(f"processes={processes!r}", fix="give a number of processes, at least 1")
+        return self._encode(rows) if processes == 1 else self._encode_apart(rows, processes)
 
     def _encode_apart(self, rows: list[Any], processes: int) -> list[Example | RowError]:
         try:
@@ -217,10 +221,9 @@ class Encoder:
     def _try(self, number: int, row: Any) -> Work | RowError:
         value = row.value if isinstance(row, Row) else row
         try:
-            if not isinstance(value, Conversation | Pair | Preference | TokenRow):
-                value = normalise(value)
-            if isinstance(value, Preference):
-                raise preference("a preference row: a better and a worse reply to one prompt", "")
+            value = noun_of(value)
+            if isinstance(value, Preference | Rated):
+                raise _rated(value)
             if isinstance(value, TokenRow):
                 return token_job(value, self._options)
             return self._pair_job(value) if isinstance(value, Pair) else self._chats.job(value)
@@ -317,6 +320,21 @@ def _adopt(encoder: bytes) -> None:
 def _encode_chunk(chunk: tuple[int, list[Any]]) -> list[Example | RowError]:
     first, rows = chunk
     return _adopted[0]._encode(rows, first)
+
+
+def noun_of(value: Any) -> Conversation | Pair | Preference | Rated | TokenRow:
+    """What a row means; raises RowError."""
+    return (
+        value if isinstance(value, Conversation | Pair | Preference | Rated | TokenRow) else normalise(value)
+    )
+
+
+def _rated(value: Preference | Rated) -> RowError:
+    if isinstance(value, Preference):
+        return preference("a preference row: a better and a worse reply to one prompt", "")
+    if len(value.replies) > 1:
+        return preference(f"{len(value.replies)} rated replies to one prompt", "")
+    return judged_row("a label says whether the reply is good", "")
 
 
 def _located(e: RowError, number: int, row: Any) -> RowError:

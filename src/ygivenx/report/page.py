@@ -36,6 +36,7 @@ class Page:
     """A report under construction: fill its lists, then `write` it. Sections without content are left out.
 
     summary: a few key facts, name to value. findings: see `Finding`; worst first on the page.
+    columns: how many of the rows stand side by side, such as the two replies of a pair.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Page:
     tables: list[Table] = field(default_factory=list)
     ledgers: list[LedgerTable] = field(default_factory=list)
     rows: list[TokenStrip] = field(default_factory=list)
+    columns: int = 1
 
     def html(self) -> str:
         """The whole file. The same parts give the same bytes."""
@@ -76,6 +78,7 @@ class Page:
             "tables": [_table(t) for t in self.tables],
             "ledgers": [_ledger(t) for t in self.ledgers],
             **_strips(self.rows),
+            "columns": self.columns,
         }
 
 

@@ -41,7 +41,7 @@ class RowList {
     this.filters = { words: "", trained: "any", kind: -1, below: null, order: "in order" };
     this.page = 0;
     this.count = set(el("p", "count"), { role: "status" });
-    this.list = el("ol", "rows");
+    this.list = el("ol", data.columns > 1 ? "rows beside" : "rows");
     this.pagers = [this.pager(), this.pager()];
     this.node = el(
       "div",

@@ -17,6 +17,17 @@ LOGGED = {
     "ygx_conditional": ("conditional, watched examples", NATS),
     "ygx_marginal": ("marginal, watched examples", NATS),
     "ygx_end_of_turn": ("end of turn, watched examples", NATS),
+    **{
+        f"{when}{name}": (f"{label}{where}", chart)
+        for when, where in (("", ""), ("eval_", ", held out"))
+        for name, label, chart in (
+            ("chosen_nats", "good replies", NATS),
+            ("rejected_nats", "bad replies", NATS),
+            ("margin", "margin", "Margin of the better reply, nats"),
+            ("accuracy", "pairs in order", "Share of pairs in which the better reply gained more"),
+            ("kl", "KL", "KL divergence from the reference, nats per token"),
+        )
+    },
     "grad_norm": ("norm of the gradient", "Norm of the gradient"),
     "y_tokens_per_second": ("tokens of y", "Tokens per second"),
     "sharing": ("tokens / distinct tokens", "Sharing"),

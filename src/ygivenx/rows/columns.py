@@ -18,8 +18,8 @@ REJECTED = (
     "rejected_responses",
     "non_preferred_output",
 )
-_JUDGEMENTS = ("label", "kto_tag")
-_MEANINGFUL = frozenset((*REJECTED, *_JUDGEMENTS, *MEDIA_KEYS))
+JUDGEMENTS = ("label", "kto_tag")
+_MEANINGFUL = frozenset((*REJECTED, *JUDGEMENTS, *MEDIA_KEYS))
 
 
 def given(row: Record, column: str) -> Any:
@@ -34,24 +34,47 @@ def refuse_other_meanings(row: Record, used: tuple[str, ...] = ()) -> None:
         return
     for column in (c for c in REJECTED if c not in used and given(row, c) is not None):
         raise preference(f"the column {column!r}: the row has a worse reply beside its better one", column)
-    for column in (c for c in _JUDGEMENTS if c not in used and _judges(row.get(c))):
-        why = "KTO learns from good and bad replies; likelihood alone would learn the bad ones as well"
-        fix = f"give only the rows to be learnt, without {column!r}"
-        what = f"the column {column!r} says whether the reply is good"
-        raise RowError(what, reason="judged_row", field=column, why=why, fix=fix)
+    for column in (c for c in JUDGEMENTS if c not in used and _says(row.get(c)) is not None):
+        raise judged_row(f"the column {column!r} says whether the reply is good", column)
     for column in (c for c in MEDIA_KEYS if c not in used and given(row, c) is not None):
         raise not_text(f"the column {column!r} holds what isn't text", column)
 
 
-def _judges(value: Any) -> bool:
-    """Whether a label is a yes or no, in any of its spellings; a class such as "sports" or 7 is none."""
-    return str(value).lower() in ("true", "false", "0", "1", "0.0", "1.0")
+_SPELLED = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def _says(value: Any) -> bool | None:
+    """The yes or no of a label, in any of its spellings; None for a class such as "sports" or 7."""
+    return _SPELLED.get(str(value).lower())
+
+
+def judgement(row: Record, used: tuple[str, ...] = ()) -> bool | None:
+    """What KTO's columns say of the row's reply, `used` ones apart; None where they say nothing."""
+    by_column = {c: _says(row[c]) for c in JUDGEMENTS if c in row and c not in used}
+    found = {value for value in by_column.values() if value is not None}
+    if len(found) > 1:
+        what = f"{' and '.join(by_column)} contradict each other"
+        raise RowError(what, reason="conflict", field=next(iter(by_column)))
+    return next(iter(found), None)
+
+
+def judged_row(what: str, column: str) -> RowError:
+    """A reply that is said to be good or bad, where all are learnt."""
+    why = "KTO learns from good and bad replies; likelihood alone would learn the bad ones as well"
+    fix = (
+        "use an objective for rated replies (ygx train --objective kto), or give only the rows to be learnt, without "
+        "the column"
+    )
+    return RowError(what, reason="judged_row", field=column, why=why, fix=fix)
 
 
 def preference(what: str, column: str) -> RowError:
     """Two replies to one prompt, where one is trained."""
     why = "supervised training has one reply to a prompt: the other would be dropped"
-    fix = "use a preference objective, or give the chosen reply alone (columns prompt and completion, or messages)"
+    fix = (
+        "use a preference objective (ygx train --objective dpo), or give the chosen reply alone (columns prompt and "
+        "completion, or messages)"
+    )
     return RowError(what, reason="preference_row", field=column, why=why, fix=fix)
 
 

@@ -12,8 +12,10 @@
 | xy                | x, y                                    | Pair                                         |
 | text              | text, where nothing else fits           | Pair with an empty x                         |
 | preference        | chosen and rejected (preferences.py)    | Preference                                   |
+| rated             | prompt, replies and their rewards       | Rated                                        |
 | tokens            | token ids (token_rows.py)               | TokenRow                                     |
 
+Beside any of them that has one reply, KTO's `label` that says yes or no makes the row Rated.
 docs/formats.md has a line of each. Columns that change what a row means are used or refused (columns.py); others are
 ignored, and the format says so.
 """
@@ -26,15 +28,17 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError, DataError, RowError, nearest, refuse_unknown
 from . import converters, preferences
-from .columns import Record
-from .converters import TEMPLATE_COLUMNS
-from .nouns import Conversation, Pair, Preference, TokenRow
-from .token_rows import OPTIONAL, of_tokens, token_columns
+from .columns import JUDGEMENTS, Record, judgement
+from .converters import TEMPLATE_COLUMNS, weighing_one
+from .nouns import Conversation, Pair, Preference, Rated, TokenRow
+from .token_rows import OPTIONAL, of_token_pair, of_tokens, token_columns
 from .weights import ROW_KEYS
 
-__all__ = ["FORMATS", "Conversation", "Format", "Pair", "Preference", "TokenRow", "normalise", "recognise"]
+__all__ = [
+    "FORMATS", "Conversation", "Format", "Pair", "Preference", "Rated", "TokenRow", "normalise", "recognise",
+]  # fmt: skip
 
-Noun = Conversation | Pair | Preference | TokenRow
+Noun = Conversation | Pair | Preference | Rated | TokenRow
 Convert = Callable[[Record, tuple[str, ...], Iterable[str]], Noun]
 
 
@@ -56,18 +60,29 @@ class Format:
         for column in self.required:
             if column not in row:
                 raise RowError(f"the column {column!r} is missing", reason="missing_column", field=column)
-        return self.convert(row, self.required, self.roles)
+        good = None if self.name in _UNJUDGED else judgement(row, self.required)
+        if good is None:
+            return self.convert(row, self.required, self.roles)
+        noun = self.convert({k: v for k, v in row.items() if k not in JUDGEMENTS}, self.required, self.roles)
+        reward = 1.0 if good else -1.0
+        if isinstance(noun, TokenRow):
+            return Rated((noun,), (reward,))
+        assert isinstance(noun, Conversation | Pair), "other formats aren't judged"
+        return Rated((weighing_one(noun),), (reward,), noun.weight)
 
     def sentence(self, columns: Iterable[str]) -> str:
         """The format in words, such as "messages (columns: messages, tools; ignored: id)"."""
         columns = list(columns)
-        used = [*self.required, *(c for c in columns if c in self.optional and c not in self.required)]
+        known = self.optional if self.name in _UNJUDGED else (*self.optional, *JUDGEMENTS)
+        used = [*self.required, *(c for c in columns if c in known and c not in self.required)]
         ignored = [c for c in columns if c not in used]
         return (
             f"{self.name} (columns: {', '.join(used)}{'; ignored: ' if ignored else ''}{', '.join(ignored)})"
         )
 
 
+# A label beside these judges no reply: it is the class of a text, or contradicts what the format says.
+_UNJUDGED = ("text", "preference", "rated")
 _CHAT = ("system", *TEMPLATE_COLUMNS)
 _QUESTION = tuple(c for c in _CHAT if c != "documents")
 _ALPACA = ("input", "history", *_CHAT)
@@ -77,13 +92,23 @@ FORMATS = {
         Format("messages", ("messages",), _CHAT, converters.of_messages),
         Format("sharegpt", ("conversations",), _CHAT, converters.of_messages),
         Format(
-            "prompt_completion", ("prompt", "completion"), TEMPLATE_COLUMNS, converters.of_prompt_completion
+            "prompt_completion",
+            ("prompt", "completion"),
+            (*TEMPLATE_COLUMNS, "gold"),
+            converters.of_prompt_completion,
         ),
         Format("alpaca", ("instruction", "output"), _ALPACA, converters.of_alpaca),
-        Format("question_answer", ("question", "answer"), _QUESTION, converters.of_question_answer),
+        Format(
+            "question_answer", ("question", "answer"), (*_QUESTION, "gold"), converters.of_question_answer
+        ),
         Format("query_response", ("query", "response"), ("history", *_QUESTION), converters.of_alpaca),
-        Format("prompt_response", ("prompt", "response"), TEMPLATE_COLUMNS, converters.of_prompt_completion),
-        Format("xy", ("x", "y"), ROW_KEYS, converters.of_pair),
+        Format(
+            "prompt_response",
+            ("prompt", "response"),
+            (*TEMPLATE_COLUMNS, "gold"),
+            converters.of_prompt_completion,
+        ),
+        Format("xy", ("x", "y"), (*ROW_KEYS, "gold"), converters.of_pair),
         Format("text", ("text",), ROW_KEYS, converters.of_text),
     )
 }
@@ -98,8 +123,15 @@ _PREFERENCES = tuple(
         (("conversations", "chosen", "rejected"), preferences.of_conversations),
         (("messages", "rejected_response"), preferences.of_rejected_response),
         (("messages", "rejected_messages"), preferences.of_rejected_response),
+        (("prompt_ids", "chosen_ids", "rejected_ids"), of_token_pair),
         (("chosen", "rejected"), preferences.of_implicit_prompt),
     )
+)
+_RATED = tuple(
+    Format("rated", (prompt, replies, rewards), (*_CHAT, *ROW_KEYS), preferences.of_rated)
+    for prompt in ("prompt", "instruction", "question", "messages")
+    for replies in ("completions", "responses", "candidates", "answers")
+    for rewards in ("rewards", "scores", "ratings")
 )
 # Known from elsewhere, and none of them is a prompt with a reply.
 _FOREIGN = {
@@ -111,7 +143,7 @@ _FOREIGN = {
     ("anchor", "positive"): "pairs for embeddings",
 }
 # Their columns have many names: `recognise` finds those of a file.
-NAMES = (*FORMATS, "preference", "tokens")
+NAMES = (*FORMATS, "preference", "rated", "tokens")
 
 
 def normalise(
@@ -166,15 +198,19 @@ def recognise(
 def _of_two(x: str, y: str, as_text: bool, columns: list[str]) -> Format:
     _need((x, y), columns)
     if as_text:
-        return Format("x | y as text", (x, y), ROW_KEYS, converters.of_pair)
-    return Format("x | y", (x, y), _QUESTION, converters.of_question_answer)
+        return Format("x | y as text", (x, y), (*ROW_KEYS, "gold"), converters.of_pair)
+    return Format("x | y", (x, y), (*_QUESTION, "gold"), converters.of_question_answer)
 
 
 def _named(fmt: str, columns: list[str]) -> Format:
     if fmt in FORMATS:
         _need(FORMATS[fmt].required, columns)
         return FORMATS[fmt]
-    found = _preference(columns) if fmt == "preference" else _tokens(columns)
+    found = (
+        _tokens(columns)
+        if fmt == "tokens"
+        else _first(_PREFERENCES if fmt == "preference" else _RATED, columns)
+    )
     if found is None:
         raise _unrecognised(f"there are no columns of the format {fmt!r}", columns)
     return found
@@ -182,8 +218,8 @@ def _named(fmt: str, columns: list[str]) -> Format:
 
 def _fitting(columns: list[str]) -> Format:
     """The one format that fits these columns."""
-    if preference := _preference(columns):
-        return preference
+    if rated := _first((*_PREFERENCES, *_RATED), columns):
+        return rated
     fits = [f for f in FORMATS.values() if set(f.required) <= set(columns)]
     if tokens := _tokens(columns):
         fits.append(tokens)
@@ -197,8 +233,8 @@ def _fitting(columns: list[str]) -> Format:
     return fits[0]
 
 
-def _preference(columns: list[str]) -> Format | None:
-    return next((f for f in _PREFERENCES if set(f.required) <= set(columns)), None)
+def _first(formats: Iterable[Format], columns: list[str]) -> Format | None:
+    return next((f for f in formats if set(f.required) <= set(columns)), None)
 
 
 def _tokens(columns: list[str]) -> Format | None:
@@ -242,5 +278,6 @@ def _unrecognised(what: str, columns: list[str]) -> DataError:
         what,
         why=f"the columns found are {', '.join(map(repr, columns)) or '(none)'}",
         fix=f"name a format with fmt= (--format), or two text columns with x= and y= (--x, --y); formats: {known}; "
-        "preference (prompt, chosen, rejected); tokens (input_ids, labels, and other names)",
+        "preference (prompt, chosen, rejected); rated (prompt, completions, rewards); tokens (input_ids, labels, and "
+        "other names)",
     )

@@ -1,4 +1,4 @@
-"""What a row means: a conversation, a pair of texts, a preference between two replies, or token ids."""
+"""What a row means: a conversation, a pair of texts, replies that are rated, or token ids."""
 
 from __future__ import annotations
 
@@ -53,6 +53,25 @@ class Preference:
     chosen: Conversation | Pair
     rejected: Conversation | Pair
     weight: float = 1.0
+
+    @property
+    def rated(self) -> Rated:
+        """The same as two rated replies, of 1 and −1."""
+        return Rated((self.chosen, self.rejected), (1.0, -1.0), self.weight, ("chosen", "rejected"))
+
+
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """Replies to one prompt, each with a number that says how good it is: the higher, the better.
+
+    replies: each is the whole conversation or pair, prompt included, or token ids. rewards: a number for each reply;
+    a label that says yes or no is 1 or −1. weight: a factor of the row's loss. names: what the replies are called.
+    """
+
+    replies: tuple[Conversation | Pair | TokenRow, ...]
+    rewards: tuple[float, ...]
+    weight: float = 1.0
+    names: tuple[str, ...] = ("reply",)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""Preference rows: one prompt, a better reply and a worse one, in the forms that trainers have for them.
+"""Rows whose replies are rated: one prompt, a better reply and a worse one, or several with a reward each.
 
 | trainer                | columns                                              |
 |------------------------|------------------------------------------------------|
@@ -8,6 +8,7 @@
 | LLaMA-Factory (ShareGPT) | conversations, chosen, rejected: one message each  |
 | ms-swift               | messages with the better reply, rejected_response    |
 | OpenAI                 | input, preferred_output, non_preferred_output        |
+| best of n              | prompt, completions (responses, ...), rewards (scores, ratings): lists |
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from ..errors import RowError
 from .columns import REJECTED, Record, refuse_other_meanings
 from .converters import alpaca_prompt, as_context, conversation, conversation_of, joined, reply, weighing_one
 from .messages import message_list
-from .nouns import Conversation, Message, Pair, Preference
-from .values import as_object, from_json, text
+from .nouns import Conversation, Message, Pair, Preference, Rated
+from .values import as_list, as_object, finite, from_json, text
 from .weights import row_weight
 
 _TURN = "\n\nAssistant:"
@@ -90,6 +91,32 @@ def of_preferred_output(row: Record, required: tuple[str, ...], roles: Iterable[
     prompt = message_list(given["messages"], f"{column}.messages", roles)
     chosen, rejected = (_side(prompt, message_list(row[c], c, roles), whole, c) for c in replies)
     return _preference(chosen, rejected, row)
+
+
+def of_rated(row: Record, required: tuple[str, ...], roles: Iterable[str] = ()) -> Rated:
+    """Best of n: a prompt, a list of replies (texts, messages or lists of them), and a number for each."""
+    refuse_other_meanings(row)
+    prompt, column, ratings = required
+    replies, rewards = (as_list(from_json(row[c], c), c) for c in (column, ratings))
+    if not replies or len(replies) != len(rewards):
+        raise RowError(
+            f"{len(rewards)} rewards for {len(replies)} replies", reason="wrong_length", field=ratings
+        )
+    whole = [_to_rate(row, prompt, value, f"{column}[{i}]", roles) for i, value in enumerate(replies)]
+    numbers = tuple(finite(value, f"{ratings}[{i}]") for i, value in enumerate(rewards))
+    names = tuple(f"{column}[{i}]" for i in range(len(replies)))
+    return Rated(tuple(map(weighing_one, whole)), numbers, row_weight(row), names)
+
+
+def _to_rate(row: Record, prompt: str, value: Any, at: str, roles: Iterable[str]) -> Conversation | Pair:
+    """A prompt with one of its replies."""
+    if prompt == "prompt":
+        is_chat = isinstance(row[prompt], list)
+        value = [reply(value)] if is_chat and isinstance(value, str) else _listed(value)
+        return joined({**row, at: value}, prompt, at, roles)
+    context = message_list(row[prompt], prompt, roles) if prompt == "messages" else alpaca_prompt(row, prompt)
+    completion = [reply(value)] if isinstance(value, str) else message_list(_listed(value), at, roles)
+    return _side(context, completion, row, at)
 
 
 def _preference(chosen: Conversation | Pair, rejected: Conversation | Pair, row: Record) -> Preference:

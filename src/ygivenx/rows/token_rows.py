@@ -15,7 +15,8 @@ Two shapes, each with columns of many names:
 | SkyRL                   | prompt_token_ids, response_ids      | loss_masks              | rollout_logprobs      |
 | TRL, prime-rl           | prompt_ids, completion_ids          | completion_mask         | logprobs              |
 | slime                   | tokens, response_length             | loss_mask               | rollout_log_probs     |
-| TRL, axolotl, torchtune | input_ids                           | labels, assistant_masks |                       |
+| TRL, axolotl            | input_ids                           | labels, assistant_masks |                       |
+| torchtune               | tokens                              | labels                  |                       |
 | ygx encode              | input_ids                           | weights                 |                       |
 
 Padding that `attention_mask` marks at either end is left out. Several documents in one list, by `position_ids` or
@@ -32,7 +33,7 @@ import numpy.typing as npt
 
 from ..errors import RowError
 from .columns import Record, given
-from .nouns import TokenRow
+from .nouns import Rated, TokenRow
 from .values import as_list, from_json
 from .weights import row_weight
 
@@ -49,7 +50,7 @@ LOG_PROBS = (
     "old_log_probs", "old_per_token_logps", "sampling_per_token_logps", "output_token_logprobs", "token_logprobs",
 )  # fmt: skip
 ADVANTAGES = ("advantages", "advantage")
-REWARDS = ("reward", "rewards", "score")
+REWARDS = ("reward", "rewards", "score", "reward_score")
 _STRUCTURE = ("attention_mask", "position_ids", "seq_lengths", "response_length", "prompt_mask")
 OPTIONAL = ("labels", "weights", *MASKS, *LOG_PROBS, *ADVANTAGES, *REWARDS, *_STRUCTURE)
 
@@ -64,7 +65,8 @@ def token_columns(columns: Iterable[str]) -> tuple[str, ...] | None:
     prompt, reply, whole = (
         next((c for c in names if c in columns), None) for names in (PROMPTS, REPLIES, WHOLE)
     )
-    if whole == "tokens" and "response_length" not in columns:  # of that name there are lists of texts, too
+    # Of the name `tokens` there are lists of texts, too.
+    if whole == "tokens" and columns.isdisjoint(("response_length", "labels")):
         whole = None
     if reply and (prompt or whole == "input_ids") and "attention_mask" not in columns:
         return (prompt or "input_ids", reply)
@@ -94,6 +96,13 @@ def of_tokens(row: Record, required: tuple[str, ...], roles: Iterable[str] = ())
         ids[kept], weights, max(prompt_length - kept.start, 0), _cut(log_probs, kept), _cut(advantages, kept),
         _reward(row), notes,
     )  # fmt: skip
+
+
+def of_token_pair(row: Record, required: tuple[str, ...], roles: Iterable[str] = ()) -> Rated:
+    """TRL's ids of a prompt, a better reply and a worse one."""
+    prompt, *replies = required
+    chosen, rejected = (of_tokens({c: row[c] for c in (prompt, reply)}, (prompt, reply)) for reply in replies)
+    return Rated((chosen, rejected), (1.0, -1.0), row_weight(row), ("chosen", "rejected"))
 
 
 def _cut(values: npt.NDArray[np.float32] | None, kept: slice) -> npt.NDArray[np.float32] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +28,15 @@ def as_list(value: Any, at: str) -> list[Any]:
     if not isinstance(value, list | tuple):
         raise _wrong_type(value, "a list", at)
     return list(value)
+
+
+def finite(value: Any, at: str) -> float:
+    """A finite number."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise _wrong_type(value, "a number", at)
+    if not math.isfinite(value):
+        raise RowError(f"{value} is no finite number", reason="not_a_number", field=at)
+    return float(value)
 
 
 def text(value: Any, at: str) -> str:

@@ -15,6 +15,7 @@ are written instead.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,7 @@ TokenRequest = tuple[Any, list[int], list[int]]
 log = logging.getLogger(__name__)
 AHEAD = 128  # requests whose texts are encoded together
 SHOWN = 3  # requests named in the report
+IMPOSSIBLE = (-math.inf, False)  # the answer to a request that can't be scored
 
 
 @register_model("ygivenx")
@@ -66,6 +68,7 @@ class ForestLM(HFLM):
         self.tally = Tally()
         self.requests = self.truncated = 0
         self.changed: list[tuple[str, str]] = []
+        self.faults: list[tuple[Any, str]] = []  # requests that can't be scored, and why
 
     def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
         """As the base class; the texts of a log-likelihood request come from their batch."""
@@ -127,14 +130,25 @@ class ForestLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log Pr(continuation | context) in nats, whether it is greedy) per request, in their order."""
-        before, cut = len(self.changed), self.truncated
-        self._batches = self._encode_ahead([request.args for request in requests])
-        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        before, cut, bad = len(self.changed), self.truncated, len(self.faults)
+        written = [request for request in requests if request.args[1]]  # the base class fails on an empty one
+        self.faults += [(r.args, "a continuation of no text") for r in requests if not r.args[1]]
+        self._batches = self._encode_ahead([request.args for request in written])
+        scored = iter(super().loglikelihood(written, disable_tqdm=disable_tqdm))
+        answers = [next(scored) if request.args[1] else IMPOSSIBLE for request in requests]
         self.requests += len(requests)
         if cut := self.truncated - cut:
             log.warning(
                 "%d of %d requests are longer than the %d tokens that the model reads: their contexts lost what "
                 "didn't fit on their left, as with hf.", cut, len(requests), self.max_length,
+            )  # fmt: skip
+        if faults := self.faults[bad:]:
+            indexes = [
+                i for i, request in enumerate(requests) if request.args in {text for text, _ in faults}
+            ]
+            log.error(
+                "%d of %d requests can't be scored; they count as impossible (-inf), the others are kept. Their "
+                "indexes: %s. The first, %r: %s", len(faults), len(requests), indexes, *faults[0],
             )  # fmt: skip
         changed = self.changed[before:]
         if changed:
@@ -148,15 +162,26 @@ class ForestLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        found = scores(
-            self.model, map(self._request, requests), marginal=False, window=self.window, tally=self.tally
-        )
+        or_faults = [self._request_or_fault(request) for request in requests]
+        good = (r for r in or_faults if isinstance(r, Request))
+        found = scores(self.model, good, marginal=False, window=self.window, tally=self.tally)
         answers = []
-        for (text, _, _), s in zip(requests, found, strict=True):
+        for (text, _, _), request in zip(requests, or_faults, strict=True):
+            if not isinstance(request, Request):
+                self.faults.append((text, request))
+                answers.append(IMPOSSIBLE)
+                continue
+            s = next(found)
             answers.append((s.log_p_y_given_x, s.greedy))
             if text is not None:  # windows of a rolling request have none: they are cached as a whole
                 self.cache_hook.add_partial("loglikelihood", text, answers[-1])
         return answers
+
+    def _request_or_fault(self, request: TokenRequest) -> Request | str:
+        try:
+            return self._request(request)
+        except ModelError as error:
+            return str(error)
 
     def _request(self, request: TokenRequest) -> Request:
         """As the base class cuts it: contexts lose what doesn't fit on their left."""
@@ -172,7 +197,7 @@ class ForestLM(HFLM):
         # The last token is never read, so one more fits than the model reads.
         lost = max(0, len(x) + len(y) - self.max_length - 1)
         self.truncated += lost > 0
-        return Request((ScoredPart(pair_of_ids(x[lost:], y)),), 0, truncated=lost)
+        return Request((ScoredPart(pair_of_ids(x[lost:], y)),), truncated=lost)
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results: the base class's, the border and what it changed."""
@@ -182,6 +207,7 @@ class ForestLM(HFLM):
             "requests": self.requests,
             "requests_read_as_another_text": len(self.changed),
             "requests_truncated": self.truncated,
+            "requests_not_scored": [{"request": text, "why": why} for text, why in self.faults],
             "examples": [{"written": a[-80:], "read": b[-80:]} for a, b in self.changed[:SHOWN]],
             **self.tally.to_dict(),
         }

@@ -5,6 +5,8 @@ Equals `ygivenx.reference.log_probs` of each path, up to the rounding of the mod
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from ..choices import Route
 from ..errors import ModelError
 from ..forest import Forest, Ints
+from ..head.distribution import Description, Wants, describe
 from ..head.logit_head import LogitHead
 from ..head.selective import Ranked, log_probs
 from ..models.model import head_of, stream_hidden
@@ -22,11 +25,28 @@ CHUNK_NODES = 4096  # nodes; without gradients little is held per node, and few 
 Float64s = npt.NDArray[np.float64]
 
 
+class NodeValues(NamedTuple):
+    """By node: log_p float64 [N] in nats, NaN where there is none; rank int64 [N], 0 = most probable, −1 where there is
+    none. On request entropy float64 [N] in nats, top_ids int64 and top_log_p float64 [N, k], of the distribution that
+    predicts the node.
+    """
+
+    log_p: Float64s
+    rank: Ints
+    entropy: Float64s | None = None
+    top_ids: Ints | None = None
+    top_log_p: Float64s | None = None
+
+    def of(self, path: Ints) -> NodeValues:
+        """Those of some nodes, in this order."""
+        return NodeValues(*(None if v is None else v[path] for v in self))  # type: ignore[arg-type]
+
+
 def node_log_probs(
     model: nn.Module, forest: Forest, *, chunk: int = CHUNK_NODES, route: Route = "auto"
 ) -> Float64s:
     """log Pr(token | path) of every node, float64 [N]; NaN at roots, which have no context. No gradients."""
-    return node_values(model, forest, chunk=chunk, route=route, ranks=False)[0]
+    return node_values(model, forest, chunk=chunk, route=route, ranks=False).log_p
 
 
 @torch.no_grad()
@@ -38,25 +58,38 @@ def node_values(
     chunk: int = CHUNK_NODES,
     route: Route = "auto",
     ranks: bool = True,
-) -> tuple[Float64s, Ints]:
-    """(log Pr(token | path) float64 [N], its rank int64 [N], 0 = most probable) of the `scored` nodes.
+    wants: Wants | None = None,
+) -> NodeValues:
+    """log Pr(token | path) and its rank, of the `scored` nodes; no rank without `ranks`, more with `wants`.
 
-    NaN and −1 elsewhere, and at roots, which have no context; −1 everywhere without `ranks`. The forest is
+    NaN and −1 elsewhere, and at roots, which have no context. The forest is
     streamed, `chunk` nodes at a time, with the keys and values of the current path: memory is bounded by the
     chunk. route: see `hidden_states`. Raises ModelError where the model itself gives NaN.
     """
     edges = forest.edges(scored)
-    log_p = np.full(len(forest), np.nan)
-    rank = np.full(len(forest), -1)
     head = head_of(model)
+    found = _empty(len(forest), len(head.weight), wants or Wants())
     for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route, needed=np.unique(edges.rows)):
         at, local = edges.leaving(part)
         rows, targets = (torch.from_numpy(a).to(hidden.device) for a in (local, edges.targets[at]))
-        found = _head_values(head, hidden, rows, targets, ranks)
-        log_p[edges.nodes[at]] = found.log_p.double().cpu().numpy()
-        rank[edges.nodes[at]] = found.rank.cpu().numpy()
-    _refuse_nan(model, log_p[edges.nodes])
-    return log_p, rank
+        values = _head_values(head, hidden, rows, targets, ranks)
+        more = describe(hidden, head, rows, targets, wants) if wants and len(rows) else Description()
+        for array, value in zip(found, (*values, more.entropy, more.top_ids, more.top_log_p), strict=True):
+            if array is not None and value is not None:
+                array[edges.nodes[at]] = value.cpu().numpy()
+    _refuse_nan(model, found.log_p[edges.nodes])
+    return found
+
+
+def _empty(count: int, vocabulary: int, wants: Wants) -> NodeValues:
+    k = min(wants.top_k, vocabulary)
+    return NodeValues(
+        np.full(count, np.nan),
+        np.full(count, -1),
+        np.full(count, np.nan) if wants.entropy else None,
+        np.full((count, k), -1) if k else None,
+        np.full((count, k), np.nan) if k else None,
+    )
 
 
 def _head_values(head: LogitHead, hidden: Tensor, rows: Tensor, targets: Tensor, ranks: bool) -> Ranked:

@@ -35,12 +35,12 @@ class ScoredPart(NamedTuple):
 class Request:
     """One [x, y]: its parts (several where it rolls through the context window), each token counted once.
 
-    bytes: UTF-8 bytes of y. truncated: tokens of x left out on the left. alone: y after the unconditional
+    text: y's. truncated: tokens of x left out on the left. alone: y after the unconditional
     prompt instead of x.
     """
 
     parts: tuple[ScoredPart, ...]
-    bytes: int
+    text: str = ""
     truncated: int = 0
     alone: Sequence | None = None
     notes: tuple[str, ...] = ()
@@ -56,7 +56,8 @@ class RequestBuilder:
     """Items to requests: text (x is empty), (x, y) or [x, y], (x, [y, ...]), a row, or what an encoder makes of one.
 
     limit: tokens that the model can read at once, None for any number. overflow: what happens to more:
-    `refuse`, cut x on the `left`, or `roll` y through windows that overlap as little as they can.
+    `refuse`, cut x on the `left`, `roll` through windows that overlap as little as they can, or `stride` through those
+    that each count `stride` new tokens (by default half of the limit). window_bos: a BOS begins every window.
     unconditional: a text to stand in the place of x for log Pr(y). vocabulary: how many ids the model knows.
     Raises RowError for an item that can't be encoded or doesn't fit; ConfigError for an unknown overflow.
     """
@@ -66,13 +67,27 @@ class RequestBuilder:
     overflow: ScoreOverflow = "refuse"
     unconditional: str | None = None
     vocabulary: int | None = None
+    stride: int | None = None
+    window_bos: bool = False
 
     def __post_init__(self) -> None:
         require_choice("overflow", self.overflow, ScoreOverflow)
+        self._check_windows()
         if self.limit is not None and self.limit < 1:
             raise ConfigError(
                 f"max_length is {self.limit}", fix="give at least 1, or nothing for the model's own"
             )
+
+    def _check_windows(self) -> None:
+        if self.stride is not None and (
+            self.overflow != "stride" or not 1 <= self.stride <= (self.limit or 1)
+        ):
+            what = f"stride is {self.stride}, overflow {self.overflow!r} and max_length {self.limit}"
+            raise ConfigError(what, fix="overflow='stride' moves by 1 to max_length tokens")
+        if self.window_bos and (self.overflow not in ("roll", "stride") or self.limit is None):
+            raise ConfigError("window_bos without windows", fix="overflow='roll' or 'stride', and max_length")
+        if self.window_bos and self.encoder.tokenizer.bos_token_id is None:
+            raise ConfigError("window_bos, and the tokenizer has no BOS", fix="leave it out")
 
     def __call__(self, item: Any) -> list[Request]:
         """The requests of one item: one, or one per y or per turn that has a rendering of its own."""
@@ -112,10 +127,8 @@ class RequestBuilder:
         self._refuse_unknown(sequence)
         y = _text(sequence) if y is None else y
         alone, notes = self._alone(y)
-        request = Request(
-            (ScoredPart(sequence),), len(y.encode()), alone=alone, notes=(*sequence.notes, *notes)
-        )
-        if self.limit is None or len(sequence) - 1 <= self.limit:
+        request = Request((ScoredPart(sequence),), y, alone=alone, notes=(*sequence.notes, *notes))
+        if self.limit is None or (len(sequence) - 1 <= self.limit and not self.window_bos):
             return request
         if self.overflow == "refuse":
             self._check(sequence, "it is")
@@ -169,27 +182,45 @@ class RequestBuilder:
 
     def _roll(self, request: Request) -> Request:
         assert self.limit is not None
-        sequence = request.parts[0].sequence
+        sequence, limit = request.parts[0].sequence, self.limit - self.window_bos
+        if limit < 1:
+            raise ConfigError(f"a BOS fills windows of {self.limit} tokens", fix="raise max_length")
+        stride = limit if self.overflow == "roll" else min(self.stride or max(1, self.limit // 2), limit)
         parts = tuple(
-            ScoredPart(_slice(sequence, a, b), since - a)
-            for a, since, b in rolling(len(sequence), self.limit)
+            self._window(_slice(sequence, a, b), since - a, first=a == 0)
+            for a, since, b in rolling(len(sequence), limit, stride)
         )
-        note = f"{len(parts)} windows of {self.limit:,} tokens: context is shortest where one begins"
+        bos = ", each with a BOS before it" if self.window_bos else ""
+        note = f"{len(parts)} windows of {self.limit:,} tokens that move by {stride:,}{bos}"
+        note += ": context is shortest where one begins"
         return replace(request, parts=parts, notes=(*request.notes, note))
 
+    def _window(self, sequence: Sequence, since: int, first: bool) -> ScoredPart:
+        """A part; a BOS of its own stands in a later window, and in the first one where the text has none."""
+        if not self.window_bos or (first and _bos(sequence)):
+            return ScoredPart(sequence, since)
+        moved = [replace(g, start=g.start + 1, stop=g.stop + 1) for g in sequence.segments]
+        token = self.encoder.tokenizer.bos_token
+        ids = np.concatenate(([self.encoder.tokenizer.bos_token_id], sequence.ids))
+        segments = (Segment(0, 1, "bos"), *moved)
+        begun = Sequence(
+            ids, np.zeros(len(ids), np.float32), segments, (token, *sequence.tokens), sequence.notes
+        )
+        return ScoredPart(begun, 0 if first else since + 1)
 
-def rolling(length: int, limit: int) -> list[tuple[int, int, int]]:
+
+def rolling(length: int, limit: int, stride: int | None = None) -> list[tuple[int, int, int]]:
     """Windows (start, since, stop) over a text of `length` tokens: tokens [since, stop) count in each.
 
-    Every token counts once; each window but the last begins with the last token that counted before it, and
-    the last has all the context that fits, as in lm-evaluation-harness. Windows have at most limit + 1 tokens,
-    of which the last is never read.
+    Every token counts once, in windows of at most limit + 1 tokens of which the last is never read. The first counts
+    all of its tokens, later ones `stride` new ones, with all the context that fits before them. With stride = limit,
+    the default, each begins with the last token that counted before it, as in lm-evaluation-harness; a stride of 1
+    gives each token the longest context.
     """
     # 10 tokens with a limit of 4: (0, 0, 5), (4, 5, 9), (5, 9, 10). The first token counts with the first window,
     # though it has no context.
-    bounds = [*range(1, length, limit), length]
-    windows = [(max(0, b - limit - 1), a, b) for a, b in pairwise(bounds)] or [(0, 0, length)]
-    return [(0, 0, windows[0][2]), *windows[1:]]
+    bounds = [*range(min(1 + limit, length), length, stride or limit), length]
+    return [(0, 0, bounds[0]), *((max(0, b - limit - 1), a, b) for a, b in pairwise(bounds))]
 
 
 def windows(requests: Iterable[Request], tokens: int = WINDOW) -> Iterator[tuple[list[Request], Forest]]:

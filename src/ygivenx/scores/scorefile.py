@@ -180,7 +180,15 @@ def _to_parquet(lines: Path, path: Path) -> None:
     import pyarrow.parquet as pq
 
     columns = [(n, getattr(pa, kind)()) for n, kind in _COLUMNS.items()]
-    schema = pa.schema([*columns, *((n, pa.list_(getattr(pa, kind)())) for n, kind in _LISTS.items())])
+    lists = [(n, pa.list_(getattr(pa, kind)())) for n, kind in _LISTS.items()]
+    segment = {"kind": pa.string(), "message": pa.int64(), "field": pa.string(), "output": pa.bool_(),
+               "tokens": pa.int64(), "log_p": pa.float64()}  # fmt: skip
+    nested = [
+        ("token_top_ids", pa.list_(pa.list_(pa.int64()))),
+        ("token_top_log_p", pa.list_(pa.list_(pa.float64()))),
+        ("segments", pa.list_(pa.struct(segment))),
+    ]
+    schema = pa.schema([*columns, *lists, *nested])
     new = path.with_name(path.name + ".new")
     with lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as out:
         while batch := [json.loads(line) for line in islice(file, BATCH)]:
@@ -204,9 +212,13 @@ def _replace(path: Path, text: str) -> None:
 
 
 _COLUMNS = {
-    **dict.fromkeys(("row", "sequence", "tokens", "tokens_x", "scored", "bytes", "truncated"), "int64"),
+    **dict.fromkeys(("row", "sequence", "tokens", "tokens_x", "scored", "truncated"), "int64"),
+    **dict.fromkeys(("bytes", "characters", "words"), "int64"),
     **dict.fromkeys(("log_p_x", "log_p_y_given_x", "log_p_xy", "log_p_y"), "float64"),
-    **dict.fromkeys(("per_token", "per_byte", "perplexity", "pmi"), "float64"),
-    **dict.fromkeys(("greedy", "conditional_on_first"), "bool_"),
+    **dict.fromkeys(("per_token", "per_byte", "per_character", "perplexity", "pmi"), "float64"),
+    **dict.fromkeys(("greedy", "conditional_on_first", "gold"), "bool_"),
 }
-_LISTS = {"token_log_p": "float64", "token_rank": "int64", "token_text": "string", "notes": "string"}
+_LISTS = {
+    "token_log_p": "float64", "token_rank": "int64", "token_text": "string", "token_entropy": "float64",
+    "word_text": "string", "word_log_p": "float64", "notes": "string",
+}  # fmt: skip

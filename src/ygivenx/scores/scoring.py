@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ..choices import Border, Bos, Control, Route, ScoreBorder, ScoreOverflow, require_choice
 from ..errors import RowError, refuse_unknown
 from ..forest import Forest, Ints
+from ..head.distribution import Wants
 from ..models.families import config_of, decoder_of, vocabulary
 from ..models.position_limits import PositionLimits
 from ..report.parts import finite
@@ -25,7 +26,8 @@ from ..rows.data import Row
 from ..rows.formats import Conversation, Pair
 from ..sequence import Example, Sequence
 from ..types import Tokenizer
-from .node_log_probs import CHUNK_NODES, Float64s, node_values
+from .counted import counted_tokens as _counted
+from .node_log_probs import CHUNK_NODES, Float64s, NodeValues, node_values
 from .requests import NO_CONTEXT, WINDOW, Request, RequestBuilder, windows
 
 if TYPE_CHECKING:
@@ -45,12 +47,17 @@ class Score:
     the tokens of y. log_p_xy: their joint. With `conditional_on_first` these are conditional on the first
     token, which without a BOS has no probability.
     tokens, tokens_x: tokens of y, and of x (BOS apart). scored: tokens of y that have a probability.
-    bytes: UTF-8 bytes of y. truncated: tokens of x that were left out to fit the model's context window.
+    bytes, characters, words: of y: UTF-8 bytes, characters without white space before them, and words between white
+    space. truncated: tokens of x that were left out to fit the model's context window.
     greedy: whether every scored token of y is the model's most probable one.
     log_p_y: log Pr(y | the unconditional prompt); None without such a prompt, and where that is empty, there is no
     BOS, and y's first token counts after x alone.
     token_log_p float64 [T] and token_rank int64 [T], per token of [x, y] that was counted, if asked for: NaN
-    and −1 where there is no value; rank 0 is the most probable token. token_text: their texts.
+    and −1 where there is no value; rank 0 is the most probable token. token_text: their texts. On request, of the same
+    tokens, token_entropy float64 [T] in nats and the k most probable ones, token_top_ids int64 and token_top_log_p
+    float64 [T, k], of the distributions that predict them.
+    word_text, word_log_p: the words of y with the white space before them, and Σ log p of their tokens.
+    segments: for each run of tokens its kind, message and field, whether it is y, how many tokens and their Σ log p.
     """
 
     log_p_x: float
@@ -60,6 +67,8 @@ class Score:
     tokens_x: int
     scored: int
     bytes: int
+    characters: int
+    words: int
     greedy: bool
     conditional_on_first: bool
     truncated: int = 0
@@ -67,6 +76,12 @@ class Score:
     token_log_p: Float64s | None = None
     token_rank: Ints | None = None
     token_text: tuple[str, ...] | None = None
+    token_entropy: Float64s | None = None
+    token_top_ids: Ints | None = None
+    token_top_log_p: Float64s | None = None
+    word_text: tuple[str, ...] | None = None
+    word_log_p: tuple[float, ...] | None = None
+    segments: tuple[dict[str, Any], ...] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -78,6 +93,11 @@ class Score:
     def per_byte(self) -> float:
         """log Pr(y|x) / UTF-8 bytes of y; NaN for an empty y."""
         return self.log_p_y_given_x / self.bytes if self.bytes else math.nan
+
+    @property
+    def per_character(self) -> float:
+        """log Pr(y|x) / characters of y, as lm-evaluation-harness's acc_norm divides; NaN for none."""
+        return self.log_p_y_given_x / self.characters if self.characters else math.nan
 
     @property
     def perplexity(self) -> float:
@@ -92,7 +112,7 @@ class Score:
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for JSON: what has no value is None, what wasn't computed is left out."""
         record = {f.name: getattr(self, f.name) for f in fields(self)}
-        record |= {n: getattr(self, n) for n in ("per_token", "per_byte", "perplexity")}
+        record |= {n: getattr(self, n) for n in ("per_token", "per_byte", "per_character", "perplexity")}
         record["pmi"] = None if self.log_p_y is None else self.pmi
         return {k: finite(v) for k, v in record.items() if v is not None}
 
@@ -138,14 +158,37 @@ class Tally:
         )
 
 
+class Details(NamedTuple):
+    """What a Score holds beside its sums: see `ScoreOptions`."""
+
+    tokens: bool = False
+    words: bool = False
+    segments: bool = False
+    entropy: bool = False
+    top_k: int = 0
+
+    @property
+    def wants(self) -> Wants | None:
+        """What is asked of the model's distributions."""
+        return Wants(self.entropy, top_k=self.top_k) if self.entropy or self.top_k else None
+
+
+SUMS = Details()  # and nothing else
+
+
 class ScoreOptions(TypedDict, total=False):
-    """What `score` and `score_choices` take by name.
+    """What `score`, `score_choices` and `score_each` take by name.
 
     border: `joint` (the default) tokenises x + y as one text, and a token that straddles the border counts as y, with
     a note; `split` tokenises them apart. bos: True, False, or `auto` (the default): one if and only if the tokenizer
     itself adds one. control: see `Encoder`. overflow: for more than `max_length` tokens (by default the model's context
-    window) `refuse` (the default), cut x on the `left`, or `roll` a window over them.
-    unconditional: a prompt in the place of x for `Score.pmi`.
+    window) `refuse` (the default), cut x on the `left`, `roll` a window over them that reads most of them once, or
+    `stride` one that moves by `stride` tokens (half of max_length), so that contexts are longer. window_bos: a BOS
+    before each window. unconditional: a prompt in the place of x for `Score.pmi`. marginal: False spares log Pr(x).
+
+    tokens: keep the value and rank of each token; entropy, top_k: of the distribution that predicts each token its
+    entropy and the most probable tokens, up to all of the vocabulary. words, segments: sums by word of y, and by
+    segment and field of the row.
     """
 
     border: ScoreBorder
@@ -153,52 +196,75 @@ class ScoreOptions(TypedDict, total=False):
     control: Control
     overflow: ScoreOverflow
     max_length: int | None
+    stride: int | None
+    window_bos: bool
     unconditional: str | None
+    marginal: bool
+    tokens: bool
+    words: bool
+    segments: bool
+    entropy: bool
+    top_k: int
 
 
 def score(
-    model: nn.Module, tokenizer: Tokenizer, items: Iterable[Item], *, marginal: bool = True, tokens: bool = False,
-    **options: Unpack[ScoreOptions],
-) -> list[Score]:  # fmt: skip
+    model: nn.Module, tokenizer: Tokenizer, items: Iterable[Item], **options: Unpack[ScoreOptions]
+) -> list[Score]:
     """The Score of each item, in input order; common prefixes are computed once. Options: see `ScoreOptions`.
 
     An item is (x, y), a text (all of it y, x empty), a row as `Encoder` takes it, or a Sequence or Example. For
-    items with several y's or renderings see `score_choices`. marginal=False spares log Pr(x); tokens=True keeps the
-    value and rank of each token.
+    items with several y's or renderings see `score_choices`.
 
-    Raises RowError for an item that can't be encoded, doesn't fit, or has several scores.
+    Raises RowError for an item that can't be encoded, doesn't fit, or has several scores; see `score_each`.
 
         s, = yx.score(model, tokenizer, [("The capital of France is", " Paris")])
         s.log_p_y_given_x, s.per_token
     """
-    built = _built(model, tokenizer, items, options, one_each=True)
-    return [of_item[0] for of_item in _scored(model, built, marginal, tokens)]
+    scored = _scored_items(model, tokenizer, items, options, one_each=True)
+    return [found[0] for found in scored if isinstance(found, list)]
 
 
 def score_choices(
-    model: nn.Module, tokenizer: Tokenizer, items: Iterable[Choices], *, marginal: bool = True, tokens: bool = False,
-    **options: Unpack[ScoreOptions],
-) -> list[list[Score]]:  # fmt: skip
+    model: nn.Module, tokenizer: Tokenizer, items: Iterable[Choices], **options: Unpack[ScoreOptions]
+) -> list[list[Score]]:
     """The Scores of each item, in input order: one per y of (x, [y, ...]), or per rendering of a conversation.
 
     Items and options are those of `score`, and (x, [y, ...]). Common prefixes are computed once.
+    `best_choice` names the best one.
 
         (paris, rome), = yx.score_choices(model, tokenizer, [("The capital of France is", [" Paris", " Rome"])])
     """
-    return _scored(model, _built(model, tokenizer, items, options, one_each=False), marginal, tokens)
+    scored = _scored_items(model, tokenizer, items, options)
+    return [found for found in scored if isinstance(found, list)]
 
 
-def _built(
-    model: nn.Module, tokenizer: Tokenizer, items: Iterable[Choices], options: ScoreOptions, *, one_each: bool
-) -> list[list[Request]]:
-    refuse_unknown("option of a score", options, ("marginal", "tokens", *ScoreOptions.__annotations__))
-    builder = request_builder_for(model, tokenizer, **options)
-    return [_requests_of(builder, number, item, one_each) for number, item in enumerate(items)]
+def score_each(
+    model: nn.Module, tokenizer: Tokenizer, items: Iterable[Choices], **options: Unpack[ScoreOptions]
+) -> list[list[Score] | RowError]:
+    """What `score_choices` gives for each item; for one that it would refuse, the error, which names the item."""
+    return _scored_items(model, tokenizer, items, options, keep_errors=True)
 
 
-def _scored(model: nn.Module, built: list[list[Request]], marginal: bool, tokens: bool) -> list[list[Score]]:
-    results = scores(model, (r for requests in built for r in requests), marginal=marginal, tokens=tokens)
-    return [[next(results) for _ in requests] for requests in built]
+def _scored_items(
+    model: nn.Module, tokenizer: Tokenizer, items: Iterable[Choices], options: ScoreOptions,
+    *, one_each: bool = False, keep_errors: bool = False,
+) -> list[list[Score] | RowError]:  # fmt: skip
+    refuse_unknown("option of a score", options, ScoreOptions.__annotations__)
+    of_requests: dict[str, Any] = dict(options)
+    details = Details(**{k: of_requests.pop(k) for k in Details._fields if k in options})
+    marginal = of_requests.pop("marginal", True)
+    builder = request_builder_for(model, tokenizer, **of_requests)
+    built: list[list[Request] | RowError] = []
+    for number, item in enumerate(items):
+        try:
+            built.append(_requests_of(builder, number, item, one_each))
+        except RowError as error:
+            if not keep_errors:
+                raise
+            built.append(error)
+    requests = (r for found in built if isinstance(found, list) for r in found)
+    results = scores(model, requests, marginal=marginal, details=details)
+    return [found if isinstance(found, RowError) else [next(results) for _ in found] for found in built]
 
 
 def _requests_of(builder: RequestBuilder, number: int, item: Choices, one_each: bool) -> list[Request]:
@@ -223,7 +289,8 @@ def _requests_of(builder: RequestBuilder, number: int, item: Choices, one_each: 
 def request_builder_for(
     model: nn.Module, tokenizer: Tokenizer, *, border: ScoreBorder = "joint", bos: Bos = "auto",
     control: Control = "refuse", overflow: ScoreOverflow = "refuse", max_length: int | None = None,
-    unconditional: str | None = None, now: datetime | str | None = None,
+    unconditional: str | None = None, stride: int | None = None, window_bos: bool = False,
+    now: datetime | str | None = None,
 ) -> RequestBuilder:  # fmt: skip
     """A RequestBuilder for a model and its tokenizer; options as in `score`, `now` as in `Encoder`."""
     from ..encoder.encode import Encoder
@@ -237,7 +304,8 @@ def request_builder_for(
         max_length = context_window(model)
     else:
         PositionLimits.of(model).refuse_max_length(max_length)
-    return RequestBuilder(encoder, max_length, overflow, unconditional, vocabulary(decoder_of(model)))
+    known = vocabulary(decoder_of(model))
+    return RequestBuilder(encoder, max_length, overflow, unconditional, known, stride, window_bos)
 
 
 def context_window(model: Any) -> int | None:
@@ -255,7 +323,7 @@ def scores(
     requests: Iterable[Request],
     *,
     marginal: bool = True,
-    tokens: bool = False,
+    details: Details = SUMS,
     window: int = WINDOW,
     tally: Tally | None = None,
     chunk: int = CHUNK_NODES,
@@ -269,15 +337,15 @@ def scores(
     tally = Tally() if tally is None else tally
     for requests_here, forest in windows(requests, window):
         scored = True if marginal else _outputs(requests_here, forest)
-        log_p, rank = node_values(model, forest, scored, chunk=chunk, route=route)
+        values = node_values(model, forest, scored, chunk=chunk, route=route, wants=details.wants)
         # Paths come in the order in which the requests' sequences were given.
         paths = iter(forest.paths)
         tally.tokens += forest.total
         tally.distinct += len(forest)
         for request in requests_here:
-            values = [(log_p[p], rank[p]) for _, p in zip(request.sequences, paths, strict=False)]
+            by_sequence = [values.of(p) for _, p in zip(request.sequences, paths, strict=False)]
             tally.scores += 1
-            yield _score(request, values, marginal, tokens)
+            yield _scored(request, by_sequence, marginal, details)
 
 
 def _outputs(requests: list[Request], forest: Forest) -> npt.NDArray[np.bool_]:
@@ -289,21 +357,16 @@ def _outputs(requests: list[Request], forest: Forest) -> npt.NDArray[np.bool_]:
     return outputs
 
 
-def _score(request: Request, values: list[tuple[Float64s, Ints]], marginal: bool, tokens: bool) -> Score:
-    parts = [
-        (p.sequence.output[p.since :], log_p[p.since :], rank[p.since :])
-        for p, (log_p, rank) in zip(request.parts, values, strict=False)
-    ]
-    y, log_p, rank = (np.concatenate(column) for column in zip(*parts, strict=True))
-    if not marginal:  # what is x here may be y of another request, whose values are no part of this one's
-        log_p, rank = np.where(y, log_p, np.nan), np.where(y, rank, -1)
+def _scored(request: Request, values: list[NodeValues], marginal: bool, details: Details) -> Score:
+    counted = _counted(request, values, marginal)
+    y, log_p, rank = counted.y, counted.values.log_p, counted.values.rank
     # Windows of one text after the first don't begin with its BOS.
     first = request.parts[0].sequence
     bos = bool(first.segments) and first.segments[0].kind == "bos"
     log_p_x = float(np.nansum(log_p[~y])) if marginal else math.nan
     log_p_y = float(np.nansum(log_p[y]))
     notes = request.notes if bos else (*request.notes, "no BOS: sums are conditional on the first token")
-    alone = None if request.alone is None else values[-1][0][request.alone.output]
+    alone = None if request.alone is None else values[-1].log_p[request.alone.output]
     if alone is not None and np.isnan(alone).any() and not np.isnan(log_p[y]).any():
         alone, notes = None, (*notes, NO_CONTEXT)  # of other tokens than log Pr(y|x)
     return Score(
@@ -313,20 +376,16 @@ def _score(request: Request, values: list[tuple[Float64s, Ints]], marginal: bool
         tokens=int(y.sum()),
         tokens_x=int((~y).sum()) - bos,
         scored=int((~np.isnan(log_p[y])).sum()),
-        bytes=request.bytes,
+        bytes=len(request.text.encode()),
+        characters=len(request.text.lstrip()),
+        words=len(request.text.split()),
         greedy=bool((rank[y] <= 0).all()),
         conditional_on_first=not bos,
         truncated=request.truncated,
         log_p_y=None if alone is None else float(np.nansum(alone)),
-        token_log_p=log_p if tokens else None,
-        token_rank=rank if tokens else None,
-        token_text=_texts(request) if tokens else None,
         notes=notes,
+        **counted.details(details),
     )
-
-
-def _texts(request: Request) -> tuple[str, ...]:
-    return tuple(t for p in request.parts for t in p.sequence.tokens[p.since :])
 
 
 def _is_choices(item: Choices) -> bool:

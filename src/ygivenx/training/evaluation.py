@@ -15,7 +15,7 @@ from ..encoded import EncodedRows
 from ..forest import Forest, Ints
 from ..models.streaming import ONE_PASS
 from ..models.wrappers import inside_forward, sharded
-from ..scores.node_log_probs import Float64s, node_values
+from ..scores.node_log_probs import Float64s, NodeValues, node_values
 from ..sequence import Sequence
 from .packs import plan_of, weighed
 
@@ -44,7 +44,7 @@ def evaluate(
         for number in own:
             sequences = [weighed(rows[i], denominator) for i in packs[number]]
             forest = Forest.of(sequences)
-            log_p, place = _values(model, forest)
+            log_p, place = _values(model, forest)[:2]
             for sequence, path in zip(sequences, forest.paths, strict=True):
                 sums += _role_sums(sequence, log_p[path], place[path])
         if sharded(model) and len(own) < len(range(0, len(packs), ranks)):
@@ -68,7 +68,7 @@ def rates(sums: torch.Tensor) -> dict[str, float]:
     return {name: total / count for name, (total, count) in parts.items() if count}
 
 
-def _values(model: nn.Module, forest: Forest) -> tuple[Float64s, Ints]:
+def _values(model: nn.Module, forest: Forest) -> NodeValues:
     if not sharded(model):
         return node_values(model, forest)
     return inside_forward(model, lambda inner: node_values(inner, forest, chunk=ONE_PASS))

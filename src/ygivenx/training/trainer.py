@@ -169,7 +169,7 @@ class Trainer(transformers.Trainer):
             args=args,
             data_collator=_only,
             train_dataset=packs,
-            eval_dataset=None if eval_dataset is None else _held_out(eval_dataset),
+            eval_dataset=None if eval_dataset is None else self._held_out(eval_dataset, args),
             **kwargs,
         )
         refuse_float16_weights(self.model)
@@ -182,8 +182,17 @@ class Trainer(transformers.Trainer):
         self._notes, self._published = dict(notes or {}), set[str]()
         self._run: dict[str, Any] = {}
 
-    def _packs(self, items: Iterable[Any], args: transformers.TrainingArguments) -> Packs:
-        packs = Packs(items, max_tokens=self.max_tokens, seed=_data_seed(args), denominator=self.denominator)
+    def _held_out(self, data: Any, args: transformers.TrainingArguments) -> Any:
+        """Evaluation data, to be read again and again. Raises ConfigError if there is nothing to read."""
+        if isinstance(data, dict):
+            return {name: self._held_out(part, args) for name, part in data.items()}
+        kept = EncodedRows.of(data)
+        if not len(kept):
+            raise ConfigError("eval_dataset is empty", fix="give it Examples or Sequences, or leave it out")
+        return kept
+
+    def _packs(self, items: Iterable[Any], args: transformers.TrainingArguments) -> Any:
+        packs = Packs(items, max_tokens=self.max_tokens, seed=data_seed(args), denominator=self.denominator)
         if not len(packs):
             raise ConfigError(
                 "nothing to train on: no pack has a token with a weight", fix="look at the rejected rows"
@@ -195,7 +204,7 @@ class Trainer(transformers.Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         packs = self.train_dataset if train_dataset is None else train_dataset
-        return EpochOrder(len(packs), _data_seed(self.args), self._epoch)
+        return EpochOrder(len(packs), data_seed(self.args), self._epoch)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
         """W: the sum of weights over all micro-batches of the step and all ranks, float64."""
@@ -214,13 +223,16 @@ class Trainer(transformers.Trainer):
         with self.accelerator.autocast():
             # Ranks average their gradients, and W already counts all ranks: undo the average.
             weight = None if num_items_in_batch is None else float(num_items_in_batch) / self.args.world_size
-            out = loss(model, forest, denominator=weight)
+            out = self._loss(model, inputs, weight)
         self._refuse_non_finite(out, inputs["names"])
         self.meter.add(forest)
         self._value = out.value.detach()
         if out.value.requires_grad and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             out.value.register_hook(self._undivided)
         return (out.value, {"log_p": out.log_p}) if return_outputs else out.value
+
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], denominator: float | None) -> Loss:
+        return loss(model, inputs["forest"], denominator=denominator)
 
     def _undivided(self, grad: torch.Tensor) -> torch.Tensor:
         """The gradient of a micro-batch's loss, which is divided already: 1, or the scale of float16.
@@ -274,13 +286,20 @@ class Trainer(transformers.Trainer):
         """Nats per token of y (`conditional_nats`) and of x (`marginal_nats`), apart, and the weighted loss."""
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
-        data = self.eval_dataset if eval_dataset is None else _held_out(eval_dataset)
+        data = self.eval_dataset if eval_dataset is None else self._held_out(eval_dataset, self.args)
         if isinstance(data, dict):
             many = [self.evaluate(d, ignore_keys, f"{metric_key_prefix}_{name}") for name, d in data.items()]
             return {k: v for metrics in many for k, v in metrics.items()}
         if data is None:
             raise ConfigError("no eval_dataset", fix="give the Trainer one, or pass it to evaluate()")
         started = time.perf_counter()
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in self._measured(data).items()}
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measured(self, data: Any) -> dict[str, float]:
         sums = evaluate(
             self.model,
             data,
@@ -291,11 +310,7 @@ class Trainer(transformers.Trainer):
         )
         if self.args.world_size > 1:
             sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
-        metrics = {f"{metric_key_prefix}_{k}": v for k, v in rates(sums).items()}
-        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return rates(sums)
 
     def predict(self, *_: Any, **__: Any) -> Any:
         """Raises ConfigError: no logits are made here."""
@@ -454,18 +469,9 @@ def _culprits(out: Loss, names: list[str]) -> list[str]:
     return found or names
 
 
-def _data_seed(args: transformers.TrainingArguments) -> int:
+def data_seed(args: transformers.TrainingArguments) -> int:
+    """The seed of the order of rows."""
     return int(args.seed if args.data_seed is None else args.data_seed)
-
-
-def _held_out(data: Any) -> Any:
-    """Evaluation data, to be read again and again. Raises ConfigError if there is nothing to read."""
-    if isinstance(data, dict):
-        return {name: _held_out(part) for name, part in data.items()}
-    kept = EncodedRows.of(data)
-    if not len(kept):
-        raise ConfigError("eval_dataset is empty", fix="give it Examples or Sequences, or leave it out")
-    return kept
 
 
 def _only(batch: list[dict[str, Any]]) -> dict[str, Any]:
