@@ -239,3 +239,25 @@ def test_chunks_begin_in_the_states_of_their_path(case, shape):
         assert_same(gradients(model, out.value), wanted)
         assert np.allclose(node_log_probs(model, yx.Forest.of(rows), chunk=chunk),
                            node_log_probs(model, yx.Forest.of(rows)), rtol=1e-4, atol=1e-5, equal_nan=True)  # fmt: skip
+
+
+BY_NAME = {
+    "cache": lambda own: lambda hidden_states, cache=None, **_: own(hidden_states, cache),
+    "cache_params": lambda own: (
+        lambda hidden_states, cache_params=None, **_: own(hidden_states, cache_params)
+    ),
+    "past_key_values": lambda own: (
+        lambda hidden_states, past_key_values=None, **_: own(hidden_states, past_key_values)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", recurrent.CACHE_NAMES)
+def test_a_layer_is_given_states_by_whatever_name_it_has_for_its_cache(name):
+    """transformers 5.24 renamed the argument; a layer that got none would begin each segment in no state."""
+    model = build("qwen3_5")
+    expected = reference.loss(model, uneven()).item()
+    for mixer in recurrent.mixers(decoder_of(model)):
+        mixer.forward = BY_NAME[name](mixer.forward)
+    assert yx.loss(model, uneven()).value.item() == pytest.approx(expected, rel=1e-5)
+    assert not sharing_of(model).reason

@@ -54,6 +54,7 @@ SCANS = {
 }  # they begin with no state: see `selective_scan`
 ATTENDING = {"full_attention", "sliding_attention"}  # layer types without a state
 
+CACHE_NAMES = ("cache", "cache_params", "past_key_values")  # the first since transformers 5.24
 STATES = ("conv", "recurrent")
 States = dict[str, Tensor]  # by one of these, [segments, ...]
 
@@ -112,7 +113,7 @@ def carried(decoder: nn.Module, plan: Plan) -> AbstractContextManager[None]:
 def over_forest(mixer: nn.Module, stock: Callable[..., Tensor], hidden: Tensor, plan: Plan) -> Tensor:
     """The layer's output [1, N, H] for hidden [1, N, H], each segment from its parent's state on."""
     accepted = inspect.signature(stock).parameters
-    cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
+    cache_name = next(name for name in CACHE_NAMES if name in accepted)
     tree = plan.cached(levels, None)
     found, states = list[Tensor](), _past(mixer, plan, tree.path)
     # Segments of a level have equally many above them, so their parents' states are all there: a call or a few for
