@@ -235,10 +235,14 @@ HEADER_WITH_THE_REPLY = (
 
 
 def test_a_header_is_no_output_of_a_second_reply():
-    error = refusal(encoder(HEADER_WITH_THE_REPLY), user(), reply("First."), reply("Second."))
+    rows = [user(), reply("First."), reply("Second.")]
+    error = refusal(encoder(HEADER_WITH_THE_REPLY, repair="none"), *rows)
     assert (error.reason, error.field) == ("no_prompt", "messages[2]")
-    row = [user(), reply("First."), reply("Second.", weight=0.0)]
-    assert trained(encoder(HEADER_WITH_THE_REPLY)({"messages": row})) == "First.<|im_end|>"
+    example = encoder(HEADER_WITH_THE_REPLY)({"messages": rows})
+    assert trained(example) == "First.<|im_end|>"
+    assert any("messages[2]" in n and "after another reply" in n for n in example.only.notes)
+    asked = [user(), reply("First."), reply("Second.", weight=1.0)]
+    assert refusal(encoder(HEADER_WITH_THE_REPLY), *asked).reason == "no_prompt"
 
 
 def test_a_header_is_no_output_of_a_greeting():
@@ -323,10 +327,12 @@ def test_arguments_are_never_trained_as_python_prints_them():
 
 
 def test_refusal_shows_where_the_texts_part():
-    template = THINKER.replace("<think>\n{{ m.reasoning_content }}\n</think>\n\n", "")
-    error = refusal(encoder(template), user(), reply())
+    template = THINKER.replace("<think>\n{{ m.reasoning_content }}\n</think>\n\n", "").replace(
+        "<think>", "Sure:"
+    )
+    error = refusal(encoder(template, repair="none"), user(), reply())
     assert error.reason == "not_continued"
-    assert "inference shows '<think>\\n' where the rendered row has 'It is 4.<|im_end|>\\n'" in error.why
+    assert "inference shows 'Sure:\\n' where the rendered row has 'It is 4.<|im_end|>\\n'" in error.why
 
 
 def test_open_think_joins_the_replys_own_reasoning():
@@ -350,11 +356,18 @@ def test_open_think_joins_the_replys_own_reasoning():
     assert refusal(encoder(template, repair="none"), *rows["messages"]).reason == "not_continued"
 
 
-def test_empty_think_only_when_asked():
+def test_a_thought_that_nothing_switches_off_is_closed_as_context():
     template = THINKER.replace("<think>\n{{ m.reasoning_content }}\n</think>\n\n", "")
-    assert refusal(encoder(template), user(), reply()).reason == "not_continued"
-    example = encoder(template, repair="default,empty_think")({"messages": [user(), reply()]})
-    assert trained(example) == "\n</think>\n\nIt is 4.<|im_end|>"
+    error = refusal(encoder(template, repair="none"), user(), reply())
+    assert (error.reason, "<think>" in error.why) == ("no_thought", True)
+    example = encoder(template)({"messages": [user(), reply()]})
+    assert trained(example) == "It is 4.<|im_end|>"
+    assert "".join(example.tokens).endswith("<think>\n\n</think>\n\nIt is 4.<|im_end|>")
+    asked = encoder(template, thoughts="empty")({"messages": [user(), reply()]})
+    assert (trained(asked), asked.ids.tolist()) == (
+        "\n</think>\n\nIt is 4.<|im_end|>",
+        example.ids.tolist(),
+    )
 
 
 def test_the_only_token_that_stops_is_appended_where_nothing_ends_a_turn():
@@ -893,8 +906,11 @@ def test_a_role_of_the_rows_own_is_never_learnt_as_the_templates_words():
 
 def test_a_token_across_the_border_is_refused_masked_or_split_by_name():
     rows = {"messages": [user(), reply("  hello"), user("And 3 + 3?"), reply("6")]}
-    assert refusal(encoder(), *rows["messages"]).reason == "straddling_token"
+    assert refusal(encoder(border="refuse"), *rows["messages"]).reason == "straddling_token"
     assert trained(encoder(border="mask")(rows)) == " hello<|im_end|>6<|im_end|>"
+    assert [s.ids.tolist() for s in encoder()(rows)] == [
+        s.ids.tolist() for s in encoder(border="split")(rows)
+    ]
     last, first = encoder(border="split")(rows).sequences
     assert ("".join(last.trained), "".join(first.trained)) == ("6<|im_end|>", "  hello<|im_end|>")
     tokenizer = encoder().tokenizer

@@ -21,6 +21,7 @@ from ygivenx.commands.config import ColumnOptions, EncoderSection
 from ygivenx.commands.inputs import in_flags, open_rows
 from ygivenx.encoder.encode import CHOICES, OPTIONS
 from ygivenx.errors import ConfigError
+from ygivenx.proof.auditing import audit
 
 SHELF = stock_templates()
 THINKERS = [n for n in ("qwen3_5_think", "qwen3_6", "qwen3_8") if n in SHELF]
@@ -291,3 +292,135 @@ def test_a_role_of_the_templates_own_has_a_flag(tmp_path):
     assert "--roles critic" in in_flags(refused.message)
     (row,) = open_rows(str(rows), ColumnOptions(roles="critic"))
     assert row.value.messages[0]["role"] == "critic"
+
+
+# --- prompts that open a thought, or close one ------------------------------------------------------------
+
+
+def thinking_only(prompt: str, reply_begins: str) -> str:
+    """A template without a switch: what its prompt ends with, and what it writes before the words of a reply."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        f"{{% if m.role == 'assistant' %}}{reply_begins}{{% endif %}}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        f"{{% if add_generation_prompt %}}<|im_start|>assistant\n{prompt}{{% endif %}}"
+    )
+
+
+@pytest.mark.parametrize(
+    "reply_begins",
+    ["", "<think>\n\n</think>\n\n", "<think>\n"],
+    ids=[
+        "writes no thought (MiniMax M2)",
+        "writes an empty one (Qwen3-VL)",
+        "opens one alone (Nemotron Nano v2)",
+    ],
+)
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_reply_without_a_thought_under_a_template_that_only_thinks(tokenizer, reply_begins, turns):
+    """The thought is closed as context: P's ids stand before it as inference has them, and the answer alone is y."""
+    enc = made(tokenizer, thinking_only("<think>\n", reply_begins))
+    row = [user(), reply("yo"), user("And?"), reply("\nno")][: 2 * turns]
+    example = enc({"messages": row})
+    assert sorted("".join(s.trained) for s in example) == sorted(["yo<|im_end|>", "\nno<|im_end|>"][:turns])
+    for sequence in example:
+        i = max(s.message for s in sequence.segments if s.output)
+        shown = tokenizer.apply_chat_template(row[:i], add_generation_prompt=True, return_dict=False)
+        start = int(sequence.output.argmax())
+        assert sequence.ids[: len(shown)].tolist() == shown
+        assert tokenizer.decode(sequence.ids[len(shown) : start]) == "\n</think>\n\n"
+        assert any("closed at once, as context" in n for n in sequence.notes)
+    error = refusal(made(tokenizer, enc.tokenizer.chat_template, repair="none"), *row)
+    assert (error.reason, "thoughts='empty'" in error.fix) == ("no_thought", True)
+    trained_too = made(tokenizer, enc.tokenizer.chat_template, thoughts="empty")({"messages": row[:2]})
+    assert trained(trained_too) == "\n</think>\n\nyo<|im_end|>"
+
+
+def test_an_empty_thought_that_prompt_and_reply_write_differently(tokenizer):
+    """DeepSeek V3.2: the prompt ends in <think></think>, and the template writes </think> alone before a reply."""
+    enc = made(tokenizer, thinking_only("<think></think>", "</think>"))
+    example = enc({"messages": [user(), reply("\n\nyo")]})
+    assert "".join(example.only.tokens).endswith("<think></think>\n\nyo<|im_end|>")
+    assert trained(example) == "\n\nyo<|im_end|>"
+    assert refusal(enc, user(), reply("hm</think>yo")).reason == "not_continued"
+
+
+def test_a_token_across_the_border_is_encoded_as_inference_goes_on(tokenizer):
+    """P ends in a line break and the reply begins with one: `\\n\\n` is one token, and P has the other."""
+    row = {"messages": [user(), reply("\nyo")]}
+    example = made(tokenizer, CHATML)(row)
+    shown = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, return_dict=False)
+    assert example.ids[: len(shown)].tolist() == shown
+    assert (trained(example), "encoded apart" in example.only.notes[-1]) == ("\nyo<|im_end|>", True)
+    assert refusal(made(tokenizer, CHATML, border="refuse"), *row["messages"]).reason == "straddling_token"
+
+
+LAST_USER_HAS_THE_SYSTEM_PROMPT = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]"
+    "{{ messages[0].content + ' ' if loop.last and messages[0].role == 'system' }}{{ m.content }}[/INST]"
+    "{% elif m.role != 'system' %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+
+
+def test_a_message_that_one_of_the_sequences_lacks(tokenizer):
+    """Mistral Nemo: the system prompt stands before the user's message that comes last, and nowhere after a result."""
+    enc = made(tokenizer, LAST_USER_HAS_THE_SYSTEM_PROMPT)
+    row = [system(), user(), reply("a"), result("b"), reply("c"), user("And?"), reply("d")]
+    error = refusal(enc, *row)
+    assert (error.reason, error.field) == ("dropped_field", "messages[0]")
+    assert trained(enc({"messages": row[:3]})) == "a<|im_end|>"
+
+
+def test_a_text_of_x_that_the_template_changes(tokenizer):
+    """Nemotron Nano v2 takes tags out of what users write: of a question about them little is left."""
+    enc = made(tokenizer, CHATML.replace("m['content'] +", "m['content'].replace('/think', '') +"))
+    row = [user("What is </think> for?"), reply("yo")]
+    error = refusal(enc, *row)
+    assert (error.reason, error.field) == ("changed_text", "messages[0].content")
+    warned = made(tokenizer, enc.tokenizer.chat_template, dropped="warn")({"messages": row})
+    assert "messages[0].content is changed by the template" in warned.only.notes
+    as_json = made(tokenizer, CHATML.replace("m['content'] +", "m['content'] | tojson +"))
+    assert trained(as_json({"messages": [user('say "a"\n'), reply("yo")]})) == '"yo"<|im_end|>'
+
+
+def test_a_weight_key_that_is_misspelt_is_a_warning(tokenizer):
+    """Y11: `weigth` asks for nothing, and a finding says which key was likely meant."""
+    enc = made(tokenizer, CHATML)
+    rows = [{"messages": [user(), reply("yo", weigth=0.0)]}, {"messages": [user(), reply("yo", zzz=1)]}]
+    assert any("did you mean 'weight'" in n for n in enc(rows[0]).only.notes)
+    found = {
+        f.rule: f
+        for f in audit(rows=rows, encoder=enc).findings
+        if f.rule in ("key-misspelt", "encoder-notes")
+    }
+    assert (found["key-misspelt"].severity, found["key-misspelt"].count) == ("warning", 1)
+    assert "'zzz'" in found["encoder-notes"].message
+
+
+def test_a_conversation_in_which_nobody_answers(tokenizer):
+    error = refusal(made(tokenizer, CHATML), system(), user())
+    assert (error.reason, "no assistant message" in error.what) == ("nothing_trained", True)
+    assert made(tokenizer, CHATML, train="roles=user")({"messages": [user()]}).only.weights.any()
+
+
+def test_a_pair_whose_border_is_in_a_token_is_told_all_ways(tokenizer):
+    with pytest.raises(RowError) as e:
+        Encoder(tokenizer)({"x": "a =\n", "y": "\nb"})
+    assert e.value.reason == "straddling_token"
+    for name, value in re.findall(r"(\w+)='([^']*)'", e.value.fix):
+        assert Encoder(tokenizer, **{name: value})({"x": "a =\n", "y": "\nb"}).only.weights.any()
+
+
+@pytest.mark.parametrize("reply_begins", ["", "<think>\n\n</think>\n\n", "<think>\n"])
+def test_closed_thoughts_by_shape_are_those_of_rows_alone(tokenizer, reply_begins):
+    """What is proven once for all rows of a shape equals the proof of each by itself."""
+    enc = made(tokenizer, thinking_only("<think>\n", reply_begins))
+    texts = ["yo", "\n\nno", "<think> is a tag", "hm</think>yo", "  so", "<b>{{ x }}</b>"]
+    rows = [{"messages": [user(f"{n}?"), reply(t)]} for n, t in enumerate(texts * 3)]
+    examples, rejected = enc.batch(rows)
+    assert not rejected
+    for example, row in zip(examples, rows, strict=True):
+        (alone,) = made(tokenizer, enc.tokenizer.chat_template)(row).sequences
+        (s,) = example.sequences
+        assert (s.ids.tolist(), s.weights.tolist()) == (alone.ids.tolist(), alone.weights.tolist())
+        assert (s.segments, s.notes) == (alone.segments, alone.notes)

@@ -7,7 +7,9 @@ from typing import Any, Literal, get_args
 from .errors import refuse_unknown
 
 Bos = bool | Literal["auto"]  # auto: where the tokenizer itself adds one
-Border = Literal["refuse", "mask", "split", "y"]  # a token that holds the end of x and the beginning of y
+Border = Literal[
+    "auto", "refuse", "mask", "split", "y"
+]  # a token that holds the end of x and the beginning of y
 Context = Literal["inference", "rendered"]  # what a reply is trained after
 Control = Literal["refuse", "text", "parse"]  # a row's text that holds control tokens
 Dropped = Literal["refuse", "warn"]  # a part that would be trained, and that the template leaves out

@@ -122,6 +122,9 @@ def _turn(chat: _Chat, i: int) -> _Turn:
     F = chat.text(messages[: i + 1])
     if not F.startswith(P):
         raise RowError("the row doesn't continue what inference shows", reason="not_continued", field=field)
+    thought, closed, _ = F[len(P) :].partition("</think>")
+    if P.rstrip().endswith("<think>") and not (closed and thought.strip()):
+        raise RowError("inference opens a thought, the reply has none", reason="no_thought", field=field)
     user = {"role": "user", "content": "x"}
     if not chat.asks(messages[:i]) and chat.asks([*messages[:i], user]):
         raise RowError("the template asks for no reply here", reason="no_prompt", field=field)

@@ -94,9 +94,12 @@ def provable(tokenizer: Any, row: Mapping[str, Any], stops: Iterable[str], now: 
 
 
 def rendered_in_full(tokenizer: Any, row: Mapping[str, Any], now: datetime = NOW) -> bool | None:
-    """Whether the template writes all that the row's replies say, in some spelling; None if it writes nothing."""
+    """Whether the template writes all that the row says, in some spelling; None if it writes nothing.
+
+    That a message is another role's is no spelling of the same row.
+    """
     render, result = Renderer(tokenizer, row, now), None
-    for variant in render.variants():
+    for variant in (v for v in render.variants() if _AS_SYSTEM not in v.name):
         try:
             texts = {
                 i: _added(render, variant, i)
@@ -105,7 +108,9 @@ def rendered_in_full(tokenizer: Any, row: Mapping[str, Any], now: datetime = NOW
             }
         except Exception:  # whatever a template raises
             continue
-        result = all(not missing(row["messages"][i], t) for i, t in texts.items())
+        result = all(not missing(row["messages"][i], t) for i, t in texts.items()) and not list(
+            _lacking(render, len(row["messages"]), render.text(variant, len(row["messages"])))
+        )
         if result:
             return True
     return result
@@ -144,8 +149,12 @@ def _of_reply(
     yield from _of_writing(render, variant, ids, i, start, stop, said, notes)
 
 
-_OPENS = re.compile(r"(?:<(?:seed:)?think(?:ing)?>|\[THINK\]|<\|channel>thought|<\|START_THINKING\|>)\s*\Z")
-_CLOSES = re.compile(r"</(?:seed:)?think(?:ing)?>|\[/THINK\]|<channel\|>|<\|END_THINKING\|>")
+_OPENS = re.compile(
+    r"(?:<(?:seed:)?think(?:ing)?>|\[THINK\]|<\|channel>thought|<\|START_THINKING\|>|Here are my reasoning steps:)\s*\Z"
+)
+_CLOSES = re.compile(
+    r"</(?:seed:)?think(?:ing)?>|\[/THINK\]|<channel\|>|<\|END_THINKING\|>|\[BEGIN FINAL RESPONSE\]"
+)
 
 
 def _of_thought(context: str, said: str) -> Iterator[str]:
@@ -329,6 +338,7 @@ class Renderer:
         self.more |= dict(row.get("chat_template_kwargs") or {})
         self.now = now
         self._texts: dict[Any, str] = {}
+        self._ids: dict[str, list[int]] = {}
 
     def variants(self) -> Iterator[Variant]:
         """The row as it is, other spellings of its messages, and each with a switch that it leaves open."""
@@ -352,9 +362,11 @@ class Renderer:
             text = self.try_text(variant, i, prompt=True)
             if text is None or not self._shows(text, ids[:start]):
                 continue
-            if self.closes(variant, i)[:stop] == ids[:stop]:
+            closed = self.closes(variant, i)
+            if closed[:stop] == ids[:stop]:
                 return variant
-            first = first or variant
+            if first is None or (closed and not self.closes(first, i)):
+                first = variant
         return first
 
     def _shows(self, prompt: str, context: list[int]) -> bool:
@@ -374,7 +386,9 @@ class Renderer:
         return str(self.tokenizer.decode(self.ids(text)))
 
     def ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if text not in self._ids:
+            self._ids[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._ids[text]
 
     def try_text(self, variant: Variant, stop: int, *more: Message, prompt: bool = False) -> str | None:
         try:
@@ -466,6 +480,9 @@ def _joined(message: Message) -> Message:
     return {**message, "content": "".join(p["text"] for p in content)} if only_text else message
 
 
+_AS_SYSTEM = "the developer's message as the system's"
+
+
 def _both(*changes: Callable[[Message], Message]) -> Callable[[Message], Message]:
     def change(message: Message) -> Message:
         for c in changes:
@@ -482,7 +499,7 @@ _CHANGES: dict[str, Callable[[Message], Message]] = {
     "content of null as nothing": _without_nulls,
     "content of null as an empty text": _without_null,
     "the thought under each of its names": _with_reasoning,
-    "the developer's message as the system's": _as_system,
+    _AS_SYSTEM: _as_system,
     "parts as one text": _joined,
     "the thought under each name, arguments as objects": _both(_with_reasoning, _with_objects),
     "an empty text for null, arguments as text": _both(_without_null, _with_text),

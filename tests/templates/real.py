@@ -45,7 +45,8 @@ _FAMILIES: tuple[tuple[str, Family], ...] = (
     ("gemma-?4", _family("gemma3", "<turn|>", "<|tool_response>", eos="<eos>")),
     ("diffusion_gemma", _family("gemma3", "<turn|>", "<|tool_response>", eos="<eos>")),
     ("gemma", _family("gemma3", "<end_of_turn>", eos="<eos>")),
-    ("muse.glimmer|llama4", _family("llama3_1", "<|eot|>", "<|eom|>")),
+    ("muse.glimmer", _family("llama3_1", "<|eot|>")),  # <|eom|> stands between messages of one turn
+    ("llama4", _family("llama3_1", "<|eot|>", "<|eom|>")),
     ("hermes", _family("llama3_1", "<|im_end|>")),
     ("spark2.5", _DEEPSEEK),
     ("deepseek-coder", _family("deepseek_v3", "<|EOT|>", eos="<|EOT|>")),

@@ -78,9 +78,15 @@ class ChatWork:
             parts = options.tokens.encode_cut(self.texts)
         assert self.straddling is not None
         assert self.refusal is not None
-        if options.border in ("mask", "split"):
-            return sequences_of(self.chat, *self.straddling, self.notes, options.border)
-        raise self.refusal
+        border = "split" if options.border == "auto" else options.border
+        if border not in ("mask", "split"):
+            raise self.refusal
+        try:
+            return sequences_of(self.chat, *self.straddling, self.notes, border)
+        except RowError as e:
+            if options.border == "auto" and e.reason == "prefix_space":
+                raise self.refusal from e
+            raise
 
 
 class Chats:

@@ -82,6 +82,25 @@ def lost_of_context(rendering: Rendering, trained: set[int], upto: int, tags: Ta
     return paths + sorted(({"tools", "documents"} & given) - seen)
 
 
+def changed_of_context(rendering: Rendering, messages: tuple[Mapping[str, Any], ...]) -> str | None:
+    """The path of a text of x that is written otherwise than the row has it; None where there is none.
+
+    Bare or as JSON; a text that is left out whole is another matter (`lost_messages`).
+    """
+    traced = rendering.traced
+    if traced is None:
+        return None
+    written = _written(traced, 0, len(rendering.text))
+    for source in traced.sources:
+        if source.message is None or source.field != "content" or not _matters(source):
+            continue
+        found, forms = written.get(source.path), (source.text, json.dumps(source.text)[1:-1])
+        is_reply = messages[source.message].get("role") == "assistant"
+        if found and not is_reply and not any("".join(f.split()) in found for f in forms):
+            return source.path
+    return None
+
+
 def lost_messages(rendering: Rendering, upto: int) -> list[int]:
     """The messages before `upto` that say something, of which nothing at all is written."""
     traced = rendering.traced
@@ -377,10 +396,11 @@ def dropped_message(i: int, role: str) -> RowError:
 
 
 def changed_text(path: str) -> RowError:
-    """A repair after which a text isn't the row's."""
+    """A text that isn't the row's: a template changes it, or a repair."""
     return RowError(
         "written so, the template changes what this text says",
         reason="changed_text",
         field=path,
         why="the model would be trained on another text than the row has",
+        fix="mend the text, or give another template; a text of x may be changed with dropped='warn'",
     )

@@ -55,7 +55,8 @@ class Encoder:
     train: policies (policy.py) by name or as functions, multiplied.
     control: a special token written in a row's text: `refuse` the row, ordinary `text`, or `parse` it.
     border: a token that holds the end of x and the beginning of y: `refuse` the row, `mask` the token (x), `split`
-    (x and y encoded apart) or, for plain pairs alone, `y` (it counts as y).
+    (x and y encoded apart, as inference would go on) or, for plain pairs alone, `y` (it counts as y). `auto`: `split`
+    for conversations, with a note; `refuse` for plain pairs, where x is cut as whoever made the row would have it.
     context: train each reply after what `inference` shows, or in the one text as `rendered` (with a note).
     repair: names of repairs.py, "default", "all" or "none". dropped: `refuse` a row of which the template leaves
     out a part that would be trained, or `warn` in the notes.
@@ -77,7 +78,7 @@ class Encoder:
         train: str | Policy | Iterable[str | Policy] = "assistant",
         *,
         control: Control = "refuse",
-        border: Border = "refuse",
+        border: Border = "auto",
         context: Context = "inference",
         repair: str | Iterable[str] = "default",
         dropped: Dropped = "refuse",

@@ -143,7 +143,7 @@ class Options:
     tokens: Tokens
     policy: Policy
     control: str = "refuse"
-    border: str = "refuse"
+    border: str = "auto"
     context: str = "inference"
     dropped: str = "refuse"
     repairs: frozenset[str] = frozenset()

@@ -12,7 +12,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any
 
 from ..errors import RowError
@@ -130,7 +130,7 @@ def _proof(chat: Chat, texts: list[str]) -> Proof | None:
     template = SymbolicTemplate(chat.template, chat.inputs)
     symbolic = replace(chat, inputs=template.inputs)
     proven: list[tuple[tuple[Form, ...], tuple[str, ...]]] = []
-    for strategy in strategies_for(symbolic):
+    for strategy in chain(strategies_for(symbolic, False), strategies_for(symbolic, True)):
         if not strategy.is_symbolic:
             return None
         found = candidate(symbolic, Renderings(template, strategy.inputs, chat.tags), strategy)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from ..errors import RowError
@@ -24,6 +25,7 @@ from ..templating.origins import TEMPLATE, within
 from ..templating.template import common_prefix
 from ..templating.tracing import Traced
 from .content import (
+    changed_of_context,
     changed_text,
     control_cuts,
     dropped,
@@ -48,10 +50,10 @@ from .render import (
     quoted,
     runs_of_message,
 )
-from .repairs import IN_TURNS, Strategy, strategies
+from .repairs import IN_TURNS, Strategy, last_resorts, strategies
 from .segments import KIND_OF_ROLE, ids_fault, left_open, outline_of
 from .tokenize import Tokens
-from .turns import USER, appended_end, end_of_turn, joined, position_after, render_or_none
+from .turns import EMPTY_THOUGHTS, USER, appended_end, end_of_turn, joined, position_after, render_or_none
 
 _KIND_OF_FIELD = {
     "reasoning_content": "reasoning",
@@ -68,22 +70,24 @@ def candidates(chat: Chat) -> Iterator[Candidate | RowError]:
     """What each strategy makes of a row, the least change first."""
     if chat.options.control == "refuse":
         refuse_control(chat.options.tokens, chat.inputs)
-    for strategy in strategies_for(chat):
-        found = candidate(chat, Renderings(chat.template, strategy.inputs, chat.tags), strategy)
-        # Of a strategy that changes the row's inputs the refusal would speak of what the user didn't write.
-        if isinstance(found, Candidate) or not strategy.notes:
-            yield found
-    if chat.options.context == "inference" and len(chat.to_train) > 1 and chat.options.repairs:
-        found = reply_by_reply(chat)
-        if isinstance(found, Candidate):
+    o = chat.options
+    by_reply = o.context == "inference" and len(chat.to_train) > 1 and bool(o.repairs)
+    for is_last_resort in (False, True):
+        for strategy in strategies_for(chat, is_last_resort):
+            found = candidate(chat, Renderings(chat.template, strategy.inputs, chat.tags), strategy)
+            # Of a strategy that changes the row's inputs the refusal would speak of what the user didn't write.
+            if isinstance(found, Candidate) or not strategy.notes:
+                yield found
+        if by_reply and isinstance(found := reply_by_reply(chat, is_last_resort), Candidate):
             yield found
 
 
-def strategies_for(chat: Chat) -> Iterator[Strategy]:
-    """The strategies for a chat."""
+def strategies_for(chat: Chat, is_last_resort: bool) -> Iterator[Strategy]:
+    """The strategies for a chat, or those that come when all others have failed."""
     o = chat.options
     repairs = o.repairs if o.context == "inference" else o.repairs - IN_TURNS
-    return strategies(chat.template, chat.inputs, chat.to_train, chat.tags, repairs, o.thoughts)
+    found = last_resorts if is_last_resort else strategies
+    return found(chat.template, chat.inputs, chat.to_train, chat.tags, repairs, o.thoughts)
 
 
 def candidate(chat: Chat, rendered: Renderings, strategy: Strategy) -> Candidate | RowError:
@@ -113,18 +117,24 @@ def _rendered(chat: Chat, rendered: Renderings, strategy: Strategy) -> list[Rend
         to_train, notes = _asked_for(chat, rendered, strategy)
         renderings = prove(tokens, rendered, to_train, strategy.in_turns, strategy.forced)
         renderings[:1] = [replace(r, notes=r.notes + notes) for r in renderings[:1]]
-    for rendering in renderings:
-        _check_texts(chat, rendering, rendered, strategy)
+    renderings = [_with_its_texts(chat, r, rendered, strategy) for r in renderings]
     done = [_complete(chat, r, rendered) for r in renderings]
-    done[-1] = _with_lost_context(chat, done[-1], set(to_train))
-    return done
+    return [_with_lost_context(chat, r, set(to_train)) for r in done]
 
 
-def _check_texts(chat: Chat, rendering: Rendering, rendered: Renderings, strategy: Strategy) -> None:
-    """Raise RowError where a repair changes what a text of the row says."""
-    is_repaired = strategy.notes or any(t.notes for t in rendering.turns)
-    if not is_repaired or rendered.renderer is not chat.template:  # a placeholder is only ever written bare
-        return
+def _with_its_texts(chat: Chat, rendering: Rendering, rendered: Renderings, strategy: Strategy) -> Rendering:
+    """The rendering, with a note of a text of x that the template changes.
+
+    Raises RowError where that is to be refused, and where a repair changes any text of the row.
+    """
+    if rendered.renderer is not chat.template:  # a placeholder is only ever written bare
+        return rendering
+    if path := changed_of_context(rendering, chat.row.messages):
+        if chat.options.dropped == "refuse":
+            raise changed_text(path)
+        rendering = replace(rendering, notes=(*rendering.notes, f"{path} is changed by the template"))
+    if not strategy.notes and not any(t.notes for t in rendering.turns):
+        return rendering
     plain = Renderings(chat.template, chat.inputs, chat.tags)
     try:
         traced = plain.traced(rendering.upto)
@@ -132,10 +142,11 @@ def _check_texts(chat: Chat, rendering: Rendering, rendered: Renderings, strateg
         traced = None
     if path := unfaithful(rendering, chat.inputs.messages, chat.tags, traced):
         raise changed_text(path)
+    return rendering
 
 
 def _asked_for(chat: Chat, rendered: Renderings, strategy: Strategy) -> tuple[list[int], tuple[str, ...]]:
-    """The wanted replies without those that open the conversation unasked, and a note for each of these.
+    """The wanted replies without those that nothing asks for, and a note for each of these.
 
     Nothing is left out if it is all that would be trained, or if the row itself gives it a weight.
     """
@@ -147,7 +158,7 @@ def _asked_for(chat: Chat, rendered: Renderings, strategy: Strategy) -> tuple[li
     ]
     if len(left) == len(to_train):
         return to_train, ()
-    why = "the template can't ask for a reply before the first question: it is context"
+    why = "the template can't ask for a reply before the first question, or after another reply: it isn't trained"
     return [i for i in to_train if i not in left], tuple(f"messages[{i}]: {why}" for i in left)
 
 
@@ -192,7 +203,7 @@ def _is_trained(row: Conversation, path: str, options: Options) -> bool:
     return role != "assistant" and weight_of(options.policy, part) > 0
 
 
-def reply_by_reply(chat: Chat) -> Candidate | RowError:
+def reply_by_reply(chat: Chat, with_last_resort: bool) -> Candidate | RowError:
     """Each reply by the first strategy that is proven for it alone: a data set may mix replies with and without
     thoughts even in one conversation."""
     outlines: list[Outline] = []
@@ -204,7 +215,8 @@ def reply_by_reply(chat: Chat) -> Candidate | RowError:
             to_train=(i,),
         )
         refusal: RowError | None = None
-        for strategy in strategies_for(alone):
+        last = strategies_for(alone, is_last_resort=True) if with_last_resort else ()
+        for strategy in chain(strategies_for(alone, is_last_resort=False), last):
             found = candidate(alone, Renderings(chat.template, strategy.inputs, chat.tags), strategy)
             error = found if isinstance(found, RowError) else ids_fault(found, chat.options)
             if error is None and isinstance(found, Candidate):
@@ -245,7 +257,9 @@ def prove(
     turns = [_turn(tokens, rendered, i, repairs, forced) for i in to_train]
     if turns and begins(turns[-1].proven, text):  # the next header ends the last turn
         text = turns[-1].proven
-    if all(begins(text, t.proven) for t in turns):
+    # Inference encodes history as a whole: where a turn is encoded apart from its prompt, later ones can't share it.
+    shares = all(t.cut is None for t in turns[:-1])
+    if shares and all(begins(text, t.proven) for t in turns):
         return [Rendering(text, tuple(turns), len(rendered), rendered.traced(len(rendered)))]
     notes = (_REWRITTEN,) if len(turns) > 1 else ()
     return [
@@ -269,10 +283,12 @@ def prove_as_rendered(tokens: Tokens, rendered: Renderings, to_train: Iterable[i
 
 
 def unasked(tokens: Tokens, rendered: Renderings, to_train: Iterable[int]) -> list[int]:
-    """Of the wanted replies, those before the first question for which the template writes no prompt."""
-    messages = rendered.inputs.messages
-    first = next((i for i, m in enumerate(messages) if m.get("role") == "user"), len(rendered))
-    return [i for i in to_train if i < first and not _is_asked(tokens, rendered, i)]
+    """Of the wanted replies those for which the template writes no prompt: a greeting before the first question, and a
+    reply right after another one."""
+    roles = [m.get("role") for m in rendered.inputs.messages]
+    first = roles.index("user") if "user" in roles else len(roles)
+    maybe = (i for i in to_train if i < first or roles[i - 1] == "assistant")
+    return [i for i in maybe if not _is_asked(tokens, rendered, i)]
 
 
 def _is_asked(tokens: Tokens, rendered: Renderings, i: int) -> bool:
@@ -300,15 +316,20 @@ def _turn(
     first, last = _spoken(rendered, i)
     if continues and _trains_header(rendered, i, shown, text, first):
         raise _no_header(i)
+    lacks_thought = rendered.tags.opens(shown) and not rendered.tags.thinks(rendered.inputs.messages[i])
+    if lacks_thought and not repairs & EMPTY_THOUGHTS:
+        raise _no_thought(i, shown)
     # Where nothing of the message is found in F, its end stands behind P all the same.
     after = max(last, len(shown) if continues else 0)
     if not continues and not repairs:
         raise _not_continued(i, shown, text)
     end = end_of_turn(tokens, rendered, i, after) or appended_end(tokens, rendered, i, after, repairs)
-    if not continues or forced:
+    if not continues or forced or lacks_thought:
         mended = joined(rendered, i, repairs, end, continues)
         if mended is not None:
             return _stopping_once(tokens, rendered, mended)
+        if lacks_thought:
+            raise _no_thought(i, shown)
         if not continues:
             raise _not_continued(i, shown, text)
     whole = text[: end.at] + end.token if end.note else text
@@ -482,6 +503,16 @@ def _no_header(i: int) -> RowError:
         field=f"messages[{i}]",
         why="the prompt that inference shows ends before it, so that the header would count as the model's output",
         fix="give this message the weight 0, so that it is context, or make it one with the reply before it",
+    )
+
+
+def _no_thought(i: int, shown: str) -> RowError:
+    return RowError(
+        "inference has the model think before this reply, and the reply has no thought",
+        reason="no_thought",
+        field=f"messages[{i}]",
+        why=f"the prompt ends in {quoted(shown[-SHOWN:])}: the answer would be trained as a thought, or after none",
+        fix="thoughts='empty_masked' closes the thought as context, thoughts='empty' trains that",
     )
 
 

@@ -15,7 +15,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from ..errors import RowError, nearest
-from ..rows.messages import unread_keys
+from ..rows.messages import KNOWN_KEYS, unread_keys
 from ..rows.nouns import Conversation
 from ..templating.inputs import REASONING_FIELDS, Inputs, inputs_of
 from ..templating.origins import TEMPLATE, Text
@@ -30,7 +30,7 @@ SHOWN = 40  # characters of a text that an error quotes
 class Turn:
     """Message `message` is produced as text[start:stop], of which text[end:stop] is the token that ends it.
 
-    `text` is at least P + O. is_apart: what stands before `start` is encoded by itself. notes: what was mended.
+    `text` is at least P + O. cut: what stands before this character is encoded by itself. notes: what was mended.
     """
 
     message: int
@@ -40,7 +40,7 @@ class Turn:
     stop: int
     traced: Traced | None = None  # of a text that a repair put together
     notes: tuple[str, ...] = ()
-    is_apart: bool = False
+    cut: int | None = None
 
     @property
     def proven(self) -> str:
@@ -176,6 +176,7 @@ class Outline:
             yield run[0]
         for span in self.control:
             yield from span
+        yield from self.cuts
 
     def only(self, kept: tuple[Borders, ...], stop: int, *notes: str) -> Outline:
         """The same up to character `stop`, with the outputs of these turns alone; those of others are context."""
@@ -189,9 +190,8 @@ class Outline:
         """The same of another text, in which each of its places stands elsewhere."""
         turns = tuple([(i, to[a], to[b], to[c]) for i, a, b, c in self.turns])
         runs = tuple([(to[at], kind, output, i) for at, kind, output, i in self.runs])
-        return replace(
-            self, text=text, turns=turns, runs=runs, control=[(to[a], to[b]) for a, b in self.control]
-        )
+        control, cuts = [(to[a], to[b]) for a, b in self.control], tuple([to[at] for at in self.cuts])
+        return replace(self, text=text, turns=turns, runs=runs, control=control, cuts=cuts)
 
 
 def _as_context(run: Run) -> Run:
@@ -275,7 +275,10 @@ def notes_on(chat: Chat) -> tuple[str, ...]:
     source, read = chat.template.source, chat.template.undeclared
     keys = unread_keys(chat.row.messages, source)
     return (
-        *(f"the message key {key!r} is read by neither the template nor ygivenx" for key in keys),
+        *(
+            f"the message key {key!r} is read by neither the template nor ygivenx{nearest(key, KNOWN_KEYS)}"
+            for key in keys
+        ),
         *(
             f"the template doesn't read {name!r} of chat_template_kwargs{nearest(name, read)}"
             for name in chat.inputs.kwargs
@@ -296,6 +299,7 @@ _SLASHED = re.compile(
 _OTHERS = (
     ("<|channel>thought", "<channel|>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
     ("<|think_start|>", "<|think_end|>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("<unused94>thought", "<unused95>"),
@@ -306,9 +310,27 @@ _BEFORE, _AFTER = re.compile(rf"{_TAG}\w*\s*\Z"), re.compile(rf"\s*({_TAG})")
 
 @dataclass(frozen=True)
 class Tags:
-    """The tags around a thought: (opening, closing), those of the template first."""
+    """The tags around a thought: (opening, closing), those of the template first.
+
+    joint: what the template writes between a thought and its answer, such as `\n</think>\n\n`; "" if it shows none.
+    """
 
     pairs: tuple[tuple[str, str], ...] = ()
+    joint: str = ""
+
+    def opens(self, text: str) -> bool:
+        """Whether a text ends in an open thought."""
+        return text.rstrip().endswith(tuple(a for a, _ in self.pairs))
+
+    def closes_at(self, text: str, start: int, stop: int) -> tuple[str, int] | None:
+        """(closing, its end) where an empty thought, or no more than its closing tag, stands in text[start:stop]."""
+        found = self._empty.match(text, start, stop)
+        return (found[1], found.end()) if found else None
+
+    @cached_property
+    def _empty(self) -> re.Pattern[str]:
+        openings, closings = ("|".join(re.escape(tags[n]) for tags in self.pairs) for n in (0, 1))
+        return re.compile(rf"(?:\s*(?:{openings}))?(\s*(?:{closings})\s*)")
 
     @cached_property
     def opened(self) -> re.Pattern[str]:
@@ -339,6 +361,15 @@ class Tags:
         """The tags of the thought that a prompt opens."""
         return max(self.pairs, key=lambda pair: prompt.rfind(pair[0]))
 
+    def joint_of(self, pair: tuple[str, str]) -> str:
+        """What stands between a thought with these tags and its answer."""
+        return self.joint if pair[1] in self.joint else f"\n{pair[1]}\n\n"
+
+    def closing_of(self, pair: tuple[str, str]) -> str:
+        """As much of it as closes the thought: what a template writes before answers is no part of it."""
+        found = re.search(rf"\s*{re.escape(pair[1])}\s*", self.joint_of(pair))
+        return found[0] if found else pair[1]
+
     def without(self, text: str) -> str:
         """A text without the open or empty thought at its end."""
         return self.closed.sub("", self.opened.sub("", text))
@@ -366,7 +397,7 @@ class Tags:
         if not isinstance(content, str):
             return None
         if isinstance(reasoning, str) and reasoning.strip():
-            return reasoning.strip(), f"\n{closing}\n\n", content
+            return reasoning.strip(), self.joint_of(pair), content
         if closing not in content:
             return None
         begun = content.lstrip()
@@ -389,13 +420,18 @@ def _tags_in(source: str) -> tuple[tuple[str, str], ...]:
 def tags_of(template: Template) -> Tags:
     """The tags of a template; those that only its renderings show among them."""
     pairs = _tags_in(template.source)
+    if not re.search("reason|think", template.source):
+        return Tags(pairs)
+    before, joint = _around_thought(template)
+    opening, closing = _BEFORE.search(before), _AFTER.match(joint)
     # Only `<think>`, which every template gets, and yet it reads reasoning: its tags are put together as it runs.
-    shown = _tags_around(template) if len(pairs) == 1 and "reasoning" in template.source else None
-    return Tags((shown, *(p for p in pairs if p != shown)) if shown else pairs)
+    if len(pairs) == 1 and opening and closing:
+        pairs = tuple(dict.fromkeys(((opening[0].strip(), closing[1]), *pairs)))
+    return Tags(pairs, joint)
 
 
-def _tags_around(template: Template) -> tuple[str, str] | None:
-    """The tags that a template writes around the reasoning of a reply; None where it shows none."""
+def _around_thought(template: Template) -> tuple[str, str]:
+    """What a template writes before the reasoning of a reply, and between that and its answer; "" where it has none."""
     thought, answer = "\ue000", "\ue001"  # for private use: no template writes them
     reply: dict[str, Any] = {
         "role": "assistant",
@@ -405,9 +441,6 @@ def _tags_around(template: Template) -> tuple[str, str] | None:
     try:
         text = template.render(Inputs(({"role": "user", "content": "x"}, reply)))
     except RowError:
-        return None
+        return "", ""
     before, found, rest = text.partition(thought)
-    opening, closing = _BEFORE.search(before), _AFTER.match(rest.partition(answer)[0])
-    if not found or not opening or not closing:
-        return None
-    return opening[0].strip(), closing[1]
+    return (before, rest.partition(answer)[0]) if found else ("", "")

@@ -6,14 +6,15 @@
 | arguments_as_text | gives tool calls' arguments as JSON text                                      | yes |
 | content_as_parts  | gives contents as lists of typed parts, reasoning among them                  | yes |
 | empty_content     | gives a missing content as "", or an empty one beside calls as none           | yes |
+| thought_in_field  | gives a thought between <think> tags in a content as reasoning_content         | yes |
 | whitespace        | keeps the prompt where it and the row differ in white space alone             | yes |
 | history           | keeps the prompt where what is further back is written otherwise              | yes |
 | open_think        | puts a reply's own reasoning after a prompt that opens a thought              | yes |
 | closed_think      | keeps an empty, closed thought of the prompt's, which the row lacks           | yes |
-| opening           | takes a greeting before the first question, which nothing asks for, as context | yes |
+| opening           | doesn't train what nothing asks for: a greeting, or a reply after a reply      | yes |
 | only_end          | appends the one token that is known to stop, where nothing ends the turn      | yes |
+| empty_think       | closes a thought that the prompt opens, where the reply has none, as context  | yes |
 | append_end        | the same where several tokens are known to stop: the tokenizer's eos          | no  |
-| empty_think       | closes a thought that the prompt opens at once, where the reply has none      | no  |
 | developer_as_system | gives developer messages as system messages                                 | no  |
 | system_as_user    | gives later system messages as the user's                                     | no  |
 
@@ -31,18 +32,28 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import refuse_unknown
-from ..templating.inputs import Inputs
+from ..templating.inputs import REASONING_FIELDS, Inputs
 from ..templating.template import Renderer
 from .render import Tags
 
-IN_ROWS = ("template_kwargs", "arguments_as_text", "content_as_parts", "empty_content")
-DEFAULT = (*IN_ROWS, "whitespace", "history", "open_think", "closed_think", "opening", "only_end")
+IN_ROWS = ("template_kwargs", "arguments_as_text", "content_as_parts", "empty_content", "thought_in_field")
+DEFAULT = (
+    *IN_ROWS,
+    "whitespace",
+    "history",
+    "open_think",
+    "closed_think",
+    "opening",
+    "only_end",
+    "empty_think",
+)
 FOLDS = ("developer_as_system", "system_as_user")
-REPAIRS = (*DEFAULT, "append_end", "empty_think", *FOLDS)
+REPAIRS = (*DEFAULT, "append_end", *FOLDS)
 IN_TURNS = frozenset(REPAIRS) - {*IN_ROWS, *FOLDS}  # done while a turn is proven
 CERTAIN = frozenset({"opening", "only_end"})  # of these: no text of the row has a part in them
 
 _SWITCH = re.compile("think|reason")
+_NEGATED = re.compile("skip|disable|hide|without|(?:^|_)no_")  # what such a switch turns off is the thought
 # Switches of how much history shows, not of whether to think.
 _LENGTH = re.compile("clear|truncate|preserve|keep|history|previous")
 
@@ -80,9 +91,9 @@ def strategies(
     repairs: frozenset[str],
     thoughts: str,
 ) -> Iterator[Strategy]:
-    """Every strategy for a row, the least change first. wanted: the replies that are trained."""
+    """Every strategy for a row but the last resorts, the least change first. to_train: the replies that are trained."""
     to_train = list(to_train)
-    in_turns = repairs & IN_TURNS
+    in_turns = repairs & IN_TURNS - {"empty_think"}
     switches = _switched(template, inputs, to_train, tags, repairs)
     if thoughts == "off":
         for switched, note in _switched_off(template, inputs, to_train, tags):
@@ -91,7 +102,8 @@ def strategies(
                 yield Strategy(switched, (note,), in_turns)
     yield Strategy(inputs, is_symbolic=True)
     if thoughts.startswith("empty"):
-        yield Strategy(inputs, (), in_turns | {"empty_think"}, forced=True)
+        closed = "empty_think" if thoughts == "empty_masked" else "trained_empty_think"
+        yield Strategy(inputs, (), in_turns | {closed}, forced=True)
     others = list(_said_otherwise(template, inputs, repairs))
     for other, notes in others:
         yield Strategy(other, notes)
@@ -107,7 +119,23 @@ def strategies(
             yield Strategy(base, notes, in_turns)
         for switched, note in switches(base):
             yield Strategy(switched, (*notes, note), in_turns)
-    yield Strategy(inputs, (), in_turns, forced=True)
+    yield Strategy(inputs, (), in_turns, forced=True, is_symbolic=alone)
+
+
+def last_resorts(
+    template: Renderer,
+    inputs: Inputs,
+    to_train: Iterable[int],
+    tags: Tags,
+    repairs: frozenset[str],
+    thoughts: str,
+) -> Iterator[Strategy]:
+    """What is tried when no other strategy is proven: replies without a thought where no switch turns thinking off."""
+    if "empty_think" not in repairs or all(tags.thinks(inputs.messages[i]) for i in to_train):
+        return
+    in_turns, others = repairs & IN_TURNS, list(_said_otherwise(template, inputs, repairs))
+    for base, notes in [(inputs, ()), *others]:
+        yield Strategy(base, notes, in_turns, forced=True, is_symbolic=not others)
 
 
 def _said_otherwise(
@@ -117,7 +145,7 @@ def _said_otherwise(
     changes = [
         (change, note)
         for name, change, note in _CHANGES
-        if name in repairs and (name != "content_as_parts" or _reads_parts(template.source))
+        if name in repairs and (name not in _NEEDS or _NEEDS[name](template.source))
     ]
     applied: list[tuple[Inputs, str]] = []
     for change, note in changes:
@@ -138,19 +166,22 @@ Switched = Callable[[Inputs], list[tuple[Inputs, str]]]
 def _switched(
     template: Renderer, inputs: Inputs, to_train: list[int], tags: Tags, repairs: frozenset[str]
 ) -> Switched:
-    """What sets each of the template's switches, if that is among the repairs."""
-    names = sorted(n for n in template.undeclared if _SWITCH.search(n) and n not in inputs.kwargs)
-    values = (
-        [(n, v) for n in names for v in _values(n, inputs, to_train, tags)]
-        if "template_kwargs" in repairs
-        else []
-    )
-    return lambda base: [_with_switch(base, name, value) for name, value in values]
+    """What sets each of the template's switches, and all that turn thinking on or off, if that is among the repairs."""
+    if "template_kwargs" not in repairs:
+        return lambda base: []
+    open_names = template.undeclared - inputs.kwargs.keys() - set(REASONING_FIELDS)
+    names = sorted(n for n in open_names if _SWITCH.search(n))
+    values = {n: _values(n, inputs, to_train, tags) for n in names}
+    settings = [{n: v} for n, some in values.items() for v in some]
+    together = {n: some[0] for n, some in values.items() if len(some) == 1}
+    settings += [together] if len(together) > 1 else []
+    return lambda base: [_with_switches(base, setting) for setting in settings]
 
 
-def _with_switch(inputs: Inputs, name: str, value: bool) -> tuple[Inputs, str]:
-    note = f"rendered with {name}={value}: use the same at inference"
-    return replace(inputs, kwargs={**inputs.kwargs, name: value}), note
+def _with_switches(inputs: Inputs, values: Mapping[str, bool]) -> tuple[Inputs, str]:
+    named = ", ".join(f"{name}={value}" for name, value in values.items())
+    note = f"rendered with {named}: use the same at inference"
+    return replace(inputs, kwargs={**inputs.kwargs, **values}), note
 
 
 def _values(name: str, inputs: Inputs, to_train: list[int], tags: Tags) -> tuple[bool, ...]:
@@ -158,17 +189,19 @@ def _values(name: str, inputs: Inputs, to_train: list[int], tags: Tags) -> tuple
     if _LENGTH.search(name) or not to_train:
         return False, True
     thoughts = {tags.thinks(inputs.messages[i]) for i in to_train}
-    return (thoughts.pop(),) if len(thoughts) == 1 else ()
+    return (thoughts.pop() != bool(_NEGATED.search(name)),) if len(thoughts) == 1 else ()
 
 
 def _switched_off(
     template: Renderer, inputs: Inputs, to_train: list[int], tags: Tags
 ) -> Iterator[tuple[Inputs, str]]:
     """The inputs with thinking switched off, if no trained reply has a thought."""
-    for name in sorted(template.undeclared - inputs.kwargs.keys()):
-        is_switch = _SWITCH.search(name) and not _LENGTH.search(name)
-        if is_switch and _values(name, inputs, to_train, tags) == (False,):
-            yield _with_switch(inputs, name, False)
+    if any(tags.thinks(inputs.messages[i]) for i in to_train):
+        return
+    for name in sorted(template.undeclared - inputs.kwargs.keys() - set(REASONING_FIELDS)):
+        if _SWITCH.search(name) and not _LENGTH.search(name):
+            for value in _values(name, inputs, to_train, tags):
+                yield _with_switches(inputs, {name: value})
 
 
 # --- other messages --------------------------------------------------------------------------------------
@@ -193,10 +226,6 @@ def _with_text(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "tool_calls": calls}
 
 
-def _reads_parts(template: str) -> bool:
-    return "'type'" in template or '"type"' in template or ".type" in template
-
-
 def _content_as_parts(messages: Messages) -> Messages:
     return tuple(map(_with_parts, messages))
 
@@ -209,6 +238,21 @@ def _with_parts(message: dict[str, Any]) -> dict[str, Any]:
     if isinstance(thought, str) and thought:
         parts.insert(0, {"type": "thinking", "thinking": thought, "text": thought})
     return {**message, "content": parts}
+
+
+_THOUGHT = re.compile(r"\s*(?:<think>)?(.*?)</think>\s*(.*)", re.DOTALL)
+
+
+def _thought_in_field(messages: Messages) -> Messages:
+    return tuple(map(_with_reasoning, messages))
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    if message.get("role") != "assistant" or not isinstance(content, str):
+        return message
+    found = _THOUGHT.fullmatch(content) if message.keys().isdisjoint(REASONING_FIELDS) else None
+    return message | ({"reasoning_content": found[1].strip(), "content": found[2]} if found else {})
 
 
 def _empty_content(messages: Messages) -> Messages:
@@ -245,7 +289,17 @@ _CHANGES: tuple[tuple[str, Callable[[Messages], Messages], str], ...] = (
         _content_as_parts,
         "the template takes contents as lists of parts: given as one text part each",
     ),
+    (
+        "thought_in_field",
+        _thought_in_field,
+        "the template takes a thought in a field of its own, not between tags in the content",
+    ),
     ("empty_content", _empty_content, "a missing content is given as an empty one, or the other way round"),
     ("developer_as_system", _developer_as_system, "developer messages are given as system messages"),
     ("system_as_user", _system_as_user, "system messages that come later are given as the user's"),
 )
+# What a template's source has to tell, for a change to be worth a trial.
+_NEEDS: dict[str, Callable[[str], bool]] = {
+    "content_as_parts": lambda source: any(mark in source for mark in ("'type'", '"type"', ".type")),
+    "thought_in_field": lambda source: "</think>" not in source,  # else it reads the tags itself
+}

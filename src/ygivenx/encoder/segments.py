@@ -30,11 +30,15 @@ KIND_OF_ROLE = {"assistant": "answer", "function": "tool", "ipython": "tool"}
 
 
 def outline_of(rendering: Rendering, messages: Messages, cuts: tuple[int, ...] = ()) -> Outline:
-    """The outline of a text that is cut at `cuts`, and before each reply that is encoded apart."""
+    """The outline of a text that is cut at `cuts`, where its row writes control tokens, and where its turns are."""
     turns = tuple((t.message, t.start, t.end, t.stop) for t in rendering.turns)
     notes = rendering.notes + tuple(n for t in rendering.turns for n in t.notes)
-    cuts = tuple(sorted({*cuts, *(t.start for t in rendering.turns if t.is_apart)}))
+    notes += (_AS_TEXT,) if cuts else ()
+    cuts = tuple(sorted({*cuts, *(t.cut for t in rendering.turns if t.cut is not None)}))
     return Outline(rendering.text, turns, tuple(_merged(_runs(rendering, messages))), notes, cuts=cuts)
+
+
+_AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
 
 
 def with_thoughts(outline: Outline, tags: Tags, masked: bool = False) -> Outline:
@@ -63,9 +67,7 @@ def with_thoughts(outline: Outline, tags: Tags, masked: bool = False) -> Outline
 def _after_thought(text: str, turn: Borders, tags: Tags) -> int | None:
     """Where the answer begins after the thought of a turn that begins with one, or goes on with one of its prompt's."""
     _, start, end, _ = turn
-    found = (tags.rest_of_thought if tags.opened.search(text[:start]) else tags.thought).match(
-        text, start, end
-    )
+    found = (tags.rest_of_thought if tags.opens(text[:start]) else tags.thought).match(text, start, end)
     return found and found.end()
 
 

@@ -133,7 +133,7 @@ class Pairs:
         if border is not None:
             return encoded, border, ()
         first = across(encoded, len(row.x))
-        if self.options.border == "refuse" or first is None:
+        if self.options.border in ("auto", "refuse") or first is None:
             raise straddle(encoded, len(row.x), "y")
         token = encoded.text[encoded.starts[first] : encoded.stops[first]]
         masked = self.options.border == "mask"

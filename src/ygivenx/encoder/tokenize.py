@@ -215,7 +215,8 @@ class Tokens:
         cuts: where the text was cut, as `encode_cut` does.
         """
         if not encoded.tiled:
-            prefix = self.ids(encoded.text[:character])
+            own_cuts = tuple(c for c in cuts if c < character)
+            prefix = self.encode_cut([(encoded.text[:character], own_cuts)])[0].ids
             return len(prefix) if np.array_equal(prefix, encoded.ids[: len(prefix)]) else None
         if across(encoded, character) is not None:
             return None
@@ -439,6 +440,7 @@ def straddle(encoded: Encoded, at: int, field: str) -> RowError:
         reason="straddling_token",
         field=field,
         why="inference shows x encoded alone: the model would be trained on ids that it never sees",
-        fix="border='split' encodes x and y apart, border='mask' leaves a token that holds both out of y, "
-        "border='refuse' (the default) keeps such rows out",
+        fix="border='y' counts a token that holds both as y, border='mask' as x, border='split' encodes x and y apart"
+        if field == "y"
+        else "border='split' encodes x and y apart, border='mask' leaves a token that holds both out of y",
     )

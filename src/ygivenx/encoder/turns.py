@@ -34,6 +34,8 @@ from .render import Renderings, Turn, quoted, runs_of_message
 from .tokenize import Tokens
 
 USER = {"role": "user", "content": "x"}
+# What closes a thought that a reply lacks: as context, or trained (`thoughts="empty"`).
+EMPTY_THOUGHTS = frozenset({"empty_think", "trained_empty_think"})
 
 
 class End(NamedTuple):
@@ -221,9 +223,7 @@ def joined(rendered: Renderings, i: int, repairs: frozenset[str], end: End, cont
     continues: whether F begins with P; then nothing but a thought is put together.
     """
     shown = rendered.prompt(i)
-    if rendered.tags.opened.search(shown) and (
-        turn := _after_open_thought(rendered, i, repairs, end, continues)
-    ):
+    if rendered.tags.opens(shown) and (turn := _after_open_thought(rendered, i, repairs, end, continues)):
         return turn
     if continues:
         return None
@@ -232,14 +232,23 @@ def joined(rendered: Renderings, i: int, repairs: frozenset[str], end: End, cont
 
 
 def _put_together(
-    rendered: Renderings, i: int, what: str, parts: list[str], end: End, is_apart: bool = False
+    rendered: Renderings,
+    i: int,
+    what: str,
+    parts: list[str],
+    end: End,
+    context: str = "",
+    is_apart: bool = False,
 ) -> Turn:
+    """P, `context` and the parts of a reply as one turn. is_apart: what follows P is encoded by itself."""
     shown, prompt = rendered.prompt(i), rendered.traced_prompt(i)
-    traced = prompt and Traced(join([prompt.text, *parts, end.token]), prompt.sources)
-    stop = len(shown) + sum(map(len, parts))
+    traced = prompt and Traced(join([prompt.text, context, *parts, end.token]), prompt.sources)
+    start = len(shown) + len(context)
+    stop = start + sum(map(len, parts))
     notes = (f"messages[{i}]: {what}; the ids differ from the template's", *([end.note] if end.note else []))
-    text = "".join([shown, *parts, end.token])
-    return Turn(i, text, len(shown), stop, stop + len(end.token), traced, notes, is_apart)
+    text = "".join([shown, context, *parts, end.token])
+    cut = len(shown) if is_apart else None
+    return Turn(i, text, start, stop, stop + len(end.token), traced, notes, cut)
 
 
 # --- a thought that the prompt opens ---------------------------------------------------------------------
@@ -259,20 +268,30 @@ def _after_open_thought(
         parts = [reasoning, own[1], rendered.text_of(own[2], i, "content")]
         what = f"its own reasoning continues the {pair[0]} that the prompt opens"
         return _put_together(rendered, i, what, [p for p in parts if p], end)
-    if own or "empty_think" not in repairs or rendered.tags.thinks(message):
+    if own or rendered.tags.thinks(message) or not repairs & EMPTY_THOUGHTS:
         return None
-    # P ends in `<think>` and the row has none: P + `</think>` + answer. `\n` that ends P and `\n` that follows are
-    # one token together, which inference never sees: so the two are encoded apart.
-    what = f"the {pair[0]} that the prompt opens is closed at once, encoded apart"
-    if continues:
-        return _put_together(
-            rendered, i, what, _written_after(rendered, i, len(shown), end.at), end, is_apart=True
-        )
-    content = message.get("content") or ""
-    if message.get("tool_calls") or not isinstance(content, str):
+    return _after_empty_thought(rendered, i, pair, end, continues, "empty_think" in repairs)
+
+
+def _after_empty_thought(
+    rendered: Renderings, i: int, pair: tuple[str, str], end: End, continues: bool, is_context: bool
+) -> Turn | None:
+    """The reply after the thought that the prompt opens, which is closed at once; as context, or as y."""
+    # `\n` that ends P and `\n` that follows are one token together, which inference never sees: encoded apart.
+    shown, text = rendered.prompt(i), rendered.closed(i + 1)
+    begin = len(shown) if continues else position_after(rendered.tags.without(shown), text)
+    first = _first_word(rendered, i, end.at)
+    if begin is None or first is None:
         return None
-    parts = [f"\n{pair[1]}\n\n", rendered.text_of(content, i, "content")]
-    return _put_together(rendered, i, what, parts, end, is_apart=True)
+    closing, begin = rendered.tags.closes_at(text, begin, first) or (rendered.tags.closing_of(pair), begin)
+    parts = _reply_beyond(rendered, i, begin, end.at)
+    if parts is None:
+        return None
+    what = f"it has no thought, and the {pair[0]} that its prompt opens is closed at once"
+    if is_context:
+        what += ", as context: nothing of a thought is trained"
+        return _put_together(rendered, i, what, parts, end, closing, is_apart=True)
+    return _put_together(rendered, i, what, [closing, *parts], end, is_apart=True)
 
 
 def _written_after(rendered: Renderings, i: int, begin: int, stop: int) -> list[str]:
@@ -289,13 +308,16 @@ def _kept_prompt(
 ) -> tuple[str, list[str]] | None:
     """What is kept of the prompt, and the reply that goes after it; in F it ends at `end`."""
     shown, text = rendered.prompt(i), rendered.closed(i + 1)
-    if "closed_think" in repairs and (begin := _after_closed(rendered, shown, text)) is not None:
+    first = _first_word(rendered, i, end)
+    if (
+        first is not None
+        and "closed_think" in repairs
+        and not rendered.tags.thinks(rendered.inputs.messages[i])
+        and (begin := _after_closed(rendered, shown, text, first)) is not None
+    ):
         what = _KEPT.format("an empty thought that it closes itself")
         return (what, _written_after(rendered, i, begin, end)) if begin <= end else None
-    lacks_thought = rendered.tags.opened.search(shown) and not rendered.tags.thinks(
-        rendered.inputs.messages[i]
-    )
-    if "whitespace" in repairs and not lacks_thought and (begin := position_after(shown, text)) is not None:
+    if "whitespace" in repairs and (begin := position_after(shown, text)) is not None:
         parts = _reply_beyond(rendered, i, begin, end)
         return (_KEPT.format("white space alone"), parts) if parts else None
     begin = _after_last(rendered, i) if "history" in repairs else None
@@ -304,12 +326,19 @@ def _kept_prompt(
     return None
 
 
-def _after_closed(rendered: Renderings, shown: str, text: str) -> int | None:
-    """Where the reply begins in F, if P says the same before it, then thinks nothing, and the reply doesn't think."""
+def _after_closed(rendered: Renderings, shown: str, text: str, first: int) -> int | None:
+    """Where the reply begins in F, if P says the same before it, then thinks nothing, and the reply doesn't think.
+
+    F, in which the reply's first word stands at `first`, may have that empty thought written otherwise: without its
+    opening tag, as DeepSeek's, or none of it.
+    """
     empty = rendered.tags.closed.search(shown)
     if not empty or not text.startswith(shown[: empty.start()]):
         return None
-    return None if rendered.tags.marks.match(text, empty.start()) else empty.start()
+    if written := rendered.tags.closes_at(text, empty.start(), first):
+        return written[1]
+    has_own = empty.start() < first and rendered.tags.marks.match(text, empty.start())
+    return None if has_own else empty.start()
 
 
 def position_after(shown: str, text: str) -> int | None:
@@ -328,11 +357,16 @@ def position_after(shown: str, text: str) -> int | None:
 
 def _reply_beyond(rendered: Renderings, i: int, begin: int, end: int) -> list[str] | None:
     """F[begin:end] without the template's own white space before the reply; None where that isn't known."""
-    whole = rendered.traced(i + 1)
-    if whole is None or begin > end:
+    whole, first = rendered.traced(i + 1), _first_word(rendered, i, end)
+    if whole is None or first is None or not begin <= first <= end:
         return None
-    first = next((start for start, _ in runs_of_message(whole, i)), end)
-    return [whole.text[begin:first].lstrip(), whole.text[first:end]] if begin <= first <= end else None
+    return [whole.text[begin:first].lstrip(), whole.text[first:end]]
+
+
+def _first_word(rendered: Renderings, i: int, end: int) -> int | None:
+    """Where in F message i begins to speak; `end` for one of no words, None where that isn't known."""
+    whole = rendered.traced(i + 1)
+    return None if whole is None else next((start for start, _ in runs_of_message(whole, i)), end)
 
 
 def _after_last(rendered: Renderings, i: int) -> int | None:

@@ -20,6 +20,8 @@ _WAYS: dict[str, tuple[dict[str, str], ...]] = {
     "no_end_of_turn": (*_REPAIRS, {"context": "rendered"}),
     "no_prompt": ({"context": "rendered"},),
     "dropped_field": (*_REPAIRS, {"dropped": "warn"}),
+    "changed_text": ({"dropped": "warn"},),
+    "no_thought": (*_THOUGHTS, *_REPAIRS),
     "template_error": _REPAIRS,
     "control_text": ({"control": "text"},),
     "no_origins": ({"control": "parse"},),

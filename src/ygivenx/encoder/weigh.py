@@ -126,6 +126,17 @@ def _without_cut_reply(sequence: Sequence, most: int) -> Sequence:
     )
 
 
+def no_reply() -> RowError:
+    """A conversation in which nobody answers."""
+    return RowError(
+        "this conversation has no assistant message",
+        reason="nothing_trained",
+        field="messages",
+        why="only what the assistant says is trained",
+        fix="give the reply, or name another role to be trained: train='roles=user'",
+    )
+
+
 def _nothing_trained(sequences: list[Sequence]) -> RowError:
     why, fix = "", "check train=, the messages' weights, and that the row has a reply"
     if any(UNTRAINED_FIRST in s.notes for s in sequences):
@@ -184,10 +195,12 @@ def sequences_of(
             own = min((borders[start] for _, start, _, _ in outline.turns), default=len(weights))
             known = max(_common(s.ids, encoded.ids) for s in sequences)
             weights[: min(own, known)] = 0
-        as_text = (_AS_TEXT,) if set(outline.cuts) - {t[1] for t in outline.turns} else ()
         pieces = Pieces(encoded.text, encoded.starts, encoded.stops)
-        all_notes = (*notes, *outline.notes, *of_spans, *found.notes, *as_text)
+        all_notes = (*notes, *outline.notes, *of_spans, *found.notes)
         sequences.append(sequence_of(encoded.ids, weights, segments, pieces, all_notes))
+    is_asked = any(m.get("role") == "assistant" for m in chat.row.messages)
+    if not is_asked and not any(s.weights.any() for s in sequences):
+        raise no_reply()
     return fitted(sequences, options.max_length, options.overflow)
 
 
@@ -207,9 +220,6 @@ def _common(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> int:
     n = min(len(a), len(b))
     differ = np.flatnonzero(a[:n] != b[:n])
     return int(differ[0]) if len(differ) else n
-
-
-_AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
 
 
 # === shorter rows ========================================================================================

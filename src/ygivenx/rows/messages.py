@@ -16,13 +16,15 @@ from typing import Any
 from ..errors import RowError, nearest
 from .nouns import Message
 from .values import as_list, as_object, encodable, from_json, json_value, text
-from .weights import WEIGHT_KEYS, take_weight, weighted
+from .weights import MESSAGE_KEYS, WEIGHT_KEYS, take_weight, weighted
 
 _TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 # Encodable by other checks; of other keys all that is in them is looked at.
 _CHECKED = {"role", "content", *WEIGHT_KEYS, *_TEXT_KEYS}
 # What ygivenx itself reads of a message, or gives to the template under the name that it reads.
 READ_KEYS = frozenset({"role", "content", "tool_calls", "prefix", *WEIGHT_KEYS, *_TEXT_KEYS})
+# What it reads of a message as rows have it.
+KNOWN_KEYS = frozenset({*READ_KEYS, *MESSAGE_KEYS})
 
 # Mistral and DeepSeek call the reply that generation goes on with `prefix`, Kimi `partial`.
 _PREFIX_KEYS = ("prefix", "partial", "continue_final_message")

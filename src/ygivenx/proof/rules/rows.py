@@ -32,7 +32,7 @@ _quarantine_rule(
     fix="Encode it as text (control='text'), or leave the row out, as the encoder does by default.",
 )  # fmt: skip
 _quarantine_rule(
-    "prompt-not-continued", "warning", "not_continued",
+    "prompt-not-continued", "warning", "not_continued", "no_thought",
     found="rows don't continue their prompt",
     why="The template renders the reply so that it doesn't continue what inference shows: training on it would "
     "teach a context that never occurs.",
@@ -123,11 +123,27 @@ def rows_unrecognised(ev: Evidence) -> Iterator[Hit]:
     fix="Nothing, if it is meant.",
 )
 def encoder_notes(ev: Evidence) -> Iterator[Hit]:
+    yield from _noted(ev, misspelt=False)
+
+
+@rule(
+    "key-misspelt",
+    "warning",
+    why="Nothing reads the key, which is nearly the name of one that is read: what it asks for isn't done.",
+    fix="Rename the key as the finding says, or remove it.",
+)
+def key_misspelt(ev: Evidence) -> Iterator[Hit]:
+    yield from _noted(ev, misspelt=True)
+
+
+def _noted(ev: Evidence, misspelt: bool) -> Iterator[Hit]:
+    """A hit for each note of sequences: those that name a likelier key, or all others."""
     by_note: dict[str, list[int]] = defaultdict(list)
     for number, example in zip(row_numbers(ev), ev.examples, strict=True):
         for s in example.sequences:
             for note in dict.fromkeys(re.sub(r"\[\d+\]", "[…]", n) for n in s.notes):
-                by_note[note].append(number)
+                if ("did you mean" in note) == misspelt:
+                    by_note[note].append(number)
     for note, at in by_note.items():
         examples = ({"where": f"rows {some(list(dict.fromkeys(at)))}"},)
         yield Hit(f"sequences: {note}", len(at), len(at) / len(ev.sequences), examples)
