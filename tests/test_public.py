@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -88,3 +90,18 @@ def test_documents_use_public_names_alone():
         code = re.findall(r"(?<!python -m )(?:from )?ygivenx\.([a-z_]+)", path.read_text())
         # Two modules of functions are public as modules.
         assert {c for c in code if c not in ("reference", "objectives", "json", "toml")} == set(), path.name
+
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [
+    p for folder in ("benchmarks", "examples", "scripts") for p in sorted((ROOT / folder).glob("*.py"))
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_what_a_script_imports_of_us_exists(script):
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "ygivenx":
+            module = import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or find_spec(f"{node.module}.{alias.name}"), alias.name
