@@ -264,7 +264,7 @@ def test_train_then_the_model_is_there(model, rows, tmp_path):
     ("args", "message"),
     [
         (["show", "absent.jsonl", "--model", "absent"], "absent"),
-        (["train", "--data", "x.jsonl"], "missing: model, output_dir"),
+        (["train", "--data", "x.jsonl"], "missing: --model, --output-dir"),
     ],
 )
 def test_input_errors_exit_with_2(args, message):

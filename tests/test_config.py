@@ -36,7 +36,7 @@ def test_flags_override_the_file(tmp_path):
         ({"seed": True}, "seed must be int"),
         ({"plain": "yes"}, "plain must be bool"),
         ({"learning_rate": "fast"}, "learning_rate must be float"),
-        ({"data": None}, "missing: data"),
+        ({"data": None}, "missing: --data"),
         ({"lr_scheduler": "cosin"}, "lr_scheduler must be one of (.|\n)*did you mean 'cosine'"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296(.|\n)*from 0 to 4294967295"),

@@ -69,7 +69,12 @@ def rejected(path, **options):
     """(reason, place) of the rejected rows of a file of which exactly one row is good."""
     items = all_of(read(path, **options))
     assert [i.value for i in items if isinstance(i, Row)] == [Pair("1+1=", "2")]
-    return [(i.reason, i.where.removeprefix(f"{path}, ")) for i in items if isinstance(i, Rejected)]
+    bad = [(n, i) for n, i in enumerate(items) if isinstance(i, Rejected)]
+    assert all(i.where.startswith(f"{path}, row {n}") for n, i in bad)
+    return [
+        (i.reason, i.where.removeprefix(f"{path}, ").removeprefix(f"row {n} (").replace(")", "", 1))
+        for n, i in bad
+    ]
 
 
 # --- kinds of files --------------------------------------------------------------------------------------
@@ -247,7 +252,7 @@ def test_a_rejected_row_says_what_where_and_why(tmp_path):
     path.write_bytes(lines([bad]))
     reader = read(path)
     (item,) = all_of(reader)
-    where = f"{path}, line 1, messages[1].content"
+    where = f"{path}, row 0 (line 1), messages[1].content"
     assert item == Rejected(bad, "null_content", where, item.message)
     assert item.message.startswith(f"{where}: the content is null or missing\n  why: ")
     assert reader.reasons == {"null_content": 1}
@@ -276,7 +281,7 @@ def test_a_record_over_several_lines_and_one_without_an_end(tmp_path):
     path.write_bytes(b'x,y\n"a\nb",c\n"half')
     row, cut = all_of(read(path))
     assert row.value == Pair("a\nb", "c")
-    assert (cut.reason, cut.where) == ("cut_off", f"{path}, line 4")
+    assert (cut.reason, cut.where) == ("cut_off", f"{path}, row 1 (line 4)")
     path.write_bytes(b'x,y\na,b\n"half,c\nd,e\n f,g\nh')
     _, cut = all_of(read(path))
     assert "through 4 lines" in cut.message

@@ -20,7 +20,7 @@ from test_chats import CHATML
 from tiny import llama
 
 from ygivenx.commands.config import TrainConfig
-from ygivenx.commands.finetune import Precision, finetune, precision_of, refuse_lone_ranks
+from ygivenx.commands.finetune import Precision, _resuming, finetune, precision_of, refuse_lone_ranks
 from ygivenx.errors import CheckpointError, ConfigError, LossError
 from ygivenx.locks import locked
 from ygivenx.training import checkpoint
@@ -272,7 +272,14 @@ def test_a_default_run_that_is_interrupted_can_be_gone_on_with(settings, number)
     assert process.returncode == 128 + number, said
     assert "Traceback" not in said
     last = checkpoint.newest(Path(settings["output_dir"]))
-    assert f"--resume auto goes on from {last}" in " ".join(said.split())
+    assert f"this goes on from {last}: ygx " in " ".join(said.split())
+
+
+def test_a_run_goes_on_by_its_own_command(monkeypatch):
+    argv = ["/x/ygx", "train", "a b.yaml", "--resume", "auto", "--lora=4"]
+    assert _resuming(argv) == "ygx train 'a b.yaml' --lora=4 --resume auto"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert _resuming(["x", "train"]) == "torchrun --nproc_per_node 2 -m ygivenx train --resume auto"
 
 
 def test_ctrl_c_says_where_it_goes_on(settings):
@@ -299,4 +306,4 @@ def test_ctrl_c_says_where_it_goes_on(settings):
     said = stderr.decode()
     assert process.returncode == 130, said
     assert "Traceback" not in said
-    assert f"--resume auto goes on from {checkpoint.newest(run_dir)}" in " ".join(said.split())
+    assert f"this goes on from {checkpoint.newest(run_dir)}: ygx " in " ".join(said.split())

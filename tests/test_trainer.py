@@ -188,12 +188,24 @@ def test_evaluation_tells_y_from_x(tmp_path):
     x = -sum(b.marginal for b in books) / sum(int((~s.output).sum()) - 1 for s in data)
     assert metrics["eval_conditional_nats"] == pytest.approx(y, rel=1e-5)
     assert metrics["eval_marginal_nats"] == pytest.approx(x, rel=1e-5)
-    first = count = 0
+    first = count = entropy = 0
     for s in data:
         logits = trainer.model(torch.from_numpy(np.array(s.ids))[None]).logits[0, :-1]
         hit = logits.argmax(-1).numpy() == s.ids[1:]
         first, count = first + hit[s.output[1:]].sum(), count + s.output.sum()
+        entropy += (
+            torch.distributions.Categorical(logits=logits).entropy().detach()[s.output[1:]].sum().item()
+        )
     assert metrics["eval_token_accuracy"] == first / count
+    assert metrics["eval_entropy"] == pytest.approx(entropy / count, rel=1e-5)
+
+
+def test_a_log_entry_says_how_probable_y_is_and_how_full_the_memory(tmp_path):
+    trainer = make(tmp_path, sequences(4), max_steps=2, logging_steps=1)
+    trainer.train()
+    entries = [e for e in trainer.state.log_history if "loss" in e]
+    assert [e["log_p_y_per_token"] for e in entries] == pytest.approx([-e["loss"] for e in entries], rel=1e-3)
+    assert all(0 < e["memory_share"] < 1 for e in entries)
 
 
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path):

@@ -438,6 +438,7 @@ def merge(
     dtype: Annotated[
         str, typer.Option(help="of the merged weights: float32, bfloat16 or float16")
     ] = "float32",
+    verbose: Annotated[bool, typer.Option("--verbose", help="show what other libraries say")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Merge a LoRA adapter into its base: a plain model that every program loads.
@@ -450,7 +451,7 @@ def merge(
     from .commands.quiet import quiet
 
     refuse_unknown("dtype", [dtype], ("float32", "bfloat16", "float16"))
-    with quiet():
+    with quiet(verbose):
         adapters.merge(adapter, output, getattr(torch, dtype))
     say(f"merged: {output}")
     if as_json:

@@ -108,6 +108,7 @@ class ModelOptions:
     trust_remote_code: bool = option(
         False, "run Python code that comes with the model; never otherwise", flags="--trust-remote-code"
     )
+    verbose: bool = option(False, "show what other libraries say", flags="--verbose")
 
 
 @dataclass(frozen=True)
@@ -213,7 +214,6 @@ class OutputSection:
         None, "checkpoints, the final model and the report", flags="--output-dir", required=True
     )
     resume: str | None = option(None, "auto: go on from the newest checkpoint; or a checkpoint's directory")
-    verbose: bool = option(False, "show what other libraries say")
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class TrainConfig:
     def of(cls, path: Path | None, flags: Mapping[str, Any]) -> TrainConfig:
         """The keys of a YAML file, overridden by flags that are not None; both may be flat or in sections."""
         read = {} if path is None else _read(path)
-        placed = _Placed()
+        placed = _Placed(path)
         placed.add(read, str(path))
         placed.add({k: v for k, v in flags.items() if v is not None}, "flags")
         return placed.config()
@@ -313,7 +313,8 @@ _ELSEWHERE = {
 class _Placed:
     """Values by section and field, and where each was said."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: Path | None = None) -> None:
+        self.file = file
         self.values: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
         self.further: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
         self.where: dict[tuple[str, str], str] = {}
@@ -351,11 +352,22 @@ class _Placed:
     def config(self) -> TrainConfig:
         """The sections, checked. Raises ConfigError for what couldn't run, before anything is loaded."""
         config = TrainConfig(**{name: self._section(name) for name in SECTIONS})
-        required = {"data": config.data.path, "model": config.model.path, "output_dir": config.output.dir}
-        missing = [key for key, value in required.items() if value is None]
+        required = {
+            f"{name}.{f.name}": f for name, s in SECTIONS.items() for f in fields(s) if f.metadata["required"]
+        }
+        missing = {k: f for k, f in required.items() if not self.values[k.split(".")[0]].get(f.name)}
         if missing:
-            fix = " ".join(f"--{key.replace('_', '-')} ..." for key in missing)
-            raise ConfigError(f"missing: {', '.join(missing)}", fix=fix)
+            flags = [flags_of(f)[0] for f in missing.values()]
+            named, by_flags = (
+                flags if self.file is None else list(missing),
+                " ".join(f"{f} ..." for f in flags),
+            )
+            fix = (
+                by_flags
+                if self.file is None
+                else f"set them there (model.path: path under model), or {by_flags}"
+            )
+            raise ConfigError(f"missing: {', '.join(named)}", where=str(self.file or ""), fix=fix)
         self._check(config)
         return config
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -60,7 +62,7 @@ def finetune(config: TrainConfig, console: Console) -> dict[str, Any]:
     """
     directory = Path(str(config.output.dir))
     _refuse_unwritable(directory)
-    with quiet(config.output.verbose):
+    with quiet(config.model.verbose):
         args = arguments_of(config)
         console.quiet = console.quiet or args.process_index > 0
         with locked(directory / KEPT, "ygx train", args.process_index == 0):
@@ -293,10 +295,18 @@ def run(trainer: Trainer, start: Path | None, console: Console) -> Any:
     if not interrupts.received:
         return outcome
     last = checkpoint.newest(Path(trainer.args.output_dir))
-    kept = f"--resume auto goes on from {last}" if last else "no checkpoint was saved"
+    kept = f"this goes on from {last}:\n  {_resuming(sys.argv)}" if last else "no checkpoint was saved"
     say(f"interrupted at step {trainer.state.global_step} of {trainer.steps}: {kept}", console)
     trainer.end_ranks()
     raise SystemExit(128 + interrupts.received)  # what shells call a program that a signal ended
+
+
+def _resuming(argv: list[str]) -> str:
+    """The command line that goes on with a run which was started by `argv`."""
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    start = "ygx" if ranks == "1" else f"torchrun --nproc_per_node {ranks} -m ygivenx"
+    given = [a for a, before in zip(argv[1:], ["", *argv[1:]], strict=False) if "--resume" not in (a, before)]
+    return " ".join([start, *map(quote, given), "--resume auto"])
 
 
 def evaluation(trainer: Trainer) -> dict[str, float]:

@@ -19,7 +19,7 @@ def replies(
     weights: Weights, sampling: Sampling, prompts: list[str] | None, silent: bool = False
 ) -> list[dict[str, Any]]:
     """A reply to each prompt, or to each line of standard input as one chat; printed as they come unless `silent`."""
-    with quiet():
+    with quiet(weights.verbose):
         model, tokenizer = open_model(weights, weights.dtype)
         stops = stop_ids(model, open_encoder(weights, EncoderSection()))
         torch.manual_seed(sampling.seed)

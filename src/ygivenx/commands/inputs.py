@@ -21,6 +21,7 @@ from ..rows.data import Reader, Row, read
 from ..sequence import Example, Rejected
 from ..show import visible
 from .config import ColumnOptions, EncoderSection, LimitedRowOptions, ModelOptions
+from .quiet import quiet
 
 if TYPE_CHECKING:
     from ..encoder.encode import Encoder
@@ -42,7 +43,7 @@ def open_model(source: ModelOptions, dtype: str = "float32") -> tuple[Any, Any]:
     from ..models.model import load
 
     keep_freed_memory()
-    with console.status("loading the model"):
+    with console.status("loading the model"), quiet(source.verbose):
         loaded = load(
             str(source.path),
             gguf_file=source.gguf_file,
@@ -64,7 +65,7 @@ def open_encoder(source: ModelOptions, section: EncoderSection, **options: Any) 
     """The encoder of a model; what the section says of `options` counts."""
     from ..encoder.encode import Encoder
 
-    with console.status("loading the tokenizer"):
+    with console.status("loading the tokenizer"), quiet(source.verbose):
         encoder = Encoder.from_pretrained(
             str(source.path),
             gguf_file=source.gguf_file,

@@ -26,9 +26,11 @@ RATED = (
 # positive; losses, which entries hold as nats, never negative.
 SHOWN = (
     ("loss", "loss", ".4f", 1),
+    ("log_p_y_per_token", "log Pr(y|x)/token", ".4f", 1),
     ("eval_conditional_nats", "log Pr(y|x)/token", ".4f", -1),
     ("eval_marginal_nats", "log Pr(x)/token", ".4f", -1),
     ("eval_token_accuracy", "accuracy of y", ".1%", 1),
+    ("eval_entropy", "entropy of y", ".3f", 1),
     *((f"{when}{name}", label, form, sign) for when in ("", "eval_") for name, label, form, sign in RATED),
     ("grad_norm", "grad", ".3g", 1),
     ("learning_rate", "lr", ".2e", 1),
@@ -37,6 +39,7 @@ SHOWN = (
     ("trained_share", "trained", ".1%", 1),
     ("sharing", "sharing", ".2f", 1),
     ("peak_memory_mib", "peak MiB", ".0f", 1),
+    ("memory_share", "of memory", ".0%", 1),
 )
 SILENCE = 10.0  # seconds after which a run without a terminal says that it is alive
 
@@ -121,7 +124,7 @@ class RichProgress(TrainerCallback):
     def _break_silence(self, state: Any) -> None:
         now = time.monotonic()
         if state.is_world_process_zero and not self.console.is_terminal and now - self._spoke > SILENCE:
-            self.console.print(f"step {state.global_step:>5} of {state.max_steps}{self._remaining(state)}")
+            self.console.print(f"step {state.global_step:>5} of {state.max_steps}")
             self._spoke = now
 
     def _remaining(self, state: Any) -> str:

@@ -256,7 +256,7 @@ def score_file(
             output.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(output, "ygx score"))
             stack.enter_context(writing(output))
-        stack.enter_context(quiet())
+        stack.enter_context(quiet(weights.verbose))
         try:
             return _score_file(data, weights, columns, scoring, output, ray, console, silent)
         except KeyboardInterrupt:

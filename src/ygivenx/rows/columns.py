@@ -19,7 +19,7 @@ REJECTED = (
     "non_preferred_output",
 )
 JUDGEMENTS = ("label", "kto_tag")
-_MEANINGFUL = frozenset((*REJECTED, *JUDGEMENTS, *MEDIA_KEYS))
+CHANGE_MEANING = frozenset((*REJECTED, *JUDGEMENTS, *MEDIA_KEYS))
 
 
 def given(row: Record, column: str) -> Any:
@@ -30,7 +30,7 @@ def given(row: Record, column: str) -> Any:
 
 def refuse_other_meanings(row: Record, used: tuple[str, ...] = ()) -> None:
     """Raise RowError for a column by which the row isn't what its format takes it for; `used` ones are known."""
-    if _MEANINGFUL.isdisjoint(row):
+    if CHANGE_MEANING.isdisjoint(row):
         return
     for column in (c for c in REJECTED if c not in used and given(row, c) is not None):
         raise preference(f"the column {column!r}: the row has a worse reply beside its better one", column)

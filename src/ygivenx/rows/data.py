@@ -37,7 +37,7 @@ _PEEK = 20  # rows whose columns decide the format
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An accepted row: `index` counts all rows read from 0, `where` says file and line (from 1) or row (from 0)."""
+    """An accepted row: `index` counts all rows read from 0, `where` says file, row and line (from 1), if it has one."""
 
     index: int
     where: str
@@ -130,7 +130,8 @@ class Reader:
                 return
 
     def _judge(self, raw: RawRow) -> Row | Rejected:
-        where = f"{self.name}, {raw.place}"
+        row = f"row {self.read}"
+        where = f"{self.name}, {row}" + (f" ({raw.place})" if raw.place != row else "")
         try:
             if raw.fault:
                 raise raw.fault

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError, DataError, RowError, nearest, refuse_unknown
 from . import converters, preferences
-from .columns import JUDGEMENTS, Record, judgement
+from .columns import CHANGE_MEANING, JUDGEMENTS, Record, judgement
 from .converters import TEMPLATE_COLUMNS, weighing_one
 from .nouns import Conversation, Pair, Preference, Rated, TokenRow
 from .token_rows import OPTIONAL, of_token_pair, of_tokens, token_columns
@@ -75,10 +75,14 @@ class Format:
         columns = list(columns)
         known = self.optional if self.name in _UNJUDGED else (*self.optional, *JUDGEMENTS)
         used = [*self.required, *(c for c in columns if c in known and c not in self.required)]
-        ignored = [c for c in columns if c not in used]
-        return (
-            f"{self.name} (columns: {', '.join(used)}{'; ignored: ' if ignored else ''}{', '.join(ignored)})"
-        )
+        others = [c for c in columns if c not in used]
+        refused = [c for c in others if c in CHANGE_MEANING]
+        kinds = {
+            "ignored": [c for c in others if c not in refused],
+            "refused where they say something": refused,
+        }
+        rest = "".join(f"; {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+        return f"{self.name} (columns: {', '.join(used)}{rest})"
 
 
 # A label beside these judges no reply: it is the class of a text, or contradicts what the format says.

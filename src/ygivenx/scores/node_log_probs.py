@@ -5,7 +5,8 @@ Equals `ygivenx.reference.log_probs` of each path, up to the rounding of the mod
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ..choices import Route
 from ..errors import ModelError
 from ..forest import Forest, Ints
-from ..head.distribution import Description, Wants, describe
+from ..head.distribution import Wants, describe
 from ..head.logit_head import LogitHead
 from ..head.selective import Ranked, log_probs
 from ..models.model import head_of, stream_hidden
@@ -59,8 +60,10 @@ def node_values(
     route: Route = "auto",
     ranks: bool = True,
     wants: Wants | None = None,
+    described: npt.NDArray[np.bool_] | None = None,
 ) -> NodeValues:
-    """log Pr(token | path) and its rank, of the `scored` nodes; no rank without `ranks`, more with `wants`.
+    """log Pr(token | path) and its rank, of the `scored` nodes; no rank without `ranks`, more with `wants`, of all of
+    them or of those in the mask `described`, bool [N].
 
     NaN and −1 elsewhere, and at roots, which have no context. The forest is
     streamed, `chunk` nodes at a time, with the keys and values of the current path: memory is bounded by the
@@ -73,12 +76,20 @@ def node_values(
         at, local = edges.leaving(part)
         rows, targets = (torch.from_numpy(a).to(hidden.device) for a in (local, edges.targets[at]))
         values = _head_values(head, hidden, rows, targets, ranks)
-        more = describe(hidden, head, rows, targets, wants) if wants and len(rows) else Description()
-        for array, value in zip(found, (*values, more.entropy, more.top_ids, more.top_log_p), strict=True):
-            if array is not None and value is not None:
-                array[edges.nodes[at]] = value.cpu().numpy()
+        nodes = edges.nodes[at]
+        _fill(found[:2], values, nodes)
+        some = np.arange(len(nodes)) if described is None else np.flatnonzero(described[nodes])
+        if wants and len(some):
+            more = describe(hidden, head, rows[some], targets[some], wants)
+            _fill(found[2:], (more.entropy, more.top_ids, more.top_log_p), nodes[some])
     _refuse_nan(model, found.log_p[edges.nodes])
     return found
+
+
+def _fill(arrays: Iterable[Any], values: Iterable[Tensor | None], nodes: Ints) -> None:
+    for array, value in zip(arrays, values, strict=True):
+        if array is not None and value is not None:
+            array[nodes] = value.cpu().numpy()
 
 
 def _empty(count: int, vocabulary: int, wants: Wants) -> NodeValues:

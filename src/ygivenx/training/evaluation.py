@@ -7,12 +7,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from ..choices import Denominator
 from ..encoded import EncodedRows
-from ..forest import Forest, Ints
+from ..forest import Forest
+from ..head.distribution import Wants
 from ..models.streaming import ONE_PASS
 from ..models.wrappers import inside_forward, sharded
 from ..scores.node_log_probs import Float64s, NodeValues, node_values
@@ -30,23 +32,27 @@ def evaluate(
     ranks: int = 1,
     denominator: Denominator = "tokens",
 ) -> torch.Tensor:
-    """Sums over the data, float64 [7]: Σ log p and tokens of y, of x, Σ w·log p and Σ w, tokens of y that come first.
+    """Sums over the data, float64 [8]: Σ log p and tokens of y, of x, Σ w·log p and Σ w, tokens of y that come first,
+    Σ entropy of what predicts y.
 
     denominator: as in training, so that the two losses are one quantity.
     """
     rows = EncodedRows.of(data)
     packs = plan_of(rows, max_tokens)
     own = range(rank, len(packs), ranks)
-    sums = np.zeros(7)
+    sums = np.zeros(8)
     was_training = model.training
     model.eval()
     try:
         for number in own:
             sequences = [weighed(rows[i], denominator) for i in packs[number]]
             forest = Forest.of(sequences)
-            log_p, place = _values(model, forest)[:2]
+            of_y = np.zeros(len(forest), bool)
             for sequence, path in zip(sequences, forest.paths, strict=True):
-                sums += _role_sums(sequence, log_p[path], place[path])
+                of_y[path[sequence.output]] = True
+            values = _values(model, forest, of_y)
+            for sequence, path in zip(sequences, forest.paths, strict=True):
+                sums += _role_sums(sequence, values.of(path))
         if sharded(model) and len(own) < len(range(0, len(packs), ranks)):
             # gathers the weights once more, as the other ranks do
             _values(model, Forest.of(rows.bare(i) for i in packs[0]))
@@ -58,23 +64,29 @@ def evaluate(
 def rates(sums: torch.Tensor) -> dict[str, float]:
     """Nats per token from the sums of `evaluate`; a role without tokens is left out.
 
-    token_accuracy: the share of tokens of y that are the most probable ones.
+    token_accuracy: the share of tokens of y that are the most probable ones. entropy: of the distributions that predict
+    y, in nats.
     """
-    y, n_y, x, n_x, weighted, weight, first = sums.tolist()
+    y, n_y, x, n_x, weighted, weight, first, entropy = sums.tolist()
     parts = {
         "loss": (-weighted, weight), "conditional_nats": (-y, n_y), "marginal_nats": (-x, n_x),
-        "token_accuracy": (first, n_y),
+        "token_accuracy": (first, n_y), "entropy": (entropy, n_y),
     }  # fmt: skip
     return {name: total / count for name, (total, count) in parts.items() if count}
 
 
-def _values(model: nn.Module, forest: Forest) -> NodeValues:
+def _values(model: nn.Module, forest: Forest, of_y: npt.NDArray[np.bool_] | None = None) -> NodeValues:
+    wants = Wants(entropy=of_y is not None)
     if not sharded(model):
-        return node_values(model, forest)
-    return inside_forward(model, lambda inner: node_values(inner, forest, chunk=ONE_PASS))
+        return node_values(model, forest, wants=wants, described=of_y)
+    return inside_forward(
+        model, lambda inner: node_values(inner, forest, chunk=ONE_PASS, wants=wants, described=of_y)
+    )
 
 
-def _role_sums(s: Sequence, log_p: Float64s, rank: Ints) -> Float64s:
+def _role_sums(s: Sequence, values: NodeValues) -> Float64s:
+    log_p, rank, entropy = values.log_p, values.rank, values.entropy
+    assert entropy is not None
     output = s.output
     x = ~output & ~np.isnan(log_p)
     w = s.weights.astype(np.float64)
@@ -87,5 +99,6 @@ def _role_sums(s: Sequence, log_p: Float64s, rank: Ints) -> Float64s:
             np.nansum(w * log_p),
             math.fsum(w),
             (rank[output] == 0).sum(),
+            np.nansum(entropy[output]),
         ]
     )

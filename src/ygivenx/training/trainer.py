@@ -41,10 +41,14 @@ class Meter:
     since: float = field(default_factory=time.perf_counter)
     weight: float = 0.0
     trained: int = 0
+    targets: int = 0
+    log_p: float = 0.0
     distinct: int = 0
     total: int = 0
 
-    def add(self, forest: Forest) -> None:
+    def add(self, forest: Forest, log_p: torch.Tensor) -> None:
+        self.targets += len(log_p)
+        self.log_p += float(log_p.detach().sum())
         self.weight += float(forest.weight.sum(dtype=np.float64))
         self.trained += sum(int((forest.weight[p] > 0).sum()) for p in forest.paths)
         self.distinct += len(forest.token)
@@ -55,11 +59,14 @@ class Meter:
         seconds = time.perf_counter() - self.since
         if not self.total:
             return {}
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         readings = {
             "y_tokens_per_second": round(self.trained / seconds, 1),
             "trained_share": round(self.trained / self.total, 4),
             "sharing": round(self.total / self.distinct, 3),
+            "log_p_y_per_token": round(self.log_p / max(self.targets, 1), 6),
             "peak_memory_mib": round(memory.peak() / 2**20),
+            "memory_share": round(memory.peak() / memory.total(device), 3),
         }
         vars(self).update(vars(Meter()))
         return readings
@@ -219,13 +226,12 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        forest = inputs["forest"]
         with self.accelerator.autocast():
             # Ranks average their gradients, and W already counts all ranks: undo the average.
             weight = None if num_items_in_batch is None else float(num_items_in_batch) / self.args.world_size
             out = self._loss(model, inputs, weight)
         self._refuse_non_finite(out, inputs["names"])
-        self.meter.add(forest)
+        self.meter.add(inputs["forest"], out.log_p)
         self._value = out.value.detach()
         if out.value.requires_grad and self.accelerator.distributed_type != DistributedType.DEEPSPEED:
             out.value.register_hook(self._undivided)
