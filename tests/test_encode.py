@@ -133,7 +133,7 @@ def test_a_straddling_token_is_refused_with_the_ways_out(smol_tokenizer):
         Encoder(smol_tokenizer)(HUMANEVAL)
     assert e.value.reason == "straddling_token"
     assert r"'\n   '" in str(e.value)
-    for way in ("border='mask'", "border='split'", "border='refuse'"):
+    for way in ("border='mask'", "border='split'", "border='y'"):
         assert way in str(e.value)
 
 

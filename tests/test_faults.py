@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
+from ast import literal_eval
 from concurrent.futures import ThreadPoolExecutor
 from typing import get_type_hints
 
@@ -18,7 +19,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from ygivenx import Encoder, Example, RowError
 from ygivenx.commands.config import ColumnOptions, EncoderSection
-from ygivenx.commands.inputs import in_flags, open_rows
+from ygivenx.commands.inputs import Account, in_flags, open_rows
 from ygivenx.encoder.encode import CHOICES, OPTIONS
 from ygivenx.errors import ConfigError
 from ygivenx.proof.auditing import audit
@@ -424,3 +425,57 @@ def test_closed_thoughts_by_shape_are_those_of_rows_alone(tokenizer, reply_begin
         (s,) = example.sequences
         assert (s.ids.tolist(), s.weights.tolist()) == (alone.ids.tolist(), alone.weights.tolist())
         assert (s.segments, s.notes) == (alone.segments, alone.notes)
+
+
+EFFORT = thinking_only(
+    "{{ '<think>' if effort_of_thinking in ['high'] else '<think></think>' }}", ""
+).replace(
+    "<|im_start|>{{ m.role }}\n",
+    "<|im_start|>{{ m.role }}\n{{ '<think>' + m.thinking + '</think>' if m.thinking }}",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "ways"),
+    [
+        (
+            EFFORT,
+            {"messages": [user(), reply("yo", thinking="hm")]},
+            ["template_kwargs={'effort_of_thinking': 'high'}", "context='rendered'"],
+        ),
+        (CHATML, {"messages": [user(), calls(call(), content="yo")]}, ["dropped='warn'"]),
+        (CHATML.replace("m['content'] +", "m['content'][1].x +"), {"messages": [user(), reply("yo")]}, []),
+    ],
+    ids=["a switch with words", "dropped calls", "an error that nothing mends"],
+)
+def test_each_way_out_that_a_refusal_names_takes_the_row(tokenizer, template, row, ways):
+    """Y19: by applying it."""
+    error = refusal(made(tokenizer, template), *row["messages"])
+    if not ways:
+        assert "none that was tried takes this row" in error.fix
+        return
+    assert error.fix == f"tried on this row, and takes it: {' or '.join(ways)}"
+    for way in ways:
+        name, value = way.split("=", 1)
+        assert made(tokenizer, template, **{name: literal_eval(value)})(row).sequences
+
+
+def test_ways_out_are_tried_on_so_many_rows(tokenizer):
+    """Of a data set that a template never takes, each row costs no more than a look after the first hundred."""
+    enc = made(tokenizer, CHATML.partition("{% if add_")[0])
+    enc.batch([{"messages": [user(f"{n}"), reply("yo")]} for n in range(110)])
+    assert enc._ways_out._rows["no_prompt"] == 110
+    assert {way for _, way in enc._ways_out._helped} <= {"context='rendered'"}
+
+
+@pytest.mark.parametrize("overflow", ["drop_turns", "drop_reply", "truncate"])
+def test_what_does_not_fit_is_counted(tokenizer, overflow):
+    row = {"messages": [user(), reply("yo"), user("And?"), reply("no no no no no no")]}
+    whole = made(tokenizer, CHATML)(row).only
+    kept = made(tokenizer, CHATML, max_length=len(whole) - 4, overflow=overflow)(row).only
+    lost = int((whole.weights > 0).sum() - (kept.weights > 0).sum())
+    assert kept.cut == (len(whole) - len(kept), lost)
+    account = Account("messages")
+    account.accept(Example((kept,)))
+    account.accept(Example((whole,)))
+    assert account.document()["cut"] == {"rows": 1, "tokens": len(whole) - len(kept), "trained": lost}

@@ -40,7 +40,8 @@ class Sequence:
 
     ids: int64 [T]. weights: float32 [T]; weights[i] multiplies −log Pr(ids[i] | ids[:i]), so the first is 0.
     segments partition [0, T) in order. tokens: the text of each token, for people. notes: what a reader
-    has to know (a repair, a moved border, a rendering that differs from inference).
+    has to know (a repair, a moved border, a rendering that differs from inference). cut: how many tokens, and how many
+    trained ones, its row lost by max_length.
     """
 
     ids: npt.NDArray[np.int64]
@@ -48,6 +49,7 @@ class Sequence:
     segments: tuple[Segment, ...] = ()
     tokens: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    cut: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
         # Copies: freezing them below leaves the caller's own arrays as they were.

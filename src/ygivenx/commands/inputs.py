@@ -107,6 +107,7 @@ class Account:
     reasons: Counter[str] = field(default_factory=Counter)
     first: str = ""
     notes: Counter[str] = field(default_factory=Counter)
+    cut: Counter[str] = field(default_factory=Counter)  # by max_length: rows, tokens, trained tokens
     examples: dict[str, str] = field(default_factory=dict)
     _open: ExitStack = field(default_factory=ExitStack)
     _file: Any = None
@@ -114,6 +115,8 @@ class Account:
     def accept(self, example: Example | None = None) -> None:
         """Count an accepted row and what its sequences note."""
         self.accepted += 1
+        tokens, trained = (sum(s.cut[n] for s in example or ()) for n in (0, 1))
+        self.cut.update({"rows": 1, "tokens": tokens, "trained": trained} if tokens else {})
         for note in dict.fromkeys(n for s in example or () for n in s.notes):
             kind = re.sub(r"\d+", "N", note)
             self.notes[kind] += 1
@@ -161,6 +164,7 @@ class Account:
             "quarantined": self.reasons.total(),
             "reasons": dict(self.reasons.most_common()),
             "notes": dict(self.notes.most_common()),
+            "cut": dict(self.cut),
         }
 
     def end(self) -> None:
@@ -195,6 +199,9 @@ def say_account(account: dict[str, Any], first: str, examples: dict[str, str] | 
         say(f"  {count:>7,}  {reason}")
     if first:
         say(f"first of them: {in_flags(first)}")
+    if cut := account.get("cut"):
+        lost = f"{cut['tokens']:,} tokens, {cut['trained']:,} of them trained"
+        say(f"  {cut['rows']:>7,}  cut to fit max_length: {lost}")
     for kind, count in account.get("notes", {}).items():
         say(f"  {count:>7,}  accepted with a note, such as {(examples or {}).get(kind, kind)}")
 

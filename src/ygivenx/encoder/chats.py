@@ -25,7 +25,7 @@ from .render import (
     template_of,
 )
 from .tokenize import Encoded
-from .weigh import renumbered, sequences_of, shorter_rows
+from .weigh import counted, renumbered, sequences_of, shorter_rows
 
 
 @dataclass
@@ -123,5 +123,6 @@ class Chats:
                 if e.reason not in ("too_long", "nothing_trained"):
                     raise
                 continue
-            return [renumbered(s, first, len(row.messages) - len(kept.messages)) for s in sequences]
+            sequences = [renumbered(s, first, len(row.messages) - len(kept.messages)) for s in sequences]
+            return counted(sequences, Chats(replace(self.options, max_length=None)).sequences(row))
         raise refusal

@@ -52,7 +52,7 @@ REPAIRS = (*DEFAULT, "append_end", *FOLDS)
 IN_TURNS = frozenset(REPAIRS) - {*IN_ROWS, *FOLDS}  # done while a turn is proven
 CERTAIN = frozenset({"opening", "only_end"})  # of these: no text of the row has a part in them
 
-_SWITCH = re.compile("think|reason")
+SWITCH = re.compile("think|reason")
 _NEGATED = re.compile("skip|disable|hide|without|(?:^|_)no_")  # what such a switch turns off is the thought
 # Switches of how much history shows, not of whether to think.
 _LENGTH = re.compile("clear|truncate|preserve|keep|history|previous")
@@ -170,7 +170,7 @@ def _switched(
     if "template_kwargs" not in repairs:
         return lambda base: []
     open_names = template.undeclared - inputs.kwargs.keys() - set(REASONING_FIELDS)
-    names = sorted(n for n in open_names if _SWITCH.search(n))
+    names = sorted(n for n in open_names if SWITCH.search(n))
     values = {n: _values(n, inputs, to_train, tags) for n in names}
     settings = [{n: v} for n, some in values.items() for v in some]
     together = {n: some[0] for n, some in values.items() if len(some) == 1}
@@ -199,7 +199,7 @@ def _switched_off(
     if any(tags.thinks(inputs.messages[i]) for i in to_train):
         return
     for name in sorted(template.undeclared - inputs.kwargs.keys() - set(REASONING_FIELDS)):
-        if _SWITCH.search(name) and not _LENGTH.search(name):
+        if SWITCH.search(name) and not _LENGTH.search(name):
             for value in _values(name, inputs, to_train, tags):
                 yield _with_switches(inputs, {name: value})
 

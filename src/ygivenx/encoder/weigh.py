@@ -84,7 +84,14 @@ def fitted(sequences: list[Sequence], most: int | None, overflow: str) -> list[S
         lost = sum(int((s.weights > 0).sum()) for s in trained if not s.weights[:most].any())
         note = f"{left_out} later turns with nothing to train in {most} tokens are left out"
         cut[-1] = replace(cut[-1], notes=(*cut[-1].notes, f"{note}: {lost} trained tokens lost"))
-    return cut
+    return counted(cut, trained)
+
+
+def counted(kept: list[Sequence], whole: list[Sequence]) -> list[Sequence]:
+    """The sequences that are kept of a row; the last one says how many tokens, and trained ones, the row lost."""
+    tokens = sum(map(len, whole)) - sum(map(len, kept))
+    trained = sum(int((s.weights > 0).sum()) for s in whole) - sum(int((s.weights > 0).sum()) for s in kept)
+    return [*kept[:-1], replace(kept[-1], cut=(max(tokens, 0), max(trained, 0)))]
 
 
 def _with_whole_replies(sequences: list[Sequence], most: int) -> list[Sequence]:
@@ -101,7 +108,7 @@ def _with_whole_replies(sequences: list[Sequence], most: int) -> list[Sequence]:
             f"{left_out} later turns that don't fit in {most} tokens are left out: {lost} trained tokens lost"
         )
         kept[-1] = replace(kept[-1], notes=(*kept[-1].notes, note))
-    return kept
+    return counted(kept, sequences)
 
 
 def _without_cut_reply(sequence: Sequence, most: int) -> Sequence:
