@@ -13,7 +13,7 @@ a case run in one process, in turns: a round that warms up, then --runs of which
 on selected rows only); "padded" is what a trainer does by default: padded batches, all logits, labels of −100. The
 limit is tokens of all samples / distinct tokens. The limit by work counts multiplications instead: distinct tokens
 stand further back on average than the repeated ones, so each of them attends to more. Freed memory is kept for all
-contestants, as `yx.Trainer` and `ygx` do.
+contestants, as `ygx` does.
 """
 
 from __future__ import annotations

@@ -469,6 +469,18 @@ def test_ids_without_an_embedding_are_refused(at):
         yx.loss(llama(), [yx.Sequence(ids, np.array([0, 0, 0, 1, 1, 1]))])
 
 
+def test_odd_configs_are_exact():
+    plain, odd = llama(), llama(attn_implementation="eager")
+    odd.config.return_dict, odd.config.output_hidden_states, odd.config.pad_token_id = False, True, None
+    assert yx.loss(odd, tree(2)).value.item() == pytest.approx(yx.loss(plain, tree(2)).value.item(), rel=1e-5)
+    assert yx.loss(llama(num_hidden_layers=0), tree(2)).value.isfinite()
+
+
+def test_a_model_without_weights_is_refused():
+    with pytest.raises(ModelError, match="on the device `meta`"):
+        yx.loss(llama().to("meta"), tree(2))
+
+
 def test_what_is_no_causal_model_is_refused():
     with pytest.raises(ModelError, match="Linear has no decoder"):
         hidden_states(torch.nn.Linear(2, 2), yx.Forest.of(tree(0)))

@@ -49,6 +49,11 @@ def embeddings_of(decoder: Any) -> Tensor:
     while not isinstance(layer, nn.Embedding) and hasattr(layer, "original_module"):
         layer = layer.original_module  # PEFT's wrapper would make a whole new table of it
     weight: Tensor = layer.weight
+    if weight.is_meta:
+        raise ModelError(
+            "its weights are on the device `meta`, which holds no numbers", where=type(decoder).__name__,
+            fix="load it with yx.load, or from_pretrained without device_map='meta' and offloading",
+        )  # fmt: skip
     return weight
 
 
@@ -110,8 +115,7 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None 
             where=type(decoder).__name__,
             why="the others would mix tokens that don't stand on one path",
         )
-    hidden: Tensor = out.last_hidden_state
-    return hidden[0]
+    return _hidden(out)[0]
 
 
 def feed_sequences(decoder: nn.Module, ids: Tensor) -> Tensor:
@@ -119,6 +123,10 @@ def feed_sequences(decoder: nn.Module, ids: Tensor) -> Tensor:
     parameters = inspect.signature(decoder.forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
-    out = decoder(input_ids=ids, **options)
+    return _hidden(decoder(input_ids=ids, **options))
+
+
+def _hidden(out: Any) -> Tensor:
+    """The last hidden states of a decoder's output, which is a tuple where its config has `return_dict=False`."""
     hidden: Tensor = out.last_hidden_state if hasattr(out, "last_hidden_state") else out[0]
     return hidden

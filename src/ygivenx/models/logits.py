@@ -89,7 +89,8 @@ def _measure(model: Any, head: LogitHead, config: Any) -> _Measured:
     model.eval()
     try:
         hidden = feed_sequences(decoder_of(model), ids)
-        theirs = model(input_ids=ids).logits.double()
+        out = model(input_ids=ids)
+        theirs = (out.logits if hasattr(out, "logits") else out[0]).double()
         for prepares, softcap in itertools.product(
             (False, True), dict.fromkeys((_named_softcap(config), None))
         ):

@@ -256,5 +256,5 @@ def automatic(model: Any) -> int:
     elif model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
         values = wide + layers * hidden
     else:
-        values = wide * layers
+        values = wide * max(layers, 1)
     return max(LEAST, memory.total(embeddings.device) // int(2 * 4 * values))
