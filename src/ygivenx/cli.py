@@ -506,7 +506,9 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except YgivenxError as error:
-        err.print(f"error: {in_flags(str(error))}", style="bold red", highlight=False, markup=False)
+        err.print(
+            f"error: {in_flags(str(error))}", style="bold red", highlight=False, markup=False, soft_wrap=True
+        )
         sys.exit(USAGE)
     except BrokenPipeError:
         sys.exit(OK)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -18,6 +18,7 @@ import yaml
 from ..choices import Control, Denominator, Overflow, ScoreBorder, ScoreOverflow
 from ..errors import ConfigError, refuse_unknown
 from ..forest import MAX_TOKENS
+from .migration import hint
 from .options import (
     COUNT,
     PAIR,
@@ -330,7 +331,7 @@ class _Placed:
             elif key in _FLAT:
                 self._put(*_FLAT[key], value, where)
             else:
-                refuse_unknown("key", [key], [*SECTIONS, *_FLAT], where)
+                _refuse_key(key, [*SECTIONS, *_FLAT], where)
 
     def _put(self, section: str, key: str, value: Any, where: str) -> None:
         """One key of a section; what isn't a field of ours may be a name of the class that the section stands for."""
@@ -346,7 +347,7 @@ class _Placed:
             self.further[section][name] = value
         else:
             known = [k for k, (s, _) in _FLAT.items() if s == section]
-            refuse_unknown("key", [key], known, f"{where}, {section}")
+            _refuse_key(key, known, f"{where}, {section}")
         self.where[section, name] = where
 
     def config(self) -> TrainConfig:
@@ -385,6 +386,7 @@ class _Placed:
     def _checked_further(self, section: str, values: dict[str, Any]) -> dict[str, Any]:
         where = self.where[section, next(iter(values))]
         if section == "encoder":
+            _refuse_foreign(values, where)
             check_options(values, where)
             return values
         if section == "objective":
@@ -428,6 +430,19 @@ def _checked_objective(values: dict[str, Any], where: str) -> dict[str, Any]:
         error.where = where
         raise
     return values
+
+
+def _refuse_key(key: str, known: Iterable[str], where: str) -> None:
+    """Raise ConfigError for a key that isn't known; one that another tool has by what it is called here."""
+    if key not in (known := list(known)):
+        _refuse_foreign([key], where)
+    refuse_unknown("key", [key], known, where)
+
+
+def _refuse_foreign(names: Iterable[str], where: str) -> None:
+    for name in names:
+        if ours := hint(name):
+            raise ConfigError(f"{name!r} is another tool's name", where=where, fix=f"here: {ours}")
 
 
 def _lora_hints(values: Mapping[str, Any], where: str) -> dict[str, Any]:
