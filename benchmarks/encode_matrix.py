@@ -146,13 +146,15 @@ def named_options(message: str) -> Iterator[dict[str, Any]]:
             continue
 
 
-def outcomes(templates: dict[str, str], *, tries: bool = True) -> Iterator[Outcome]:
+def outcomes(templates: dict[str, str], *, tries: bool = True, of_table: bool = False) -> Iterator[Outcome]:
+    """Of all conversations under each template, or of those of the table alone."""
+    rows = {t: r for t, r in MATRIX.items() if not of_table or t in KINDS.values()}
     for name, template in templates.items():
         family = family_of(name, template)
         if family is None or not is_there(family):
             continue
         bench = Bench(name, template, family)
-        for title, row in MATRIX.items():
+        for title, row in rows.items():
             yield bench.outcome(title, row, tries=tries)
 
 
@@ -163,7 +165,7 @@ def report(found: list[Outcome], source: dict[str, Any]) -> dict[str, Any]:
     return {
         **source,
         "templates": len({o.template for o in found}),
-        "conversations": len(MATRIX),
+        "conversations": len({o.title for o in found}),
         "pairs": len(found),
         **rates(found),
         "silent_errors": [f"{o.template}, {o.title}: {f}" for o in found for f in o.faults],
@@ -222,7 +224,7 @@ def written(found: list[Outcome]) -> str:
     all_of, by_model = rates(found), table(found)
     results = all_of["results"]
     totals = {
-        "pairs of a template and a conversation": len(found),
+        f"{len(by_model)} templates, {len({o.title for o in found})} conversations: pairs": len(found),
         "trained as the template writes them": results.get("trained", 0),
         "repaired, with a note": results.get("repaired", 0),
         "not rendered by the template in any spelling": results.get("unrendered", 0),
@@ -285,7 +287,7 @@ def outcomes_of(choice: argparse.Namespace) -> list[Outcome]:
     if choice.of:
         return [Outcome(**json.loads(line)) for line in choice.of.read_text().splitlines()]
     found = []
-    for o in outcomes(chosen_templates(choice), tries=not choice.quick):
+    for o in outcomes(chosen_templates(choice), tries=not choice.quick, of_table=choice.table):
         found.append(o)
         if choice.details:
             with choice.details.open("a") as file:
@@ -297,6 +299,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--templates", type=Path, metavar="FOLDER")
     parser.add_argument("--current", action="store_true", help="templates of today's models alone")
+    parser.add_argument("--table", action="store_true", help="the conversations of the table alone")
     parser.add_argument("--only", default="", metavar="REGEX", help="templates whose name it finds")
     parser.add_argument(
         "--details", type=Path, metavar="FILE", help="each outcome as a line of JSON, added to it"
@@ -310,7 +313,8 @@ def main() -> None:
         put_between_marks(choice.write, written(found))
     source = {
         "command": "python benchmarks/encode_matrix.py"
-        + (" --templates FOLDER --current" if choice.current else ""),
+        + (" --templates FOLDER --current" if choice.current else "")
+        + (" --table" if choice.table else ""),
         "sources": Counter(n.partition("--")[0] for n in {o.template for o in found}),
         "trl": version("trl"),
     }

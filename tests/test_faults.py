@@ -14,6 +14,7 @@ from typing import get_type_hints
 
 import pytest
 from templates.conversations import call, calls, reply, result, system, tool, user
+from templates.real import tokenizer_of
 from templates.stock import stock_templates
 from tokenizers import Regex, pre_tokenizers
 
@@ -479,3 +480,33 @@ def test_what_does_not_fit_is_counted(tokenizer, overflow):
     account.accept(Example((kept,)))
     account.accept(Example((whole,)))
     assert account.document()["cut"] == {"rows": 1, "tokens": len(whole) - len(kept), "trained": lost}
+
+
+def test_an_empty_thought_by_other_tags_switches_nothing(tokenizer):
+    """Y8: Gemma 4's larger templates end their prompt in an empty thought in a channel, and write none in replies."""
+    tokenizer.add_tokens(["<|channel>", "<channel|>"])
+    channel = "{{ '' if enable_thinking else '<|channel>thought\n<channel|>' }}"
+    switched = "{{ '<|think|>' if enable_thinking and loop.first }}"
+    template = thinking_only(channel, "").replace(
+        "<|im_start|>{{ m.role }}\n", f"<|im_start|>{{{{ m.role }}}}\n{switched}"
+    )
+    example = made(tokenizer, template)({"messages": [user(), reply("yo")]})
+    assert "".join(example.only.tokens).endswith(
+        "assistant\n<|channel>thought\n<channel|>yo<|im_end|>\n"[:-1]
+    )
+    assert trained(example) == "yo<|im_end|>"
+    assert not any("rendered with" in n for n in example.only.notes)
+    assert "<|think|>" not in "".join(example.only.tokens)
+
+
+@needs_templates
+@pytest.mark.parametrize("name", [n for n in ("gemma4", "gemma4_v5") if n in SHELF])
+def test_gemma_4_without_a_thought(name):
+    """Y8 with the template itself and its vocabulary, where they are there."""
+    real = tokenizer_of("gemma3")
+    real.add_special_tokens(
+        {"additional_special_tokens": ["<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|think|>"]}
+    )
+    real.chat_template = SHELF[name]
+    example = Encoder(real, stops=["<turn|>"])({"messages": [user(), reply("yo")]})
+    assert (trained(example), "<|think|>" in "".join(example.only.tokens)) == ("yo<turn|>", False)
