@@ -193,6 +193,12 @@ def _shared() -> dict[str, str]:
         "shared tuples as keys": tuples + "{{ {x: 1} }}",
         "shared tuples tested": tuples + "{{ x in {} }}",
         "shared in a namespace": ns + "{{ ns.x }}",
+        "shared by namespace()": "{% set x = namespace(a=1) %}" + "{% set x = namespace(a=x, b=x) %}" * 60 + "{{ x }}",
+        "namespaces in namespaces": "{% set x = namespace() %}{% for i in range(60) %}{% set y = namespace() %}"
+        "{% set y.a = x.b %}{% set y.b = x.b %}{% set x.b = y %}{% endfor %}{{ x.b }}",
+        "a namespace in itself": "{% set x = namespace() %}{% set x.x = x %}{{ x }}{{ [x] | tojson }}",
+        "shared by keywords": "{% macro f(n) %}{% if n %}{{ f(n - 1, a=kwargs, b=kwargs) }}{% else %}{{ kwargs }}{% endif %}"
+        "{% endmacro %}{{ f(60, a=1) }}",
         "shared by dict()": "{% set x = dict(a=1) %}" + "{% set x = dict(a=x, b=x) %}" * 60 + "{{ x }}",
         "shared in an argument": "{% macro f(x, n) %}{% if n %}{{ f([x, x], n - 1) }}{% else %}{{ x }}{% endif %}{% endmacro %}{{ f(1, 60) }}",
         "shared through a macro's varargs": "{% macro f(n) %}{% if n %}{{ f(n - 1, varargs, varargs) }}{% else %}{{ varargs }}{% endif %}"

@@ -81,6 +81,8 @@ def test_both_processes_render_and_trace_alike_and_templates_of_models_stay_in_o
         ("{{ strftime_now('%Y' * 501) | length }}", "2004"),
         ("{{ 2.5 | round(1) }}", "2.5"),
         ("{% for x in [1] recursive %}{{ x }}{% endfor %}", "1"),
+        ("{% macro f() %}{{ varargs }}{% endmacro %}{{ f(1, 2) }}", "(1, 2)"),
+        ("{{ namespace(a=1) }}", "<Namespace {'a': 1}>"),
         ("{% with a = 1 %}{{ a }}{% endwith %}", "1"),
         ("{{ 'x' }}" * MAX_NODES, "x" * MAX_NODES),
         ("{{ 'x' | trim }}" * (MAX_CALLS + 1), "x" * (MAX_CALLS + 1)),

@@ -123,6 +123,11 @@ class _Namespace(jinja2.utils.Namespace):
         _public(name)
         super().__setitem__(name, value)
 
+    def __repr__(self) -> str:  # of namespaces in namespaces, as long as 2 to the power of their number
+        if Environment.everything:
+            return super().__repr__()
+        raise Outside
+
 
 def _public(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
@@ -364,6 +369,8 @@ def _refuse_unusual(tree: nodes.Template) -> None:
         raise Outside
     for node in found:
         if isinstance(node, nodes.For) and node.recursive:
+            raise Outside
+        if isinstance(node, nodes.Name) and node.name in ("varargs", "kwargs"):  # values that nothing weighs
             raise Outside
         if isinstance(node, nodes.Add | nodes.Concat):
             summands = (nodes.Add, nodes.Concat)
