@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import logging
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
-NAMES = ("templates",)
+NAMES = ("templates", "resume", "checkpoints")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -35,5 +37,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ |= {
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     sys.exit(main())

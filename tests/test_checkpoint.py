@@ -147,3 +147,22 @@ def test_a_start_beside_another_run_s_checkpoints_is_refused(sealed, tmp_path):
 
 def test_no_directory_no_checkpoint(tmp_path):
     assert checkpoint.newest(tmp_path / "absent") is None
+
+
+def test_a_file_that_the_disk_no_longer_gives_is_an_error_of_ours_and_passed_over(
+    sealed, monkeypatch, caplog
+):
+    older = sealed.with_name("checkpoint-1")
+    shutil.copytree(sealed, older)
+    hashing = checkpoint._hash
+
+    def broken(path):
+        if path.is_relative_to(sealed):
+            raise OSError(5, "Input/output error")
+        return hashing(path)
+
+    monkeypatch.setattr(checkpoint, "_hash", broken)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        checkpoint.verify(sealed)
+    assert checkpoint.newest(sealed.parent) == older
+    assert f"{sealed.name} is passed over" in caplog.text

@@ -109,6 +109,11 @@ def start(run_dir: Path, resume: str | bool | None, own: Container[str] = ()) ->
     own: names of checkpoints in `run_dir` that may stand beside a fresh start. Raises CheckpointError if what was
     asked for isn't there, and where checkpoints of another run are: the newest of both would be kept and resumed from.
     """
+    with reading(run_dir):
+        return _start(run_dir, resume, own)
+
+
+def _start(run_dir: Path, resume: str | bool | None, own: Container[str]) -> Path | None:
     mend(run_dir)
     if resume in (True, "auto"):
         found = newest(run_dir)
@@ -133,6 +138,11 @@ def start(run_dir: Path, resume: str | bool | None, own: Container[str] = ()) ->
 
 def verify(directory: Path) -> None:
     """Raise CheckpointError unless the manifest is there and every file has its size and hash."""
+    with reading(directory):  # a disk may fail, too
+        _verify(directory)
+
+
+def _verify(directory: Path) -> None:
     manifest = directory / MANIFEST
     fix = "resume from an earlier checkpoint (--resume auto, or resume='auto', finds the newest complete one)"
     if not directory.is_dir():

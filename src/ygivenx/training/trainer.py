@@ -431,11 +431,11 @@ class Trainer(transformers.Trainer):
         run_dir = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         self._staging = run_dir / checkpoint.STAGING
-        if self.is_world_process_zero():
-            checkpoint.clear(self._staging)
-        self.accelerator.wait_for_everyone()
         try:
             with checkpoint.writing(run_dir / name):
+                if self.is_world_process_zero():
+                    checkpoint.clear(self._staging)
+                self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self._name_best(run_dir, name)
                 self.accelerator.wait_for_everyone()
