@@ -153,7 +153,7 @@ GUARDS = [
     Guard("the reply continues the prompt", "encoder/prove.py",
           "continues = rendered.renderer.begins(text, shown)", "continues = True", ENCODER),
     Guard("one text serves all turns only if it begins with each", "encoder/prove.py",
-          "if all(begins(text, t.proven) for t in turns):", "if True:", ENCODER),
+          "if shares and all(begins(text, t.proven) for t in turns):", "if shares:", ENCODER),
     Guard("no stop inside a reply", "encoder/prove.py",
           "if found[0] in tokens.stops and written:", "if False:", ENCODER),
     Guard("a header that nothing asks for isn't trained", "encoder/prove.py",
