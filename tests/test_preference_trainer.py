@@ -240,6 +240,13 @@ def test_a_lora_model_is_its_own_reference(tmp_path):
         tmp_path / "base", rows, peft.get_peft_model(llama(), config), eval_dataset=rows, reference=llama()
     )
     assert trainer.evaluate()["eval_margin"] == base.evaluate()["eval_margin"] != 0
+    again = make(tmp_path, rows, peft.get_peft_model(llama(), config), eval_dataset=rows)
+    with torch.no_grad():
+        again.model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.zero_()
+    packs = again.eval_dataset
+    assert again._reference_file(packs) == trainer._reference_file(packs), (
+        "adapters are no part of the reference"
+    )
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,11 @@ class PreferenceTrainer(Trainer):
 
     def _reference_file(self, packs: RatedPacks) -> Path:
         model = self._reference_model or self.model
-        weights = runs.hash_of(model.parameters())
-        facts = (packs.fingerprint, weights, self.args.bf16, self.objective.name == "kto")
+        # Adapters are drawn anew by each run, and the base without them is what counts.
+        base = self._reference_model is None and self._has_adapters
+        weights = runs.hash_of(p for p in model.parameters() if not (base and p.requires_grad))
+        precision = (self.args.bf16, self.args.fp16)
+        facts = (packs.fingerprint, weights, precision, self.objective.name == "kto")
         key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         return Path(self.args.output_dir) / REFERENCE.format(key)
 
