@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from test_trainer import make
-from tiny import VOCAB, llama
+from tiny import VOCAB, llama, score_sequences
 from transformers import AutoModelForCausalLM
 from trees import assert_same, gradients, tree
 
@@ -20,7 +20,7 @@ from ygivenx.models.position_limits import PositionLimits
 from ygivenx.models.sharing import reason_unshared
 from ygivenx.scores.node_log_probs import node_log_probs
 from ygivenx.scores.requests import pair_of_ids
-from ygivenx.scores.scoring import context_window, request_builder_for, score_sequences
+from ygivenx.scores.scoring import context_window, request_builder_for
 
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,

@@ -101,16 +101,18 @@ def _indexed_keys(config: Any) -> int | None:
 def _tables(decoder: nn.Module) -> Iterator[int]:
     """How many tokens each table of positions allows."""
     for name, module in decoder.named_modules():
-        if _TOWERS.search(name):
+        if isinstance(module, nn.Embedding):
+            if _POSITIONS.fullmatch(name.rpartition(".")[2]) and not _TOWERS.search(name):
+                # OPT and BART skip rows by `offset`; RoBERTa begins behind the row for padding.
+                skipped = getattr(module, "offset", 0) or (
+                    module.padding_idx is not None and module.padding_idx + 1
+                )
+                yield module.num_embeddings - int(skipped)
             continue
-        if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(name.rpartition(".")[2]):
-            # OPT and BART skip rows by `offset`; RoBERTa begins behind the row for padding.
-            skipped = getattr(module, "offset", 0) or (
-                module.padding_idx is not None and module.padding_idx + 1
-            )
-            yield module.num_embeddings - int(skipped)
-        for table in (getattr(module, attribute, None) for attribute in ("embed_positions", "pos_encoding")):
-            if isinstance(table, Tensor) and table.ndim == 2:  # GPT-J, CodeGen and CTRL: sines
+        for attribute in ("embed_positions", "pos_encoding"):
+            # GPT-J, CodeGen and CTRL: sines. Not `getattr`, whose failure costs more than the search.
+            table = module._buffers.get(attribute, module.__dict__.get(attribute))
+            if isinstance(table, Tensor) and table.ndim == 2 and not _TOWERS.search(name):
                 yield len(table)
 
 
@@ -118,7 +120,7 @@ def _switches(decoder: nn.Module) -> Iterator[tuple[str, int]]:
     """(kind, length) of each rotary embedding that is another one for sequences of more tokens."""
     module: Any
     for module in decoder.modules():
-        kinds: Any = getattr(module, "rope_type", None)
+        kinds: Any = module.__dict__.get("rope_type")
         for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
             if kind == "longrope":
                 parameters = module.config.rope_parameters
