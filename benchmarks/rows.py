@@ -6,20 +6,35 @@ Writes rows (questions and answers of GSM8K, each made another by a number in fr
 on them with an empty cache and samples the resident memory of it and of its processes until the first step begins;
 then once more with what the first run kept. RssAnon is what the run itself holds; RSS counts pages of mapped files,
 too, which the system takes back when it needs them.
+
+    python benchmarks/rows.py GSM8K.jsonl --plan 1000000
+
+writes so many encoded rows without encoding them (2,000 rows of GSM8K, each made another by three tokens), and plans
+their packs in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
+
+from ygivenx import Encoder, encoded
+from ygivenx.encoded import EncodedRows
+from ygivenx.rows.data import read
+from ygivenx.sequence import Example, Sequence
+from ygivenx.training.packs import Packs
 
 GIB = 2**30
 BEGUN = "sequences in"  # the line behind which the run's first step begins
@@ -76,6 +91,33 @@ def measured(command: list[str]) -> dict[str, object]:
     }
 
 
+def write_encoded(source: Path, model: str, count: int, target: Path) -> None:
+    """`count` different encoded rows."""
+    rows = list(read(source, x="question", y="answer", limit=2000))
+    base = [s for example in Encoder.from_pretrained(model).batch(rows)[0] for s in example]
+
+    def sequences() -> Iterator[Example]:
+        for i, s in enumerate(islice(cycle(base), count)):
+            ids, at = s.ids.copy(), len(s.ids) // 4
+            ids[at : at + 3] = [1000 + i % 97, 1000 + i // 97 % 997, 1000 + i // 96_709]
+            yield Example((Sequence(ids, s.weights, s.segments),), index=i)
+
+    encoded.write(encoded.tables(sequences()), target)
+
+
+def planned(path: Path) -> dict[str, object]:
+    """Seconds and peak memory of planning the packs of a file of encoded rows, with their fingerprint."""
+    began = time.perf_counter()
+    packs = Packs(EncodedRows.open(path), max_tokens=1024, seed=0)
+    print(packs, packs.fingerprint[:8])
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "rows": len(packs.rows),
+        "plan_s": round(time.perf_counter() - began, 1),
+        "peak_gib": round(own / GIB, 2),
+    }
+
+
 def svg(results: list[dict[str, object]]) -> str:
     """Curves of memory over time, one a run: RSS of the process and its children."""
     runs = [(f"{r['rows']:,} rows, {r['cache']}", r["curve"]) for r in results]
@@ -105,7 +147,15 @@ def main() -> None:
     parser.add_argument("--model", default="sample")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rows.json"))
+    parser.add_argument("--plan", type=int, help="plan the packs of so many rows, and do nothing else")
     options = parser.parse_args()
+    if options.plan:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rows.arrow"
+            write_encoded(options.source, options.model, options.plan, path)
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                print(pool.submit(planned, path).result())
+        return
     results: list[dict[str, object]] = []
     for count in options.rows:
         with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,8 @@ from ygivenx.commands import encoding
 from ygivenx.commands.config import DataSection
 from ygivenx.encoder.encode import Encoder
 from ygivenx.errors import ConfigError, DataError
+from ygivenx.proof import auditing
+from ygivenx.rows.data import read
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +150,14 @@ def test_parquet_and_arrow_are_read_as_lines_are(tmp_path, model, data):
     digests = [kept(tmp_path, model, data, f"b.{kind}")[0].digest for kind in ("jsonl", "parquet", "arrow")]
     assert np.array_equal(digests[0], digests[1])
     assert np.array_equal(digests[0], digests[2])
+
+
+def test_an_audit_reads_a_file_in_chunks_and_holds_no_rows(tmp_path, model, monkeypatch):
+    rows_in(tmp_path / "a.jsonl", count=5, bad=2)
+    reader, encoder = read(tmp_path / "a.jsonl"), Encoder.from_pretrained(model)
+    whole = auditing.audit(reader, encoder)
+    monkeypatch.setattr(auditing, "CHUNK", 2)
+    in_chunks = auditing.audit(reader, encoder)
+    assert in_chunks.to_dict() == whole.to_dict()
+    assert whole.summary["rows"] == 7
+    assert [r.row for r in in_chunks.evidence.rejected] == [None, None]

@@ -316,7 +316,7 @@ def audit(
     say(f"format: {reader.format}")
     encode_row = open_encoder(source, encoder)
     limits = read_limits(str(source.path), source.gguf_file)
-    report = examine_rows(rows=list(reader), encoder=encode_row, model=limits, suppress=reasons(suppress))
+    report = examine_rows(rows=reader, encoder=encode_row, model=limits, suppress=reasons(suppress))
     finish(report, fail_on, html, sarif, as_json)
 
 

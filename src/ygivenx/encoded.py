@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,13 @@ class EncodedRows:
         """Ids and weights alone: what a step of training reads."""
         return Sequence(*self._bare(*self._place(i)))
 
+    def bare_ones(self) -> Iterator[Sequence]:
+        """All of them, ids and weights alone."""
+        for i in range(len(self)):
+            yield self.bare(i)
+            if not i % BATCH:
+                self._let_go()
+
     def name(self, i: int) -> str:
         """Where a sequence comes from: "row 3", or "row 3, turn 1"."""
         several = self.turn[i] > 0 or (i + 1 < len(self) and self.turn[i + 1] > 0)
@@ -197,10 +205,14 @@ class EncodedRows:
             f"row {self.row[i]}" + (f" of {of}" if of else "") + (f", turn {self.turn[i]}" if several else "")
         )
 
+    @property
+    def firsts(self) -> Ints:
+        """int64 [rows]: the first sequence of each row."""
+        return np.flatnonzero(self.turn == 0)
+
     def examples(self) -> Iterator[Example]:
         """The rows, each with its sequences."""
-        firsts = np.flatnonzero(self.turn == 0).tolist()
-        for n, (first, stop) in enumerate(pairwise([*firsts, len(self)])):
+        for n, (first, stop) in enumerate(pairwise([*self.firsts.tolist(), len(self)])):
             yield Example(tuple(self[i] for i in range(first, stop)), index=int(self.row[first]))
             if not n % BATCH:
                 self._let_go()
@@ -258,6 +270,13 @@ def _example(i: int, item: Any) -> Example:
         why="packs are made of encoded rows: token ids with a weight for each",
         fix="examples, rejected = yx.Encoder(tokenizer).batch(rows), and give it the examples",
     )
+
+
+def spooled(batches: Iterable[Any]) -> EncodedRows:
+    """Tables in a file of their own, which goes with the rows."""
+    with TemporaryDirectory() as folder:  # what is mapped stays readable without a name
+        write(batches, Path(folder) / "rows.arrow")
+        return EncodedRows.open(Path(folder) / "rows.arrow")
 
 
 def write(batches: Iterable[Any], path: Path) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..encoded import spooled, tables
 from ..encoder.encode import Encoder
 from ..errors import ConfigError, refuse_unknown
 from ..report.parts import Finding, finite
+from ..rows.data import Row
 from ..sequence import Example, Rejected
 from ..show import visible
 from .alignment import Library
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from .probing import Probe
 
+CHUNK = 512  # rows that are encoded at a time
 STRIPS = 200  # rows shown token by token on the page
 STREAMED = 4096  # rows of a stream that a step's are looked for among: it may have no end
 COLUMNS = ("messages", "prompt", "completion", "tools", "documents", "chat_template_kwargs")  # of rows
@@ -168,11 +171,32 @@ def _read_rows(ev: Evidence, rows: Any, encoder: Any, trainer: Any) -> None:
     if encoder is not None:
         ev.tokenizer = encoder.tokenizer
     if rows is not None:
-        ev.rows = list(rows)
-        unread = [r for r in ev.rows if isinstance(r, Rejected)]
+        ev.encoded = spooled(tables(_encoded(ev, iter(rows), encoder)))
+
+
+def _encoded(ev: Evidence, rows: Iterator[Any], encoder: Any) -> Iterator[Example]:
+    """The accepted rows; the evidence counts all of them and keeps what is refused. A reader's rows come in chunks."""
+    first = next(rows, None)
+    rows, size = chain([] if first is None else [first], rows), CHUNK
+    if not isinstance(first, Row | Rejected):  # they have no numbers but their places in one batch
+        rows = iter(every := list(rows))
+        size = max(1, len(every))
+    while chunk := list(islice(rows, size)):
+        ev.scored += _scored(chunk, ev.read)
+        ev.read += len(chunk)
         # Whole, not row by row: a row that is refused doesn't end the audit, it is evidence.
-        examples, rejected = encoder.batch(r for r in ev.rows if not isinstance(r, Rejected))
-        ev.examples, ev.rejected = list(examples), [*unread, *rejected]
+        examples, rejected = encoder.batch(r for r in chunk if not isinstance(r, Rejected))
+        unread = [r for r in chunk if isinstance(r, Rejected)]
+        ev.rejected += [replace(r, row=None) for r in (*unread, *rejected)]
+        yield from examples
+
+
+def _scored(rows: list[Any], first: int) -> Iterator[tuple[int, float, float]]:
+    for i, row in enumerate(rows, first):
+        raw = row.raw if isinstance(row, Row) else row
+        joint, x = (raw.get(k) if isinstance(raw, Mapping) else None for k in ("log_p_xy", "log_p_x"))
+        if isinstance(joint, int | float) and isinstance(x, int | float):
+            yield i, float(joint), float(x)
 
 
 def _observe(ev: Evidence, batches: list[Mapping[str, Any]]) -> None:
@@ -266,8 +290,8 @@ def _finding(rule: Rule, hit: Hit) -> Finding:
 
 def _summary(ev: Evidence) -> dict[str, Any]:
     summary: dict[str, Any] = {}
-    if ev.rows:
-        summary |= {"rows": len(ev.rows), "accepted": len(ev.examples), "quarantined": len(ev.rejected)}
+    if ev.read:
+        summary |= {"rows": ev.read, "accepted": ev.accepted, "quarantined": len(ev.rejected)}
     if ev.seen:
         tokens = sum(int(s.attended.sum()) for s in ev.seen)
         trained = sum(int(s.trained.sum()) for s in ev.seen)
@@ -311,8 +335,10 @@ def _strips(ev: Evidence) -> list[Any]:
     ]
     if strips:
         return strips
-    shown = zip(places(ev), ev.sequences[:STRIPS], strict=False)
-    return [TokenStrip.of(s, title=place) for place, s in shown]
+    shown = zip(places(ev), islice(ev.encoded, STRIPS), strict=False)
+    return [
+        TokenStrip.of(replace(s, tokens=tuple(map(text, s.ids.tolist()))), title=place) for place, s in shown
+    ]
 
 
 def _json(document: Any) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..encoded import EncodedRows
 from ..sequence import Example, Rejected, Sequence
 from .arrays import as_array, documents_of
 
@@ -93,10 +94,15 @@ class Evaluation:
 
 @dataclass
 class Evidence:
-    """All that is known; rules take what they need. Lists are empty where there is nothing."""
+    """All that is known; rules take what they need. Lists are empty where there is nothing.
 
-    rows: list[Any] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
+    read: rows that were read. scored: (row, log Pr([x,y]), log Pr(x)) of those that hold such columns. encoded: what
+    the encoder makes of the rows; rejected: what it or the reader refuses, without the rows themselves.
+    """
+
+    read: int = 0
+    scored: list[tuple[int, float, float]] = field(default_factory=list)
+    encoded: EncodedRows = field(default_factory=lambda: EncodedRows.of([]))
     rejected: list[Rejected] = field(default_factory=list)
     tokenizer: Any = None
     stop_ids: frozenset[int] = frozenset()
@@ -115,8 +121,14 @@ class Evidence:
         return self.steps or self.labels
 
     @property
-    def sequences(self) -> list[Sequence]:
-        return [s for e in self.examples for s in e.sequences]
+    def examples(self) -> Iterator[Example]:
+        """The accepted rows."""
+        return self.encoded.examples()
+
+    @property
+    def accepted(self) -> int:
+        """How many rows were accepted."""
+        return len(self.encoded.firsts)
 
     def text(self, ids: Iterable[int]) -> str:
         """The text of token ids for a finding."""

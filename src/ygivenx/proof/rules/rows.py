@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from itertools import islice, pairwise
 
 import numpy as np
 
 from ...choices import Severity
-from ...rows.data import Row
 from ...sequence import Rejected
 from ..evidence import Evidence
 from .base import Hit, rule
@@ -146,7 +147,7 @@ def _noted(ev: Evidence, misspelt: bool) -> Iterator[Hit]:
                     by_note[note].append(number)
     for note, at in by_note.items():
         examples = ({"where": f"rows {some(list(dict.fromkeys(at)))}"},)
-        yield Hit(f"sequences: {note}", len(at), len(at) / len(ev.sequences), examples)
+        yield Hit(f"sequences: {note}", len(at), len(at) / len(ev.encoded), examples)
 
 
 @rule(
@@ -161,7 +162,7 @@ def end_does_not_stop(ev: Evidence) -> Iterator[Hit]:
         return
     ends = [
         (place, s.ids[g.start : g.stop])
-        for place, s in zip(places(ev), ev.sequences, strict=True)
+        for place, s in zip(places(ev), ev.encoded, strict=True)
         for g in s.segments
         if g.kind == "end_of_turn"
     ]
@@ -176,14 +177,24 @@ def end_does_not_stop(ev: Evidence) -> Iterator[Hit]:
     fix="Remove repeated rows, unless they are meant.",
 )
 def duplicates(ev: Evidence) -> Iterator[Hit]:
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for number, example in zip(row_numbers(ev), ev.examples, strict=True):
-        groups[tuple(t for s in example.sequences for t in s.ids.tolist())].append(number)
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for number, example in zip(row_numbers(ev), _digests(ev), strict=True):
+        groups[example].append(number)
     again = [g for g in groups.values() if len(g) > 1]
     count = sum(len(g) - 1 for g in again)
     if count:
         examples = tuple({"where": f"rows {some(g)}"} for g in again[:EXAMPLES])
-        yield Hit("rows repeat another row", count, count / len(ev.examples), examples)
+        yield Hit("rows repeat another row", count, count / ev.accepted, examples)
+
+
+def _digests(ev: Evidence) -> Iterator[bytes]:
+    """Of the ids of each row: whole rows would take as much memory as they have text."""
+    bare = ev.encoded.bare_ones()
+    for first, stop in pairwise([*ev.encoded.firsts.tolist(), len(ev.encoded)]):
+        digest = hashlib.blake2b(digest_size=16)
+        for s in islice(bare, stop - first):
+            digest.update(s.ids.tobytes())
+        yield digest.digest()
 
 
 @rule(
@@ -199,11 +210,13 @@ def conflicting_answers(ev: Evidence) -> Iterator[Hit]:
         examples = tuple(
             {
                 "where": f"rows {some([rows[0] for rows in answers.values()])}",
-                "text": " | ".join(ev.text(y[:24]) for y in list(answers)[:EXAMPLES]),
+                "text": " | ".join(
+                    ev.text(np.frombuffer(y, np.int32)[:24]) for y in list(answers)[:EXAMPLES]
+                ),
             }
             for answers in torn[:EXAMPLES]
         )
-        yield Hit("rows have the same x and another y", count, count / len(ev.examples), examples)
+        yield Hit("rows have the same x and another y", count, count / ev.accepted, examples)
 
 
 @rule(
@@ -213,7 +226,7 @@ def conflicting_answers(ev: Evidence) -> Iterator[Hit]:
     fix="Look at them; set max_length on purpose.",
 )
 def length_outliers(ev: Evidence) -> Iterator[Hit]:
-    lengths = np.array([len(s) for s in ev.sequences])
+    lengths = ev.encoded.length
     if len(lengths) < 20:
         return
     low, high = np.quantile(lengths, [0.25, 0.75])
@@ -233,10 +246,10 @@ def longer_than_the_model(ev: Evidence) -> Iterator[Hit]:
     limit = ev.context_length
     if limit is None:
         return
-    lengths = zip(places(ev), map(len, ev.sequences), strict=True)
+    lengths = zip(places(ev), ev.encoded.length.tolist(), strict=True)
     long = [(at, f"{n:,} tokens") for at, n in lengths if n > limit]
     message = f"sequences are longer than the model's {limit:,} positions"
-    yield from located(ev, message, long, len(ev.sequences))
+    yield from located(ev, message, long, len(ev.encoded))
 
 
 @rule(
@@ -246,11 +259,14 @@ def longer_than_the_model(ev: Evidence) -> Iterator[Hit]:
     fix="Keep weights in [0, 1]; repeat a row to count it twice.",
 )
 def weights_out_of_range(ev: Evidence) -> Iterator[Hit]:
-    weights = np.concatenate([s.weights for s in ev.sequences]) if ev.sequences else np.zeros(0)
-    above = weights > 1
-    if above.any():
-        message = f"tokens have a weight above 1, up to {weights.max():g}"
-        yield Hit(message, int(above.sum()), float(above.mean()))
+    above, most = 0, 0.0
+    for s in ev.encoded.bare_ones():
+        above += int((s.weights > 1).sum())
+        most = max(most, float(s.weights.max()))
+    if above:
+        yield Hit(
+            f"tokens have a weight above 1, up to {most:g}", above, above / int(ev.encoded.length.sum())
+        )
 
 
 @rule(
@@ -260,23 +276,17 @@ def weights_out_of_range(ev: Evidence) -> Iterator[Hit]:
     fix="Score both with the same tokenisation and model, as sums over tokens.",
 )
 def joint_above_marginal(ev: Evidence) -> Iterator[Hit]:
-    raw = [r.raw if isinstance(r, Row) else r for r in ev.rows]
-    scored = [
-        (i, float(r["log_p_xy"]), float(r["log_p_x"]))
-        for i, r in enumerate(raw)
-        if isinstance(r, Mapping) and all(isinstance(r.get(k), int | float) for k in ("log_p_xy", "log_p_x"))
-    ]
     wrong = [
         (f"row {i}", f"log Pr([x,y]) = {joint:g} > log Pr(x) = {x:g}")
-        for i, joint, x in scored
+        for i, joint, x in ev.scored
         if joint > x + 1e-4
     ]
-    yield from located(ev, "rows have a joint above its marginal", wrong, len(scored))
+    yield from located(ev, "rows have a joint above its marginal", wrong, len(ev.scored))
 
 
 def _quarantined(ev: Evidence, message: str, *reasons: str) -> Iterator[Hit]:
     rows = [(r.where, _what_and_fix(r)) for r in ev.rejected if r.reason in reasons]
-    yield from located(ev, message, rows, len(ev.rejected) + len(ev.examples))
+    yield from located(ev, message, rows, len(ev.rejected) + ev.accepted)
 
 
 def _what_and_fix(rejected: Rejected) -> str:

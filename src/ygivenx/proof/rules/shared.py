@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -155,31 +156,33 @@ def spread_of(ev: Evidence, weights: list[float]) -> float:
     return 1.0 if uneven or len(positive) < 2 else max(positive) / min(positive)
 
 
-def by_x(ev: Evidence) -> dict[tuple[int, ...], dict[tuple[int, ...], list[int]]]:
-    """The numbers of rows by their first x and the y that follows it."""
-    groups: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for number, example in zip(row_numbers(ev), ev.examples, strict=True):
-        s = example.sequences[0]
+def by_x(ev: Evidence) -> dict[bytes, dict[bytes, list[int]]]:
+    """The numbers of rows by their first x, as a digest, and the y that follows it, as int32."""
+    groups: dict[bytes, dict[bytes, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for number, first in zip(row_numbers(ev), ev.encoded.firsts.tolist(), strict=True):
+        s = ev.encoded.bare(first)
         at = np.flatnonzero(s.weights > 0)
         if len(at):
             start = int(at[0])
             stop = start + int(np.append(s.weights[start:] > 0, False).argmin())
-            groups[tuple(s.ids[:start].tolist())][tuple(s.ids[start:stop].tolist())].append(number)
+            x = hashlib.blake2b(s.ids[:start].tobytes(), digest_size=16).digest()
+            groups[x][s.ids[start:stop].astype(np.int32).tobytes()].append(number)
     return groups
 
 
 def row_numbers(ev: Evidence) -> list[int]:
-    """The number of each example among all rows that were read, from 0."""
-    return [i if e.index is None else e.index for i, e in enumerate(ev.examples)]
+    """The number of each accepted row among all rows that were read, from 0."""
+    return list(map(int, ev.encoded.row[ev.encoded.firsts]))
 
 
 def places(ev: Evidence) -> list[str]:
     """Which row each sequence comes from."""
-    names: list[str] = []
-    for number, example in zip(row_numbers(ev), ev.examples, strict=True):
-        count = len(example.sequences)
-        names += [f"row {number}" + (f", sequence {k}" if count > 1 else "") for k in range(count)]
-    return names
+    turn, row = ev.encoded.turn, ev.encoded.row.tolist()
+    several = (turn > 0) | np.append(turn[1:] > 0, False)[: len(turn)]
+    return [
+        f"row {r}" + (f", sequence {t}" if many else "")
+        for r, t, many in zip(row, turn, several, strict=True)
+    ]
 
 
 def some(numbers: list[int]) -> str:

@@ -58,7 +58,7 @@ def doubled_bos(ev: Evidence) -> Iterator[Hit]:
     if bos is None:
         return
     rows = [(s.where, s.ids[s.attended]) for s in ev.seen] or [
-        (place, s.ids) for place, s in zip(places(ev), ev.sequences, strict=True)
+        (place, s.ids[:12]) for place, s in zip(places(ev), ev.encoded.bare_ones(), strict=True)
     ]
     twice = [(where, ids[:12]) for where, ids in rows if len(ids) > 1 and ids[0] == ids[1] == bos]
     yield from located(ev, "rows begin with two BOS tokens", twice, len(rows))
