@@ -26,6 +26,7 @@ def main() -> int:
     for name in arguments.names:
         start = time.perf_counter()
         outcome = importlib.import_module(f"attacks.{name}").run(arguments.scale)
+        outcome["scale"] = arguments.scale
         outcome["seconds"] = round(time.perf_counter() - start)
         bad += len(outcome["bad"])
         shown = {k: v for k, v in outcome.items() if k != "table"}
