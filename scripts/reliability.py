@@ -1,4 +1,4 @@
-"""docs/reliability.md from the outcomes of the attacks: `python scripts/reliability.py` after `python -m attacks --write`."""
+"""docs/reliability.md from the outcomes of the attacks: run after `python -m attacks --write`."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ TEXT = """# Reliability
 
 What was attacked, and what came of it. Each figure is an outcome of `attacks/` in `attacks/results/`; this page is
 written by `scripts/reliability.py`. To run them: `python -m attacks [templates|resume|checkpoints] [--scale 0.1]`;
-`make full` runs a part of each. [SECURITY.md](https://github.com/ygivenx/ygivenx/blob/main/SECURITY.md) says what is
-promised, and to whom.
+`make full` runs a part of each. [Security](security.md) says what is promised.
 
 ## Chat templates
 
@@ -25,14 +24,14 @@ processor's time or 512 MB, or ended in an error that isn't ours; the longest to
 {templates}
 
 `accepted` and the reasons of the contract are of templates that are only odd. The templates of models are rendered in
-the process of the encoder, at the speed that they had: only what may take any amount of time or memory is done in a
+the process of the encoder: only what may take any amount of time or memory is done in a
 process with limits.
 
 ## Checkpoints
 
 The disk fails at a call of a save (ENOSPC, EIO, half a file); bits of each file are flipped, files are cut, emptied,
-deleted; the power fails at a call of a save, and what wasn't flushed is lost. A part of all calls was tried ({scale}).
-Lost, silent, or in an error that isn't ours: {lost}.
+deleted; the power fails at a call of a save, and what wasn't flushed is lost. A part of all calls was tried:
+`{scale}`. Lost, silent, or in an error that isn't ours: {lost}.
 
 | attack | outcomes |
 |---|---|
@@ -41,7 +40,7 @@ Lost, silent, or in an error that isn't ours: {lost}.
 ## Resumed runs
 
 Runs of {steps} steps (two micro-batches each) that were taken up after each step: weights and optimiser are the same
-bits as in one run, but for {different}.
+bits as in one run, but for {different}. The two ranks are those of `tests/test_ranks.py`.
 
 | run | resumed |
 |---|---|
@@ -59,14 +58,16 @@ def table(rows: dict[str, Any]) -> str:
 
 def main() -> None:
     templates, checkpoints, resume = map(result, ("templates", "checkpoints", "resume"))
-    outcomes = {k: ", ".join(f"{n} {word}" for word, n in v.items()) for k, v in checkpoints["outcomes"].items()}
+    outcomes = {
+        k: ", ".join(f"{n} {word}" for word, n in v.items()) for k, v in checkpoints["outcomes"].items()
+    }
     text = TEXT.format(
         tried=templates["tried"],
         bad=len(templates["bad"]) or "None",
         longest_seconds=templates["longest_seconds"],
         most_megabytes=templates["most_megabytes"],
         templates=table({f"`{k}`": v for k, v in templates["outcomes"].items()}),
-        scale=f"`--scale {checkpoints['scale']}`",
+        scale=f"--scale {checkpoints['scale']}",
         lost=len(checkpoints["bad"]) or "none",
         checkpoints=table(outcomes),
         steps=resume["steps"],
