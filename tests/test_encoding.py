@@ -129,6 +129,12 @@ def test_quarantined_rows_are_written_down_by_a_second_run_too(tmp_path, model, 
     assert (tmp_path / "first").read_text() == (tmp_path / "second").read_text()
 
 
+def test_an_account_comes_back_as_it_was(tmp_path, model, data):
+    first = kept(tmp_path, model, data, "a.jsonl", max_length=24, overflow="truncate")[1]
+    assert first["cut"]["rows"] == sum(first["notes"].values()) == 5
+    assert kept(tmp_path, model, data, "a.jsonl", max_length=24, overflow="truncate")[1] == first
+
+
 def test_an_interrupted_run_leaves_nothing(tmp_path, model, data, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

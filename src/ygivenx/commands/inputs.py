@@ -143,6 +143,7 @@ class Account:
         self.accepted += other.accepted
         self.reasons.update(other.reasons)
         self.notes.update(other.notes)
+        self.cut.update(other.cut)
         self.examples = {**other.examples, **self.examples}
 
     def kept(self) -> dict[str, Any]:
@@ -152,8 +153,8 @@ class Account:
     @classmethod
     def of(cls, kept: Mapping[str, Any]) -> Account:
         """From what `kept` gave."""
-        reasons, notes = Counter(kept["reasons"]), Counter(kept["notes"])
-        return cls(kept["format"], None, kept["accepted"], reasons, kept["first"], notes, kept["examples"])
+        counts: dict[str, Any] = {name: Counter(kept[name]) for name in ("reasons", "notes", "cut")}
+        return cls(**{name: kept[name] for name in ("format", "accepted", "first", "examples")}, **counts)
 
     def document(self) -> dict[str, Any]:
         """Plain types: the counts."""
