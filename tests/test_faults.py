@@ -510,3 +510,16 @@ def test_gemma_4_without_a_thought(name):
     real.chat_template = SHELF[name]
     example = Encoder(real, stops=["<turn|>"])({"messages": [user(), reply("yo")]})
     assert (trained(example), "<|think|>" in "".join(example.only.tokens)) == ("yo<turn|>", False)
+
+
+def test_tags_that_are_made_of_several_tokens_are_not_closed_by_one(tokenizer):
+    """Kimi K3: <|open|>think<|sep|> … <|close|>think<|sep|>, of which a template's source has no whole."""
+    tokens = ["<|open|>", "<|sep|>", "<|close|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    tag = "{{ '<|' + 'NAME' + '|>think<|sep|>' }}"
+    around = tag.replace("NAME", "open") + "{{ m.reasoning_content }}" + tag.replace("NAME", "close")
+    template = thinking_only(tag.replace("NAME", "open"), around)
+    example = made(tokenizer, template)({"messages": [user(), reply("yo")]})
+    assert trained(example) == "<|close|>think<|sep|>yo<|im_end|>"
+    thought = made(tokenizer, template)({"messages": [user(), reply("yo", reasoning_content="hm")]})
+    assert trained(thought) == "hm<|close|>think<|sep|>yo<|im_end|>"

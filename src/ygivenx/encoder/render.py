@@ -317,10 +317,13 @@ class Tags:
 
     pairs: tuple[tuple[str, str], ...] = ()
     joint: str = ""
+    is_guessed: bool = (
+        False  # the first pair is what stands around a thought, and may be no more than part of its tags
+    )
 
     def opens(self, text: str) -> bool:
-        """Whether a text ends in an open thought."""
-        return text.rstrip().endswith(tuple(a for a, _ in self.pairs))
+        """Whether a text ends in an open thought, by tags that are known."""
+        return text.rstrip().endswith(tuple(a for a, _ in self.pairs[self.is_guessed :]))
 
     def closes_at(self, text: str, start: int, stop: int) -> tuple[str, int] | None:
         """(closing, its end) where an empty thought, or no more than its closing tag, stands in text[start:stop]."""
@@ -426,7 +429,8 @@ def tags_of(template: Template) -> Tags:
     opening, closing = _BEFORE.search(before), _AFTER.match(joint)
     # Only `<think>`, which every template gets, and yet it reads reasoning: its tags are put together as it runs.
     if len(pairs) == 1 and opening and closing:
-        pairs = tuple(dict.fromkeys(((opening[0].strip(), closing[1]), *pairs)))
+        guessed = (opening[0].strip(), closing[1])
+        return Tags(tuple(dict.fromkeys((guessed, *pairs))), joint, guessed not in pairs)
     return Tags(pairs, joint)
 
 
