@@ -27,6 +27,7 @@ from .commands.config import (
     ModelSection,
     ObjectiveSection,
     OutputSection,
+    ReportOutputs,
     RowOptions,
     Sampling,
     Scoring,
@@ -101,7 +102,6 @@ FailOn = Annotated[
     ),
 ]
 HtmlFile = Annotated[Path | None, typer.Option("--html", help="write the page there")]
-SarifFile = Annotated[Path | None, typer.Option("--sarif", help="write SARIF 2.1.0 there")]
 RayWorkers = Annotated[
     int, typer.Option("--ray", min=0, help="workers of a Ray cluster (extra: ray); 0: none")
 ]
@@ -302,22 +302,48 @@ def score(
 
 @command()
 def audit(
-    data: Data, source: ModelOptions, rows: LimitedRowOptions, encoder: EncoderSection, suppress: Suppress = None,
-    fail_on: FailOn = "warning", html: HtmlFile = None, sarif: SarifFile = None, as_json: AsJson = False,
+    source: ModelOptions, rows: LimitedRowOptions, encoder: EncoderSection, outputs: ReportOutputs,
+    data: Annotated[
+        str | None,
+        typer.Argument(help="rows in JSONL, JSON, CSV, Parquet, Arrow, or a saved dataset's directory"),
+    ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="token ids with labels or masks that a trainer made of the rows: a saved dataset, a file"),
+    ] = None,
+    suppress: Suppress = None, fail_on: FailOn = "warning", as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """What is wrong with rows and a tokenizer, before a run: findings with places, reasons and fixes.
+    """What is wrong with rows and a tokenizer, or with what a trainer made of them, before a run.
 
     Example: `ygx audit data.jsonl --model sample --fail-on error --html audit.html`
-    """
-    from .proof.auditing import audit as examine_rows
-    from .proof.limits import read_limits
 
-    reader = open_rows(data, rows)
-    say(f"format: {reader.format}")
-    encode_row = open_encoder(source, encoder)
-    limits = read_limits(str(source.path), source.gguf_file)
-    report = examine_rows(rows=reader, encoder=encode_row, model=limits, suppress=reasons(suppress))
-    finish(report, fail_on, html, sarif, as_json)
+    Example: `ygx audit data.jsonl --labels last_run_prepared/1a2b3c --model sample`
+    """
+    from .commands.auditing import audited
+
+    report = audited(data, labels, source, rows, encoder, reasons(suppress))
+    finish(report, fail_on, outputs, as_json)
+
+
+@command()
+def compare(
+    data: Data, source: ModelOptions, columns: ColumnOptions, encoder: EncoderSection,
+    with_: Annotated[
+        str,
+        typer.Option("--with", help="trainers, separated by commas, each perhaps with the place where it is installed: "
+                     "trl,axolotl=/venvs/axolotl"),
+    ],
+    limit: Annotated[int, typer.Option(min=1, help="how many rows")] = 3,
+    setting: Annotated[list[str] | None, typer.Option(help="of a trainer's settings, only these")] = None,
+    html: HtmlFile = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Who trains what: installed trainers' own preprocessing of your rows, token by token, beside ours.
+
+    Example: `ygx compare chats.jsonl --with trl,transformers --model sample --html compare.html`
+    """
+    from .commands.comparing import compared
+
+    compared(data, source, columns, encoder, with_, limit, setting, html, as_json)
 
 
 @command(
@@ -331,11 +357,11 @@ def probe(
     context: typer.Context,
     script: Annotated[Path, typer.Argument(help="a training script; its own arguments follow it")],
     columns: ColumnOptions,
+    outputs: ReportOutputs,
     data: Annotated[
         str | None, typer.Option(help="the rows that it trains on, where its dataset holds token ids alone")
     ] = None,
-    suppress: Suppress = None, fail_on: FailOn = "warning", html: HtmlFile = None, sarif: SarifFile = None,
-    as_json: AsJson = False,
+    suppress: Suppress = None, fail_on: FailOn = "warning", as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Run a training script up to train(), and read from the gradient of one step what it really trains.
 
@@ -355,7 +381,7 @@ def probe(
         report = at_train(
             script, context.args, lambda trainer: examine_trainer(rows, trainer=trainer, suppress=why)
         )
-    finish(report, fail_on, html, sarif, as_json)
+    finish(report, fail_on, outputs, as_json)
 
 
 def reasons(suppress: list[str] | None) -> dict[str, str]:
@@ -364,14 +390,16 @@ def reasons(suppress: list[str] | None) -> dict[str, str]:
     return {rule.strip(): reason for rule, _, reason in pairs}
 
 
-def finish(report: Any, fail_on: str, html: Path | None, sarif: Path | None, as_json: bool) -> None:
+def finish(report: Any, fail_on: str, outputs: ReportOutputs, as_json: bool) -> None:
     """Write and print an audit's report; the exit code says whether a finding is severe enough."""
-    if html is not None:
-        report.to_html(html)
-    if sarif is not None:
-        sarif.parent.mkdir(parents=True, exist_ok=True)
-        sarif.write_text(report.to_sarif(), encoding="utf-8")
-    print(visible_json(report.to_json()) if as_json else in_flags(str(report)))
+    if outputs.html is not None:
+        report.to_html(outputs.html)
+    written = {outputs.sarif: report.to_sarif, outputs.junit: lambda: report.to_junit(fail_on)}
+    for name, make in written.items():
+        if name is not None:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text(make(), encoding="utf-8")
+    print(visible_json(report.to_json()) if as_json else report)
     raise typer.Exit(report.exit_code(fail_on))
 
 

@@ -53,6 +53,27 @@ can't know which tokens are x. The report says how many rows of the batch it rec
 where it recognised none; `ygx probe --data rows.jsonl train.py` hands the rows over. A row of the batch is one of
 them if the two agree in at least half of the tokens that aren't common to many rows.
 
+## Prepared sets
+
+```
+ygx audit rows.jsonl --labels last_run_prepared/1a2b3c --model model/
+ygx audit --labels prepared.parquet --model model/
+```
+
+reads what a trainer has written before a run: a directory that `datasets` saved, Parquet, Arrow or JSON Lines with
+`input_ids` and `labels`, `loss_mask`, `completion_mask`, `assistant_masks` or weights, padded or packed. It finds the
+rows again in it, cut and packed ones too, and says what differs from what inference shows. A row that is right in
+another mode of the template (thinking switched off, say) is named so; a row that the encoder refuses is audited for
+loss on x alone. Without rows, replies are found by the headers that the chat template writes, and the audit says what
+ids alone can tell: loss on x, headers and padding that are trained, ends that aren't, two BOS. A reply of which
+nothing is trained may be meant so, and a prompt that inference shows otherwise can't be known. Memory holds a part of
+the set at a time. In Python: `yx.audit(rows, encoder, labels="last_run_prepared/1a2b3c")`.
+
+`--junit` and `--sarif` write what CI services read. `examples/audit.yml` is a GitHub action that fails a pull request
+whose data trains x.
+
+## Ranks
+
 In a process group `audit(trainer=...)` gathers from all ranks, so all of them have to call it; rows, a batch or a
 probe may be audited on one rank alone. A head that FSDP, ZeRO-3 or tensor parallelism has sharded is refused: audit
 the same set-up in one process.

@@ -67,6 +67,15 @@ class RowOptions(LimitedRowOptions):
 
 
 @dataclass(frozen=True)
+class ReportOutputs:
+    """Files that an audit writes."""
+
+    html: str | None = option(None, "write the page there")
+    sarif: str | None = option(None, "write SARIF 2.1.0 there, for code scanning")
+    junit: str | None = option(None, "write JUnit's XML there: a test for each rule")
+
+
+@dataclass(frozen=True)
 class EncodedRowOptions(RowOptions):
     """Rows of a file that are encoded, in several processes where they are many."""
 

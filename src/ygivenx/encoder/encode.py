@@ -143,6 +143,16 @@ class Encoder:
         """Whether a chat template asks for the time, so that `now` is in the tokens."""
         return "strftime_now" in str(self.tokenizer.chat_template)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the encoder was made with, by name."""
+        return dict(self._made_of[1])
+
+    def variant(self, **options: Any) -> Encoder:
+        """The same encoder with other options."""
+        train, own = self._made_of
+        return Encoder(self.tokenizer, train, **{**own, **options})
+
     def __call__(self, row: Any) -> Example:
         """One row (a mapping, Conversation, Pair or data.Row) as an Example; raises RowError."""
         done = self._encode([row])[0]

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from ..sequence import Example, Sequence
-from .evidence import UNKNOWN, MatchedStretch, ObservedRow
+from .evidence import HISTORY, SILENT, UNKNOWN, UNPROVEN, MatchedStretch, ObservedRow, kind_code
 
 SHINGLE = 6  # tokens in a row by which a document is looked up
 COMMON = 3  # a shingle of more examples than this (a system prompt) doesn't tell examples from each other
+REPLY = ("reasoning", "answer", "tool_call", "end_of_turn")  # kinds that a model writes
 FAIR = 0.5  # the share of a document, or of the stretch that a row has of it, that has to agree
 
 
@@ -22,7 +23,7 @@ class Library:
 
     def __init__(self, examples: Iterable[Example], seen: Iterable[ObservedRow]) -> None:
         # The batch is small and the data large: of the data only what the batch has is kept.
-        indexed = np.unique(np.concatenate([_shingles(s.ids) for s in seen]))
+        indexed = np.unique(np.concatenate([shingles(s.ids) for s in seen]))
         self._examples = _distinct(examples) if len(indexed) else []
         self._places: dict[int, list[_Place]] = {}
         common: set[int] = set()
@@ -30,7 +31,7 @@ class Library:
         enough = min(len(self._examples), COMMON + 1) if len(self._examples) > 1 else 2
         for e, example in enumerate(self._examples):
             for s, sequence in enumerate(example.sequences):
-                hashes = _shingles(sequence.ids)
+                hashes = shingles(sequence.ids)
                 for offset in np.flatnonzero(_among(hashes, indexed)).tolist():
                     key = int(hashes[offset])
                     if key in common:
@@ -43,34 +44,27 @@ class Library:
         self._common = np.fromiter(common, np.uint64, len(common))
 
     def align(self, seen: ObservedRow) -> None:
-        """Fill in kinds, output, expected and pieces of a seen row."""
-        ids = seen.ids.tolist()
+        """Fill in codes, output, role, expected and pieces of a seen row."""
+        ids = seen.ids
         stretches = self._stretches(seen.ids)
         starts = [max(0, s.at - s.place.offset) for s in stretches]
         for stretch, start, stop in zip(
             stretches, starts, [*starts[1:], len(ids)][: len(starts)], strict=True
         ):
             sequence = self._sequence(stretch.place)
-            matched = np.zeros(len(sequence), bool)
             # A row may have lost tokens of the document, or gained some: what agrees comes in blocks.
-            kinds, output = _columns(sequence)
-            blocks = _blocks(ids[start:stop], sequence.ids.tolist())
+            common = blocks(ids[start:stop], sequence.ids)
             # What follows the last token of a document, and is nothing of its example, isn't part of it.
-            ends = [start + a + size for a, b, size in blocks if b + size == len(sequence)]
-            seen.kinds[start : min(stop, max(ends[0], stretch.known)) if ends else stop] = UNKNOWN
-            for a, b, size in blocks:
-                here, there = slice(start + a, start + a + size), slice(b, b + size)
-                seen.kinds[here], seen.output[here] = kinds[there], output[there]
-                seen.expected[here] = sequence.weights[there]
-                matched[there] = True
-            if matched.any():
-                seen.pieces.append(MatchedStretch(sequence, start, stop, matched))
+            ends = [start + a + size for a, b, size in common if b + size == len(sequence)]
+            seen.codes[start : min(stop, max(ends[0], stretch.known)) if ends else stop] = kind_code(UNKNOWN)
+            place = stretch.place
+            fill(seen, self._examples[place.example], place.sequence, start, stop, common)
 
     def _stretches(self, ids: np.ndarray) -> list[_Stretch]:
         """The documents in a row, in order."""
         found: list[_Stretch] = []
         rejected: set[tuple[int, int, int]] = set()
-        for i, key in enumerate(_shingles(ids).tolist()):
+        for i, key in enumerate(shingles(ids).tolist()):
             places = self._places.get(key, [])
             if not places or (found and found[-1].goes_on(i, places)):
                 continue
@@ -106,9 +100,9 @@ class Library:
 
     def _distinctive(self, ids: np.ndarray, others: np.ndarray) -> tuple[int, int]:
         """(tokens in shingles that `others` has too, tokens in all), without those that are only common."""
-        own = _shingles(ids)
+        own = shingles(ids)
         common = np.isin(own, self._common)
-        shared = _covered(np.isin(own, _shingles(others)) & ~common, len(ids))
+        shared = _covered(np.isin(own, shingles(others)) & ~common, len(ids))
         only_common = _covered(common, len(ids)) & ~shared
         return int(shared.sum()), len(ids) - int(only_common.sum())
 
@@ -151,7 +145,7 @@ def _distinct(examples: Iterable[Example]) -> list[Example]:
     return list(by_content.values())
 
 
-def _shingles(ids: np.ndarray) -> np.ndarray:
+def shingles(ids: np.ndarray) -> np.ndarray:
     """uint64 [max(1, T − SHINGLE + 1)]: a hash of each SHINGLE tokens in a row, or of all where there are fewer."""
     # A polynomial hash: Σ id·bᵏ modulo 2⁶⁴, with an odd b, over all windows by one product.
     width = min(SHINGLE, len(ids))
@@ -176,19 +170,64 @@ def _covered(shingles: np.ndarray, size: int) -> np.ndarray:
     return covered
 
 
-def _blocks(a: list[int], b: list[int]) -> list[tuple[int, int, int]]:
-    """Matching stretches of two token lists: one from the start in the usual case, else by difflib."""
-    shorter = min(len(a), len(b))
-    if a[:shorter] == b[:shorter]:
-        return [(0, 0, shorter)]
-    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
-    return [(m.a, m.b, m.size) for m in matcher.get_matching_blocks() if m.size > 1]
+def blocks(a: np.ndarray, b: np.ndarray) -> list[tuple[int, int, int]]:
+    """(place in a, place in b, length) of what two token lists have in common, in order.
+
+    What they begin and end with alike is taken off first; difflib sees what is between.
+    """
+    size = min(len(a), len(b))
+    equal = a[:size] == b[:size]
+    head = size if equal.all() else int(equal.argmin())
+    equal = (a[head:] if len(a) <= len(b) else a[len(a) - size + head :])[::-1] == (
+        b[head:] if len(b) < len(a) else b[len(b) - size + head :]
+    )[::-1]
+    tail = len(equal) if equal.all() else int(equal.argmin())
+    middle_a, middle_b = a[head : len(a) - tail].tolist(), b[head : len(b) - tail].tolist()
+    found = [(0, 0, head)] if head else []
+    if middle_a and middle_b:
+        matcher = difflib.SequenceMatcher(None, middle_a, middle_b, autojunk=False)
+        found += [(head + m.a, head + m.b, m.size) for m in matcher.get_matching_blocks() if m.size > 1]
+    return [*found, (len(a) - tail, len(b) - tail, tail)] if tail else found
 
 
-def _columns(sequence: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    kinds = np.full(len(sequence), "", object)
+def fill(
+    seen: ObservedRow,
+    example: Example,
+    number: int,
+    start: int,
+    stop: int,
+    common: list[tuple[int, int, int]],
+) -> None:
+    """Write what is known of an example's sequence `number` into the stretch [start, stop) of a row.
+
+    common: the `blocks` of the two.
+    """
+    sequence = example.sequences[number]
+    columns = _columns(sequence, example)
+    matched = np.zeros(len(sequence), bool)
+    for a, b, size in common:
+        here, there = slice(start + a, start + a + size), slice(b, b + size)
+        for column, values in zip((seen.codes, seen.output, seen.role, seen.expected), columns, strict=True):
+            column[here] = values[there]
+        matched[there] = True
+    if matched.any():
+        seen.pieces.append(MatchedStretch(sequence, start, stop, matched))
+
+
+def _columns(sequence: Sequence, example: Example) -> tuple[np.ndarray, ...]:
+    """codes int16, output bool, role int8, expected float [T] by the segments of a sequence and of its siblings."""
+    codes, role = np.zeros(len(sequence), np.int16), np.zeros(len(sequence), np.int8)
     output = sequence.weights > 0
-    for segment in sequence.segments:
-        kinds[segment.start : segment.stop] = segment.kind
-        output[segment.start : segment.stop] = segment.output
-    return kinds, output
+    current = {g.message for g in sequence.segments if g.output}
+    elsewhere = {g.message for s in example.sequences for g in s.segments if g.output}
+    has_question = False
+    for g in sequence.segments:
+        has_question |= g.kind == "user"
+        codes[g.start : g.stop] = kind_code(g.kind)
+        output[g.start : g.stop] = g.output
+        if g.kind in REPLY and not g.output and g.message not in current:
+            # And its end, which is the template's there. A greeting before any question is no reply.
+            is_silent = has_question and g.message not in elsewhere
+            role[g.start : g.stop + 1] = SILENT if is_silent else HISTORY
+    expected = np.where(output, np.nan, 0.0) if UNPROVEN in sequence.notes else sequence.weights
+    return codes, output, role, expected

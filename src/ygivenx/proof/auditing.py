@@ -20,8 +20,12 @@ from ..show import visible
 from .alignment import Library
 from .evidence import Evidence, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
 from .limits import Limits
-from .rules import RULES, SEVERITIES, Hit, Rule
+from .modes import in_modes, modes_of, numbered, refused_rows
+from .prepared import Prepared
+from .prepared_audit import PreparedAudit
+from .rules import RULES, SEVERITIES, Rule
 from .rules.shared import places
+from .tally import HitCounts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,6 +85,26 @@ class Report:
         }
         return _json(document)
 
+    def to_junit(self, fail_on: str = "warning") -> str:
+        """JUnit's XML, which most CI services show: a test for each rule, failed by findings as severe as `fail_on`."""
+        from xml.etree import ElementTree as xml
+
+        bar = SEVERITIES.index(fail_on)
+        suite = xml.Element("testsuite", name="ygx audit", tests=str(len(RULES)), failures="0")
+        for name in RULES:
+            case = xml.SubElement(suite, "testcase", classname="ygx.audit", name=name)
+            found = [f for f in self.findings if f.rule == name]
+            failed = [f for f in found if SEVERITIES.index(f.severity) <= bar]
+            if failed:
+                text = "\n".join(map(_paragraph, failed))
+                xml.SubElement(case, "failure", message=_in_xml(failed[0].message)).text = _in_xml(text)
+            elif found:
+                xml.SubElement(case, "system-out").text = _in_xml("\n".join(map(_paragraph, found)))
+            elif name in {f.rule for f, _ in self.suppressed}:
+                xml.SubElement(case, "skipped")
+        suite.set("failures", str(len(suite.findall("*/failure"))))
+        return xml.tostring(suite, encoding="unicode", xml_declaration=True)
+
     def to_html(self, path: str | Path, title: str = "Audit") -> Path:
         """Write the page: findings, and the rows with their trained tokens. Returns the path."""
         from ..report import Page
@@ -101,6 +125,7 @@ def audit(
     rows: Iterable[Any] | None = None,
     encoder: Any = None,
     *,
+    labels: str | Path | None = None,
     batch: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
     probe: Probe | None = None,
     model: nn.Module | Limits | None = None,
@@ -109,7 +134,8 @@ def audit(
 ) -> Report:
     """Findings about whatever is given; each further thing lets more rules speak.
 
-    rows + encoder: the data as the contract reads it; a reader's Rejected counts as quarantined. batch: one
+    rows + encoder: the data as the contract reads it; a reader's Rejected counts as quarantined. labels: a prepared
+    set, alone with an encoder or against the rows that it was made of (see `audit_prepared`). batch: one
     collated batch, or a step's list of them, by their labels. probe: a step that was probed. model: its limits
     and stop tokens, and what leaks between the documents of a batch; or the Limits of one that isn't loaded.
     trainer: a transformers trainer, of which one step is rehearsed (see `rehearse`; nothing of it changes; in a
@@ -121,15 +147,85 @@ def audit(
     """
     suppress = dict(suppress or {})
     _check_suppressions(suppress)
+    if labels is not None:
+        limits = None if model is None else _limits_of(model)
+        return audit_prepared(Prepared(labels), rows, encoder, limits=limits, suppress=suppress)
     evidence = _gather(rows, encoder, batch, probe, model, trainer)
-    findings = [_finding(r, hit) for r in RULES.values() for hit in r.check(evidence)]
-    findings.sort(key=lambda f: SEVERITIES.index(f.severity))
-    return Report(
-        tuple(f for f in findings if f.rule not in suppress),
-        tuple((f, suppress[f.rule]) for f in findings if f.rule in suppress),
-        _summary(evidence),
-        evidence,
-    )
+    tally = HitCounts()
+    tally.add(evidence)
+    return _report(tally, _summary(evidence), evidence, suppress)
+
+
+def audit_prepared(
+    prepared: Prepared,
+    rows: Iterable[Any] | None = None,
+    encoder: Encoder | None = None,
+    *,
+    tokenizer: Any = None,
+    limits: Limits | None = None,
+    suppress: Mapping[str, str] | None = None,
+) -> Report:
+    """Findings about a prepared set of any size: what its labels train, against what inference shows of its rows.
+
+    rows + encoder: what the set was made of; rows is iterated over more than once. Without rows, a tokenizer: what
+    can be known of ids alone, by the headers that its chat template writes. limits: of the model, for its stops.
+    Memory holds a part of either at a time, and a few hundred bytes for each row.
+
+    Raises ConfigError for rows without an encoder, or neither encoder nor tokenizer.
+    """
+    suppress = dict(suppress or {})
+    _check_suppressions(suppress)
+    if encoder is None and (rows is not None or tokenizer is None):
+        raise ConfigError("a prepared set, and no encoder or tokenizer to read it with")
+    tokenizer = encoder.tokenizer if encoder is not None else tokenizer
+    run = PreparedAudit(prepared, tokenizer, limits or Limits())
+    if rows is not None and encoder is not None:
+        run.with_rows(rows, encoder)
+    else:
+        run.without_rows()
+    evidence = Evidence(tokenizer=tokenizer, labels=run.shown)
+    return _report(run.tally, _prepared_summary(run.counts, rows is not None), evidence, suppress)
+
+
+def _report(
+    tally: HitCounts, summary: dict[str, Any], evidence: Evidence, suppress: Mapping[str, str]
+) -> Report:
+    findings = tally.findings()
+    kept = tuple(f for f in findings if f.rule not in suppress)
+    suppressed = tuple((f, suppress[f.rule]) for f in findings if f.rule in suppress)
+    return Report(kept, suppressed, {"verdict": verdict(kept), **summary}, evidence)
+
+
+def verdict(findings: Iterable[Finding]) -> str:
+    """The report in one line: what is worst, by name."""
+    by_severity: dict[str, list[str]] = {}
+    for f in findings:
+        by_severity.setdefault(f.severity, []).append(f.rule)
+    worst = next((s for s in SEVERITIES[:2] if s in by_severity), None)
+    if worst is None:
+        return "sound: nothing above info"
+    counts = [
+        f"{len(by_severity[s])} {s}{'s' * (len(by_severity[s]) > 1)}"
+        for s in SEVERITIES[:2]
+        if s in by_severity
+    ]
+    return f"{' and '.join(counts)}: {', '.join(dict.fromkeys(by_severity[worst]))}"
+
+
+def _prepared_summary(counts: Mapping[str, int], with_rows: bool) -> dict[str, Any]:
+    summary: dict[str, Any] = {k: counts[k] for k in ("rows", "accepted", "quarantined") if k in counts}
+    read = counts.get("prepared rows", 0)
+    known = f"{counts.get('recognised', 0):,} of {read - counts.get('unreadable', 0):,}"
+    return summary | {
+        "prepared rows": read,
+        "unreadable": counts.get("unreadable", 0),
+        "trained tokens by": "labels",
+        "x and y by": "the rows" if with_rows else "the template's headers",
+        "tokens": counts.get("tokens", 0),
+        "trained": counts.get("trained", 0),
+        "trained share": round(counts.get("trained", 0) / max(counts.get("tokens", 0), 1), 4),
+        "rows recognised": known,
+    }
 
 
 # -- evidence ---------------------------------------------------------------------------------------------
@@ -140,12 +236,13 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
     ev = Evidence(probe=probed)
     if trainer is not None and model is None:
         model = trainer.model
-    _read_rows(ev, rows, encoder, trainer)
+    encoder = _read_rows(ev, rows, encoder, trainer)
     _add_limits(ev, model, trainer)
     if trainer is not None:
         batch = _rehearse(ev, trainer)
     batches = [] if batch is None else [batch] if isinstance(batch, Mapping) else list(batch)
     _observe(ev, batches)
+    align(ev, encoder)
     _add_denominators(ev, trainer)
     module = trainer.model if trainer is not None else model
     if batches and module is not None and not isinstance(module, Limits):
@@ -155,8 +252,8 @@ def _gather(rows: Any, encoder: Any, batch: Any, probed: Any, model: Any, traine
     return ev
 
 
-def _read_rows(ev: Evidence, rows: Any, encoder: Any, trainer: Any) -> None:
-    """The rows as the encoder reads them; by default those that a trainer's data set still carries."""
+def _read_rows(ev: Evidence, rows: Any, encoder: Encoder | None, trainer: Any) -> Encoder | None:
+    """The rows as the encoder reads them, by default those that a trainer's data set still carries; the encoder."""
     if trainer is not None:
         ev.tokenizer = tokenizer_of(trainer)
         rows = _rows_of(trainer) if rows is None else rows
@@ -170,8 +267,11 @@ def _read_rows(ev: Evidence, rows: Any, encoder: Any, trainer: Any) -> None:
         )
     if encoder is not None:
         ev.tokenizer = encoder.tokenizer
-    if rows is not None:
+    if rows is not None and encoder is not None:
+        if isinstance(rows, list):  # they can be rendered again, in other modes
+            ev.rows = [r for r in numbered(rows) if isinstance(r, Row)]
         ev.encoded = spooled(tables(_encoded(ev, iter(rows), encoder)))
+    return encoder
 
 
 def _encoded(ev: Evidence, rows: Iterator[Any], encoder: Any) -> Iterator[Example]:
@@ -200,11 +300,10 @@ def _scored(rows: list[Any], first: int) -> Iterator[tuple[int, float, float]]:
 
 
 def _observe(ev: Evidence, batches: list[Mapping[str, Any]]) -> None:
-    """What the batches say by their labels and the probe by its gradient, aligned with the rows."""
+    """What the batches say by their labels and the probe by its gradient."""
     ev.labels = [s for i, b in enumerate(batches) if "labels" in b for s in seen_in_batch(b, i)]
     if ev.probe is not None and not ev.steps:  # a rehearsal has filled them in already
         ev.steps = [s for i, b in enumerate(ev.probe.micro_batches) for s in seen_in_step(i, b)]
-    _align(ev)
 
 
 def _add_denominators(ev: Evidence, trainer: Any) -> None:
@@ -220,15 +319,20 @@ def _add_denominators(ev: Evidence, trainer: Any) -> None:
 def _add_limits(ev: Evidence, model: Any, trainer: Any) -> None:
     if model is None:
         return
-    if not isinstance(model, Limits):
-        from .wrapping import unwrap
-
-        core = unwrap(model)
-        model = Limits.of(core.config, core.generation_config)
-    ev.context_length, ev.stop_ids = model
+    ev.context_length, ev.stop_ids = _limits_of(model)
     eos = getattr(ev.tokenizer, "eos_token_id", None)
     if trainer is not None and eos is not None:  # train() adds it to the generation config
         ev.stop_ids |= {eos}
+
+
+def _limits_of(model: Any) -> Limits:
+    """The limits of a model, or those that were given as such."""
+    if isinstance(model, Limits):
+        return model
+    from .wrapping import unwrap
+
+    core = unwrap(model)
+    return Limits.of(core.config, core.generation_config)
 
 
 def _rehearse(ev: Evidence, trainer: Any) -> list[dict[str, Any]]:
@@ -245,15 +349,30 @@ def _rehearse(ev: Evidence, trainer: Any) -> list[dict[str, Any]]:
     return run.batches
 
 
-def _align(ev: Evidence) -> None:
-    rows = [*ev.steps, *ev.labels]
-    if not rows:
+def align(ev: Evidence, encoder: Encoder | None) -> None:
+    """Find the rows' sequences in what was seen; where some aren't, in other modes and of refused rows, too."""
+    seen_rows = [*ev.steps, *ev.labels]
+    if not seen_rows:
         return
-    library = Library(ev.examples, rows)
+    examples = list(ev.examples)
+    exact = {s.ids.tobytes() for e in examples for s in e.sequences}
+    if encoder is not None and any(s.ids[s.attended].tobytes() not in exact for s in seen_rows):
+        examples = [*_with_modes(ev, encoder), *refused_rows(ev.rows, set(ev.encoded.row.tolist()), encoder)]
+    library = Library(examples, seen_rows)
     pad = getattr(ev.tokenizer, "pad_token_id", None)
-    for seen in rows:
+    for seen in seen_rows:
         library.align(seen)
         mark_padding(seen, pad)
+
+
+def _with_modes(ev: Evidence, encoder: Encoder) -> Iterator[Example]:
+    """The examples, each with its sequences in the other modes of its template."""
+    modes = modes_of(encoder)
+    rows = {r.index: r for r in ev.rows if isinstance(r, Row)} if modes else {}
+    for example in ev.examples:
+        row = rows.get(-1 if example.index is None else example.index)
+        others = [s for e in in_modes(row, modes) for s in e.sequences] if row is not None else []
+        yield replace(example, sequences=(*example.sequences, *others))
 
 
 def tokenizer_of(trainer: Any) -> Any:
@@ -281,11 +400,6 @@ def _check_suppressions(suppress: Mapping[str, str]) -> None:
     for name, reason in suppress.items():
         if not reason.strip():
             raise ConfigError(f"the suppression of {name!r} has no reason", where="suppress", fix="say why")
-
-
-def _finding(rule: Rule, hit: Hit) -> Finding:
-    severity = hit.severity or rule.severity
-    return Finding(rule.id, severity, hit.message, hit.count, hit.share, hit.examples, rule.why, rule.fix)
 
 
 def _summary(ev: Evidence) -> dict[str, Any]:
@@ -343,6 +457,14 @@ def _strips(ev: Evidence) -> list[Any]:
 
 def _json(document: Any) -> str:
     return json.dumps(finite(document), ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def _in_xml(text: str) -> str:
+    """A text without the characters that XML 1.0 has no way to write."""
+    return "".join(
+        c if c in "\t\n" or (c >= " " and not "\ud800" <= c <= "\udfff" and c not in "\ufffe\uffff") else "�"
+        for c in text
+    )
 
 
 def _sarif_rule(rule: Rule) -> dict[str, Any]:

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from .probing import MicroBatch, Probe
 
 UNKNOWN = "?"  # kind of a token that no known document explains
+UNPROVEN = "unproven"  # note of a sequence of a refused row: its x is known, of its y nothing is demanded
+MODE = "mode: "  # begins the note of a sequence in another mode of inference than the encoder's
+HISTORY, SILENT = 1, 2
+_KINDS = ["", UNKNOWN]  # by code; a role of a row's own is added when it is met
+
+
+def kind_code(kind: str) -> int:
+    """The number that stands for a segment kind in `ObservedRow.codes`: numbers compare quickly."""
+    if kind not in _KINDS:
+        _KINDS.append(kind)
+    return _KINDS.index(kind)
 
 
 @dataclass
@@ -26,9 +37,11 @@ class ObservedRow:
     ids, documents int64 [T]; attended bool [T] by the attention mask; target int64 [T] the token trained at
     each position (−1: none); weight float64 [T]. foreign bool [T]: what predicts the token has a gradient that
     isn't a cross-entropy of any target. padding bool [T]: not attended, or pad tokens at an end that no
-    document explains. Alignment with the encoder's sequences fills in kinds [T] (a segment kind, "?"
-    inside a document that differs there, "" outside any), output bool [T], expected float64 [T] (weight by the
-    encoder, NaN where unknown) and the `pieces` found.
+    document explains. place: where the row stands, if it is of no batch.
+    Alignment with the encoder's sequences fills in codes int16 [T] (of a segment kind, "?" inside a document that
+    differs there, "" outside any), output bool [T], role int8 [T] (HISTORY: a reply that another turn's sequence
+    trains; SILENT: one that no sequence does; else 0), expected float64 [T] (weight by the encoder, NaN where
+    unknown) and the `pieces` found.
     """
 
     micro_batch: int
@@ -39,8 +52,10 @@ class ObservedRow:
     target: np.ndarray
     weight: np.ndarray
     foreign: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
-    kinds: np.ndarray = field(init=False)
+    place: str = ""
+    codes: np.ndarray = field(init=False)
     output: np.ndarray = field(init=False)
+    role: np.ndarray = field(init=False)
     expected: np.ndarray = field(init=False)
     padding: np.ndarray = field(init=False)
     pieces: list[MatchedStretch] = field(default_factory=list)
@@ -49,8 +64,8 @@ class ObservedRow:
         size = len(self.ids)
         if not len(self.foreign):
             self.foreign = np.zeros(size, bool)
-        self.kinds = np.full(size, "", object)
-        self.output = np.zeros(size, bool)
+        self.codes = np.zeros(size, np.int16)
+        self.output, self.role = np.zeros(size, bool), np.zeros(size, np.int8)
         self.expected = np.full(size, np.nan)
         self.padding = ~self.attended
 
@@ -60,8 +75,14 @@ class ObservedRow:
         return np.asarray((self.weight != 0) & np.isfinite(self.weight), bool)
 
     @property
+    def kinds(self) -> np.ndarray:
+        """object [T]: the segment kind of each token, in words."""
+        kinds: np.ndarray = np.array(_KINDS, object)[self.codes]
+        return kinds
+
+    @property
     def where(self) -> str:
-        return f"micro-batch {self.micro_batch}, row {self.row}"
+        return self.place or f"micro-batch {self.micro_batch}, row {self.row}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,16 @@ class MatchedStretch:
     start: int
     stop: int
     matched: np.ndarray  # bool over the sequence's tokens
+
+    @property
+    def proven(self) -> bool:
+        """Whether the encoder gave the sequence; False for a row that it refuses."""
+        return UNPROVEN not in self.sequence.notes
+
+    @property
+    def mode(self) -> str:
+        """The switches of the template that the sequence was rendered with; "" for the encoder's own."""
+        return next((n.removeprefix(MODE) for n in self.sequence.notes if n.startswith(MODE)), "")
 
     @property
     def missing_head(self) -> int:
@@ -103,6 +134,7 @@ class Evidence:
     read: int = 0
     scored: list[tuple[int, float, float]] = field(default_factory=list)
     encoded: EncodedRows = field(default_factory=lambda: EncodedRows.of([]))
+    rows: list[Any] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     tokenizer: Any = None
     stop_ids: frozenset[int] = frozenset()
@@ -114,6 +146,7 @@ class Evidence:
     leaks: list[Leak] = field(default_factory=list)
     evaluation: Evaluation | None = None
     unrehearsed: list[str] = field(default_factory=list)
+    unmatched: list[int] | None = None  # numbers of rows that no prepared row holds
 
     @property
     def seen(self) -> list[ObservedRow]:
@@ -223,7 +256,7 @@ def seen_in_forest(
 def mark_padding(seen: ObservedRow, pad: int | None) -> None:
     """Find padding that no mask declares, and take it out of the documents."""
     if pad is not None and seen.attended.all():
-        free = (seen.ids == pad) & np.isin(seen.kinds.astype(str), (UNKNOWN, ""))
+        free = (seen.ids == pad) & np.isin(seen.codes, (kind_code(UNKNOWN), kind_code("")))
         for order in (slice(None), slice(None, None, -1)):
             run = int(np.append(free[order], False).argmin())
             # Unaligned, the last token of the text may itself be the pad token.
@@ -231,4 +264,4 @@ def mark_padding(seen: ObservedRow, pad: int | None) -> None:
             if run > 1:
                 seen.padding[order][:run] = True
     out = seen.padding
-    seen.kinds[out], seen.output[out], seen.expected[out] = "", False, np.nan
+    seen.codes[out], seen.output[out], seen.role[out], seen.expected[out] = 0, False, 0, np.nan

@@ -14,13 +14,27 @@ SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 @dataclass(frozen=True)
 class Hit:
-    """What a rule found: a sentence, how many, what share of what it looked at (0 to 1), located examples."""
+    """What a rule found: a sentence, how many, of how many that it looked at, located examples.
+
+    A count of 0 is no finding: it says how many were looked at, for audits that are put together of parts.
+    """
 
     message: str
     count: int | None = None
-    share: float | None = None
+    total: int | None = None
     examples: tuple[Mapping[str, str], ...] = ()
     severity: Severity | None = None  # where it differs from the rule's
+    severity_of_all: Severity | None = None  # where it holds of all that was looked at
+
+    @property
+    def share(self) -> float | None:
+        """count / total, from 0 to 1; None without a total."""
+        return None if self.count is None or self.total is None else self.count / max(self.total, 1)
+
+    def severity_under(self, rule: Rule) -> Severity:
+        """How severe it is: by the hit itself, else by its rule."""
+        of_all = self.severity_of_all if self.count == self.total else None
+        return of_all or self.severity or rule.severity
 
 
 RuleCheck = Callable[[Evidence], Iterable[Hit]]

@@ -81,8 +81,7 @@ def evaluation_divides_differently(ev: Evidence) -> Iterator[Hit]:
     apart = 0.0 if e is None else abs(e.reported - e.by_token)
     if e is not None and apart > 1e-5 * abs(e.by_token):
         yield Hit(
-            f"the evaluation loss is {e.reported:.6f}; divided by tokens as in training, {e.by_token:.6f}",
-            share=apart / abs(e.by_token) if e.by_token else None,
+            f"the evaluation loss is {e.reported:.6f}; divided by tokens as in training, {e.by_token:.6f}"
         )
 
 
@@ -122,6 +121,4 @@ def beyond_cross_entropy(ev: Evidence) -> Iterator[Hit]:
     residuals = [f.residual for b in ev.probe.micro_batches for f in b.found] if ev.probe is not None else []
     odd = [r for r in residuals if r > FOREIGN_TERM]
     if odd:
-        yield Hit(
-            "rows of the gradient carry another term than cross-entropy", len(odd), len(odd) / len(residuals)
-        )
+        yield Hit("rows of the gradient carry another term than cross-entropy", len(odd), len(residuals))

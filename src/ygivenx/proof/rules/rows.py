@@ -113,8 +113,46 @@ def rows_quarantined(ev: Evidence) -> Iterator[Hit]:
 )
 def rows_unrecognised(ev: Evidence) -> Iterator[Hit]:
     unknown = [(s.where, s.ids[:16]) for s in ev.seen if not s.pieces]
-    severity: Severity = "warning" if len(unknown) == len(ev.seen) else "info"
-    yield from located(ev, "rows of the batch are none that were given", unknown, len(ev.seen), severity)
+    message = "rows are none of those that were given"
+    yield from located(ev, message, unknown, len(ev.seen), "info", "warning")
+
+
+@rule(
+    "rows-missing",
+    "info",
+    why="Rows that were given are in no prepared row: a filter, a limit of length or a held-out part took them.",
+    fix="Nothing, if it is meant.",
+)
+def rows_missing(ev: Evidence) -> Iterator[Hit]:
+    if ev.unmatched is not None:
+        examples = ({"where": f"rows {some(ev.unmatched)}"},)
+        yield Hit("rows are in no prepared row", len(ev.unmatched), ev.read, examples)
+
+
+@rule(
+    "another-mode",
+    "info",
+    why="The rows are what inference shows in another mode of the template than its default: exact there alone.",
+    fix="Set the same switch at inference; or render the rows as inference does without it.",
+)
+def another_mode(ev: Evidence) -> Iterator[Hit]:
+    pieces = [(s, p.mode) for s in ev.seen for p in s.pieces]
+    for mode in sorted({mode for _, mode in pieces if mode}):
+        at = [(s.where, s.ids[:16]) for s, m in pieces if m == mode]
+        yield from located(ev, f"documents are right for inference with {mode}", at, len(pieces))
+
+
+@rule(
+    "audited-for-x-alone",
+    "info",
+    why="The encoder refuses these rows, so nobody can say which tokens a model has to produce in them; what they "
+    "train of x is a finding all the same.",
+    fix="Mend the rows, or leave them out; their refusals say how.",
+)
+def audited_for_x_alone(ev: Evidence) -> Iterator[Hit]:
+    pieces = [(s, p) for s in ev.seen for p in s.pieces]
+    at = [(s.where, s.ids[:16]) for s, p in pieces if not p.proven]
+    yield from located(ev, "documents are of refused rows", at, len(pieces))
 
 
 @rule(
@@ -147,7 +185,7 @@ def _noted(ev: Evidence, misspelt: bool) -> Iterator[Hit]:
                     by_note[note].append(number)
     for note, at in by_note.items():
         examples = ({"where": f"rows {some(list(dict.fromkeys(at)))}"},)
-        yield Hit(f"sequences: {note}", len(at), len(at) / len(ev.encoded), examples)
+        yield Hit(f"sequences: {note}", len(at), len(ev.encoded), examples)
 
 
 @rule(
@@ -184,7 +222,7 @@ def duplicates(ev: Evidence) -> Iterator[Hit]:
     count = sum(len(g) - 1 for g in again)
     if count:
         examples = tuple({"where": f"rows {some(g)}"} for g in again[:EXAMPLES])
-        yield Hit("rows repeat another row", count, count / ev.accepted, examples)
+        yield Hit("rows repeat another row", count, ev.accepted, examples)
 
 
 def _digests(ev: Evidence) -> Iterator[bytes]:
@@ -216,7 +254,7 @@ def conflicting_answers(ev: Evidence) -> Iterator[Hit]:
             }
             for answers in torn[:EXAMPLES]
         )
-        yield Hit("rows have the same x and another y", count, count / ev.accepted, examples)
+        yield Hit("rows have the same x and another y", count, ev.accepted, examples)
 
 
 @rule(
@@ -264,9 +302,8 @@ def weights_out_of_range(ev: Evidence) -> Iterator[Hit]:
         above += int((s.weights > 1).sum())
         most = max(most, float(s.weights.max()))
     if above:
-        yield Hit(
-            f"tokens have a weight above 1, up to {most:g}", above, above / int(ev.encoded.length.sum())
-        )
+        examples = ({"where": "the largest", "text": f"{most:g}"},)
+        yield Hit("tokens have a weight above 1", above, int(ev.encoded.length.sum()), examples)
 
 
 @rule(

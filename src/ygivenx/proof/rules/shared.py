@@ -12,10 +12,11 @@ import numpy as np
 
 from ...choices import Severity
 from ...sequence import Sequence
-from ..evidence import UNKNOWN, Evidence, MatchedStretch, ObservedRow
+from ..evidence import HISTORY, SILENT, UNKNOWN, Evidence, MatchedStretch, ObservedRow, kind_code
 from .base import Hit
 
 EXAMPLES = 3
+OPENING = ("bos", "template", "system")  # kinds of what stands before a first message
 STRAY = 32  # a longer stretch that no known document explains is a document that the audit wasn't given
 
 
@@ -29,25 +30,25 @@ class MaskCount:
     examples: tuple[Mapping[str, str], ...]
 
     def hit(self, message: str) -> Hit:
-        return Hit(message, self.count, self.count / max(self.total, 1), self.examples)
+        return Hit(message, self.count, self.total, self.examples)
 
 
 def tokens(ev: Evidence, message: str, mask: Mask, of: Mask | None = None) -> Iterator[Hit]:
-    found = collect(ev, mask, of=of)
-    if found.count:
-        yield found.hit(message)
+    yield collect(ev, mask, of=of).hit(message)
 
 
 def located(
-    ev: Evidence, message: str, found: list[tuple[str, Any]], of: int, severity: Severity | None = None
+    ev: Evidence,
+    message: str,
+    found: list[tuple[str, Any]],
+    of: int,
+    severity: Severity | None = None,
+    severity_of_all: Severity | None = None,
 ) -> Iterator[Hit]:
-    """A hit for places, (where, a text or the ids of one), among `of`; none for none."""
-    if found:
-        shown = [
-            (where, text if isinstance(text, str) else ev.text(text)) for where, text in found[:EXAMPLES]
-        ]
-        examples = tuple({"where": where, "text": text} for where, text in shown)
-        yield Hit(message, len(found), len(found) / of, examples, severity)
+    """A hit for places, (where, a text or the ids of one), among `of`; of count 0 for none."""
+    shown = [(where, text if isinstance(text, str) else ev.text(text)) for where, text in found[:EXAMPLES]]
+    examples = tuple({"where": where, "text": text} for where, text in shown)
+    yield Hit(message, len(found), of, examples, severity, severity_of_all)
 
 
 def collect(
@@ -71,12 +72,23 @@ def around(ev: Evidence, ids: np.ndarray, at: int) -> str:
 
 
 def of_kind(s: ObservedRow, *kinds: str) -> np.ndarray:
-    return np.isin(s.kinds.astype(str), kinds)
+    return np.isin(s.codes, [kind_code(k) for k in kinds])
 
 
 def supplied(s: ObservedRow) -> np.ndarray:
     """Trained tokens that the encoder gives no weight and the model doesn't have to produce."""
     return np.asarray(s.trained & (s.target == s.ids) & ~s.output & (s.expected == 0), bool)
+
+
+def of_history(s: ObservedRow) -> np.ndarray:
+    """Trained tokens of replies that are context here: the sequence that trains them shows another context."""
+    return np.asarray(supplied(s) & (s.role == HISTORY) & ~of_kind(s, "reasoning"), bool)
+
+
+def of_weight_zero(s: ObservedRow) -> np.ndarray:
+    """Trained tokens of replies that their rows, or the policy, don't want trained."""
+    silent = s.output | (s.role == SILENT)
+    return np.asarray(s.trained & (s.target == s.ids) & silent & (s.expected == 0), bool)
 
 
 def expected_y(s: ObservedRow) -> np.ndarray:
@@ -120,7 +132,7 @@ def stray_tokens(s: ObservedRow) -> np.ndarray:
     stray = of_kind(s, UNKNOWN, "") & ~s.padding & (s.ids >= 0)
     edges = np.flatnonzero(np.diff(np.concatenate(([0], stray.astype(np.int8), [0]))))
     for start, stop in zip(edges[::2], edges[1::2], strict=True):
-        if stop - start > STRAY and not (s.kinds[start:stop] == UNKNOWN).any():
+        if stop - start > STRAY and not of_kind(s, UNKNOWN)[start:stop].any():
             stray[start:stop] = False
     return np.asarray(stray, bool)
 
@@ -129,9 +141,30 @@ def lost_tokens(piece: MatchedStretch) -> np.ndarray:
     """bool over a document's tokens: missing in its middle (a cut head or tail has rules of its own)."""
     lost = ~piece.matched
     lost[piece.missing_tail] = False
-    if piece.missing_head > STRAY // 4:
+    if piece.missing_head > STRAY // 4 or lacks_opening(piece):
         lost[: piece.missing_head] = False
     return lost
+
+
+def lacks_opening(piece: MatchedStretch) -> bool:
+    """Whether a document lacks all that stands before its first message: a system prompt, a block of tools."""
+    lost = [g for g in piece.sequence.segments if g.start < piece.missing_head]
+    return bool(lost) and lost[-1].stop == piece.missing_head and {g.kind for g in lost} <= set(OPENING)
+
+
+def only_last_reply(s: ObservedRow) -> np.ndarray:
+    """bool [T]: tokens of earlier replies, where of each document nothing but its last reply is trained."""
+    earlier = np.zeros(len(s.ids), bool)
+    expected = expected_y(s)
+    for p in s.pieces:
+        here = expected[p.start : p.stop]
+        starts = np.flatnonzero(here & ~np.append(False, here[:-1]))
+        if len(starts) > 1:
+            at = p.start + int(starts[-1])
+            last = expected[at : p.stop]
+            if not s.trained[p.start : at][here[: starts[-1]]].any() and s.trained[at : p.stop][last].all():
+                earlier[p.start : at] = here[: starts[-1]]
+    return earlier
 
 
 def first_lost(s: ObservedRow) -> np.ndarray:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..evidence import Evidence
+from ..evidence import Evidence, ObservedRow
 from .base import Hit, rule
 from .shared import (
     EXAMPLES,
     STRAY,
     first_lost,
+    lacks_opening,
     leaks_of,
     located,
     lost_tokens,
+    of_history,
     places,
     stray_tokens,
+    tokens,
     weighted_in,
 )
 
@@ -28,22 +31,29 @@ from .shared import (
     "tokens.",
 )
 def context_differs(ev: Evidence) -> Iterator[Hit]:
-    rows = [s for s in ev.seen if s.pieces]
-    found = []
-    for s in rows:
-        stray = stray_tokens(s)
-        lost = sum(int(lost_tokens(p).sum()) for p in s.pieces)
-        if stray.any() or lost:
-            text = ev.text(s.ids[stray][:12]) or ev.text(first_lost(s))
-            note = f"{int(stray.sum())} tokens too many, {lost} missing"
-            found.append({"where": s.where, "difference": note, "text": text})
-    if found:
-        yield Hit(
-            "rows differ from what the chat template shows at inference",
-            len(found),
-            len(found) / len(rows),
-            tuple(found[:EXAMPLES]),
-        )
+    rows = [s for s in ev.seen if s.pieces and all(p.proven for p in s.pieces)]
+    message = "rows differ from what the chat template shows at inference"
+    found = [d for s in rows if (d := _difference(ev, s))]
+    yield Hit(message, len(found), len(rows), tuple(found[:EXAMPLES]))
+    pieces = [(s, p) for s in rows for p in s.pieces]
+    bare = [(s.where, p.sequence.ids[: p.missing_head][:24]) for s, p in pieces if lacks_opening(p)]
+    message = "documents lack the system prompt or tools that inference shows first"
+    yield from located(ev, message, bare, len(pieces))
+    yield from tokens(ev, "tokens of replies are trained that inference shows as context alone", of_history)
+
+
+def _difference(ev: Evidence, s: ObservedRow) -> dict[str, str]:
+    """What a row has too much or lacks; empty if nothing."""
+    stray = stray_tokens(s)
+    lost = sum(int(lost_tokens(p).sum()) for p in s.pieces)
+    if not stray.any() and not lost:
+        return {}
+    text = ev.text(s.ids[stray][:12]) or ev.text(first_lost(s))
+    return {
+        "where": s.where,
+        "difference": f"{int(stray.sum())} tokens too many, {lost} missing",
+        "text": text,
+    }
 
 
 @rule(
@@ -90,7 +100,11 @@ def y_truncated(ev: Evidence) -> Iterator[Hit]:
 )
 def document_cut(ev: Evidence) -> Iterator[Hit]:
     pieces = [(s, p) for s in ev.seen for p in s.pieces]
-    cut = [(s.where, s.ids[p.start : p.start + 16]) for s, p in pieces if p.missing_head > STRAY // 4]
+    cut = [
+        (s.where, s.ids[p.start : p.start + 16])
+        for s, p in pieces
+        if p.missing_head > STRAY // 4 and not lacks_opening(p)
+    ]
     yield from located(ev, "documents are trained without their beginning", cut, len(pieces))
 
 

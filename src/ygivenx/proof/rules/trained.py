@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ...choices import Severity
-from ..evidence import UNKNOWN, Evidence
+from ..evidence import SILENT, UNKNOWN, Evidence, ObservedRow
 from .base import Hit, rule
 from .shared import (
     after_end,
@@ -16,6 +15,8 @@ from .shared import (
     located,
     misplaced,
     of_kind,
+    of_weight_zero,
+    only_last_reply,
     parts_of,
     share_equal,
     supplied,
@@ -59,7 +60,9 @@ def tool_result_trained(ev: Evidence) -> Iterator[Hit]:
 )
 def history_reasoning(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
-        ev, "tokens of earlier reasoning are trained", lambda s: supplied(s) & of_kind(s, "reasoning")
+        ev,
+        "tokens of earlier reasoning are trained",
+        lambda s: supplied(s) & of_kind(s, "reasoning") & (s.role != SILENT),
     )
 
 
@@ -74,7 +77,7 @@ def prompt_header_trained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
         ev,
         "tokens that the prompt supplies are trained",
-        lambda s: supplied(s) & of_kind(s, "template", "bos", *OWN) & ~after_end(s),
+        lambda s: supplied(s) & of_kind(s, "template", "bos", *OWN) & ~after_end(s) & (s.role == 0),
     )
 
 
@@ -102,7 +105,7 @@ def y_untrained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
         ev,
         "tokens of y are not trained",
-        lambda s: expected_y(s) & ~s.trained & ~s.foreign & ~of_kind(s, "end_of_turn"),
+        lambda s: _missed(s) & ~of_kind(s, "end_of_turn"),
         of=lambda s: expected_y(s) & ~of_kind(s, "end_of_turn"),
     )
 
@@ -117,9 +120,25 @@ def end_untrained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
         ev,
         "end-of-turn tokens are not trained",
-        lambda s: expected_y(s) & ~s.trained & ~s.foreign & of_kind(s, "end_of_turn"),
+        lambda s: _missed(s) & of_kind(s, "end_of_turn"),
         of=lambda s: expected_y(s) & of_kind(s, "end_of_turn"),
     )
+
+
+def _missed(s: ObservedRow) -> np.ndarray:
+    """Tokens that should be trained and aren't, but for a choice of last replies alone, which has its own rule."""
+    return np.asarray(expected_y(s) & ~s.trained & ~s.foreign & ~only_last_reply(s), bool)
+
+
+@rule(
+    "only-last-turn",
+    "warning",
+    why="Of each conversation the last reply alone is trained: exact, but earlier replies cost compute and teach "
+    "nothing.",
+    fix="Train all replies; or audit with the same policy, train='last', if it is meant.",
+)
+def only_last_turn(ev: Evidence) -> Iterator[Hit]:
+    yield from tokens(ev, "tokens of earlier replies are not trained", only_last_reply, of=expected_y)
 
 
 @rule(
@@ -131,18 +150,18 @@ def end_untrained(ev: Evidence) -> Iterator[Hit]:
 )
 def shifted_labels(ev: Evidence) -> Iterator[Hit]:
     wrong = collect(ev, misplaced, of=lambda s: s.trained & (s.ids >= 0))
-    if not wrong.count:
-        return
-    targets = np.concatenate([s.target[misplaced(s)] for s in ev.seen])
-    common = int(np.bincount(targets).argmax())
-    shares = {
-        "the input token itself": share_equal(ev.seen, 1),
-        "two ahead": share_equal(ev.seen, -1),
-        f"the one token {ev.text([common])!r}": float((targets == common).mean()),
-    }
-    name, share = max(shares.items(), key=lambda item: item[1])
-    kind = f", {share:.0%} of them {name}" if share > 0.5 else ""
-    yield wrong.hit(f"targets are not the next token{kind}")
+    if wrong.count:
+        targets = np.concatenate([s.target[misplaced(s)] for s in ev.seen])
+        common = int(np.bincount(targets).argmax())
+        shares = {
+            "the input token itself": share_equal(ev.seen, 1),
+            "two ahead": share_equal(ev.seen, -1),
+            f"the one token {ev.text([common])!r}": float((targets == common).mean()),
+        }
+        name, share = max(shares.items(), key=lambda item: item[1])
+        if share > 0.5:
+            wrong.examples = ({"where": f"{share:.0%} of them", "text": f"are {name}"}, *wrong.examples)
+    yield wrong.hit("targets are not the next token")
 
 
 @rule(
@@ -166,8 +185,7 @@ def padding_trained(ev: Evidence) -> Iterator[Hit]:
 def nothing_trained(ev: Evidence) -> Iterator[Hit]:
     units = [(s, part) for s in ev.seen for part in parts_of(s)]
     empty = [(s.where, s.ids[part][:40]) for s, part in units if not (s.trained | s.foreign)[part].any()]
-    severity: Severity = "error" if len(empty) == len(units) else "warning"
-    yield from located(ev, "rows have no trained token", empty, len(units), severity)
+    yield from located(ev, "rows have no trained token", empty, len(units), "warning", "error")
 
 
 @rule(
@@ -189,6 +207,8 @@ def not_finite(ev: Evidence) -> Iterator[Hit]:
     fix="Use a trainer that carries float weights (yx.Trainer), or a loss that reads them.",
 )
 def weights_ignored(ev: Evidence) -> Iterator[Hit]:
+    silent = "tokens are trained that their rows give the weight 0"
+    yield from tokens(ev, silent, of_weight_zero)
     requested, given = [], []
     for s in ev.seen:
         at = s.trained & (s.expected > 0)
@@ -206,7 +226,7 @@ def weights_ignored(ev: Evidence) -> Iterator[Hit]:
         yield Hit(
             "tokens are trained with another weight than their rows ask for",
             int(off.sum()),
-            float(off.mean()),
+            len(off),
         )
 
 
