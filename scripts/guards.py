@@ -154,7 +154,7 @@ GUARDS = [
           "continues = rendered.renderer.begins(text, shown)", "continues = True", ENCODER),
     Guard("one text serves all turns only if it begins with each", "encoder/prove.py",
           "if shares and all(begins(text, t.proven) for t in turns):", "if shares:", ENCODER),
-    Guard("no stop inside a reply", "encoder/prove.py",
+    Guard("no stop inside a reply", "encoder/turns.py",
           "if found[0] in tokens.stops and written:", "if False:", ENCODER),
     Guard("a header that nothing asks for isn't trained", "encoder/prove.py",
           "if _writes_header(tokens, rendered, i):\n        raise", "if False:\n        raise", ENCODER),

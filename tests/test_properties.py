@@ -15,7 +15,7 @@ from templates.stock import ends_for, stock_templates, tokenizer_for
 from ygivenx import Encoder, RowError
 from ygivenx.errors import YgivenxError
 from ygivenx.rows.formats import normalise
-from ygivenx.templating.origins import Text, join
+from ygivenx.templating.origins import Text, join_texts
 from ygivenx.templating.writing import percent
 
 SHELF = stock_templates()
@@ -174,7 +174,7 @@ def test_whatever_a_row_is_the_error_is_ours(row):
 @many
 @given(st.lists(st.tuples(st.text(max_size=4), st.integers(0, 3)), max_size=5), st.data())
 def test_texts_do_what_strings_do_and_keep_their_sources(parts, data):
-    text = join([Text.of(t, s) for t, s in parts])
+    text = join_texts([Text.of(t, s) for t, s in parts])
     plain = "".join(t for t, _ in parts)
     owners = [s for t, s in parts for _ in t]
     a, b = data.draw(st.integers(-6, 22)), data.draw(st.integers(-6, 22))

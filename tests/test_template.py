@@ -11,7 +11,7 @@ from templates.stock import stock_templates, tokenizer_for
 from ygivenx import RowError
 from ygivenx.rows.formats import normalise
 from ygivenx.templating.inputs import Inputs, inputs_of
-from ygivenx.templating.origins import OriginsLost, Text, join, source_at
+from ygivenx.templating.origins import OriginsLost, Text, join_texts, source_at
 from ygivenx.templating.template import Template
 from ygivenx.templating.tracing import marked
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_followed_is_declined():
         assert template.trace(marked(inputs), template.render(inputs)) is None
     with pytest.raises(OriginsLost):
         Text.of("a", 1) % ()
-    mixed = join([Text.of("a", 1), Text.of("ß", 2)])
+    mixed = join_texts([Text.of("a", 1), Text.of("ß", 2)])
     with pytest.raises(OriginsLost):
         mixed.upper()
     assert source_at(mixed, 1) == 2

@@ -100,7 +100,8 @@ class Chats:
     def job(self, row: Conversation, notes: tuple[str, ...] = ()) -> ChatWork:
         """The work of a row; raises RowError where no text of it can be proven."""
         chat = chat_of(row, self.options, self._templates)
-        return ChatWork(chat, self._proofs.candidates(chat), (*notes, *notes_on(chat)))
+        notes = (*notes, *notes_on(chat))
+        return ChatWork(chat, self._proofs.candidates(chat), notes)
 
     def template(self, inputs: Inputs) -> Template:
         """The template that a row's inputs are written with."""

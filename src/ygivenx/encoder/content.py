@@ -11,6 +11,7 @@ import re
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from re import Match
 from typing import Any
 
@@ -19,8 +20,96 @@ from ..templating.inputs import REASONING_FIELDS, ROLES, Inputs
 from ..templating.origins import Source, within
 from ..templating.template import Template
 from ..templating.tracing import Traced
-from .render import Rendering, Tags, Turn
+from .render import Chat, Rendering, Renderings, Tags, Turn
+from .repairs import Strategy
 from .tokenize import Encoded, Tokens
+
+_KIND_OF_FIELD = {
+    "reasoning_content": "reasoning",
+    "thinking": "reasoning",
+    "reasoning": "reasoning",
+    "tool_calls": "tool_call",
+}
+_OF_MESSAGE = re.compile(r"messages\[(\d+)\]")
+_ARGUMENT = re.compile(r"\.arguments(?! \(key\)\Z)")  # not the name of the field itself
+
+
+def checked(
+    chat: Chat, strategy: Strategy, renderings: list[Rendering], rendered: Renderings, to_train: set[int]
+) -> list[tuple[Rendering, tuple[int, ...]]]:
+    """The proven texts of a row with notes of what the template leaves out, and where each is cut.
+
+    Raises RowError where a part that is trained is left out, a text of the row is changed, or the row writes control
+    tokens and the options refuse that.
+    """
+    renderings = [_with_its_texts(chat, r, rendered, strategy) for r in renderings]
+    done = [_complete(chat, r, rendered) for r in renderings]
+    done = [_with_lost_context(chat, r, to_train) for r in done]
+    if (
+        rendered.renderer is not chat.template
+    ):  # what placeholders stand for is looked at once they are filled
+        return [(r, ()) for r in done]
+    return [(r, control_cuts(chat.options.tokens, r, chat.options.control)) for r in done]
+
+
+def _with_its_texts(chat: Chat, rendering: Rendering, rendered: Renderings, strategy: Strategy) -> Rendering:
+    """The rendering, with a note of a text of x that the template changes.
+
+    Raises RowError where that is to be refused, and where a repair changes any text of the row.
+    """
+    if rendered.renderer is not chat.template:  # a placeholder is only ever written bare
+        return rendering
+    if path := changed_of_context(rendering, chat.row.messages):
+        if chat.options.dropped == "refuse":
+            raise changed_text(path)
+        rendering = replace(rendering, notes=(*rendering.notes, f"{path} is changed by the template"))
+    if not strategy.notes and not any(t.notes for t in rendering.turns):
+        return rendering
+    try:
+        traced = chat.as_given.traced[rendering.upto]
+    except RowError:  # the template takes the row with the repair alone
+        traced = None
+    if path := unfaithful(rendering, chat.inputs.messages, chat.tags, traced):
+        raise changed_text(path)
+    return rendering
+
+
+def _complete(chat: Chat, rendering: Rendering, rendered: Renderings) -> Rendering:
+    """The rendering with notes of what its template leaves out of replies; raises RowError if that is trained."""
+    for turn in rendering.turns:
+        message = rendered.inputs.messages[turn.message]
+        if path := printed_arguments(rendering, turn, message):
+            raise not_json(f"messages[{turn.message}].{path}")
+        for path, name in lost_of_reply(rendering, turn, message, chat.tags):
+            kind = _KIND_OF_FIELD.get(name, "answer")
+            if chat.options.dropped == "refuse" and (turn.message, kind) in chat.trained:
+                raise dropped(path)
+            rendering = replace(rendering, notes=(*rendering.notes, f"{path} is left out by the template"))
+    return rendering
+
+
+def _with_lost_context(chat: Chat, rendering: Rendering, to_train: set[int]) -> Rendering:
+    """The rendering with notes of what the template leaves out around replies.
+
+    Raises RowError where that is trained, or is a whole message before a trained reply.
+    """
+    lost = lost_of_context(rendering, to_train, rendering.upto, chat.tags)
+    if chat.options.dropped == "refuse":
+        if paths := [p for p in lost if _is_trained(chat, p)]:
+            raise dropped(paths[0], "a message")
+        last = max((t.message for t in rendering.turns), default=0)
+        if whole := lost_messages(rendering, last):
+            raise dropped_message(whole[0], str(chat.row.messages[whole[0]].get("role")))
+    notes = tuple(f"{path} is left out by the template" for path in lost)
+    return replace(rendering, notes=(*rendering.notes, *notes))
+
+
+def _is_trained(chat: Chat, path: str) -> bool:
+    """Whether the message of a path, if it isn't a reply, has a weight of its own."""
+    found = _OF_MESSAGE.match(path)
+    if found is None or chat.row.messages[int(found[1])]["role"] == "assistant":
+        return False
+    return any(message == int(found[1]) for message, _ in chat.trained)
 
 
 def lost_of_reply(
@@ -216,7 +305,7 @@ def _matters(source: Source) -> bool:
     if source.field in ("content", *REASONING_FIELDS):
         return not source.path.endswith(("(key)", "].type"))
     return source.field == "tool_calls" and (
-        source.path.endswith(".name") or ".arguments" in source.path.removesuffix(".arguments (key)")
+        source.path.endswith(".name") or _ARGUMENT.search(source.path) is not None
     )
 
 

@@ -20,9 +20,8 @@ from ..templating.inputs import REASONING_FIELDS, ROLES
 from ..templating.placeholders import FIRST, MARK, PathConditions, Undecided
 from ..templating.symbolic import SymbolicTemplate
 from .prove import candidate, candidates, strategies_for
-from .render import Candidate, Chat, Outline, Renderings
-from .segments import ids_fault
-from .tokenize import Tokens
+from .render import Candidate, Chat, Outline
+from .tokenize import Tokens, ids_fault
 
 _TEXTS = frozenset({"content", *REASONING_FIELDS})
 _FIELDS = _TEXTS | {"role"}
@@ -133,7 +132,7 @@ def _proof(chat: Chat, texts: list[str]) -> Proof | None:
     for strategy in chain(strategies_for(symbolic, False), strategies_for(symbolic, True)):
         if not strategy.is_symbolic:
             return None
-        found = candidate(symbolic, Renderings(template, strategy.inputs, chat.tags), strategy)
+        found = candidate(symbolic, strategy, template)
         if isinstance(found, RowError):
             continue
         control = chat.options.tokens.control

@@ -8,37 +8,20 @@ P = render(messages[:i], add_generation_prompt=True) is what inference shows, an
 F = render(messages[:i+1]). The output is O = F[len(P) : end of turn], and must satisfy: F starts with P; O ends
 in the token that ends the turn. One text serves all turns if it starts with each P + O; else every turn gets its own.
 What satisfies neither is refused with the place where the two texts part. The rest of the contract, that the ids of P
-begin those of P + O, is checked when a candidate is encoded (`segments.borders_of`).
+begin those of P + O, is checked when a candidate is encoded (`tokenize.borders_of`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
 from ..errors import RowError
-from ..rows.nouns import Conversation
-from ..templating.origins import TEMPLATE, within
-from ..templating.template import common_prefix
+from ..templating.template import Renderer, common_prefix
 from ..templating.tracing import Traced
-from .content import (
-    changed_of_context,
-    changed_text,
-    control_cuts,
-    dropped,
-    dropped_message,
-    lost_messages,
-    lost_of_context,
-    lost_of_reply,
-    not_json,
-    printed_arguments,
-    refuse_control,
-    unfaithful,
-)
-from .policy import Options, Part, weight_of
+from .content import checked, refuse_control
 from .render import (
     SHOWN,
     Candidate,
@@ -48,20 +31,11 @@ from .render import (
     Renderings,
     Turn,
     quoted,
-    runs_of_message,
 )
 from .repairs import IN_TURNS, Strategy, last_resorts, strategies
-from .segments import KIND_OF_ROLE, ids_fault, left_open, outline_of
-from .tokenize import Tokens
-from .turns import EMPTY_THOUGHTS, USER, appended_end, end_of_turn, joined, position_after, render_or_none
-
-_KIND_OF_FIELD = {
-    "reasoning_content": "reasoning",
-    "thinking": "reasoning",
-    "reasoning": "reasoning",
-    "tool_calls": "tool_call",
-}
-
+from .segments import outline_of
+from .tokenize import Tokens, ids_fault
+from .turns import EMPTY_THOUGHTS, appended_end, end_of_turn, joined, stopping_once
 
 # === candidates ==========================================================================================
 
@@ -74,7 +48,7 @@ def candidates(chat: Chat) -> Iterator[Candidate | RowError]:
     by_reply = o.context == "inference" and len(chat.to_train) > 1 and bool(o.repairs)
     for is_last_resort in (False, True):
         for strategy in strategies_for(chat, is_last_resort):
-            found = candidate(chat, Renderings(chat.template, strategy.inputs, chat.tags), strategy)
+            found = candidate(chat, strategy, chat.template)
             # Of a strategy that changes the row's inputs the refusal would speak of what the user didn't write.
             if isinstance(found, Candidate) or not strategy.notes:
                 yield found
@@ -87,62 +61,31 @@ def strategies_for(chat: Chat, is_last_resort: bool) -> Iterator[Strategy]:
     o = chat.options
     repairs = o.repairs if o.context == "inference" else o.repairs - IN_TURNS
     found = last_resorts if is_last_resort else strategies
-    return found(chat.template, chat.inputs, chat.to_train, chat.tags, repairs, o.thoughts)
+    return found(chat.template, chat.inputs, chat.to_train, chat.as_given.thinks, repairs, o.thoughts)
 
 
-def candidate(chat: Chat, rendered: Renderings, strategy: Strategy) -> Candidate | RowError:
-    """The candidate that a strategy gives, or why it gives none."""
+def candidate(chat: Chat, strategy: Strategy, renderer: Renderer) -> Candidate | RowError:
+    """The candidate that a strategy gives, or why it gives none. renderer: the chat's template, or placeholders'."""
+    is_given = renderer is chat.template and strategy.inputs is chat.inputs
+    rendered = chat.as_given if is_given else Renderings(renderer, strategy.inputs, chat.tags)
     try:
-        renderings = _rendered(chat, rendered, strategy)
-        # What placeholders stand for is looked at once they are filled.
-        cut = rendered.renderer is chat.template
-        outlines = tuple(_outline(chat, r, cut) for r in renderings)
+        renderings, to_train = _proven(chat, rendered, strategy)
+        texts = checked(chat, strategy, renderings, rendered, to_train)
+        outlines = tuple(outline_of(r, chat.row, cuts) for r, cuts in texts)
     except RowError as e:
         return e
     return Candidate(outlines, strategy.notes)
 
 
-def _outline(chat: Chat, rendering: Rendering, cut: bool) -> Outline:
-    cuts = control_cuts(chat.options.tokens, rendering, chat.options.control) if cut else ()
-    outline = outline_of(rendering, chat.row.messages, cuts)
-    return left_open(outline, len(chat.row.messages) - 1) if chat.row.continue_final_message else outline
-
-
-def _rendered(chat: Chat, rendered: Renderings, strategy: Strategy) -> list[Rendering]:
-    """The proven texts of a strategy, with notes of what the template leaves out."""
+def _proven(chat: Chat, rendered: Renderings, strategy: Strategy) -> tuple[list[Rendering], set[int]]:
+    """The proven texts of a strategy, and the replies that they train."""
     tokens, to_train = chat.options.tokens, list(chat.to_train)
     if chat.options.context == "rendered":
-        renderings = prove_as_rendered(tokens, rendered, to_train)
-    else:
-        to_train, notes = _asked_for(chat, rendered, strategy)
-        renderings = prove(tokens, rendered, to_train, strategy.in_turns, strategy.forced)
-        renderings[:1] = [replace(r, notes=r.notes + notes) for r in renderings[:1]]
-    renderings = [_with_its_texts(chat, r, rendered, strategy) for r in renderings]
-    done = [_complete(chat, r, rendered) for r in renderings]
-    return [_with_lost_context(chat, r, set(to_train)) for r in done]
-
-
-def _with_its_texts(chat: Chat, rendering: Rendering, rendered: Renderings, strategy: Strategy) -> Rendering:
-    """The rendering, with a note of a text of x that the template changes.
-
-    Raises RowError where that is to be refused, and where a repair changes any text of the row.
-    """
-    if rendered.renderer is not chat.template:  # a placeholder is only ever written bare
-        return rendering
-    if path := changed_of_context(rendering, chat.row.messages):
-        if chat.options.dropped == "refuse":
-            raise changed_text(path)
-        rendering = replace(rendering, notes=(*rendering.notes, f"{path} is changed by the template"))
-    if not strategy.notes and not any(t.notes for t in rendering.turns):
-        return rendering
-    plain = Renderings(chat.template, chat.inputs, chat.tags)
-    try:
-        traced = plain.traced(rendering.upto)
-    except RowError:  # the template takes the row with the repair alone
-        traced = None
-    if path := unfaithful(rendering, chat.inputs.messages, chat.tags, traced):
-        raise changed_text(path)
-    return rendering
+        return prove_as_rendered(tokens, rendered, to_train), set(to_train)
+    to_train, notes = _asked_for(chat, rendered, strategy)
+    renderings = prove(tokens, rendered, to_train, strategy.in_turns, strategy.forced)
+    renderings[:1] = [replace(r, notes=r.notes + notes) for r in renderings[:1]]
+    return renderings, set(to_train)
 
 
 def _asked_for(chat: Chat, rendered: Renderings, strategy: Strategy) -> tuple[list[int], tuple[str, ...]]:
@@ -162,47 +105,6 @@ def _asked_for(chat: Chat, rendered: Renderings, strategy: Strategy) -> tuple[li
     return [i for i in to_train if i not in left], tuple(f"messages[{i}]: {why}" for i in left)
 
 
-def _complete(chat: Chat, rendering: Rendering, rendered: Renderings) -> Rendering:
-    """The rendering with notes of what its template leaves out of replies; raises RowError if that is trained."""
-    for turn in rendering.turns:
-        message = rendered.inputs.messages[turn.message]
-        if path := printed_arguments(rendering, turn, message):
-            raise not_json(f"messages[{turn.message}].{path}")
-        for path, name in lost_of_reply(rendering, turn, message, chat.tags):
-            kind = _KIND_OF_FIELD.get(name, "answer")
-            if chat.options.dropped == "refuse" and chat.weight(kind, turn.message):
-                raise dropped(path)
-            rendering = replace(rendering, notes=(*rendering.notes, f"{path} is left out by the template"))
-    return rendering
-
-
-def _with_lost_context(chat: Chat, rendering: Rendering, to_train: set[int]) -> Rendering:
-    """The rendering with notes of what the template leaves out around replies.
-
-    Raises RowError where that is trained, or is a whole message before a trained reply.
-    """
-    lost = lost_of_context(rendering, to_train, rendering.upto, chat.tags)
-    if chat.options.dropped == "refuse":
-        if paths := [p for p in lost if _is_trained(chat.row, p, chat.options)]:
-            raise dropped(paths[0], "a message")
-        last = max((t.message for t in rendering.turns), default=0)
-        if whole := lost_messages(rendering, last):
-            raise dropped_message(whole[0], str(chat.row.messages[whole[0]].get("role")))
-    notes = tuple(f"{path} is left out by the template" for path in lost)
-    return replace(rendering, notes=(*rendering.notes, *notes))
-
-
-def _is_trained(row: Conversation, path: str, options: Options) -> bool:
-    """Whether the message of a path, if it isn't a reply, has a weight of its own."""
-    found = _OF_MESSAGE.match(path)
-    if not found:
-        return False
-    i = int(found[1])
-    role, own = str(row.messages[i]["role"]), row.messages[i].get("weight", 1.0)
-    part = Part(KIND_OF_ROLE.get(role, role), False, i, role, weight=own)
-    return role != "assistant" and weight_of(options.policy, part) > 0
-
-
 def reply_by_reply(chat: Chat, with_last_resort: bool) -> Candidate | RowError:
     """Each reply by the first strategy that is proven for it alone: a data set may mix replies with and without
     thoughts even in one conversation."""
@@ -217,7 +119,7 @@ def reply_by_reply(chat: Chat, with_last_resort: bool) -> Candidate | RowError:
         refusal: RowError | None = None
         last = strategies_for(alone, is_last_resort=True) if with_last_resort else ()
         for strategy in chain(strategies_for(alone, is_last_resort=False), last):
-            found = candidate(alone, Renderings(chat.template, strategy.inputs, chat.tags), strategy)
+            found = candidate(alone, strategy, chat.template)
             error = found if isinstance(found, RowError) else ids_fault(found, chat.options)
             if error is None and isinstance(found, Candidate):
                 break
@@ -228,9 +130,6 @@ def reply_by_reply(chat: Chat, with_last_resort: bool) -> Candidate | RowError:
         assert isinstance(found, Candidate)
         outlines += [replace(o, notes=(*found.notes, *o.notes)) for o in found.outlines]
     return Candidate(tuple(outlines))
-
-
-_OF_MESSAGE = re.compile(r"messages\[(\d+)\]")
 
 
 # === the contract ========================================================================================
@@ -260,10 +159,10 @@ def prove(
     # Inference encodes history as a whole: where a turn is encoded apart from its prompt, later ones can't share it.
     shares = all(t.cut is None for t in turns[:-1])
     if shares and all(begins(text, t.proven) for t in turns):
-        return [Rendering(text, tuple(turns), len(rendered), rendered.traced(len(rendered)))]
+        return [Rendering(text, tuple(turns), len(rendered), rendered.traced[len(rendered)])]
     notes = (_REWRITTEN,) if len(turns) > 1 else ()
     return [
-        Rendering(t.text, (t,), t.message + 1, t.traced or rendered.traced(t.message + 1), notes)
+        Rendering(t.text, (t,), t.message + 1, t.traced or rendered.traced[t.message + 1], notes)
         for t in turns
     ]
 
@@ -279,7 +178,7 @@ def prove_as_rendered(tokens: Tokens, rendered: Renderings, to_train: Iterable[i
         if turn is None or not rendered.renderer.begins(text, turn.proven):
             turn = _by_origin(tokens, rendered, i)
         turns.append(turn)
-    return [Rendering(text, tuple(turns), len(rendered), rendered.traced(len(rendered)))]
+    return [Rendering(text, tuple(turns), len(rendered), rendered.traced[len(rendered)])]
 
 
 def unasked(tokens: Tokens, rendered: Renderings, to_train: Iterable[int]) -> list[int]:
@@ -293,13 +192,9 @@ def unasked(tokens: Tokens, rendered: Renderings, to_train: Iterable[int]) -> li
 
 def _is_asked(tokens: Tokens, rendered: Renderings, i: int) -> bool:
     """Whether what inference shows before reply i, thoughts apart, begins what the row holds."""
-    try:
-        shown = rendered.prompt(i)
-    except RowError:
+    if rendered.shown[i] is None or _writes_header(tokens, rendered, i):
         return False
-    if _writes_header(tokens, rendered, i):
-        return False
-    return position_after(rendered.tags.without(shown), rendered.closed(i + 1)) is not None
+    return rendered.begins_unthought[i] is not None
 
 
 # --- a turn ----------------------------------------------------------------------------------------------
@@ -309,14 +204,14 @@ def _turn(
     tokens: Tokens, rendered: Renderings, i: int, repairs: frozenset[str] = frozenset(), forced: bool = False
 ) -> Turn:
     """The proof for message i."""
-    shown, text = _prompt(rendered, i), rendered.closed(i + 1)
+    shown, text = _prompt(rendered, i), rendered.closed[i + 1]
     continues = rendered.renderer.begins(text, shown)
     if _writes_header(tokens, rendered, i):
         raise _no_header(i)
     first, last = _spoken(rendered, i)
     if continues and _trains_header(rendered, i, shown, text, first):
         raise _no_header(i)
-    lacks_thought = rendered.tags.opens(shown) and not rendered.tags.thinks(rendered.inputs.messages[i])
+    lacks_thought = rendered.tags.opens(shown) and not rendered.thinks[i]
     if lacks_thought and not repairs & EMPTY_THOUGHTS:
         raise _no_thought(i, shown)
     # Where nothing of the message is found in F, its end stands behind P all the same.
@@ -324,39 +219,21 @@ def _turn(
     if not continues and not repairs:
         raise _not_continued(i, shown, text)
     end = end_of_turn(tokens, rendered, i, after) or appended_end(tokens, rendered, i, after, repairs)
-    if not continues or forced or lacks_thought:
-        mended = joined(rendered, i, repairs, end, continues)
-        if mended is not None:
-            return _stopping_once(tokens, rendered, mended)
-        if lacks_thought:
-            raise _no_thought(i, shown)
-        if not continues:
-            raise _not_continued(i, shown, text)
-    whole = text[: end.at] + end.token if end.note else text
-    notes = (end.note,) if end.note else ()
-    stop = end.at + len(end.token)
-    return _stopping_once(tokens, rendered, Turn(i, whole, len(shown), end.at, stop, notes=notes))
-
-
-def _stopping_once(tokens: Tokens, rendered: Renderings, turn: Turn) -> Turn:
-    """The turn; raises RowError if the template writes a token inside it by which generation would stop."""
-    traced = turn.traced or rendered.traced(turn.message + 1)
-    for found in tokens.control(turn.text, turn.start, turn.end):
-        written = traced is None or TEMPLATE in within(traced.text.runs, *found.span())
-        if found[0] in tokens.stops and written:
-            raise RowError(
-                f"the template writes {found[0]!r} inside this reply, and generation stops there",
-                reason="stop_inside",
-                field=f"messages[{turn.message}]",
-                why="a model can't produce in one turn what stands after it",
-                fix="split the message there in two, such as one with the content and one with the calls",
-            )
-    return turn
+    turn = joined(rendered, i, repairs, end, continues) if forced or lacks_thought or not continues else None
+    if turn is None and lacks_thought:
+        raise _no_thought(i, shown)
+    if turn is None and not continues:
+        raise _not_continued(i, shown, text)
+    if turn is None:
+        whole = text[: end.at] + end.token if end.note else text
+        notes = (end.note,) if end.note else ()
+        turn = Turn(i, whole, len(shown), end.at, end.at + len(end.token), notes=notes)
+    return stopping_once(tokens, rendered, turn)
 
 
 def _prompt(rendered: Renderings, i: int) -> str:
     try:
-        return rendered.prompt(i)
+        return rendered.prompts[i]
     except RowError as e:
         what = "no reply can be asked for here: the template fails on what stands before it"
         fix = "give this message the weight 0, so that it is context"
@@ -369,9 +246,9 @@ def _spoken(rendered: Renderings, i: int) -> tuple[int, int]:
     [0, 0) where F has nothing of it.
     """
     # The whole text is traced in any case; where it begins with F its origins are F's, which spares a rendering.
-    text, whole = rendered.closed(i + 1), rendered.whole
-    traced = rendered.traced(len(rendered) if rendered.renderer.begins(whole, text) else i + 1)
-    runs = [r for r in runs_of_message(traced, i) if r[1] <= len(text)] if traced else []
+    text, whole = rendered.closed[i + 1], rendered.whole
+    traced = rendered.traced[len(rendered) if rendered.renderer.begins(whole, text) else i + 1]
+    runs = [r for r in traced.spoken[i] if r[1] <= len(text)] if traced else []
     if _answers_nothing(rendered.inputs.messages[i]):
         at = _place(rendered, i)
         runs = sorted([*runs, (at, at)])
@@ -385,12 +262,11 @@ def _writes_header(tokens: Tokens, rendered: Renderings, i: int) -> bool:
     """Whether F begins message i, after P, as a prompt after a user ends: then nothing asks for it."""
     if i and rendered.inputs.messages[i - 1].get("role") == "user":
         return False
-    shown, text = rendered.prompt(i), rendered.closed(i + 1)
-    begin = len(shown) if rendered.renderer.begins(text, shown) else position_after(shown, text)
+    text, begin = rendered.closed[i + 1], rendered.begins[i]
     if begin is None:
         return False
     head = text[begin : max(_spoken(rendered, i)[0], begin)].lstrip()
-    prompted = render_or_none(rendered.renderer, rendered.inputs.upto(i, USER)) if head else None
+    prompted = rendered.after_user[i] if head else None
     if prompted is None:
         return False
     prompted = rendered.tags.without(prompted).rstrip()
@@ -407,7 +283,7 @@ def _trains_header(rendered: Renderings, i: int, shown: str, text: str, first: i
     """
     # Nothing stands between P and the reply's first word, or the template does write a generation prompt: then no
     # header can be trained.
-    if not text[len(shown) : max(first, len(shown))].strip() or rendered.closed(i) != shown:
+    if not text[len(shown) : max(first, len(shown))].strip() or rendered.closed[i] != shown:
         return False
     plain = {"role": "assistant", "content": _STAND_IN}
     try:
@@ -429,7 +305,7 @@ def _answers_nothing(message: Mapping[str, Any]) -> bool:
 
 def _place(rendered: Renderings, i: int) -> int:
     """Where in F the content of message i, which is blank, ends; raises RowError if that isn't known."""
-    text, (*before, message) = rendered.closed(i + 1), rendered.inputs.upto(i + 1).messages
+    text, (*before, message) = rendered.closed[i + 1], rendered.inputs.upto(i + 1).messages
     marked = {**message, "content": (message.get("content") or "") + _STAND_IN}
     # The same rendering with one character for the missing words: where it appears is where the words would stand.
     filled = rendered.renderer.render(replace(rendered.inputs, messages=(*before, marked)))
@@ -446,10 +322,10 @@ def _place(rendered: Renderings, i: int) -> int:
 
 def _by_origin(tokens: Tokens, rendered: Renderings, i: int) -> Turn:
     """Message i where the whole text has it, if no other message speaks between its beginning and its end."""
-    traced, (first, last) = rendered.traced(len(rendered)), _spoken(rendered, i)
-    runs = runs_of_message(traced, i) if traced else []
+    traced, (first, last) = rendered.traced[len(rendered)], _spoken(rendered, i)
+    runs = traced.spoken[i] if traced else []
     end = end_of_turn(tokens, rendered, i, last) if runs else None
-    found = end and _end_in_whole(tokens, rendered, runs, rendered.closed(i + 1)[first : end.at], end.token)
+    found = end and _end_in_whole(tokens, rendered, runs, rendered.closed[i + 1][first : end.at], end.token)
     if traced is None or end is None or found is None or _others(rendered, traced, i, runs[0][0], found):
         what = "the rendered text doesn't say where this reply begins and ends"
         raise RowError(what, reason="no_origin", field=f"messages[{i}]", fix="use context='inference'")
@@ -470,7 +346,7 @@ def _end_in_whole(
 
 def _others(rendered: Renderings, traced: Traced, i: int, start: int, stop: int) -> bool:
     """Whether a message other than i speaks in [start, stop)."""
-    others = (run for j in range(len(rendered)) if j != i for run in runs_of_message(traced, j))
+    others = (run for j in range(len(rendered)) if j != i for run in traced.spoken[j])
     return any(a < stop and b > start for a, b in others)
 
 
@@ -480,10 +356,10 @@ def _after_prompt(tokens: Tokens, rendered: Renderings, traced: Traced, i: int, 
     That is after the last words of the messages before it, up to the special token with which the text parts from it;
     `first` itself where it parts without one.
     """
-    shown, tags, whole = rendered.traced_prompt(i), rendered.tags, rendered.whole
-    before = [run for j in range(i) for run in runs_of_message(shown, j)] if shown else []
-    spoken = [b for j in range(i) for _, b in runs_of_message(traced, j) if b <= first]
-    tail = rendered.prompt(i)[max((b for _, b in before), default=0) :]
+    shown, tags, whole = rendered.traced_prompts[i], rendered.tags, rendered.whole
+    before = [run for j in range(i) for run in shown.spoken[j]] if shown else []
+    spoken = [b for j in range(i) for _, b in traced.spoken[j] if b <= first]
+    tail = rendered.prompts[i][max((b for _, b in before), default=0) :]
     at = max(spoken, default=0)
     for begun in (tail, tags.opened.sub("", tail), tags.closed.sub("", tail)):
         if whole[at:first].startswith(begun):

@@ -9,21 +9,23 @@ candidate is proven when its ids are, too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property, lru_cache, partial
+from typing import Any, TypeVar
 
 from ..errors import RowError, nearest
 from ..rows.messages import KNOWN_KEYS, unread_keys
 from ..rows.nouns import Conversation
 from ..templating.inputs import REASONING_FIELDS, Inputs, inputs_of
-from ..templating.origins import TEMPLATE, Text
 from ..templating.template import Renderer, Template
 from ..templating.tracing import Marked, Traced, marked
 from .policy import Options, Part, weight_of
 
 SHOWN = 40  # characters of a text that an error quotes
+USER = {"role": "user", "content": "x"}
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,69 +74,147 @@ class Candidate:
         return [(o.text, o.cuts) for o in self.outlines]
 
 
-class Renderings:
-    """One conversation under one template: its renderings, each made once."""
+class Kept(dict[int, V]):
+    """Values by number, each made when it is first asked for."""
 
-    def __init__(self, renderer: Renderer, inputs: Inputs, tags: Tags) -> None:
-        self.renderer, self.inputs, self.tags = renderer, inputs, tags
-        self._prompts: dict[int, str] = {}
-        self._closed: dict[int, str] = {}
-        self._traced: dict[int, Traced | None] = {}
+    def __init__(self, make: Callable[[int], V]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, n: int) -> V:
+        self[n] = self._make(n)
+        return self[n]
+
+
+@dataclass(frozen=True, eq=False)
+class Renderings:
+    """One conversation under one template: its renderings, each made once.
+
+    Each table is filled when it is asked: see `Kept`. Asking raises RowError where the template fails.
+    """
+
+    renderer: Renderer
+    inputs: Inputs
+    tags: Tags
 
     def __len__(self) -> int:
         return len(self.inputs.messages)
 
-    def prompt(self, i: int) -> str:
-        """P: what inference shows before message i."""
-        if i not in self._prompts:
-            self._prompts[i] = self.renderer.render(self.inputs.upto(i), add_generation_prompt=True)
-        return self._prompts[i]
+    @cached_property
+    def prompts(self) -> Kept[str]:
+        """P by message: what inference shows before it."""
+        return Kept(lambda i: self.renderer.render(self.inputs.upto(i), add_generation_prompt=True))
 
-    def closed(self, stop: int) -> str:
-        """F: messages[:stop] and nothing after them."""
-        if stop not in self._closed:
-            self._closed[stop] = self.renderer.render(self.inputs.upto(stop))
-        return self._closed[stop]
+    @cached_property
+    def shown(self) -> Kept[str | None]:
+        """`prompts`, None where the template can write none."""
+        return Kept(self._prompt_or_none)
+
+    def _prompt_or_none(self, i: int) -> str | None:
+        try:
+            return self.prompts[i]
+        except RowError:
+            return None
+
+    @cached_property
+    def closed(self) -> Kept[str]:
+        """F by its number of messages: these and nothing after them."""
+        return Kept(lambda stop: self.renderer.render(self.inputs.upto(stop)))
+
+    @cached_property
+    def traced(self) -> Kept[Traced | None]:
+        """`closed` with the origin of each character, where that can be known."""
+        return Kept(lambda stop: self.renderer.trace(self.marked.upto(stop), self.closed[stop]))
+
+    @cached_property
+    def traced_prompts(self) -> Kept[Traced | None]:
+        """`prompts` likewise."""
+        trace = partial(self.renderer.trace, add_generation_prompt=True)
+        return Kept(lambda i: trace(self.marked.upto(i), self.prompts[i]))
+
+    @cached_property
+    def begins(self) -> Kept[int | None]:
+        """By message: how much of its F says all of its P, white space apart; None where F begins otherwise."""
+        return Kept(lambda i: self._begin(self.prompts[i], self.closed[i + 1]))
+
+    def _begin(self, shown: str, text: str) -> int | None:
+        return len(shown) if self.renderer.begins(text, shown) else position_after(shown, text)
+
+    @cached_property
+    def begins_unthought(self) -> Kept[int | None]:
+        """The same of P without the open or empty thought at its end."""
+        return Kept(lambda i: position_after(self.tags.without(self.prompts[i]), self.closed[i + 1]))
+
+    @cached_property
+    def after_user(self) -> Kept[str | None]:
+        """By the number of messages: the prompt after them and a user's; None where the template can write none."""
+        return Kept(lambda stop: render_or_none(self.renderer, self.inputs.upto(stop, USER)))
+
+    @cached_property
+    def following(self) -> Kept[str]:
+        """By message: the next prompt; where no message asks for it, the one after a user, or its calls' results.
+
+        "" where the template can write none.
+        """
+        return Kept(lambda i: _following(self, i))
+
+    @cached_property
+    def thinks(self) -> Kept[bool]:
+        """By message: whether it has a thought."""
+        return Kept(lambda i: self.tags.thinks(self.inputs.messages[i]))
 
     @cached_property
     def marked(self) -> Marked:
         """The inputs, each text with its origin."""
         return marked(self.inputs)
 
-    def traced(self, stop: int) -> Traced | None:
-        """`closed(stop)` with the origin of each character, where that can be known."""
-        if stop not in self._traced:
-            self._traced[stop] = self.renderer.trace(self.marked.upto(stop), self.closed(stop))
-        return self._traced[stop]
-
-    def traced_prompt(self, i: int) -> Traced | None:
-        """`prompt(i)` likewise."""
-        return self.renderer.trace(self.marked.upto(i), self.prompt(i), add_generation_prompt=True)
-
-    def text_of(self, text: str, i: int, field: str) -> Text:
-        """A text that comes from a field of message i."""
-        sources = enumerate(self.marked.sources)
-        return Text.of(text, next((n for n, s in sources if (s.message, s.field) == (i, field)), TEMPLATE))
-
     @cached_property
     def whole(self) -> str:
         """The rendering of all messages."""
-        return self.closed(len(self))
+        return self.closed[len(self)]
 
+    @cached_property
     def replies(self) -> list[int]:
         """The messages that are the assistant's."""
         return [i for i, m in enumerate(self.inputs.messages) if m.get("role") == "assistant"]
 
 
-def runs_of_message(traced: Traced, message: int) -> list[tuple[int, int]]:
-    """Characters [start, stop) of what a message says, its role's name apart."""
-    runs, at = [], 0
-    for stop, s in traced.text.runs:
-        source = traced.sources[s]
-        if source.message == message and source.field != "role":
-            runs.append((at, stop))
-        at = stop
-    return runs
+def render_or_none(renderer: Renderer, inputs: Inputs) -> str | None:
+    """The prompt after these messages, or None where the template can't write one."""
+    try:
+        return renderer.render(inputs, add_generation_prompt=True)
+    except RowError:
+        return None
+
+
+def _following(rendered: Renderings, i: int) -> str:
+    # The row's own next message, such as a tool's result, shows better than an invented one how the turn is followed.
+    following = next((j for j in rendered.replies if j > i), len(rendered))
+    if i + 1 < len(rendered) and following != i + 1:
+        return rendered.shown[following] or ""
+    calls = rendered.inputs.messages[i].get("tool_calls") or []
+    more = [_result(c) for c in calls] or [USER]
+    return render_or_none(rendered.renderer, rendered.inputs.upto(i + 1, *more)) or ""
+
+
+def _result(call: dict[str, Any]) -> dict[str, Any]:
+    name = call.get("function", call).get("name", "f")
+    result = {"role": "tool", "name": name, "content": "x"}
+    return result | ({"tool_call_id": call["id"]} if "id" in call else {})
+
+
+def position_after(shown: str, text: str) -> int | None:
+    """How much of `text` says all of `shown`, white space apart; None if it doesn't begin with it."""
+    # "a b" and "a\n b c" agree up to the place before " c": white space is skipped on both sides.
+    expected, have = "".join(shown.split()), 0
+    for at, character in enumerate(text):
+        if have == len(expected):
+            return at
+        if not character.isspace():
+            if character != expected[have]:
+                return None
+            have += 1
+    return None
 
 
 def quoted(text: str) -> str:
@@ -178,14 +258,6 @@ class Outline:
             yield from span
         yield from self.cuts
 
-    def only(self, kept: tuple[Borders, ...], stop: int, *notes: str) -> Outline:
-        """The same up to character `stop`, with the outputs of these turns alone; those of others are context."""
-        mine = {turn[0] for turn in kept}
-        runs = [r if r[3] in mine or not r[2] else _as_context(r) for r in self.runs if r[0] < stop]
-        notes = (*self.notes, *notes)
-        cuts = tuple(c for c in self.cuts if c < stop)
-        return replace(self, text=self.text[:stop], turns=kept, runs=tuple(runs), notes=notes, cuts=cuts)
-
     def moved(self, text: str, to: Mapping[int, int]) -> Outline:
         """The same of another text, in which each of its places stands elsewhere."""
         turns = tuple([(i, to[a], to[b], to[c]) for i, a, b, c in self.turns])
@@ -194,14 +266,10 @@ class Outline:
         return replace(self, text=text, turns=turns, runs=runs, control=control, cuts=cuts)
 
 
-def _as_context(run: Run) -> Run:
-    at, kind, _, message = run
-    return (at, "template", False, None) if kind == "end_of_turn" else (at, kind, False, message)
-
-
 # === a conversation under its template ===================================================================
 
 
+KIND_OF_ROLE = {"assistant": "answer", "function": "tool", "ipython": "tool"}
 _KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 
@@ -210,7 +278,7 @@ _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"
 class Chat:
     """A conversation under the template that it is written with.
 
-    wanted: the replies of which some part would be trained; the others are context.
+    to_train: the replies of which some part would be trained; the others are context.
     """
 
     row: Conversation
@@ -220,11 +288,25 @@ class Chat:
     options: Options
     to_train: tuple[int, ...]
 
-    def weight(self, kind: str, i: int) -> float:
-        """The weight of a part of reply i, by the policy and the row."""
-        last = max((k for k, m in enumerate(self.row.messages) if m.get("role") == "assistant"), default=-1)
-        part = Part(kind, True, i, "assistant", i == last, self.row.messages[i].get("weight", 1.0))
-        return weight_of(self.options.policy, part)
+    @cached_property
+    def as_given(self) -> Renderings:
+        """The renderings of the row as it stands."""
+        return Renderings(self.template, self.inputs, self.tags)
+
+    @cached_property
+    def trained(self) -> frozenset[tuple[int, str]]:
+        """(message, kind) of every part of a message that the policy and the row give a weight."""
+        messages = list(enumerate(self.row.messages))
+        last = max((i for i, m in messages if m.get("role") == "assistant"), default=-1)
+        parts = [p for i, m in messages for p in _parts_of(i, m, i == last)]
+        return frozenset((p.message or 0, p.kind) for p in parts if weight_of(self.options.policy, p))
+
+
+def _parts_of(i: int, message: Mapping[str, Any], is_last: bool) -> list[Part]:
+    role, own = str(message.get("role")), message.get("weight", 1.0)
+    if role == "assistant":
+        return [Part(kind, True, i, role, is_last, own) for kind in _KINDS]
+    return [Part(KIND_OF_ROLE.get(role, role), False, i, role, weight=own)]
 
 
 def chat_of(row: Conversation, options: Options, templates: dict[str, tuple[Template, Tags]]) -> Chat:
@@ -237,7 +319,9 @@ def chat_of(row: Conversation, options: Options, templates: dict[str, tuple[Temp
             raise _reserved(name)
     replies = [i for i, m in enumerate(row.messages) if m.get("role") == "assistant"]
     chat = Chat(row, inputs, template, tags, options, ())
-    return replace(chat, to_train=tuple(i for i in replies if any(chat.weight(k, i) for k in _KINDS)))
+    return replace(
+        chat, to_train=tuple(i for i in replies if any((i, kind) in chat.trained for kind in _KINDS))
+    )
 
 
 def template_of(

@@ -34,7 +34,6 @@ from typing import Any
 from ..errors import refuse_unknown
 from ..templating.inputs import REASONING_FIELDS, Inputs
 from ..templating.template import Renderer
-from .render import Tags
 
 IN_ROWS = ("template_kwargs", "arguments_as_text", "content_as_parts", "empty_content", "thought_in_field")
 DEFAULT = (
@@ -87,16 +86,16 @@ def strategies(
     template: Renderer,
     inputs: Inputs,
     to_train: Iterable[int],
-    tags: Tags,
+    thinks: Mapping[int, bool],
     repairs: frozenset[str],
     thoughts: str,
 ) -> Iterator[Strategy]:
     """Every strategy for a row but the last resorts, the least change first. to_train: the replies that are trained."""
     to_train = list(to_train)
     in_turns = repairs & IN_TURNS - {"empty_think"}
-    switches = _switched(template, inputs, to_train, tags, repairs)
+    switches = _switched(template, inputs, to_train, thinks, repairs)
     if thoughts == "off":
-        for switched, note in _switched_off(template, inputs, to_train, tags):
+        for switched, note in _switched_off(template, inputs, to_train, thinks):
             yield Strategy(switched, (note,), is_symbolic=True)
             if in_turns:
                 yield Strategy(switched, (note,), in_turns)
@@ -126,12 +125,12 @@ def last_resorts(
     template: Renderer,
     inputs: Inputs,
     to_train: Iterable[int],
-    tags: Tags,
+    thinks: Mapping[int, bool],
     repairs: frozenset[str],
     thoughts: str,
 ) -> Iterator[Strategy]:
     """What is tried when no other strategy is proven: replies without a thought where no switch turns thinking off."""
-    if "empty_think" not in repairs or all(tags.thinks(inputs.messages[i]) for i in to_train):
+    if "empty_think" not in repairs or all(thinks[i] for i in to_train):
         return
     in_turns, others = repairs & IN_TURNS, list(_said_otherwise(template, inputs, repairs))
     for base, notes in [(inputs, ()), *others]:
@@ -164,14 +163,18 @@ Switched = Callable[[Inputs], list[tuple[Inputs, str]]]
 
 
 def _switched(
-    template: Renderer, inputs: Inputs, to_train: list[int], tags: Tags, repairs: frozenset[str]
+    template: Renderer,
+    inputs: Inputs,
+    to_train: list[int],
+    thinks: Mapping[int, bool],
+    repairs: frozenset[str],
 ) -> Switched:
     """What sets each of the template's switches, and all that turn thinking on or off, if that is among the repairs."""
     if "template_kwargs" not in repairs:
         return lambda base: []
     open_names = template.undeclared - inputs.kwargs.keys() - set(REASONING_FIELDS)
     names = sorted(n for n in open_names if SWITCH.search(n))
-    values = {n: _values(n, inputs, to_train, tags) for n in names}
+    values = {n: _values(n, inputs, to_train, thinks) for n in names}
     settings = [{n: v} for n, some in values.items() for v in some]
     together = {n: some[0] for n, some in values.items() if len(some) == 1}
     settings += [together] if len(together) > 1 else []
@@ -184,23 +187,23 @@ def _with_switches(inputs: Inputs, values: Mapping[str, bool]) -> tuple[Inputs, 
     return replace(inputs, kwargs={**inputs.kwargs, **values}), note
 
 
-def _values(name: str, inputs: Inputs, to_train: list[int], tags: Tags) -> tuple[bool, ...]:
+def _values(name: str, inputs: Inputs, to_train: list[int], thinks: Mapping[int, bool]) -> tuple[bool, ...]:
     """What a switch may be set to: thinking is switched off for replies without a thought alone, on for others."""
     if _LENGTH.search(name) or not to_train:
         return False, True
-    thoughts = {tags.thinks(inputs.messages[i]) for i in to_train}
+    thoughts = {thinks[i] for i in to_train}
     return (thoughts.pop() != bool(_NEGATED.search(name)),) if len(thoughts) == 1 else ()
 
 
 def _switched_off(
-    template: Renderer, inputs: Inputs, to_train: list[int], tags: Tags
+    template: Renderer, inputs: Inputs, to_train: list[int], thinks: Mapping[int, bool]
 ) -> Iterator[tuple[Inputs, str]]:
     """The inputs with thinking switched off, if no trained reply has a thought."""
-    if any(tags.thinks(inputs.messages[i]) for i in to_train):
+    if any(thinks[i] for i in to_train):
         return
     for name in sorted(template.undeclared - inputs.kwargs.keys() - set(REASONING_FIELDS)):
         if SWITCH.search(name) and not _LENGTH.search(name):
-            for value in _values(name, inputs, to_train, tags):
+            for value in _values(name, inputs, to_train, thinks):
                 yield _with_switches(inputs, {name: value})
 
 

@@ -1,8 +1,7 @@
-"""From characters to tokens: of which kind each token of a candidate is, and whether its borders are exact.
+"""From characters to tokens: of which kind each token of a candidate is.
 
-`borders_of` is the contract's last part: the ids of what inference shows begin those of the text. Characters with
-weights of their own (spans) give a token the least of theirs: one that holds the border of a span is trained no more
-than either side allows.
+Characters with weights of their own (spans) give a token the least of theirs: one that holds the border of a span is
+trained no more than either side allows.
 """
 
 from __future__ import annotations
@@ -16,29 +15,44 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import RowError
+from ..rows.nouns import Conversation
 from ..sequence import Segment
 from ..templating.inputs import REASONING_FIELDS
 from ..templating.origins import Source
 from .policy import Options
-from .render import Borders, Candidate, Outline, Rendering, Run, Tags, Turn
-from .tokenize import Encoded, across, straddle
+from .render import KIND_OF_ROLE, Borders, Outline, Rendering, Run, Tags, Turn
+from .tokenize import Encoded
 
 Messages = Sequence[Mapping[str, Any]]
 Piece = tuple[int, int, Source | None]  # characters [start, stop), source: None for the template's own
 
-KIND_OF_ROLE = {"assistant": "answer", "function": "tool", "ipython": "tool"}
 
-
-def outline_of(rendering: Rendering, messages: Messages, cuts: tuple[int, ...] = ()) -> Outline:
+def outline_of(rendering: Rendering, row: Conversation, cuts: tuple[int, ...] = ()) -> Outline:
     """The outline of a text that is cut at `cuts`, where its row writes control tokens, and where its turns are."""
     turns = tuple((t.message, t.start, t.end, t.stop) for t in rendering.turns)
     notes = rendering.notes + tuple(n for t in rendering.turns for n in t.notes)
     notes += (_AS_TEXT,) if cuts else ()
     cuts = tuple(sorted({*cuts, *(t.cut for t in rendering.turns if t.cut is not None)}))
-    return Outline(rendering.text, turns, tuple(_merged(_runs(rendering, messages))), notes, cuts=cuts)
+    runs = tuple(_merged(_runs(rendering, row.messages)))
+    outline = Outline(rendering.text, turns, runs, notes, cuts=cuts)
+    return left_open(outline, len(row.messages) - 1) if row.continue_final_message else outline
 
 
 _AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
+
+
+def only(outline: Outline, kept: tuple[Borders, ...], stop: int, *notes: str) -> Outline:
+    """The outline up to character `stop`, with the outputs of these turns alone; those of others are context."""
+    mine = {turn[0] for turn in kept}
+    runs = tuple(r if r[3] in mine or not r[2] else _as_context(r) for r in outline.runs if r[0] < stop)
+    cuts = tuple(c for c in outline.cuts if c < stop)
+    notes = (*outline.notes, *notes)
+    return replace(outline, text=outline.text[:stop], turns=kept, runs=runs, notes=notes, cuts=cuts)
+
+
+def _as_context(run: Run) -> Run:
+    at, kind, _, message = run
+    return (at, "template", False, None) if kind == "end_of_turn" else (at, kind, False, message)
 
 
 def with_thoughts(outline: Outline, tags: Tags, masked: bool = False) -> Outline:
@@ -236,43 +250,10 @@ def left_open(outline: Outline, last: int) -> Outline:
     message, start, end, _ = turns[0]
     kept = (*(t for t in outline.turns if t[0] != last), (message, start, end, end))
     note = f"messages[{last}] is left open: the end of its turn isn't trained"
-    return replace(outline.only(kept, end, note), control=[c for c in outline.control if c[1] <= end])
+    return replace(only(outline, kept, end, note), control=[c for c in outline.control if c[1] <= end])
 
 
-# === borders =============================================================================================
-
-
-def ids_fault(found: Candidate, options: Options) -> RowError | None:
-    """Why the ids of a candidate's prompts don't begin those of its texts; None where they do."""
-    for outline, encoded in zip(found.outlines, options.tokens.encode_cut(found.texts), strict=True):
-        try:
-            borders_of(outline, encoded, options, "refuse")
-        except RowError as e:
-            return e
-    return None
-
-
-def borders_of(outline: Outline, encoded: Encoded, options: Options, border: str) -> dict[int, int]:
-    """How many tokens stand before each border of each turn, by character; raises RowError `straddling_token`."""
-    tokens, cuts = options.tokens, outline.cuts
-    borders: dict[int, int] = {}
-    for message, start, end, stop in outline.turns:
-        for at in (start, end, stop):
-            found = tokens.border(encoded, at, cuts)
-            # The token that straddles is context: y begins with the one behind it.
-            if found is None and at == start and border == "mask":
-                token = across(encoded, at)
-                found = None if token is None else token + 1
-            # A stop may take in the line break behind it.
-            if found is None and at == stop:
-                found = tokens.after(encoded, end, stop)
-            if found is None:
-                raise straddle(encoded, at, f"messages[{message}]")
-            borders[at] = found
-    for at in [r[0] for r in outline.runs if r[2] and not encoded.tiled]:  # else offsets tell
-        if at not in borders and (within := tokens.border(encoded, at, cuts)) is not None:
-            borders[at] = within
-    return borders
+# === border='split' ======================================================================================
 
 
 def encoded_apart(
@@ -288,10 +269,10 @@ def encoded_apart(
             continue
         tokens.need_plain_joints("border='split'")
         if whole := tuple(t for t in outline.turns if t not in torn):
-            yield outline.only(whole, len(outline.text)), encoded
+            yield only(outline, whole, len(outline.text)), encoded
         for turn in torn:
             message, start, _, stop = turn
-            own = outline.only((turn,), stop, f"messages[{message}]: {_SPLIT}")
+            own = only(outline, (turn,), stop, f"messages[{message}]: {_SPLIT}")
             own = replace(own, cuts=tuple(sorted({start, *own.cuts})))
             yield own, tokens.encode_cut([(own.text, own.cuts)])[0]
 

@@ -13,12 +13,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, pairwise
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, RowError, nearest
+
+if TYPE_CHECKING:
+    from .policy import Options
+    from .render import Candidate, Outline
 
 Ints = npt.NDArray[np.int64]
 
@@ -336,6 +340,43 @@ def _tiles(starts: Ints, stops: Ints, length: int) -> bool:
     whole = starts[0] == 0 and stops[-1] == length
     in_order = (starts[1:] >= starts[:-1]) & (stops[1:] >= stops[:-1])
     return bool(whole and (in_order & (starts[1:] <= stops[:-1])).all())
+
+
+# === borders =============================================================================================
+# The contract's last part: the ids of what inference shows begin those of the text.
+
+
+def ids_fault(found: Candidate, options: Options) -> RowError | None:
+    """Why the ids of a candidate's prompts don't begin those of its texts; None where they do."""
+    for outline, encoded in zip(found.outlines, options.tokens.encode_cut(found.texts), strict=True):
+        try:
+            borders_of(outline, encoded, options, "refuse")
+        except RowError as e:
+            return e
+    return None
+
+
+def borders_of(outline: Outline, encoded: Encoded, options: Options, border: str) -> dict[int, int]:
+    """How many tokens stand before each border of each turn, by character; raises RowError `straddling_token`."""
+    tokens, cuts = options.tokens, outline.cuts
+    borders: dict[int, int] = {}
+    for message, start, end, stop in outline.turns:
+        for at in (start, end, stop):
+            found = tokens.border(encoded, at, cuts)
+            # The token that straddles is context: y begins with the one behind it.
+            if found is None and at == start and border == "mask":
+                token = across(encoded, at)
+                found = None if token is None else token + 1
+            # A stop may take in the line break behind it.
+            if found is None and at == stop:
+                found = tokens.after(encoded, end, stop)
+            if found is None:
+                raise straddle(encoded, at, f"messages[{message}]")
+            borders[at] = found
+    for at in [r[0] for r in outline.runs if r[2] and not encoded.tiled]:  # else offsets tell
+        if at not in borders and (within := tokens.border(encoded, at, cuts)) is not None:
+            borders[at] = within
+    return borders
 
 
 # === where a text can be cut =============================================================================

@@ -23,17 +23,16 @@ Where nothing ends a turn, a repair may put the token there by which generation 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import reduce
+from operator import add
+from typing import NamedTuple
 
 from ..errors import RowError
-from ..templating.inputs import Inputs
-from ..templating.origins import join
-from ..templating.template import Renderer
+from ..templating.origins import TEMPLATE, Text, within
 from ..templating.tracing import Traced, marked
-from .render import Renderings, Turn, quoted, runs_of_message
+from .render import USER, Renderings, Turn, quoted
 from .tokenize import Tokens
 
-USER = {"role": "user", "content": "x"}
 # What closes a thought that a reply lacks: as context, or trained (`thoughts="empty"`).
 EMPTY_THOUGHTS = frozenset({"empty_think", "trained_empty_think"})
 
@@ -56,14 +55,14 @@ def end_of_turn(tokens: Tokens, rendered: Renderings, i: int, after: int) -> End
         return None
     if tokens.declares_stops and found.token not in tokens.stops:
         raise _no_stop(tokens, i, found.token)
-    if found.at < len(rendered.closed(i + 1)):
+    if found.at < len(rendered.closed[i + 1]):
         return found
     return found._replace(note=f"messages[{i}]: the header of the next turn, {found.token!r}, ends it")
 
 
 def _by_stops(tokens: Tokens, rendered: Renderings, i: int, after: int) -> End | None:
     """Rows 1 to 3."""
-    text, then = rendered.closed(i + 1), _next(rendered, i)
+    text, then = rendered.closed[i + 1], rendered.following[i]
     common = rendered.renderer.common_prefix(text, then)
     stops = [m for m in tokens.control(text, after) if m[0] in tokens.stops]
     # Phi-3 writes `<|end|>` after a reply and, where the conversation ends, `<|endoftext|>` after that: only the
@@ -80,7 +79,7 @@ def _by_stops(tokens: Tokens, rendered: Renderings, i: int, after: int) -> End |
 
 def _by_structure(tokens: Tokens, rendered: Renderings, i: int, after: int) -> End | None:
     """Rows 4 to 6."""
-    text, then = rendered.closed(i + 1), _next(rendered, i)
+    text, then = rendered.closed[i + 1], rendered.following[i]
     common = rendered.renderer.common_prefix(text, then)
     inside = tokens.control(text, after)
     shared = [m for m in inside if m.end() <= common]
@@ -104,9 +103,25 @@ def _by_structure(tokens: Tokens, rendered: Renderings, i: int, after: int) -> E
     return _header_at(tokens, text, then, common) or _next_header(tokens, rendered, i, after)
 
 
+def stopping_once(tokens: Tokens, rendered: Renderings, turn: Turn) -> Turn:
+    """The turn; raises RowError if the template writes a token inside it by which generation would stop."""
+    traced = turn.traced or rendered.traced[turn.message + 1]
+    for found in tokens.control(turn.text, turn.start, turn.end):
+        written = traced is None or TEMPLATE in within(traced.text.runs, *found.span())
+        if found[0] in tokens.stops and written:
+            raise RowError(
+                f"the template writes {found[0]!r} inside this reply, and generation stops there",
+                reason="stop_inside",
+                field=f"messages[{turn.message}]",
+                why="a model can't produce in one turn what stands after it",
+                fix="split the message there in two, such as one with the content and one with the calls",
+            )
+    return turn
+
+
 def appended_end(tokens: Tokens, rendered: Renderings, i: int, after: int, repairs: frozenset[str]) -> End:
     """The eos, put after message i, of which the template writes no more than white space; raises RowError."""
-    eos, rest, field = tokens.tokenizer.eos_token, rendered.closed(i + 1)[after:], f"messages[{i}]"
+    eos, rest, field = tokens.tokenizer.eos_token, rendered.closed[i + 1][after:], f"messages[{i}]"
     what, why = "nothing ends this turn", "a model trained on it never stops"
     if rest.strip():
         fix = "if one of it ends a turn, name its token: stops=[...]; or give another template"
@@ -123,41 +138,6 @@ def appended_end(tokens: Tokens, rendered: Renderings, i: int, after: int, repai
     return End(after, eos, f"{field}: {eos!r} was appended, as nothing ends the turn")
 
 
-def render_or_none(renderer: Renderer, inputs: Inputs) -> str | None:
-    """The prompt after these messages, or None where the template can't write one."""
-    try:
-        return renderer.render(inputs, add_generation_prompt=True)
-    except RowError:
-        return None
-
-
-def _next(rendered: Renderings, i: int) -> str:
-    """The prompt of the next reply; where no message asks for it, the one after a user, or its tool calls' results.
-
-    "" where the template can write none.
-    """
-    # The row's own next message, such as a tool's result, shows better than an invented one how the turn is followed.
-    following = next((j for j in rendered.replies() if j > i), len(rendered))
-    if i + 1 < len(rendered) and following != i + 1:
-        return _prompt_or_none(rendered, following) or ""
-    calls = rendered.inputs.messages[i].get("tool_calls") or []
-    more = [_result(c) for c in calls] or [USER]
-    return render_or_none(rendered.renderer, rendered.inputs.upto(i + 1, *more)) or ""
-
-
-def _prompt_or_none(rendered: Renderings, i: int) -> str | None:
-    try:
-        return rendered.prompt(i)
-    except RowError:
-        return None
-
-
-def _result(call: dict[str, Any]) -> dict[str, Any]:
-    name = call.get("function", call).get("name", "f")
-    result = {"role": "tool", "name": name, "content": "x"}
-    return result | ({"tool_call_id": call["id"]} if "id" in call else {})
-
-
 def _header_at(tokens: Tokens, text: str, then: str, common: int) -> End | None:
     """The control token with which the next rendering goes on where F ends."""
     header = next(iter(tokens.control(then, common)), None)
@@ -168,14 +148,14 @@ def _header_at(tokens: Tokens, text: str, then: str, common: int) -> End | None:
 
 def _next_header(tokens: Tokens, rendered: Renderings, i: int, after: int) -> End | None:
     """The special token that follows message i once it is history, where F itself ends with its text."""
-    text, then = rendered.closed(i + 1), rendered.inputs.upto(i + 1, USER)
+    text, then = rendered.closed[i + 1], rendered.inputs.upto(i + 1, USER)
     if text[after:].strip():
         return None
-    plain = render_or_none(rendered.renderer, then)
+    plain = rendered.after_user[i + 1]
     traced = rendered.renderer.trace(marked(then), plain, add_generation_prompt=True) if plain else None
     # GLM ends a turn by nothing but the header of what comes next: with a user put behind it, the first control token
     # after the reply is that header.
-    runs = runs_of_message(traced, i) if traced else []
+    runs = traced.spoken[i] if traced else []
     if not runs or plain is None:
         return None
     gap = next(iter(tokens.control(plain, runs[-1][1])), None)
@@ -184,21 +164,21 @@ def _next_header(tokens: Tokens, rendered: Renderings, i: int, after: int) -> En
 
 def _asks(rendered: Renderings, i: int, text: str) -> bool:
     """Whether the prompt of message i begins with a text."""
-    prompt = _prompt_or_none(rendered, i)
+    prompt = rendered.shown[i]
     return prompt is not None and rendered.renderer.begins(prompt, text)
 
 
 def _begins_next(rendered: Renderings, i: int, rest: str) -> bool:
     """Whether the prompt after a user, who follows message i, ends as F does: then no turn ends there."""
-    prompted = render_or_none(rendered.renderer, rendered.inputs.upto(i + 1, USER))
+    prompted = rendered.after_user[i + 1]
     return prompted is not None and prompted.endswith(rest)
 
 
 def _beginning(tokens: Tokens, rendered: Renderings, i: int) -> set[str]:
     """The special tokens before anything that a message says; all of them where that isn't known."""
-    traced = rendered.traced(i + 1)
-    runs = [run for j in range(i + 1) for run in runs_of_message(traced, j)] if traced else []
-    return {m[0] for m in tokens.control(rendered.closed(i + 1), 0, min(runs)[0] if runs else None)}
+    traced = rendered.traced[i + 1]
+    runs = [run for j in range(i + 1) for run in traced.spoken[j]] if traced else []
+    return {m[0] for m in tokens.control(rendered.closed[i + 1], 0, min(runs)[0] if runs else None)}
 
 
 def _no_stop(tokens: Tokens, i: int, token: str) -> RowError:
@@ -222,7 +202,7 @@ def joined(rendered: Renderings, i: int, repairs: frozenset[str], end: End, cont
 
     continues: whether F begins with P; then nothing but a thought is put together.
     """
-    shown = rendered.prompt(i)
+    shown = rendered.prompts[i]
     if rendered.tags.opens(shown) and (turn := _after_open_thought(rendered, i, repairs, end, continues)):
         return turn
     if continues:
@@ -241,8 +221,8 @@ def _put_together(
     is_apart: bool = False,
 ) -> Turn:
     """P, `context` and the parts of a reply as one turn. is_apart: what follows P is encoded by itself."""
-    shown, prompt = rendered.prompt(i), rendered.traced_prompt(i)
-    traced = prompt and Traced(join([prompt.text, context, *parts, end.token]), prompt.sources)
+    shown, prompt = rendered.prompts[i], rendered.traced_prompts[i]
+    traced = prompt and Traced(reduce(add, [context, *parts, end.token], prompt.text), prompt.sources)
     start = len(shown) + len(context)
     stop = start + sum(map(len, parts))
     notes = (f"messages[{i}]: {what}; the ids differ from the template's", *([end.note] if end.note else []))
@@ -258,17 +238,17 @@ def _after_open_thought(
     rendered: Renderings, i: int, repairs: frozenset[str], end: End, continues: bool
 ) -> Turn | None:
     """The reply's own reasoning after the thought that the prompt opens; or that thought closed at once."""
-    shown, message = rendered.prompt(i), rendered.inputs.messages[i]
+    shown, message = rendered.prompts[i], rendered.inputs.messages[i]
     pair = rendered.tags.pair_of(shown)
     own = rendered.tags.own_thought(message, pair)
     # P ends in `<think>` and the row has a thought: P + reasoning + `</think>` + answer, as the model would write it.
     if own and "open_think" in repairs and not message.get("tool_calls"):
         field = "reasoning_content" if own[0] else "content"
-        reasoning = rendered.text_of(own[0], i, field)
-        parts = [reasoning, own[1], rendered.text_of(own[2], i, "content")]
+        reasoning = _text_of(rendered, own[0], i, field)
+        parts = [reasoning, own[1], _text_of(rendered, own[2], i, "content")]
         what = f"its own reasoning continues the {pair[0]} that the prompt opens"
         return _put_together(rendered, i, what, [p for p in parts if p], end)
-    if own or rendered.tags.thinks(message) or not repairs & EMPTY_THOUGHTS:
+    if own or rendered.thinks[i] or not repairs & EMPTY_THOUGHTS:
         return None
     return _after_empty_thought(rendered, i, pair, end, continues, "empty_think" in repairs)
 
@@ -278,8 +258,8 @@ def _after_empty_thought(
 ) -> Turn | None:
     """The reply after the thought that the prompt opens, which is closed at once; as context, or as y."""
     # `\n` that ends P and `\n` that follows are one token together, which inference never sees: encoded apart.
-    shown, text = rendered.prompt(i), rendered.closed(i + 1)
-    begin = len(shown) if continues else position_after(rendered.tags.without(shown), text)
+    shown, text = rendered.prompts[i], rendered.closed[i + 1]
+    begin = len(shown) if continues else rendered.begins_unthought[i]
     first = _first_word(rendered, i, end.at)
     if begin is None or first is None:
         return None
@@ -294,10 +274,16 @@ def _after_empty_thought(
     return _put_together(rendered, i, what, [closing, *parts], end, is_apart=True)
 
 
+def _text_of(rendered: Renderings, text: str, i: int, field: str) -> Text:
+    """A text that comes from a field of message i."""
+    sources = enumerate(rendered.marked.sources)
+    return Text.of(text, next((n for n, s in sources if (s.message, s.field) == (i, field)), TEMPLATE))
+
+
 def _written_after(rendered: Renderings, i: int, begin: int, stop: int) -> list[str]:
     """F[begin:stop], with its origins where they are known."""
-    whole = rendered.traced(i + 1)
-    return [(whole.text if whole else rendered.closed(i + 1))[begin:stop]]
+    whole = rendered.traced[i + 1]
+    return [(whole.text if whole else rendered.closed[i + 1])[begin:stop]]
 
 
 # --- a prompt that the row writes otherwise --------------------------------------------------------------
@@ -307,17 +293,17 @@ def _kept_prompt(
     rendered: Renderings, i: int, repairs: frozenset[str], end: int
 ) -> tuple[str, list[str]] | None:
     """What is kept of the prompt, and the reply that goes after it; in F it ends at `end`."""
-    shown, text = rendered.prompt(i), rendered.closed(i + 1)
+    shown, text = rendered.prompts[i], rendered.closed[i + 1]
     first = _first_word(rendered, i, end)
     if (
         first is not None
         and "closed_think" in repairs
-        and not rendered.tags.thinks(rendered.inputs.messages[i])
+        and not rendered.thinks[i]
         and (begin := _after_closed(rendered, shown, text, first)) is not None
     ):
         what = _KEPT.format("an empty thought that it closes itself")
         return (what, _written_after(rendered, i, begin, end)) if begin <= end else None
-    if "whitespace" in repairs and (begin := position_after(shown, text)) is not None:
+    if "whitespace" in repairs and (begin := rendered.begins[i]) is not None:
         parts = _reply_beyond(rendered, i, begin, end)
         return (_KEPT.format("white space alone"), parts) if parts else None
     begin = _after_last(rendered, i) if "history" in repairs else None
@@ -341,23 +327,9 @@ def _after_closed(rendered: Renderings, shown: str, text: str, first: int) -> in
     return None if has_own else empty.start()
 
 
-def position_after(shown: str, text: str) -> int | None:
-    """How much of `text` says all of `shown`, white space apart; None if it doesn't begin with it."""
-    # "a b" and "a\n b c" agree up to the place before " c": white space is skipped on both sides.
-    expected, have = "".join(shown.split()), 0
-    for at, character in enumerate(text):
-        if have == len(expected):
-            return at
-        if not character.isspace():
-            if character != expected[have]:
-                return None
-            have += 1
-    return None
-
-
 def _reply_beyond(rendered: Renderings, i: int, begin: int, end: int) -> list[str] | None:
     """F[begin:end] without the template's own white space before the reply; None where that isn't known."""
-    whole, first = rendered.traced(i + 1), _first_word(rendered, i, end)
+    whole, first = rendered.traced[i + 1], _first_word(rendered, i, end)
     if whole is None or first is None or not begin <= first <= end:
         return None
     return [whole.text[begin:first].lstrip(), whole.text[first:end]]
@@ -365,8 +337,8 @@ def _reply_beyond(rendered: Renderings, i: int, begin: int, end: int) -> list[st
 
 def _first_word(rendered: Renderings, i: int, end: int) -> int | None:
     """Where in F message i begins to speak; `end` for one of no words, None where that isn't known."""
-    whole = rendered.traced(i + 1)
-    return None if whole is None else next((start for start, _ in runs_of_message(whole, i)), end)
+    whole = rendered.traced[i + 1]
+    return None if whole is None else next((start for start, _ in whole.spoken[i]), end)
 
 
 def _after_last(rendered: Renderings, i: int) -> int | None:
@@ -375,12 +347,12 @@ def _after_last(rendered: Renderings, i: int) -> int | None:
     Such a template writes what is further back otherwise once the reply stands there: a system prompt, for one, only
     with the user's message that comes last.
     """
-    whole, prompt = rendered.traced(i + 1), rendered.traced_prompt(i)
+    whole, prompt = rendered.traced[i + 1], rendered.traced_prompts[i]
     if (
-        whole is None or prompt is None or i - 1 in rendered.replies()
+        whole is None or prompt is None or i - 1 in rendered.replies
     ):  # between two replies nothing asks for one
         return None
-    here, there = runs_of_message(prompt, i - 1), runs_of_message(whole, i - 1)
+    here, there = prompt.spoken[i - 1], whole.spoken[i - 1]
     if not here or not there:
         return None
     tail, at = str(prompt.text)[here[0][0] :], there[0][0]

@@ -15,8 +15,8 @@ from ..sequence import Segment, Sequence
 from .content import refuse_alike
 from .policy import Part, weight_of
 from .render import Candidate, Chat, Outline
-from .segments import apply_spans, borders_of, encoded_apart, segments_of, with_thoughts
-from .tokenize import Encoded, Pieces
+from .segments import apply_spans, encoded_apart, segments_of, with_thoughts
+from .tokenize import Encoded, Pieces, borders_of
 
 UNTRAINED_FIRST = "the first token has no context to be predicted from: it isn't trained"
 

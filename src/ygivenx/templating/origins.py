@@ -58,19 +58,19 @@ class Text(str):
         start, stop, step = key.indices(len(self))
         if step == 1:
             return _cut(self, start, max(start, stop))
-        return join([_cut(self, i, i + 1) for i in range(start, stop, step)])
+        return join_texts([_cut(self, i, i + 1) for i in range(start, stop, step)])
 
     def __iter__(self) -> Iterator[Text]:
         return (_cut(self, i, i + 1) for i in range(len(self)))
 
     def __add__(self, other: str) -> Text:
-        return join((self, other)) if isinstance(other, str) else NotImplemented
+        return join_texts((self, other)) if isinstance(other, str) else NotImplemented
 
     def __radd__(self, other: str) -> Text:
-        return join((other, self)) if isinstance(other, str) else NotImplemented
+        return join_texts((other, self)) if isinstance(other, str) else NotImplemented
 
     def __mul__(self, times: SupportsIndex) -> Text:
-        return join([self] * times.__index__())
+        return join_texts([self] * times.__index__())
 
     __rmul__ = __mul__
 
@@ -124,7 +124,7 @@ class Text(str):
         while left and (found := str.find(self, old, at)) >= 0:
             pieces += [_cut(self, at, found), new]
             at, left = found + len(old), left - 1
-        return join([*pieces, _cut(self, at, len(self))]) if pieces else self
+        return join_texts([*pieces, _cut(self, at, len(self))]) if pieces else self
 
     def join(self, parts: Iterable[str], /) -> Text:
         pieces: list[str] = []
@@ -132,7 +132,7 @@ class Text(str):
             if not isinstance(part, str):
                 raise TypeError(f"sequence item {i}: expected str instance, {type(part).__name__} found")
             pieces += [self, part] if i else [part]
-        return join(pieces)
+        return join_texts(pieces)
 
     def made_into(self, result: str) -> Text:
         """`result` was made of this text alone: right where it has one source or kept its length."""
@@ -174,10 +174,10 @@ class Text(str):
         return self.made_into(str.center(self, width, fill))
 
     def ljust(self, width: SupportsIndex, fill: str = " ", /) -> Text:
-        return join((self, fill * (width.__index__() - len(self))))
+        return join_texts((self, fill * (width.__index__() - len(self))))
 
     def rjust(self, width: SupportsIndex, fill: str = " ", /) -> Text:
-        return join((fill * (width.__index__() - len(self)), self))
+        return join_texts((fill * (width.__index__() - len(self)), self))
 
     def translate(self, table: Any, /) -> Text:
         return self.made_into(str.translate(self, table))
@@ -226,7 +226,7 @@ def _cut(text: Text, start: int, stop: int) -> Text:
     return result
 
 
-def join(parts: Iterable[str]) -> Text:
+def join_texts(parts: Iterable[str]) -> Text:
     """The parts one after the other, each with its sources."""
     parts = list(parts)
     result = Text("".join(parts))

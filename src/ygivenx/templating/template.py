@@ -15,7 +15,7 @@ import jinja2.meta
 from ..errors import RowError
 from . import confined
 from .inputs import Inputs
-from .origins import OriginsLost, Text, join, runs_of
+from .origins import OriginsLost, Text, join_texts, runs_of
 from .sandbox import STATE, Environment, Outside, State, compiled, environment, over_budget
 from .tracing import Marked, Traced, TracingEnvironment
 
@@ -69,7 +69,7 @@ class Template:
     def trace(self, marked: Marked, plain: str, *, add_generation_prompt: bool = False) -> Traced | None:
         """`plain` with the origin of each character (origins.py), or None where they can't be followed."""
         try:
-            text = self._rendered(TracingEnvironment, marked.inputs, add_generation_prompt, join)
+            text = self._rendered(TracingEnvironment, marked.inputs, add_generation_prompt, join_texts)
         except (RowError, OriginsLost):
             return None
         return Traced(text, marked.sources) if text == plain else None
@@ -96,7 +96,7 @@ class Template:
         """What a process with limits answers: the text, and its runs if traced."""
         if not traced:
             return {"text": self.render(inputs, add_generation_prompt=prompt)}
-        text: Text = join(self.pieces(TracingEnvironment, inputs, prompt))
+        text: Text = join_texts(self.pieces(TracingEnvironment, inputs, prompt))
         return {"text": text, "runs": runs_of(text)}
 
     def begins(self, text: str, with_: str) -> bool:

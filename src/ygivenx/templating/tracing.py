@@ -7,16 +7,17 @@ origins keeps that of its one argument; with several it declines, since a wrong 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jinja2
 import jinja2.filters
 
 from .inputs import Inputs
-from .origins import TEMPLATE, OriginsLost, Source, Text, join
+from .origins import TEMPLATE, OriginsLost, Source, Text, join_texts
 from .sandbox import Environment, measured
 from .writing import Owned, as_text, braces, has_origin, join_any, owned, percent, to_json
 
@@ -27,6 +28,18 @@ class Traced:
 
     text: Text
     sources: tuple[Source, ...]
+
+    @cached_property
+    def spoken(self) -> defaultdict[int | None, list[tuple[int, int]]]:
+        """Characters [start, stop) of what each message says, its role's name apart."""
+        spoken: defaultdict[int | None, list[tuple[int, int]]] = defaultdict(list)
+        at = 0
+        for stop, s in self.text.runs:
+            source = self.sources[s]
+            if source.field != "role":
+                spoken[source.message].append((at, stop))
+            at = stop
+        return spoken
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class TracingEnvironment(Environment):
 
     @staticmethod
     def concat(parts: Any) -> Text:
-        return join(measured(parts))
+        return join_texts(measured(parts))
 
     @staticmethod
     def own_names() -> dict[str, Any]:
@@ -120,7 +133,7 @@ class TracingEnvironment(Environment):
 
 
 def _join_checked(parts: Any) -> Text:
-    return join(measured(map(as_text, parts)))
+    return join_texts(measured(map(as_text, parts)))
 
 
 def _wrapped(obj: Any) -> Any:
@@ -178,10 +191,10 @@ def _format_filter(value: Any, *args: Any, **kwargs: Any) -> Text:
 
 def _indent_filter(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> Text:
     indention = width if isinstance(width, str) else " " * width
-    lines = Text.splitlines(join([s, "\n"]))
+    lines = Text.splitlines(join_texts([s, "\n"]))
     out: list[str] = []
     for i, line in enumerate(lines):
         indented = first if i == 0 else bool(line) or blank
         out += ["\n"] if i else []
         out += [indention, line] if indented else [line]
-    return join(out)
+    return join_texts(out)

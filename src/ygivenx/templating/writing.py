@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .origins import TEMPLATE, OriginsLost, Text, join, runs_of
+from .origins import TEMPLATE, OriginsLost, Text, join_texts, runs_of
 
 
 def join_any(parts: Iterable[Any]) -> Text:
     """Jinja's `~` and buffers: anything, as text."""
-    return join([p if isinstance(p, str) else as_text(p) for p in parts])
+    return join_texts([p if isinstance(p, str) else as_text(p) for p in parts])
 
 
 def as_text(value: Any) -> str:
@@ -20,7 +20,7 @@ def as_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, list | tuple | Mapping) and has_origin(value):
-        return join(_repr(value))
+        return join_texts(_repr(value))
     return str(value)
 
 
@@ -115,7 +115,7 @@ def to_json(value: Any, *, ensure_ascii: bool, indent: Any, separators: Any, sor
     comma, colon = separators or ((", ", ": ") if indent is None else (",", ": "))
     space = None if indent is None else (indent if isinstance(indent, str) else " " * indent)
     options = _Json(ensure_ascii, space, comma, colon, sort_keys)
-    return join(options.value(value, 0, TEMPLATE))
+    return join_texts(options.value(value, 0, TEMPLATE))
 
 
 @dataclass(frozen=True, slots=True)
