@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates.stock import stock_templates, tokenizer_for
 from test_chats import HEADER_WITH_THE_REPLY, LAST_SPEAKER, NO_END
@@ -65,7 +65,7 @@ ENCODERS: dict[tuple[str, str], tuple[Encoder, Encoder]] = {}
 
 
 @needs_templates
-@many
+@settings(many, max_examples=many.max_examples // 3)  # each takes two seconds: up to three rows, proven twice
 @given(
     name=st.sampled_from(STOCK or [""]),
     control=st.sampled_from(["refuse", "text", "parse"]),
