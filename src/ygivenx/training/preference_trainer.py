@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from ..targets import LogProbs, Targets, log_probs
 from . import runs
 from .rated import Objective, RatedBatch, RatedPacks
 from .trainer import Trainer, data_seed
+
+T = TypeVar("T")
 
 REFERENCE = (
     "reference-{}.safetensors"  # beside the checkpoints; by the packs and the model that it belongs to
@@ -115,7 +117,10 @@ class PreferenceTrainer(Trainer):
                     "the reference for these rows is the model before its first step, which is gone",
                     fix="give them as eval_dataset when the trainer is made, or a model as reference=",
                 )
-            self._reference[id(packs)] = self._read_reference(packs) or self._computed_reference(packs)
+            found = self._read_reference(packs)
+            # The first rank may have written the file after another one has looked: they decide together.
+            everywhere = all(self._gathered(bool(found)))
+            self._reference[id(packs)] = found if everywhere else self._computed_reference(packs)
         return self._reference[id(packs)]
 
     @property
@@ -140,16 +145,23 @@ class PreferenceTrainer(Trainer):
     def _computed_reference(self, packs: RatedPacks) -> list[Tensor]:
         rank, ranks = self.args.process_index, self.args.world_size
         own = {i: self._reference_of(packs[i]["batch"]) for i in range(rank, len(packs), ranks)}
-        if ranks > 1:
-            parts: list[Any] = [None] * ranks
-            torch.distributed.all_gather_object(parts, own)
-            own = {i: values for part in parts for i, values in part.items()}
-        values = [own[i] for i in range(len(packs))]
+        everyone = {i: values for part in self._gathered(own) for i, values in part.items()}
+        values = [everyone[i] for i in range(len(packs))]
         if rank == 0:
             file = self._reference_file(packs)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({str(i): v.numpy() for i, v in enumerate(values)}, file)
+            part = file.with_suffix(".part")  # another rank sees the whole file or none
+            save_file({str(i): v.numpy() for i, v in enumerate(values)}, part)
+            part.replace(file)
         return values
+
+    def _gathered(self, own: T) -> list[T]:
+        """What each rank has, by rank."""
+        if self.args.world_size == 1:
+            return [own]
+        everyone: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(everyone, own)
+        return everyone
 
     @torch.no_grad()
     def _reference_of(self, batch: RatedBatch) -> Tensor:
