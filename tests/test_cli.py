@@ -119,6 +119,20 @@ def test_score_counts_every_row(model, rows, tmp_path):
     assert json.loads(line)["log_p_xy"] <= json.loads(line)["log_p_x"] < 0
 
 
+def test_encode_writes_parquet_by_that_name_and_none_of_no_rows(model, tmp_path):
+    import pyarrow.parquet as pq
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    refused = CliRunner().invoke(
+        app, ["encode", str(rows), "-m", str(model), "-o", str(tmp_path / "out.jsonl")]
+    )
+    assert isinstance(refused.exception, ConfigError)
+    done = ygx("encode", rows, "--model", model, "-o", tmp_path / "out.parquet", "--json")
+    assert (done.returncode, json.loads(done.stdout)["accepted"]) == (0, 0), done.stderr
+    assert pq.read_table(tmp_path / "out.parquet").num_rows == 0
+
+
 def test_encode_hands_over_what_other_trainers_read(model, rows, tmp_path):
     import pyarrow.parquet as pq
 

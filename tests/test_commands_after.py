@@ -89,6 +89,11 @@ def test_what_is_no_adapter_is_not_merged(tmp_path):
         adapters.merge(str(tmp_path), tmp_path / "out", torch.float32)
 
 
+def test_a_plain_model_has_nothing_to_merge(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to merge"):
+        adapters.merge(str(model_in(tmp_path / "model")), tmp_path / "out", torch.float32)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_replies_are_transformers_own(tmp_path, temperature, capsys, monkeypatch):
     place = model_in(tmp_path / "model")

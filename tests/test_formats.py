@@ -400,6 +400,7 @@ def call_fault(call, reason, field):
         message_fault(REPLY | {"masked": "true"}, "bad_weight", ".masked"),
         message_fault(REPLY | {"masked": True, "loss": True}, "conflict", ".weight"),
         message_fault(REPLY | {"spans": [{"start": 0, "stop": 2}]}, "bad_span", ".spans[0].stop"),
+        message_fault(REPLY | {"spans": [{"start": 0, "end": 1}]}, "bad_span", ".spans[0]"),
         message_fault(REPLY | {"spans": [{"start": -1, "stop": 1}]}, "bad_span", ".spans[0].start"),
         message_fault(REPLY | {"spans": [{"start": 0, "stop": 1}] * 2}, "bad_span", ".spans"),
         message_fault(REPLY | {"spans": [], "train_detail": []}, "conflict", ".spans"),

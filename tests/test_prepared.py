@@ -271,6 +271,11 @@ def test_it_is_one_argument_of_the_audit(rows, good, encoder, tmp_path):
         assert above_info(report) == {"end-untrained"}, str(report)
 
 
+def test_rows_that_are_alike_are_found_once_each(rows, good, encoder, tmp_path):
+    report = audit_prepared(prepare(tmp_path, [good[0], *good]), [rows[0], *rows], encoder)
+    assert "rows-missing" not in {f.rule for f in report.findings}
+
+
 def test_rows_that_no_prepared_row_holds_are_counted(rows, good, encoder, tmp_path):
     report = audit_prepared(prepare(tmp_path, good[:9]), rows, encoder)
     (finding,) = report.findings

@@ -62,6 +62,13 @@ def test_accuracies_are_the_harness_s_own():
         assert found["accuracy"]["per_byte"] == np.mean([t["acc_bytes"] for t in theirs])
 
 
+def test_a_choice_needs_scores_and_a_known_rule():
+    with pytest.raises(ConfigError, match="nothing to choose from"):
+        yx.best_choice([])
+    with pytest.raises(ConfigError, match="per_byte"):
+        yx.best_choice([{"log_p_y_given_x": -1.0}], "per_bite")
+
+
 def test_the_best_choice_of_scores(model, smol_tokenizer):
     (choices,) = yx.score_choices(
         model, smol_tokenizer, [("The capital of France is", [" Paris", " a big old city", " é"])]

@@ -192,6 +192,9 @@ def encode(
 
     if output.exists() and not overwrite:
         raise ConfigError("the file exists", where=f"--output {output}", fix="--overwrite replaces it")
+    if to is None and output.suffix != ".parquet":
+        fix = "name a .parquet file, or give --to for JSON Lines"
+        raise ConfigError("what is written is Parquet", where=f"--output {output}", fix=fix)
     reader = open_rows(data, rows)
     account = Account(reader.format, rows.quarantine)
     if to is not None:

@@ -73,6 +73,8 @@ def merge(path: str, output: Path, dtype: Any) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(path)
+    if not (folder / CONFIG).is_file() and (folder / "config.json").is_file():
+        raise ConfigError("it is a plain model already: there is nothing to merge", where=path)
     if not (folder / CONFIG).is_file():
         raise ConfigError(
             "there is no adapter", where=path, fix=f"give a folder with {CONFIG}, such as a run's final"

@@ -500,7 +500,9 @@ def _mappings(node: Any) -> Iterator[Any]:
 
 def template() -> str:
     """Every option of a run as YAML, commented: what isn't uncommented has its default."""
-    lines = ["# A run of `ygx train`. What is commented out has the value that stands there."]
+    lines = [
+        "# A run of `ygx train`. What is commented out has the value that stands there, or is called an example."
+    ]
     for name, section in SECTIONS.items():
         lines += ["", f"# {section.__doc__}", f"{name}:"]
         for f in fields(section):
@@ -516,7 +518,7 @@ def _entry(section: str, f: Any) -> list[str]:
             "encoder": "repair: append_end",
             "training": "adam_beta2: 0.95",
         }[section]
-        return [f"  # {SECTIONS[section].__doc__}", f"  # {example}"]
+        return ["  # further ones, for example:", f"  # {example}"]
     value = yaml.safe_dump(default_of(f)).removesuffix("...\n").strip()
     mark = "" if f.metadata["required"] else "# "
     return [f"  # {_meaning(section, f)}{_default(f, ' [', ']')}", f"  {mark}{f.name}: {value}"]

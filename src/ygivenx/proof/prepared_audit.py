@@ -211,12 +211,16 @@ class Matcher:
             self.found[found.number] = 1
 
     def _equal(self, seen: ObservedRow, start: int, stop: int) -> Found | None:
-        """The sequence that a document is; of several, the one that trains what it trains."""
+        """The sequence that a document is; of several, one that trains what it trains and wasn't found yet."""
         ids, trained = seen.ids[start:stop], seen.trained[start:stop]
         equal = self.store.equal(ids)
         if not equal and self._further is not None:
             equal = [f._replace(number=self._further.indices[f.number]) for f in self._further.equal(ids)]
-        return max(equal, key=lambda f: int(((f.sequence.weights > 0) == trained).sum()), default=None)
+
+        def fit(f: Found) -> tuple[int, bool]:
+            return int(((f.sequence.weights > 0) == trained).sum()), not self.found[f.number]
+
+        return max(equal, key=fit, default=None)
 
     def _by_an_end(self, ids: np.ndarray) -> Found | None:
         """The sequence whose beginning or end, over at least half of these ids, is theirs too."""

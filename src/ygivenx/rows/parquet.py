@@ -57,7 +57,9 @@ def _for_trainers(batch: Any) -> Any:
     ones, places = np.ones(len(labels), np.int8), places.astype(np.int32)
     derived = {"labels": labels, "attention_mask": ones, "position_ids": places}
     columns = {n: pa.ListArray.from_arrays(ids.offsets, pa.array(values)) for n, values in derived.items()}
-    return pa.record_batch([columns.get(n) or batch.column(n) for n in _schema().names], schema=_schema())
+    return pa.record_batch(
+        [columns[n] if n in columns else batch.column(n) for n in _schema().names], schema=_schema()
+    )
 
 
 def _schema() -> Any:

@@ -144,7 +144,10 @@ def _span(span: dict[str, Any], at: str, length: int) -> Span:
 
 
 def _offset(span: Mapping[str, Any], key: str, at: str, length: int) -> int:
-    value = span.get(key)
+    if key not in span:
+        what = f"it has no {key}, but {', '.join(map(str, span))}"
+        raise RowError(what, reason="bad_span", field=at)
+    value = span[key]
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= length:
         what = f"{value!a:.60} is no character of a content of {length}"
         raise RowError(what, reason="bad_span", field=f"{at}.{key}")

@@ -18,14 +18,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from ..errors import RowError
+from ..choices import require_choice
+from ..errors import ConfigError, RowError
 
 Normalisation = Literal["raw", "per_token", "per_byte", "per_character"]
 _VALUE = {"raw": "log_p_y_given_x"}
 
 
 def best_choice(scores: Sequence[Any], by: Normalisation = "raw") -> int:
-    """The place of the most probable one, the first of equals. scores: Scores, or records of a file of scores."""
+    """The place of the most probable one, the first of equals. scores: Scores, or records of a file of scores.
+
+    Raises ConfigError for an unknown normalisation and for no scores.
+    """
+    require_choice("by", by, Normalisation)
+    if not scores:
+        raise ConfigError("there is nothing to choose from", where="scores")
     values = [_value(s, _VALUE.get(by, by)) for s in scores]
     return max(range(len(values)), key=values.__getitem__)
 
