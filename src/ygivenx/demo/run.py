@@ -25,9 +25,9 @@ from .measured import Arm, MeasuredState
 from .page import write_page
 from .task import splits
 
-TRAIN_ROWS, HELD_OUT_ROWS, WATCHED_ROWS = 240, 60, 12
+TRAIN_ROWS, HELD_OUT_ROWS, WATCHED_ROWS = 240, 40, 12
 STEPS = 16  # of 512 tokens: the task is learned by then
-MAX_NEW_TOKENS, BATCH = 80, 20
+MAX_NEW_TOKENS, BATCH = 80, 10
 # What each arm trains. Measured with the same held-out tokens of y and x in both.
 ARMS = {"y": "assistant", "all": "all"}
 
