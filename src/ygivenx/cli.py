@@ -186,7 +186,7 @@ def encode(
     Example: `ygx encode data.jsonl --model sample -o encoded.parquet --to trl`
     """
     from .commands.encoding import Cores, accepted, chunks, hand_over, part_of
-    from .commands.progress import counted
+    from .commands.progress import shown
     from .rows.files import count_of_rows
     from .rows.parquet import write_tables
 
@@ -211,7 +211,9 @@ def encode(
         with Cores(open_encoder(source, encoder), rows.processes) as cores:
             tables = accepted(cores.parts(reader), account)
             total = count_of_rows(data, rows.limit)
-            sequences = write_tables(counted(err, tables, "encoding", account, total), output)
+            sequences = write_tables(
+                shown(err, tables, lambda: "encoding", lambda _: account.read, total), output
+            )
     document = account.close() | {"sequences": sequences, "output": str(output)}
     if as_json:
         emit(document)

@@ -37,7 +37,7 @@ from ..rows.files import count_of_rows
 from ..sequence import Example, Rejected
 from .config import DataSection, EncodedRowOptions
 from .inputs import Account, open_rows, quarantine_file, say
-from .progress import counted
+from .progress import shown
 from .quiet import quiet
 
 CHUNK = 512  # rows that are encoded at a time: their texts go to the tokenizer together
@@ -308,7 +308,8 @@ def encode_into(folder: Path, name: str, data: EncodedRowOptions, cores: Cores, 
     account = Account(reader.format, str(folder / REJECTED))
     tables = accepted(cores.parts(reader), account)
     total = count_of_rows(name, data.limit)
-    encoded.write(counted(console, tables, f"encoding {name}", account, total), folder / ROWS)
+    parts = shown(console, tables, lambda: f"encoding {name}", lambda _: account.read, total)
+    encoded.write(parts, folder / ROWS)
     account.end()
     (folder / ACCOUNT).write_text(json.dumps(account.kept()), encoding="utf-8")
     return account

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -57,40 +57,30 @@ def bar(console: Console) -> Progress:
     )
 
 
-def tracked(console: Console, items: Sequence[T], what: str, unit: int = 1) -> Iterator[T]:
-    """The items, with a bar; without a terminal a line after each that comes long after the last one.
+def shown(
+    console: Console, items: Iterable[T], what: Callable[[], str], done: Callable[[T], int],
+    total: int | None = None,
+) -> Iterator[T]:  # fmt: skip
+    """The items, with a bar; without a terminal a line every few seconds.
 
-    unit: how many things an item stands for.
+    what: the words beside the bar. done: how many things are done once this item is. total: of how many, if known.
     """
-    spoke, total = time.monotonic(), len(items) * unit
+    spoke, began, first = time.monotonic(), 0.0, 0
     with bar(console) as progress:
-        task = progress.add_task(what, total=total)
-        for done, item in enumerate(items):
-            yield item
-            progress.update(task, completed=(done + 1) * unit)
-            if not console.is_terminal and time.monotonic() - spoke > SILENCE / 2:
-                console.print(f"{what}: {(done + 1) * unit} of {total}", highlight=False)
-                spoke = time.monotonic()
-
-
-def counted(
-    console: Console, items: Iterable[T], what: str, account: Any, total: int | None = None
-) -> Iterator[T]:
-    """The items, with a bar of the rows that `account.read` counts; without a terminal a line every few seconds.
-
-    total: how many rows there are, where that is known.
-    """
-    began = spoke = time.monotonic()
-    with bar(console) as progress:
-        task = progress.add_task(what, total=total)
+        task = progress.add_task(what(), total=total)
         for item in items:
             yield item
-            progress.update(task, completed=account.read)
-            now = time.monotonic()
-            if not console.is_terminal and now - spoke > SILENCE / 2:
-                rate = account.read / (now - began)
-                left = f", {timedelta(seconds=round((total - account.read) / rate))} left" if total else ""
-                console.print(f"{what}: {account.read:,} rows, {rate:,.0f} a second{left}", highlight=False)
+            now, count = time.monotonic(), done(item)
+            progress.update(task, completed=count, description=what())
+            if (
+                not began
+            ):  # what came before is loading, or was done by an earlier run: it says nothing of the rate
+                began, first = now, count
+            elif not console.is_terminal and now - spoke > SILENCE / 2:
+                rate = (count - first) / (now - began)
+                left = f", {timedelta(seconds=round((total - count) / rate))} left" if total and rate else ""
+                far = f"{count:,}" + (f" of {total:,}" if total else "")
+                console.print(f"{what()}: {far}, {rate:,.1f} a second{left}", highlight=False)
                 spoke = now
 
 

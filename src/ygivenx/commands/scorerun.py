@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -17,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import Progress
 
 from .. import __version__
 from ..choices import Bos
@@ -32,7 +30,7 @@ from ..sequence import Rejected
 from ..show import visible_json
 from .config import RowOptions, Scoring, Weights
 from .inputs import Account, open_model, open_rows, say
-from .progress import SILENCE, bar
+from .progress import shown
 from .quiet import quiet
 
 INTERRUPTED = 130  # what shells call a program that Ctrl-C ended
@@ -193,14 +191,14 @@ def run(
     if file is not None:
         numbered = _after(file, numbered, means, console)
     fresh = records(numbered, scorer)
-    with bar(console) as progress:
-        shown = means.over(_shown(fresh, progress, console, sum(1 for _ in rows.reader), tally))
-        if file is not None:
-            file.write(shown)
-        else:
-            for record in shown:
-                if not silent:
-                    print(visible_json(json.dumps(record, ensure_ascii=False, allow_nan=False)), flush=True)
+    total = sum(1 for _ in rows.reader)
+    tracked = means.over(shown(console, fresh, lambda: f"scoring: {tally}", lambda r: r["row"] + 1, total))
+    if file is not None:
+        file.write(tracked)
+    else:
+        for record in tracked:
+            if not silent:
+                print(visible_json(json.dumps(record, ensure_ascii=False, allow_nan=False)), flush=True)
     account = rows.account.close() | means.to_dict() | {"run": tally.to_dict()}
     if file is not None:
         file.finish(account)
@@ -226,21 +224,6 @@ def _after(
             return numbered if request is None else chain([request], numbered)
         means.add(record)
     return numbered
-
-
-def _shown(
-    stream: Iterator[dict[str, Any]], progress: Progress, console: Console, total: int, tally: Any
-) -> Iterator[dict[str, Any]]:
-    """The same records, with a bar; without a terminal a line every few seconds."""
-    task = progress.add_task("scoring", total=total)
-    spoke = time.monotonic()
-    for record in stream:
-        row = record["row"] + 1
-        progress.update(task, completed=row, description=f"scoring: {tally}")
-        if not console.is_terminal and time.monotonic() - spoke > SILENCE:
-            console.print(f"scoring: row {row:,} of {total:,}, {tally}", highlight=False)
-            spoke = time.monotonic()
-        yield record
 
 
 def score_file(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..report import LedgerTable, Page, Table, TokenStrip, curves
-
-if TYPE_CHECKING:
-    from .measured import Arm
+from .measured import MEASURES, Arm, comparison
 
 LOGGED = ("eval_conditional_nats", "eval_marginal_nats")
 
@@ -20,12 +18,11 @@ def write_page(path: Path, arms: dict[str, Arm], result: dict[str, Any]) -> None
         title="ygivenx demo",
         subtitle="SmolLM2-135M-Instruct learns to extract an order as JSON, with the loss on y only",
         summary={
-            "exact match before": f"{y.before.exact_match:.0%}",
-            "exact match after": f"{y.after.exact_match:.0%}",
-            "log Pr(y|x) per token, before": -y.before.conditional_nats,
-            "log Pr(y|x) per token, after": -y.after.conditional_nats,
-            "log Pr(x) per token, before": -y.before.marginal_nats,
-            "log Pr(x) per token, after": -y.after.marginal_nats,
+            **{
+                f"{label}, {when}": format(sign * getattr(state, name), form)
+                for label, name, form, sign in MEASURES
+                for when, state in (("before", y.before), ("after", y.after))
+            },
             "wall seconds": result["wall_seconds"],
         },
         ledgers=[
@@ -38,7 +35,8 @@ def write_page(path: Path, arms: dict[str, Arm], result: dict[str, Any]) -> None
         suffix = "" if len(arms) == 1 else f" (loss on {name})"
         page.curves += curves(arm.history, suffix=suffix, names=LOGGED)
     if len(arms) > 1:
-        page.tables.append(_comparison(arms))
+        names, *rows = comparison(arms)
+        page.tables.append(Table("Loss on y only beside loss on all tokens", names, rows))
     page.write(path)
 
 
@@ -53,14 +51,3 @@ def _strips(arm: Arm) -> list[TokenStrip]:
         )
         for i, (example, book, before, after) in enumerate(texts)
     ]
-
-
-def _comparison(arms: dict[str, Arm]) -> Table:
-    states = [arms["y"].before, *(arm.after for arm in arms.values())]
-    rows = [
-        ["exact match", *(s.exact_match for s in states)],
-        ["log Pr(y|x), nats/token", *(-s.conditional_nats for s in states)],
-        ["log Pr(x), nats/token", *(-s.marginal_nats for s in states)],
-    ]
-    columns = ["", "before", *(f"after, loss on {name}" for name in arms)]
-    return Table("Loss on y only beside loss on all tokens", columns, rows)

@@ -15,13 +15,13 @@ from transformers import set_seed
 from ..commands.config import ModelOptions, TrainConfig
 from ..commands.finetune import arguments_of, build
 from ..commands.inputs import open_model
-from ..commands.progress import tracked
+from ..commands.progress import shown
 from ..commands.quiet import quiet
 from ..encoder.encode import Encoder
 from ..scores.ledger import ledger
 from ..sequence import Example
 from ..training.evaluation import evaluate, rates
-from .measured import Arm, MeasuredState
+from .measured import Arm, MeasuredState, comparison
 from .page import write_page
 from .task import splits
 
@@ -44,10 +44,14 @@ def _run(output_dir: Path, control: bool, seed: int, console: Console) -> dict[s
     y = run_arm("y", None, output_dir, seed, console)
     arms = {"y": y} | ({"all": run_arm("all", y.before, output_dir, seed, console)} if control else {})
     result: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "seed": seed, "train_rows": TRAIN_ROWS}
-    result |= {"held_out_rows": HELD_OUT_ROWS, **numbers(y)}
+    result |= {"held_out_rows": HELD_OUT_ROWS, **y.numbers()}
     if control:
-        result["control"] = numbers(arms["all"])
-        console.print(comparison(arms))
+        result["control"] = arms["all"].numbers()
+        names, *rows = comparison(arms)
+        table = Table(*names)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
     result["wall_seconds"] = round(time.perf_counter() - started, 1)
     (output_dir / "result.json").write_text(json.dumps(result, indent=1))
     write_page(output_dir / "report.html", arms, result)
@@ -81,14 +85,9 @@ def run_arm(arm: str, before: MeasuredState | None, output_dir: Path, seed: int,
 
 
 def fit(
-    model: Any,
-    tokenizer: Any,
-    examples: list[Example],
-    ruler: list[Example],
-    output_dir: Path,
-    seed: int,
+    model: Any, tokenizer: Any, examples: list[Example], ruler: list[Example], output_dir: Path, seed: int,
     console: Console,
-) -> list[dict[str, float]]:
+) -> list[dict[str, float]]:  # fmt: skip
     """Train in place; the log has nats per token of y and of x on some held-out rows."""
     settings = {
         "data": "the demo's own", "model": "sample", "output_dir": str(output_dir), "seed": seed,
@@ -116,20 +115,17 @@ def measure(
     generated = answers(model, tokenizer, rows, console)
     expected = [row["messages"][-1]["content"] for row in rows]
     exact = sum(g == w for g, w in zip(generated, expected, strict=True)) / len(rows)
-    console.print(
-        f"{when}: exact match {exact:.0%} of {len(rows)}, "
-        f"log Pr(y|x) {-nats['conditional_nats']:.4f} and log Pr(x) {-nats['marginal_nats']:.4f} per token",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return MeasuredState(exact, nats["conditional_nats"], nats["marginal_nats"], generated, book)
+    state = MeasuredState(exact, nats["conditional_nats"], nats["marginal_nats"], generated, book)
+    console.print(f"{when}: {state}", highlight=False, soft_wrap=True)
+    return state
 
 
 @torch.no_grad()
 def answers(model: Any, tokenizer: Any, rows: list[dict[str, Any]], console: Console) -> list[str]:
     """What the model writes after each prompt, greedy, up to its end of turn."""
     texts = []
-    for start in tracked(console, range(0, len(rows), BATCH), "replies", BATCH):
+    starts = range(0, len(rows), BATCH)
+    for start in shown(console, starts, lambda: "replies", lambda start: start + BATCH, len(rows)):
         prompts = [row["messages"][:-1] for row in rows[start : start + BATCH]]
         batch = tokenizer.apply_chat_template(
             prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True,
@@ -140,27 +136,3 @@ def answers(model: Any, tokenizer: Any, rows: list[dict[str, Any]], console: Con
         )
         texts += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     return texts
-
-
-def numbers(arm: Arm) -> dict[str, Any]:
-    """The figures of one arm, as result.json has them."""
-    figures: dict[str, Any] = {}
-    for when, state in (("before", arm.before), ("after", arm.after)):
-        figures[f"exact_match_{when}"] = state.exact_match
-        figures[f"conditional_nats_{when}"] = state.conditional_nats
-        figures[f"marginal_nats_{when}"] = state.marginal_nats
-    return figures | {"seconds": arm.seconds}
-
-
-def comparison(arms: dict[str, Arm]) -> Table:
-    """Loss on y only beside loss on all tokens."""
-    table = Table("", "before", *(f"after, loss on {name}" for name in arms))
-    for label, key, fmt in (
-        ("exact match", "exact_match", ".0%"),
-        ("log Pr(y|x), nats/token", "conditional_nats", ".4f"),
-        ("log Pr(x), nats/token", "marginal_nats", ".4f"),
-    ):
-        sign = -1 if fmt == ".4f" else 1
-        states = [arms["y"].before, *(arm.after for arm in arms.values())]
-        table.add_row(label, *(format(sign * getattr(state, key), fmt) for state in states))
-    return table
