@@ -455,7 +455,7 @@ def test_each_way_out_that_a_refusal_names_takes_the_row(tokenizer, template, ro
     if not ways:
         assert "none that was tried takes this row" in error.fix
         return
-    assert error.fix == f"tried on this row, and takes it: {' or '.join(ways)}"
+    assert error.fix == f"{' or '.join(ways)} (tried: takes this row)"
     for way in ways:
         name, value = way.split("=", 1)
         assert made(tokenizer, template, **{name: literal_eval(value)})(row).sequences

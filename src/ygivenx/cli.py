@@ -277,13 +277,20 @@ def ledger(
 
 
 def _ledger_page(book: Any, row: int) -> Any:
-    from .report import LedgerTable, Page, TokenStrip
+    from .report import LedgerTable, Page, TokenStrip, made_by
+    from .report.parts import verdict_of
 
     strips = [
         TokenStrip.of(s, log_p, title=f"row {row}, sequence {i}")
         for i, (s, log_p) in enumerate(zip(book.sequences, book.log_p, strict=True))
     ]
-    return Page(title=f"Ledger of row {row}", ledgers=[LedgerTable.of(book, f"row {row}")], rows=strips)
+    return Page(
+        title=f"Ledger of row {row}",
+        verdict=f"marginal + conditional = joint: {verdict_of(book)}",
+        ledgers=[LedgerTable.of(book, f"row {row}")],
+        rows=strips,
+        about=made_by(),
+    )
 
 
 @command()
@@ -404,7 +411,7 @@ def finish(report: Any, fail_on: str, outputs: ReportOutputs, as_json: bool) -> 
         if name is not None:
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).write_text(make(), encoding="utf-8")
-    print(visible_json(report.to_json()) if as_json else report)
+    print(visible_json(report.to_json()) if as_json else in_flags(str(report)))
     raise typer.Exit(report.exit_code(fail_on))
 
 

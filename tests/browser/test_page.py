@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ygivenx.report import Curve, Finding, LedgerRow, LedgerTable, Page, Table, TokenStrip
+from ygivenx.report import Curve, Finding, LedgerRow, LedgerTable, Page, Table, TokenStrip, made_by
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.webdriver.common.action_chains import ActionChains  # noqa: E402
@@ -120,7 +120,8 @@ def strip(i: int, answer: str = "It is 4.", log_p: float = -0.5) -> TokenStrip:
 
 
 def sample(rows: int = 45) -> Page:
-    page = Page("A report", "of a run", summary={"exact match": "91.4 %", "nats per token": 0.0841})
+    page = Page("A report", "of a run", "1 error: stop", summary={"nats per token": 0.0841})
+    page.about = made_by(model="sample")
     page.findings = [
         Finding("length", "info", "Some rows are long"),
         Finding(
@@ -137,6 +138,7 @@ def sample(rows: int = 45) -> Page:
     page.curves = [
         Curve("conditional", [0, 10, 20], [1.5, 0.5, 0.25]),
         Curve("marginal", [0, 10, 20], [3.0, float("nan"), 3.5]),
+        Curve("peak", [20], [512.0], chart="MiB"),
     ]
     page.tables = [Table("Compared", ["measure", "y only"], [["exact match", "91.4 %"]])]
     user, answer = LedgerRow("user", 3, 0.0, -3.0, 1.5, 0.0), LedgerRow("answer", 3, 3.0, -1.5, 0.5, 1.0)
@@ -160,6 +162,21 @@ def test_it_draws_every_section_without_a_word_on_the_console(browser, tmp_path)
     assert len(browser.texts(".row")) == 20
     assert browser.texts(".row:first-child .trained") == ["It", "is", "4.", "<|im_end|>"]
     assert browser.console() == []
+
+
+def test_the_verdict_stands_first_and_what_was_run_last(browser, tmp_path) -> None:
+    browser.open(sample(), tmp_path)
+    main = "return [...document.querySelector('main').children].map((e) => e.id || e.classList[0])"
+    parts = [name for name in browser.js(main) if name]
+    assert (parts[0], parts[-1]) == ("verdict", "about")
+    assert browser.texts(".verdict.error p") == ["1 error: stop", "Do first: Train it."]
+    assert browser.texts("#about dt") == ["date", "versions", "model"]
+
+
+def test_a_value_that_was_logged_once_is_a_number_and_no_chart(browser, tmp_path) -> None:
+    browser.open(sample(), tmp_path)
+    assert browser.texts("figcaption") == ["Nats per token"]
+    assert browser.texts(".once") == ["MiB: peak512"]
 
 
 def test_no_request_leaves_it(browser, tmp_path) -> None:
@@ -365,7 +382,12 @@ HOSTILE = [breakout + active for breakout in BREAKOUTS for active in ACTIVE]
 
 def hostile_page() -> Page:
     """500 hostile strings, each in every kind of field."""
-    page = Page(HOSTILE[0], "".join(HOSTILE), summary=dict.fromkeys(HOSTILE, "") | {"all": "".join(HOSTILE)})
+    page = Page(
+        HOSTILE[0],
+        "".join(HOSTILE),
+        "".join(HOSTILE),
+        summary=dict.fromkeys(HOSTILE, "") | {"all": "".join(HOSTILE)},
+    )
     for s in HOSTILE:
         named = {s: s}
         page.findings.append(Finding(s, s, s, 1, 1.0, [s, named], s, s))

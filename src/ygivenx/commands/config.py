@@ -291,6 +291,16 @@ class TrainConfig:
         return placed.config()
 
 
+def chosen(config: TrainConfig) -> dict[str, Any]:
+    """The options that differ from their defaults, by section and key."""
+    return {
+        f"{section}.{f.name}": value
+        for section in SECTIONS
+        for f in fields(getattr(config, section))
+        if (value := getattr(getattr(config, section), f.name)) != default_of(f)
+    }
+
+
 # -- from keys to sections ---------------------------------------------------------------------------------
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(TrainConfig)}

@@ -34,7 +34,7 @@ from ..training.preference_trainer import PreferenceTrainer
 from ..training.rated import rated_sequences
 from ..training.trainer import Trainer, refuse_unused
 from . import adapters
-from .config import TrainConfig, TrainingSection
+from .config import TrainConfig, TrainingSection, chosen
 from .encoding import kept_rows, rated_rows
 from .inputs import open_encoder, open_model, say
 from .modelcard import write_card
@@ -43,6 +43,12 @@ from .quiet import quiet
 
 SHOWN_ROWS = 20  # on the page
 RATE, RATE_OF_ADAPTERS = 2e-5, 2e-4  # adapters start at 0 and have few weights: they bear ten times the rate
+# What the page says first: the first of these that was logged.
+FIGURES = {
+    "eval_conditional_nats": "held-out replies: {} nats per token",
+    "eval_loss": "held-out loss: {}",
+    "loss": "loss: {}",
+}
 KEPT = "training"  # the lock of an output directory
 
 
@@ -155,6 +161,7 @@ def arguments_of(config: TrainConfig) -> TrainingArguments:
         "bf16": precision.bf16,
         "fp16": precision.fp16,
         **_checkpointing(section.gradient_checkpointing),
+        "logging_first_step": True,
         **_when(section, config.data.eval_path is not None),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "use_cpu": not torch.accelerator.is_available(),  # else accelerate sees no ranks without GPUs
@@ -343,7 +350,7 @@ def write_page(
     before: what evaluation gave before the first step, if there was one.
     """
     from ..forest import Forest
-    from ..report import TokenStrip, run_page
+    from ..report import TokenStrip, made_by, run_page
     from ..scores.node_log_probs import node_log_probs
 
     sequences, names, columns = _shown(rows, trainer.processing_class)
@@ -354,10 +361,12 @@ def write_page(
         for s, title, path in zip(sequences, names, forest.paths, strict=True)
     ]
     which = "held-out rows" if config.data.eval_path else "rows"
+    history = [{**before, "step": 0}, *trainer.state.log_history]
     page = run_page(
-        [{**before, "step": 0}, *trainer.state.log_history],
+        history,
         title=f"Training on {', '.join(Path(p).name for p in config.data.path or [])}",
         subtitle=f"{trainer.train_dataset}. Below: {which} after training, as the model reads them.",
+        verdict=_verdict(history, account),
         summary={
             "model": Path(str(config.model.path)).name,
             "steps": trainer.state.global_step,
@@ -366,9 +375,23 @@ def write_page(
         },
         rows=strips,
         columns=columns,
+        about=made_by(**chosen(config)),
     )
     target = Path(trainer.args.output_dir) / "report.html"
     return page.write(target) if trainer.is_world_process_zero() else target
+
+
+def _verdict(history: list[dict[str, Any]], account: dict[str, Any]) -> str:
+    """The first and the last figure of held-out replies, else of the loss, and how many rows were left out."""
+    for key, what in FIGURES.items():
+        values = [entry[key] for entry in history if key in entry]
+        if values:
+            found = what.format(f"{values[0]:.3f} → {values[-1]:.3f}")
+            break
+    else:
+        found = "nothing was logged"
+    left = account["quarantined"]
+    return f"{found}; {left:,} of {account['read']:,} rows left out" if left else found
 
 
 def _shown(rows: Any, tokenizer: Any) -> tuple[list[Sequence], list[str], int]:

@@ -227,6 +227,7 @@ def row_of(reader: Reader, number: int) -> Row:
 _FLAGS = {
     name: "--" + name.replace("_", "-") for name in ("control", "train", "max_length", "overflow", "roles")
 }
+_FIX = re.compile(r"(^ *|\()fix: .*", re.MULTILINE)
 _IN_PYTHON = re.compile(r"""\b([a-z_]+)=('[^']*'|"[^"]*"|\[[^\]]*\]|\{[^}]*\}|\d+\b|True\b|False\b)""")
 
 
@@ -236,10 +237,7 @@ def in_flags(text: str) -> str:
     `dropped='warn'` becomes `-e dropped=warn`, `control="text"` `--control text`, and `stops=['<|end|>']`
     `-e 'stops=["<|end|>"]'`.
     """
-    return "\n".join(
-        _IN_PYTHON.sub(_in_flags, line) if line.lstrip().startswith("fix:") else line
-        for line in text.split("\n")
-    )
+    return _FIX.sub(lambda fix: _IN_PYTHON.sub(_in_flags, fix[0]), text)
 
 
 def _in_flags(match: re.Match[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..report import LedgerTable, Page, Table, TokenStrip, curves
+from ..report import LedgerTable, Page, Table, TokenStrip, curves, made_by
 from .measured import MEASURES, Arm, comparison
 
 LOGGED = ("eval_conditional_nats", "eval_marginal_nats")
@@ -17,6 +17,7 @@ def write_page(path: Path, arms: dict[str, Arm], result: dict[str, Any]) -> None
     page = Page(
         title="ygivenx demo",
         subtitle="SmolLM2-135M-Instruct learns to extract an order as JSON, with the loss on y only",
+        verdict=f"exact match on held-out orders: {y.before.exact_match:.0%} → {y.after.exact_match:.0%}",
         summary={
             **{
                 f"{label}, {when}": format(sign * getattr(state, name), form)
@@ -30,6 +31,7 @@ def write_page(path: Path, arms: dict[str, Arm], result: dict[str, Any]) -> None
             LedgerTable.of(y.after.ledger, "the same row, after training"),
         ],
         rows=list(_strips(y)),
+        about=made_by(),
     )
     for name, arm in arms.items():
         suffix = "" if len(arms) == 1 else f" (loss on {name})"

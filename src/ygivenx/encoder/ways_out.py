@@ -63,7 +63,7 @@ class WaysOut:
         found = list(self._taking(row, refusal.reason, self._spelled(row, ways)))
         if found:
             own = f"; or {refusal.fix}" if refusal.reason in _MENDED_OTHERWISE else ""
-            refusal.fix = f"tried on this row, and takes it: {' or '.join(found)}{own}"
+            refusal.fix = f"{' or '.join(found)} (tried: takes this row){own}"
         else:
             rest = f": {refusal.fix}" if refusal.fix else ""
             refusal.fix = f"of the encoder's options none that was tried takes this row{rest}"

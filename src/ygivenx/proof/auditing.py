@@ -107,10 +107,15 @@ class Report:
 
     def to_html(self, path: str | Path, title: str = "Audit") -> Path:
         """Write the page: findings, and the rows with their trained tokens. Returns the path."""
-        from ..report import Page
+        from ..report import Page, made_by
 
         page = Page(
-            title=title, summary=self.summary, findings=list(self.findings), rows=_strips(self.evidence)
+            title=title,
+            verdict=self.summary["verdict"],
+            summary={name: value for name, value in self.summary.items() if name != "verdict"},
+            findings=list(self.findings),
+            rows=_strips(self.evidence),
+            about=made_by(),
         )
         return page.write(path)
 

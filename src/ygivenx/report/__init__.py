@@ -1,6 +1,6 @@
 """The page: ledgers, token strips, findings and curves as one static HTML file that touches no network."""
 
-from .page import Page
+from .page import Page, made_by
 from .parts import Curve, Finding, LedgerRow, LedgerTable, Table, TokenStrip
 from .runs import curves, run_page
 
@@ -13,5 +13,6 @@ __all__ = [
     "Table",
     "TokenStrip",
     "curves",
+    "made_by",
     "run_page",
 ]

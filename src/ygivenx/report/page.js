@@ -50,6 +50,26 @@ function findingNode(finding) {
   return node;
 }
 
+/** The result first: one line, and what to do about the worst finding. */
+function verdictNode(verdict, worst) {
+  const tone = ["error", "warning"].includes(worst?.severity) ? worst.severity : "fine";
+  const next = tone !== "fine" && worst.fix ? el("p", "next", `Do first: ${worst.fix}`) : null;
+  return set(el("div", `verdict ${tone}`, text("p", "", verdict), next), { role: "status" });
+}
+
+/** Curves need two steps; what was logged once is a number. The first chart is the widest. */
+function chartNodes(charts) {
+  const steps = (chart) => new Set(chart.curves.flatMap((curve) => curve.x)).size;
+  const drawn = charts.filter((chart) => steps(chart) > 1);
+  const once = charts
+    .filter((chart) => steps(chart) === 1)
+    .flatMap((chart) => chart.curves.map((curve) => [`${chart.title}: ${curve.name}`, curve.y[0]]));
+  return [
+    drawn.length ? el("div", "grid charts", ...drawn.map((chart) => new Chart(chart).node)) : null,
+    once.length ? facts(once, "fields once") : null,
+  ];
+}
+
 function ledgerNode(ledger) {
   const keys = ["kind", "tokens", "weight", "log_p", "nats_per_token", "share"];
   const names = ["segment", "tokens", "weight", "Σ log p", "nats / token", "share of loss"];
@@ -130,16 +150,12 @@ function main() {
   const data = JSON.parse(byId("data").textContent);
   let list = null;
   byId("subtitle").textContent = data.subtitle;
+  if (data.verdict) byId("main").append(verdictNode(data.verdict, data.findings[0]));
   if (data.summary.length) byId("main").append(facts(data.summary, "summary"));
   if (data.findings.length)
     section("findings", "Findings", data.findings.length, ...data.findings.map(findingNode));
   if (data.charts.length)
-    section(
-      "curves",
-      "Curves",
-      null,
-      el("div", "grid", ...data.charts.map((chart) => new Chart(chart).node)),
-    );
+    section("curves", "Curves", null, ...chartNodes(data.charts));
   if (data.tables.length) {
     const tables = data.tables.map((t) =>
       el("article", "", table(t.title, t.columns, t.rows), notes(t.notes)),
@@ -152,7 +168,8 @@ function main() {
     list = new RowList(data);
     section("rows", "Rows", data.strips.length, list.node);
   }
-  const empty = !byId("nav").childElementCount && !data.summary.length;
+  if (data.about.length) section("about", "About", null, facts(data.about, "fields"));
+  const empty = !byId("nav").childElementCount && !data.summary.length && !data.verdict;
   if (empty) byId("main").append(el("p", "note", "Nothing was reported."));
   listenToKeys(list);
   addEventListener("beforeprint", () => {

@@ -12,9 +12,12 @@ import html
 import json
 import math
 import os
+import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib import resources
+from importlib.metadata import distributions
 from itertools import groupby
 from pathlib import Path
 from string import Template
@@ -27,6 +30,7 @@ from .parts import Curve, Finding, LedgerTable, Table, TokenStrip
 SCRIPTS = ("dom.js", "chart.js", "strips.js", "rows.js", "page.js")
 FINDING_FIELDS = ("rule", "severity", "message", "count", "share", "examples", "why", "fix")
 LEDGER_FIELDS = ("kind", "tokens", "weight", "log_p", "nats_per_token", "share")
+MADE_WITH = ("ygivenx", "torch", "transformers")
 SEVERITIES = ("error", "warning", "info")
 MARKUP = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
@@ -35,12 +39,15 @@ MARKUP = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 class Page:
     """A report under construction: fill its lists, then `write` it. Sections without content are left out.
 
+    verdict: the result in one line; it stands first, in the colour of the worst finding, with what to do about that.
     summary: a few key facts, name to value. findings: see `Finding`; worst first on the page.
+    about: what was run, when and with which versions (see `made_by`); it stands last.
     columns: how many of the rows stand side by side, such as the two replies of a pair.
     """
 
     title: str
     subtitle: str = ""
+    verdict: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
     findings: list[Finding | Any] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
@@ -48,6 +55,7 @@ class Page:
     ledgers: list[LedgerTable] = field(default_factory=list)
     rows: list[TokenStrip] = field(default_factory=list)
     columns: int = 1
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def html(self) -> str:
         """The whole file. The same parts give the same bytes."""
@@ -69,17 +77,30 @@ class Page:
         return target
 
     def _payload(self) -> dict[str, Any]:
+        findings = sorted(map(_finding, self.findings), key=_rank)
         return {
             "title": self.title,
             "subtitle": self.subtitle,
+            "verdict": self.verdict,
             "summary": _pairs(self.summary),
-            "findings": sorted(map(_finding, self.findings), key=_rank),
+            "findings": findings,
             "charts": _charts(self.curves),
             "tables": [_table(t) for t in self.tables],
             "ledgers": [_ledger(t) for t in self.ledgers],
             **_strips(self.rows),
             "columns": self.columns,
+            "about": _pairs(self.about),
         }
+
+
+def made_by(**settings: Any) -> dict[str, Any]:
+    """For `Page.about`: the date in UTC, the versions that computed what the page shows, and `settings`."""
+    found = [f"{d.name} {d.version}" for name in MADE_WITH for d in distributions(name=name)]
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "versions": ", ".join(dict.fromkeys([*found, f"Python {platform.python_version()}"])),
+        **settings,
+    }
 
 
 def _asset(name: str) -> str:

@@ -59,10 +59,13 @@ class LedgerTable:
             "log Pr(y|x) by difference": ledger.conditional_by_difference,
             "the two routes differ by": ledger.difference,
         }
-        verdict = "it adds up" if ledger.balanced else "IT DOESN'T ADD UP"
-        return cls(
-            title, ledger.rows, facts, (f"{verdict}, within {ledger.tolerance:.1e} nats", *ledger.notes)
-        )
+        return cls(title, ledger.rows, facts, (verdict_of(ledger), *ledger.notes))
+
+
+def verdict_of(ledger: Any) -> str:
+    """Whether a `ygivenx.Ledger` adds up, and within how many nats that is asked."""
+    verdict = "it adds up" if ledger.balanced else "IT DOESN'T ADD UP"
+    return f"{verdict}, within {ledger.tolerance:.1e} nats"
 
 
 @dataclass(frozen=True)
