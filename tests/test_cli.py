@@ -54,6 +54,26 @@ def ygx(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(args, int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
+def test_each_reason_comes_with_its_first_row(model, tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "What is 2+2?", "chosen": chosen, "rejected": "5"} for chosen in ("4", "four", 4)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = ygx("train", "--data", data, "--model", model, "--output-dir", tmp_path / "run")
+    said = " ".join(done.stderr.split())
+    assert f"2 preference_row, such as {data}, row 0 (line 1)" in said
+    assert "ygx train --objective dpo" in said
+    assert f"1 wrong_type, such as {data}, row 2 (line 3), chosen: int where text belongs" in said
+
+
+def test_a_conversation_without_a_reply_is_not_scored(model, tmp_path):
+    data = tmp_path / "asked.jsonl"
+    data.write_text(json.dumps({"messages": ROWS[0]["messages"][:1]}) + "\n")
+    done = ygx("score", data, "--model", model, "--json")
+    account = json.loads(done.stdout)
+    assert (account["accepted"], account["reasons"]) == (0, {"no_reply": 1})
+    assert "row 0 (line 1), messages: there is no reply to be scored" in done.stderr
+
+
 def test_a_process():
     command = [sys.executable, "-m", "ygivenx", "show", "absent.jsonl", "--model", "absent"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -12,6 +12,7 @@ from tiny import llama
 import ygivenx as yx
 from ygivenx import reference
 from ygivenx.errors import ModelError
+from ygivenx.models.resolve import base_of_adapter
 
 CODE = """
 from pathlib import Path
@@ -69,3 +70,19 @@ def test_it_runs_where_the_caller_says_so(foreign):
     model, _ = yx.load(place, trust_remote_code=True)
     assert type(model).__name__ == "OwnModel"
     assert marker.exists()
+
+
+def test_the_base_of_an_adapter_is_found_beside_the_checkpoints_of_its_run(tmp_path):
+    gguf, checkpoint, base = (tmp_path / name for name in ("gguf", "run/checkpoint-1", "run/base"))
+    for folder in (gguf, checkpoint, base):
+        folder.mkdir(parents=True)
+    (checkpoint / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(gguf)}))
+    with pytest.raises(ModelError, match="base model of this adapter isn't there") as refused:
+        base_of_adapter(str(checkpoint)).__enter__()
+    assert (str(checkpoint) in str(refused.value), str(gguf) in str(refused.value)) == (True, True)
+    (base / "config.json").write_text("{}")
+    with base_of_adapter(str(checkpoint)) as found:
+        assert found == str(base)
+    (gguf / "config.json").write_text("{}")
+    with base_of_adapter(str(checkpoint)) as found:
+        assert found == str(gguf), "where the named one is a model it is the base"

@@ -114,6 +114,8 @@ def test_the_command_counts_choices_and_says_everything_in_one_line(model_dir, t
     assert account["perplexity"] == pytest.approx(math.exp(nats / sum(r["scored"] for r in records)))
     assert "accuracy over 6 rows: raw" in done.stderr
     assert "bits/byte" in done.stderr
+    assert "bad_gold, such as " in done.stderr
+    assert "row 6 (line 7), gold: 7 names none of 2 choices" in done.stderr
     assert "ignored" not in account["format"]
     half = out.read_text().splitlines(keepends=True)[:4]
     out.write_text("".join(half))

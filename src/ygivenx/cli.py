@@ -55,11 +55,13 @@ from .models.resolve import located
 from .report.parts import finite
 from .show import visible, visible_json
 
+# As linters have it: 1 is news about the rows, 2 about the call, so that a script can tell them apart.
 OK, FINDINGS, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
+    # They print local variables: rows, and perhaps tokens of a hub, would stand in logs.
     pretty_exceptions_enable=False,
     help="log Pr(y|x), exact, proven and cheap. Exit codes: 0 ok, 1 findings, 2 usage or input error.",
 )
@@ -79,6 +81,7 @@ def _app(
 ) -> None: ...
 
 
+# Commands import what they need when they run: `ygx --help` loads no torch.
 Data = Annotated[str, typer.Argument(help="JSONL, JSON, CSV, Parquet, Arrow, or a saved dataset's directory")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on standard output")]
 RowNumber = Annotated[int, typer.Option("--row", min=0, help="which row, from 0")]
@@ -550,6 +553,7 @@ def main() -> None:
             f"error: {in_flags(str(error))}", style="bold red", highlight=False, markup=False, soft_wrap=True
         )
         sys.exit(USAGE)
+    # `ygx score ... | head`: whoever reads has had enough, and nothing went wrong.
     except BrokenPipeError:
         sys.exit(OK)
     except Exception:

@@ -96,6 +96,7 @@ class MissingExtra(YgivenxError, ImportError):
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known word, or an empty string."""
+    # 0.5: a guess that is wrong costs a glance, and none costs a search in the docs.
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -25,6 +25,7 @@ def locked(path: Path, what: str, enabled: bool = True) -> Iterator[None]:
         yield
         return
     file = path.with_name(f".{path.name}.lock")
+    # Not "w": that would empty the holder's id before it is known whether the lock is free.
     with file.open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -36,6 +37,7 @@ def locked(path: Path, what: str, enabled: bool = True) -> Iterator[None]:
                 why="two writers would mix what they write",
                 fix="wait for it, or name another place",
             ) from error
+        # A file system without locks: two writers there are the user's to avoid.
         except OSError:
             pass
         handle.truncate(0)

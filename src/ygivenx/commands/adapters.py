@@ -26,6 +26,7 @@ def adapted(model: Any, section: LoraSection) -> Any:
         return model
     peft = _peft("lora")
     rank = section.further.get("r", RANK)
+    # alpha / r is the factor of the adapter: 2 at any rank, so that another rank needs no other learning rate.
     settings = {
         "r": rank, "lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
         **section.further,

@@ -29,6 +29,7 @@ def audited(
     """
     if data is None and labels is None:
         raise ConfigError("nothing to audit", fix="give rows, --labels PREPARED, or both")
+    # One pair of options for two sources: what is read as rows has them first.
     of_labels = rows if data is None else LimitedRowOptions()
     prepared = None if labels is None else Prepared(labels, of_labels.split, of_labels.limit)
     reader = None if data is None else open_rows(data, rows)

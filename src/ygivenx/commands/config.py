@@ -203,6 +203,7 @@ class TrainingSection:
     save_steps: int | None = option(
         None, "a checkpoint every so many steps", bounds=COUNT, default_text="when interrupted"
     )
+    # Two: one that is whole while the next one is written.
     save_total_limit: int | None = option(2, "checkpoints that are kept", bounds=COUNT)
     load_best_model_at_end: bool = option(False, "end with the checkpoint of the lowest held-out loss")
     push_to_hub: bool = option(False, "upload the model, as in transformers")
@@ -349,13 +350,16 @@ class _Placed:
                 self._put(key, _BARE[key], value, where)
             elif key in _FLAT:
                 self._put(*_FLAT[key], value, where)
+            elif isinstance(value, Mapping):
+                _refuse_key(key, SECTIONS, where, "section")
             else:
-                _refuse_key(key, [*SECTIONS, *_FLAT], where)
+                _refuse_key(key, _FLAT, where)
 
     def _put(self, section: str, key: str, value: Any, where: str) -> None:
         """One key of a section; what isn't a field of ours may be a name of the class that the section stands for."""
+        # `model` is a flat key of the model's path, and `path` a field of two sections: a flat key counts in its own.
         at, name = _FLAT.get(key, ("", ""))
-        own = {f.name for f in fields(SECTIONS[section])}
+        own = [f.name for f in fields(SECTIONS[section])]
         name = name if at == section else key
         if name == "further" and "further" in own and isinstance(value, Mapping):
             for inner, v in value.items():
@@ -365,8 +369,7 @@ class _Placed:
         elif "further" in own:
             self.further[section][name] = value
         else:
-            known = [k for k, (s, _) in _FLAT.items() if s == section]
-            _refuse_key(key, known, f"{where}, {section}")
+            _refuse_key(key, own, f"{where}, {section}")
         self.where[section, name] = where
 
     def config(self) -> TrainConfig:
@@ -411,8 +414,10 @@ class _Placed:
         if section == "objective":
             return _checked_objective(values, where)
         hints = _lora_hints(values, where) if section == "lora" else _training_hints(values, where)
-        return {k: fit(k, v, hints[k], self.where[section, k]) for k, v in values.items() if v is not None}
+        given = {k: v for k, v in values.items() if v is not None}
+        return {k: fit(f"{section}.{k}", v, hints[k], self.where[section, k]) for k, v in given.items()}
 
+    # An option without effect is a mistake that nobody would see in the run.
     def _check(self, config: TrainConfig) -> None:
         if config.data.eval_path is None:
             for section, name in (("data", "eval_split"), ("data", "eval_limit"), ("training", "eval_steps")):
@@ -432,7 +437,7 @@ class _Placed:
                 raise ConfigError(f"{name} beside an objective", where=where, why=why, fix="leave it out")
         if config.lora.further.get("r", 1) < 1:
             where = self.where["lora", "r"]
-            raise ConfigError(f"lora is {config.lora.further['r']}", where=where, fix="give a rank ≥ 1")
+            raise ConfigError(f"lora.r is {config.lora.further['r']}", where=where, fix="give a rank ≥ 1")
 
 
 def _checked_objective(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -451,11 +456,11 @@ def _checked_objective(values: dict[str, Any], where: str) -> dict[str, Any]:
     return values
 
 
-def _refuse_key(key: str, known: Iterable[str], where: str) -> None:
+def _refuse_key(key: str, known: Iterable[str], where: str, what: str = "key") -> None:
     """Raise ConfigError for a key that isn't known; one that another tool has by what it is called here."""
     if key not in (known := list(known)):
         _refuse_foreign([key], where)
-    refuse_unknown("key", [key], known, where)
+    refuse_unknown(what, [key], known, where)
 
 
 def _refuse_foreign(names: Iterable[str], where: str) -> None:

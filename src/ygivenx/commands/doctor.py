@@ -8,10 +8,10 @@ from typing import Any
 
 # Optional packages: the extra that brings each, and what it is for.
 OPTIONAL = {
-    "gguf": ("gguf", "loading GGUF weights"),
+    "gguf": ("quant", "loading GGUF weights"),
     "peft": ("lora", "LoRA adapters"),
-    "datasets": ("datasets", "rows from a dataset of the hub"),
-    "lm_eval": ("lm-eval", "lm-evaluation-harness"),
+    "datasets": ("train", "rows from a dataset of the hub"),
+    "lm_eval": ("eval", "lm-evaluation-harness"),
     "ray": ("ray", "encoding and scoring on several machines"),
 }
 REQUIRED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "jinja2", "pyarrow")

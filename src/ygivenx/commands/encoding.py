@@ -47,7 +47,8 @@ ALONE = (
 CHUNK_APART = 32768  # rows of which each process takes a part, where a pool starts for them alone
 AHEAD = 4  # chunks of each process that may wait: memory holds no more
 ROWS, REJECTED, ACCOUNT = "rows.arrow", "rejected.jsonl", "account.json"
-CODE = ("rows", "templating", "encoder", "encoded.py", "sequence.py")  # what encoded rows depend on
+# What encoded rows, and the account of them, depend on.
+CODE = ("rows", "templating", "encoder", "encoded.py", "sequence.py", "commands/inputs.py")
 
 
 class EncodedPart(NamedTuple):
@@ -109,6 +110,7 @@ class Cores:
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
+            # A copy of the encoder travels once to each process, not with each chunk.
             spawn = get_context("spawn")  # a fork of a process with threads may hang
             self._pool = ProcessPoolExecutor(self._processes, spawn, _adopt, (pickle.dumps(self._encoder),))
         return self._pool
@@ -258,6 +260,7 @@ def _counts(rows: EncodedRows, weight: float, rng: np.random.Generator) -> Any:
     """int64 [sequences]: how often each is seen; of a fraction, a part of the rows by chance, all their turns alike."""
     firsts = np.cumsum(rows.turn == 0) - 1
     count = int(firsts[-1]) + 1 if len(firsts) else 0
+    # Of 2.3 all rows count twice, and three tenths of them once more.
     once_more = rng.permutation(count) < round(weight % 1 * count)
     return int(weight) + once_more[firsts].astype(np.int64)
 
@@ -288,6 +291,7 @@ def _kept(name: str, data: DataSection, encoder: Any, cores: Cores, console: Con
         say(f"{name}: encoded before, kept in {folder}", console)
         return folder
     try:
+        # Rows may be private, and /tmp or a home on a server is read by others.
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         staging = Path(mkdtemp(dir=root))
         try:
@@ -320,6 +324,7 @@ def encode_into(folder: Path, name: str, data: EncodedRowOptions, cores: Cores, 
 
 def _key(name: str, data: EncodedRowOptions, encoder: Any) -> str:
     _, (tokenizer, policy, options) = encoder.__reduce__()
+    # The time changes what is kept only where the template writes it; else no run would find the last one's rows.
     now = {} if encoder.writes_time else {"now": None}
     read_as = {f: getattr(data, f) for f in ("format", "x", "y", "plain", "split", "roles", "limit")}
     libraries = {n: version(n) for n in ("transformers", "tokenizers", "jinja2", "pyarrow")}
@@ -332,6 +337,7 @@ def _content(name: str) -> str:
     """What a file, or each file below a directory, holds. What a hub holds isn't known: it is encoded each time."""
     path = Path(name.removeprefix("hf:"))
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    # A name that is never met again: what a hub holds may have changed since.
     if not all(p.is_file() for p in files):
         return uuid.uuid4().hex if name.startswith("hf:") else ""
     return _hashes(files)

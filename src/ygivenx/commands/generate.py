@@ -67,12 +67,14 @@ def reply(
     ).to(model.device)
     settings: dict[str, Any] = {"do_sample": sampling.temperature > 0}
     if settings["do_sample"]:
+        # top_k: transformers cuts to the 50 most probable tokens unless that is switched off.
         settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     ids = model.eval().generate(
         **batch,
         **settings,
         max_new_tokens=sampling.max_new_tokens,
         eos_token_id=list(stops),
+        # generate() warns without one, though a single prompt has no padding.
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(stops), 0),
         streamer=None if silent else _streamer(tokenizer),
     )

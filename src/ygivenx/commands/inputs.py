@@ -105,7 +105,7 @@ class Account:
     quarantine: str | None = None
     accepted: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    first: str = ""
+    first: dict[str, str] = field(default_factory=dict)  # the first message of each reason
     notes: Counter[str] = field(default_factory=Counter)
     cut: Counter[str] = field(default_factory=Counter)  # by max_length: rows, tokens, trained tokens
     examples: dict[str, str] = field(default_factory=dict)
@@ -118,6 +118,7 @@ class Account:
         tokens, trained = (sum(s.cut[n] for s in example or ()) for n in (0, 1))
         self.cut.update({"rows": 1, "tokens": tokens, "trained": trained} if tokens else {})
         for note in dict.fromkeys(n for s in example or () for n in s.notes):
+            # Notes that differ in numbers alone are of one kind; without that each row would have its own.
             kind = re.sub(r"\d+", "N", note)
             self.notes[kind] += 1
             self.examples.setdefault(kind, f"row {example.index}: {note}" if example else note)
@@ -125,7 +126,7 @@ class Account:
     def reject(self, row: Rejected) -> None:
         """Count a quarantined row, and write it down where that is asked for."""
         self.reasons[row.reason] += 1
-        self.first = self.first or row.message
+        self.first.setdefault(row.reason, row.message)
         if self.quarantine:
             self._file = self._file or self._open.enter_context(quarantine_file(self.quarantine))
             record = {"reason": row.reason, "where": row.where, "message": row.message, "row": row.row}
@@ -139,7 +140,7 @@ class Account:
     def add(self, other: Account) -> None:
         """Count what another one has counted of further rows."""
         formats = [f for f in (self.format, other.format) if f]
-        self.format, self.first = "; ".join(dict.fromkeys(formats)), self.first or other.first
+        self.format, self.first = "; ".join(dict.fromkeys(formats)), {**other.first, **self.first}
         self.accepted += other.accepted
         self.reasons.update(other.reasons)
         self.notes.update(other.notes)
@@ -190,16 +191,17 @@ def quarantine_file(path: str) -> Any:
         raise ConfigError("it can't be written", where=f"--quarantine {path}", why=str(error)) from error
 
 
-def say_account(account: dict[str, Any], first: str, examples: dict[str, str] | None = None) -> None:
-    """Print the counts of an account, the first rejected row, and one row for each kind of note."""
+def say_account(
+    account: dict[str, Any], first: dict[str, str], examples: dict[str, str] | None = None
+) -> None:
+    """Print the counts of an account, the first row of each reason, and one row for each kind of note."""
     say(f"format: {account['format']}")
     say(
         f"{account['accepted']:,} accepted + {account['quarantined']:,} quarantined = {account['read']:,} read"
     )
     for reason, count in account["reasons"].items():
-        say(f"  {count:>7,}  {reason}")
-    if first:
-        say(f"first of them: {in_flags(first)}")
+        example = in_flags(first.get(reason, "")).replace("\n", "\n" + 11 * " ")
+        say(f"  {count:>7,}  {reason}" + (f", such as {example}" if example else ""))
     if cut := account.get("cut"):
         lost = f"{cut['tokens']:,} tokens, {cut['trained']:,} of them trained"
         say(f"  {cut['rows']:>7,}  cut to fit max_length: {lost}")
@@ -228,6 +230,7 @@ _FLAGS = {
     name: "--" + name.replace("_", "-") for name in ("control", "train", "max_length", "overflow", "roles")
 }
 _FIX = re.compile(r"(^ *|\()fix: .*", re.MULTILINE)
+# An option with a literal, as fixes have it: name='text', name=[...], name={...}, a number, True or False.
 _IN_PYTHON = re.compile(r"""\b([a-z_]+)=('[^']*'|"[^"]*"|\[[^\]]*\]|\{[^}]*\}|\d+\b|True\b|False\b)""")
 
 

@@ -75,6 +75,7 @@ def _name(path: str) -> str:
 
 def _measured(after: dict[str, float]) -> str:
     pairs = {
+        # A bar would end the cell of the table.
         "log Pr(y\\|x)": "conditional_nats", "log Pr(x)": "marginal_nats", "log Pr(good reply)": "chosen_nats",
         "log Pr(bad reply)": "rejected_nats",
     }  # fmt: skip

@@ -99,9 +99,11 @@ def _as(kind: Any, value: Any) -> Any:
     kind_of = get_origin(kind) or kind
     if kind_of is Any:
         return value
+    # A list would split a text into its letters.
     if kind_of is list and isinstance(value, str):  # one of them
         return [value]
     if kind_of is Literal:
+        # True == 1 and 1.0 == 1: a choice has to be of the same type, too.
         if value in get_args(kind) and type(value) is type(get_args(kind)[get_args(kind).index(value)]):
             return value
     elif isinstance(kind_of, type) and issubclass(kind_of, Enum):
@@ -197,6 +199,7 @@ def with_sections(command: Callable[..., T], unset: bool = False) -> Callable[..
             )
         return command(**values)
 
+    # Typer reads names, annotations and help from the function itself.
     functools.update_wrapper(flat, command, ("__module__", "__name__", "__qualname__", "__doc__"))
     del vars(flat)["__wrapped__"]  # typer would look at the signature behind it
     vars(flat)["__signature__"] = inspect.Signature(parameters)

@@ -56,6 +56,7 @@ def sharing_of(examples: list[Any], max_tokens: int) -> PackSharing:
     rows = EncodedRows.of(sequences)
     _, shared = prefix_order(rows.length, rows.read)
     if isinstance(examples[0], RatedExample):
+        # Which objective is the same for packs; this one leaves no row out.
         rated = RatedPacks(examples, objective=Objective("reward_weighted"), max_tokens=max_tokens, seed=0)
         sizes = [len(item["forest"]) for item in (rated[i] for i in range(len(rated)))]
     else:

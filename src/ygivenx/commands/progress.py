@@ -52,6 +52,7 @@ def bar(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
+        # A finished bar says nothing that the summary below it doesn't.
         transient=True,
         disable=not console.is_terminal,
     )

@@ -67,7 +67,10 @@ class Rows:
                 requests = [q for value in self._values(item) for q in self.builder(value)]
                 gold = self._gold(item, len(requests))
             except RowError as error:
-                error.where = error.where or item.where
+                if error.where in ("", error.field):
+                    # The reader stumbled over the list of replies and names its column, which isn't at fault here.
+                    place = item.where.removesuffix(f", {self._choices(_raw(item))[0]}")
+                    error.where = ", ".join(filter(None, (place, error.field)))
                 self.account.reject(Rejected(_raw(item), error.reason, error.where, str(error)))
                 continue
             if requests:
@@ -113,6 +116,7 @@ def _raw(item: Any) -> Any:
 
 def records(numbered: Iterable[Numbered], scorer: AnswerStream) -> Iterator[dict[str, Any]]:
     """One record per request, in order; `scorer` makes Scores of requests, reading ahead as it likes."""
+    # The scorer reads ahead, so rows wait here until their scores come, in the same order.
     waiting: deque[tuple[int, int, dict[str, bool]]] = deque()
 
     def requests() -> Iterator[Request]:
@@ -165,6 +169,7 @@ class Means:
             "scored": self.sums["records"],
             "tokens_y": self.sums["scored"],
             "conditional_nats_per_token": nats,
+            # exp(709.8) is the largest float64.
             "perplexity": None if nats is None or nats > 709 else math.exp(nats),
             "bits_per_byte": per("bytes", bits),
             "bits_per_word": per("words", bits),
@@ -287,6 +292,7 @@ def _score_file(
     if ray:
         from ..scores.clusters import scores_on_ray
 
+        # The workers load it themselves; here its memory is of no more use.
         del loaded
         scorer = partial(scores_on_ray, (*place, weights.dtype), workers=ray, **settings)
     found = run(rows, scorer, settings["tally"], file, console, silent)
@@ -310,6 +316,7 @@ def _run_of(
 ) -> dict[str, Any]:
     """What the scores depend on: a file of another run isn't gone on with."""
     facts = asdict(columns) | asdict(scoring) | {"data": data, "dtype": weights.dtype, "now": now}
+    # Where rejected rows go changes no score.
     facts.pop("quarantine")
     return facts | _identity(place, data)
 
@@ -344,6 +351,7 @@ def _identity(model: tuple[str, str | None], data: str) -> dict[str, Any]:
     directory, gguf_file = Path(model[0]), model[1]
     patterns = MODEL_FILES if gguf_file is None else (*MODEL_FILES, gguf_file)
     rows = Path(data)
+    # The datasets library writes cache-* into a saved set while it is read.
     of_data = (f for f in rows.rglob("*") if not f.name.startswith("cache-")) if rows.is_dir() else [rows]
     return {
         "model": model,
@@ -356,6 +364,7 @@ def _identity(model: tuple[str, str | None], data: str) -> dict[str, Any]:
 
 def _listing(files: Iterable[Path]) -> str:
     """A short hash of the names, sizes and times of the files; empty for none."""
+    # By size and time, as make does: to hash a large model takes longer than to score some thousand rows.
     stats = {str(f): f.stat() for f in files if f.is_file()}
     facts = sorted((name, s.st_size, s.st_mtime_ns) for name, s in stats.items())
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:12] if facts else ""

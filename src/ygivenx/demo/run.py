@@ -128,6 +128,7 @@ def answers(model: Any, tokenizer: Any, rows: list[dict[str, Any]], console: Con
     for start in shown(console, starts, lambda: "replies", lambda start: start + BATCH, len(rows)):
         prompts = [row["messages"][:-1] for row in rows[start : start + BATCH]]
         batch = tokenizer.apply_chat_template(
+            # On the left: a reply goes on from the last place of its prompt.
             prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True,
             tokenizer_kwargs={"padding_side": "left"},
         )  # fmt: skip

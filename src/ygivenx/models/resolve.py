@@ -17,7 +17,7 @@ def located(path: str | Path, gguf_file: str | None = None) -> tuple[str, str | 
     """(directory or name, GGUF file); `sample` becomes its place. Raises MissingExtra without `gguf`."""
     place = sample_model_path() if str(path) == "sample" else (str(path), gguf_file)
     if place[1] is not None and find_spec("gguf") is None:
-        raise MissingExtra("gguf", "gguf", needed_for=f"reading {place[1]}")
+        raise MissingExtra("gguf", "quant", needed_for=f"reading {place[1]}")
     return place
 
 
@@ -70,13 +70,29 @@ def base_of_adapter(path: str) -> Iterator[str | None]:
     if config is None:
         yield None
     elif not (config.parent / "config.json").is_file():
-        yield json.loads(config.read_text())["base_model_name_or_path"]
+        yield _base_named_in(config)
     else:
         with TemporaryDirectory() as alone:
             for file in config.parent.iterdir():
                 if not file.name.startswith("adapter_"):
                     os.symlink(file.resolve(), Path(alone) / file.name)
             yield alone
+
+
+def _base_named_in(config: Path) -> str:
+    """The base that an adapter names; one that came from a GGUF file lies beside the checkpoints of its run."""
+    named, beside = (
+        str(json.loads(config.read_text())["base_model_name_or_path"]),
+        config.parent.parent / "base",
+    )
+    if not Path(named).is_dir() or (Path(named) / "config.json").is_file():
+        return named
+    if (beside / "config.json").is_file():
+        return str(beside)
+    raise ModelError(
+        "the base model of this adapter isn't there", where=str(config.parent), why=f"{config.name} names {named}",
+        fix="give the run's `final`, which has it, or write the place of the base into that file",
+    )  # fmt: skip
 
 
 @contextmanager

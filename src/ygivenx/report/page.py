@@ -31,6 +31,7 @@ SCRIPTS = ("dom.js", "chart.js", "strips.js", "rows.js", "page.js")
 FINDING_FIELDS = ("rule", "severity", "message", "count", "share", "examples", "why", "fix")
 LEDGER_FIELDS = ("kind", "tokens", "weight", "log_p", "nats_per_token", "share")
 MADE_WITH = ("ygivenx", "torch", "transformers")
+# Worst first: the order of findings on the page.
 SEVERITIES = ("error", "warning", "info")
 MARKUP = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
 
@@ -233,6 +234,7 @@ def _strip(
     return {
         "title": row.title,
         "tokens": [vocabulary.setdefault(key, len(vocabulary)) for key in keys],
+        # Four digits, as weights of a step may be 1e-7: rounding to places would make them 0.
         "weights": _runs(_reals(_significant(row.weights, 4))),
         "log_p": _reals(row.log_p, 4),  # 1e-4 nats: a page with a million tokens has to stay small
         "kinds": _runs(kinds.setdefault(str(k), len(kinds)) for k in row.kinds),

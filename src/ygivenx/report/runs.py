@@ -47,6 +47,7 @@ def curves(
         label, chart = LOGGED[name]
         points = [(entry["step"], entry[name]) for entry in entries if name in entry]
         if points:
+            # A value that is logged at some steps alone, such as an evaluation, has its own x.
             steps, values = zip(*points, strict=True)
             found.append(Curve(label + suffix, steps, values, chart=chart))
     return found

@@ -40,6 +40,7 @@ def _batches(path: Path) -> Iterator[RecordBatch]:
     with pa.OSFile(str(path)) as f:
         magic = f.read(6)
         f.seek(0)
+        # By its first bytes: files of all three kinds are called .arrow or .parquet.
         if magic.startswith(b"PAR1"):
             yield from _parquet_batches(f)
         elif magic == b"ARROW1":
@@ -171,6 +172,7 @@ def _values(batch: RecordBatch) -> Iterator[tuple[Any, RowError | None]]:
         rows = batch.to_pylist()
     except (pa.ArrowException, ValueError, OverflowError) as e:
         if batch.num_rows > 1:
+            # One by one, so that a value costs its own row and no other.
             for i in range(batch.num_rows):
                 yield from _values(batch.slice(i, 1))
         else:
@@ -235,7 +237,7 @@ def hub_rows(name: str, split: str | None) -> Iterator[RawRow]:
     try:
         import datasets
     except ImportError:
-        raise MissingExtra("datasets", "datasets", needed_for=f"hf:{name}") from None
+        raise MissingExtra("datasets", "train", needed_for=f"hf:{name}") from None
     path, _, config = name.partition(":")
     try:
         splits = datasets.load_dataset(path, config or None, streaming=True)

@@ -40,6 +40,7 @@ def refuse_other_meanings(row: Record, used: tuple[str, ...] = ()) -> None:
         raise not_text(f"the column {column!r} holds what isn't text", column)
 
 
+# Cells of CSV are texts, and pandas writes a column of 0 and 1 that has gaps as 0.0 and 1.0.
 _SPELLED = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
 
 

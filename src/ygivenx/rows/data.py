@@ -131,6 +131,7 @@ class Reader:
 
     def _judge(self, raw: RawRow) -> Row | Rejected:
         row = f"row {self.read}"
+        # A line of the file, for an editor; Arrow has none, and its place is the row again.
         where = f"{self.name}, {row}" + (f" ({raw.place})" if raw.place != row else "")
         try:
             if raw.fault:
@@ -170,6 +171,7 @@ def _columns(rows: Iterable[RawRow | None]) -> list[str]:
     for i, raw in enumerate(rows, 1):
         if raw is not None and isinstance(raw.value, Mapping):
             columns |= dict.fromkeys(map(str, raw.value))
+        # Files of several kinds of rows have columns that the first row lacks.
         if columns and i >= _PEEK:
             break
     return list(columns)

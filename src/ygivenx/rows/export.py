@@ -77,6 +77,7 @@ def write_examples(examples: Iterable[Example | RatedExample], path: str | Path,
     return Written(count, reweighted)
 
 
+# Rows are made twice, here and by the writer: found there, a row that doesn't fit would stop half a file.
 def unfit(item: Example | RatedExample | Rejected, form: str) -> Example | RatedExample | Rejected:
     """The item, or as rejected an example that the form can't hold."""
     if isinstance(item, Rejected):

@@ -211,6 +211,7 @@ def _rows_in(whole: dict[str, Any], is_row: Callable[[list[str]], bool]) -> list
     """The rows of an object: itself, its one list of objects, or its values."""
     if is_row(list(whole)):
         return [whole]
+    # {"data": [...]}: exports wrap their rows, under names of all kinds.
     lists = [v for v in whole.values() if isinstance(v, list) and v and all(isinstance(r, dict) for r in v)]
     if len(lists) == 1:
         return lists[0]
@@ -219,6 +220,7 @@ def _rows_in(whole: dict[str, Any], is_row: Callable[[list[str]], bool]) -> list
 
 def _csv_rows(path: Path, limit: int, delimiter: str) -> Iterator[RawRow | None]:
     # The csv module's own limit, one for the whole process, is 128 KiB a field.
+    # Never less than it was: another library in this process may have raised it.
     csv.field_size_limit(max(csv.field_size_limit(), limit))
     with _open(path) as stream:
         text = _CsvText(stream, limit, delimiter)

@@ -269,8 +269,9 @@ def _near_miss(columns: list[str]) -> str:
     for f in FORMATS.values():
         lacking = [c for c in f.required if c not in columns]
         for name in lacking:
+            # 0.85 takes one wrong letter in six: promt is prompt, and next isn't text.
             if close := difflib.get_close_matches(name, columns, n=1, cutoff=0.85):
-                return f"; did you mean {name!r} by {close[0]!r}?"
+                return f"; did you mean {name!r} by {close[0]!r}? Then rename the column"
         if len(lacking) < len(f.required):
             return f"; {f.name} lacks {lacking[0]!r}"
     return ""

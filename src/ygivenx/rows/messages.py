@@ -63,6 +63,10 @@ _MEDIA = (
 
 def message_list(value: Any, column: str, roles: Iterable[str] = ()) -> list[Message]:
     """The messages of a column, a list or the JSON of one; at least one. `roles`: further ones that are allowed."""
+    if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+        fix = 'write [{"role": "user", "content": ...}, ...]; columns of plain text are named with x= and y= (--x, --y)'
+        what = f"the text {value!a:.60} where a list of messages belongs"
+        raise RowError(what, reason="wrong_type", field=column, fix=fix)
     messages = as_list(from_json(value, column), column)
     if not messages:
         raise RowError("there are no messages", reason="empty_messages", field=column)
@@ -88,6 +92,7 @@ def _tool(value: Any, at: str) -> dict[str, Any]:
     if "name" in tool:
         return {
             "type": "function",
+            # The "type" of the wrapper goes; a tool that has another type of its own keeps it.
             "function": {k: v for k, v in tool.items() if (k, v) != ("type", "function")},
         }
     if "type" in tool:  # a tool of the provider's, such as a code interpreter

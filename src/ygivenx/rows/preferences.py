@@ -24,6 +24,7 @@ from .nouns import Conversation, Message, Pair, Preference, Rated
 from .values import as_list, as_object, finite, from_json, text
 from .weights import row_weight
 
+# How hh-rlhf marks a reply inside one text.
 _TURN = "\n\nAssistant:"
 
 
@@ -143,6 +144,7 @@ def _border(chosen: str, rejected: str) -> int:
 def _common(a: list[Message], b: list[Message]) -> int:
     """How many messages two conversations begin with in common, a last reply apart."""
     n = 0
+    # The last message of either is its reply, even where both say the same.
     while n < min(len(a), len(b)) - 1 and a[n] == b[n]:
         n += 1
     return n
@@ -154,4 +156,5 @@ def _listed(value: Any) -> Any:
 
 
 def _is_json(value: Any) -> bool:
+    # A reply may begin with a bracket of its own: only a list of objects is taken for messages.
     return isinstance(value, str) and value.lstrip().startswith("[{")

@@ -76,6 +76,7 @@ class Strict:
         if (more := _SPACES.match(text, end)) and more.end() < len(text):
             why = f"more text after character {end}"
             raise RowError("not JSON", reason="broken_json", why=why, fix=mending(text, more.end()))
+        # Broken rules come last: a text that is no JSON at all says more about what happened.
         if fault:
             raise fault
         return value
@@ -89,6 +90,7 @@ def _after_space(text: str, at: int) -> int:
 
 def mending(text: str, at: int) -> str:
     """What to do about a text that isn't JSON at this character, by what it is instead; "" where that isn't known."""
+    # What explains a mistake stands close to it; in a whole file a quote somewhere would explain anything.
     around = text[max(at - 40, 0) : at + 40]
     if "\0" in around:
         return "a file that was torn, as by a loss of power, holds blocks of NUL: write it again"
@@ -211,6 +213,7 @@ def _invalid_utf8(text: str) -> RowError | None:
 def _is_cut_off(e: json.JSONDecodeError) -> bool:
     """Whether the last token of a whole file is where decoding stopped: more text might have mended it."""
     rest = e.doc[e.pos :].strip(_SPACE)
+    # A token that is cut short, such as "-Infin", is shorter than the longest that has no end of its own.
     in_token = len(rest) < len("-Infinity") or e.msg.startswith("Unterminated")
     return not rest or (in_token and not rest.endswith("]"))
 

@@ -44,6 +44,7 @@ def text(value: Any, at: str) -> str:
     if not isinstance(value, str):
         raise _wrong_type(value, "text", at)
     try:
+        # isascii() looks at a flag of the object; only other texts, a few, are encoded to see whether they can be.
         value.isascii() or value.encode()
     except UnicodeEncodeError as e:
         raise RowError("half a surrogate pair", reason="lone_surrogate", field=at, why=e.reason) from None
@@ -85,7 +86,8 @@ def from_json(value: Any, at: str) -> Any:
     try:
         return Strict().whole(value)
     except RowError as e:
-        raise RowError(e.what, reason=e.reason, field=at, why=e.why) from None
+        what = f"the text {value!a:.60} is {e.what}" if e.reason == "broken_json" else e.what
+        raise RowError(what, reason=e.reason, field=at, why=e.why, fix=e.fix) from None
 
 
 def _wrong_type(value: Any, needed: str, at: str) -> RowError:

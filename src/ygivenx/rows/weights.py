@@ -62,7 +62,7 @@ def take_weight(keys: dict[str, Any], at: str) -> float | None:
     weights = {key: _weight(key, keys.pop(key), f"{at}.{key}") for key in MESSAGE_KEYS if key in keys}
     if len(set(weights.values())) > 1:
         what = f"{' and '.join(weights)} contradict each other"
-        raise RowError(what, reason="conflict", field=f"{at}.weight")
+        raise RowError(what, reason="conflict", field=f"{at}.{next(iter(weights))}")
     return next(iter(weights.values()), None)
 
 

@@ -25,7 +25,7 @@ try:
 except ImportError as error:
     from ..errors import MissingExtra
 
-    raise MissingExtra("lm-eval", "lm-eval", needed_for="--model ygivenx") from error
+    raise MissingExtra("lm-eval", "eval", needed_for="--model ygivenx") from error
 
 from ..choices import HarnessBorder, require_choice
 from ..encoder.tokenize import Tokens

@@ -95,7 +95,11 @@ class RequestBuilder:
             item = Pair("", text(item, "y"))
         if isinstance(item, Mapping | Conversation | Pair):
             y = item.y if isinstance(item, Pair) else None
-            return [self._request(s, y) for s in self._encoded(item)]
+            sequences = list(self._encoded(item))
+            if isinstance(item, Conversation) and not any(s.output.any() for s in sequences):
+                fix = "end the row with the assistant's message, or score its text as one: --format text"
+                raise RowError("there is no reply to be scored", reason="no_reply", field="messages", fix=fix)
+            return [self._request(s, y) for s in sequences]
         if isinstance(item, Sequence):
             return [self._request(item, None)]
         match item:

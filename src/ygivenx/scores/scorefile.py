@@ -66,6 +66,8 @@ class ScoreFile:
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Append records as they come; each is in the file when the next is asked for, and on the disk soon."""
         synced = time.monotonic()
+        # Each line is flushed, so that an interruption costs no score. Only a loss of power needs fsync, which takes
+        # longer than many a score.
         with self.lines.open("a", encoding="utf-8") as out:
             for record in records:
                 out.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
