@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
-EXTRAS := gguf,lora,test
+EXTRAS := dev
 
 .PHONY: setup demo test check full mutate nightly docs browser tokenizers gpu clean help
 
