@@ -371,6 +371,19 @@ def test_the_default_dtype_does_not_matter():
 
 
 @pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_logits_of_a_product_and_their_slope(softcap):
+    head = LogitHead(torch.randn(11, 4), torch.randn(11), softcap, scale=0.3)
+    hidden = torch.randn(5, 4)
+    product = (hidden @ head.weight.T + head.bias).requires_grad_()
+    expected = 0.3 * product if softcap is None else softcap * torch.tanh(0.3 * product / softcap)
+    z, slope = head.from_product(product)
+    assert torch.allclose(z, expected)
+    assert torch.allclose(head.logits(hidden), expected, atol=1e-5)
+    (gradient,) = torch.autograd.grad(expected.sum(), product)
+    assert torch.allclose(torch.as_tensor(slope).expand_as(gradient), gradient, atol=1e-6)
+
+
 def test_a_whole_number_is_a_scale():
     case = random_case(13, torch.bfloat16)
     case.options = {"softcap": None, "scale": 2.0}
