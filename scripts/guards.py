@@ -79,7 +79,7 @@ GUARDS = [
           "        place[rows] = np.arange(len(rows))\n", "        place[rows] = np.arange(len(rows))[::-1]\n", OBJECTIVE),
     # The head
     Guard("a sum that is no number is computed again", "head/tiles.py",
-          "(~(sums[: self.b - self.a] <= HUGE_SUM))", "((sums[: self.b - self.a] > HUGE_SUM))", HEAD),
+          "(~(sums.e[: self.b - self.a] <= HUGE_SUM))", "((sums.e[: self.b - self.a] > HUGE_SUM))", HEAD),
     Guard("vast sums are shifted by the maximum", "head/tiles.py", "if len(far):", "if False:", HEAD),
     Guard("the target is left out of its own sum", "head/tiles.py",
           "self.without_target.add_to(z, start)", "pass", HEAD),

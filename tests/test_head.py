@@ -18,7 +18,7 @@ from ygivenx import reference
 from ygivenx.errors import ModelError
 from ygivenx.head import edges, full_vocab, fused, kernel, pages, passes, tiled
 from ygivenx.head.logit_head import LogitHead
-from ygivenx.head.selective import explain, log_probs, selective_cross_entropy
+from ygivenx.head.selective import explain, head_values, log_probs, selective_cross_entropy
 from ygivenx.head.tiles import Marks
 
 CASES = int(os.environ.get("YGIVENX_CASES", "300"))
@@ -344,9 +344,10 @@ def test_what_lies_otherwise_in_memory_is_read_the_same(dtype):
         edges = (gaps(rows.to(index)), gaps(targets.to(index)), gaps(weights))
         other = selective_cross_entropy(gaps(hidden), weight, *edges, bias=gaps(bias))
         torch.testing.assert_close(other, plain, rtol=0, atol=0)
-        told = log_probs(gaps(hidden), weight, *edges[:2], bias=gaps(bias), ranks=True)
-        same = log_probs(hidden, weight, rows, targets, bias=bias, ranks=True)
-        torch.testing.assert_close(told, same, rtol=0, atol=0)
+        more = {"ranks": True, "entropy": True}
+        given = head_values(gaps(hidden), LogitHead(weight, gaps(bias)), *edges[:2], **more)
+        same = head_values(hidden, LogitHead(weight, bias), rows, targets, **more)
+        torch.testing.assert_close(given, same, rtol=0, atol=0)
 
 
 def test_the_kernel_gets_a_bias_without_gaps():
@@ -401,35 +402,102 @@ def test_no_edge_gives_zeros():
     assert all(not g.any() for g in case.grads(loss))
 
 
-def test_log_probs_is_differentiable_for_weights_that_depend_on_it(small_tiles):
-    for seed in range(20):
-        case = random_case(seed)
-        if not case.wanted or len(case.rows) < 2:
-            continue
+@pytest.mark.parametrize("held", [True, False])
+def test_log_probs_is_differentiable_for_weights_that_depend_on_it(small_tiles, monkeypatch, held):
+    """Whether exponentials wait for backward or are computed again there."""
+    passes_made = []
+    real = passes.run_head
+    monkeypatch.setattr(
+        "ygivenx.head.selective.run_head", lambda *a, **k: passes_made.append(1) or real(*a, **k)
+    )
+    if not held:
+        monkeypatch.setattr(passes.HeadPass, "add_gradients", lambda self, weights: False)
 
-        def preference(log_p: Tensor) -> Tensor:  # a DPO-like loss: two groups of edges against each other
-            half = len(log_p) // 2
-            return -torch.nn.functional.logsigmoid(0.1 * (log_p[:half].sum() - log_p[half:].sum()))
+    def preference(log_p: Tensor) -> Tensor:  # a DPO-like loss: two groups of edges against each other
+        half = len(log_p) // 2
+        return -torch.nn.functional.logsigmoid(0.1 * (log_p[:half].sum() - log_p[half:].sum()))
 
-        got = log_probs(case.hidden, case.weight, case.rows, case.targets, bias=case.bias, **case.options)
+    cases = [c for c in map(random_case, range(30)) if c.wanted and len(c.rows) >= 2]
+    for case in cases:
         case.z_loss = 0
-        true = case.twin()[0]
-        for a, b in zip(case.grads(preference(got)), case.grads(preference(true)), strict=True):
-            assert relative(a, b, 0.1) < 2e-6 * case.size
+        head = LogitHead(case.weight, case.bias, **case.options)
+        more = {"ranks": len(case.rows) % 2 == 0, "entropy": True}
+        got = head_values(case.hidden, head, case.rows, case.targets, **more).log_p
+        loss, true = preference(got), preference(case.twin()[0])
+        exact = case.grads(true)
+        for factor in (1, 2):  # the second backward finds nothing held
+            for a, b in zip(case.grads(factor * loss, retain_graph=True), exact, strict=True):
+                assert relative(a / factor, b, 0.1) < 2e-6 * case.size
+    # Forward, and once or twice in two backwards.
+    assert len(passes_made) == 3 * len(cases) if not held else len(passes_made) < 2.6 * len(cases)
+
+
+def test_what_waits_for_backward_lies_in_the_gradient_of_the_head(monkeypatch):
+    monkeypatch.setenv(kernel.SWITCH, "0")
+    hidden, weight = torch.randn(60, 64, requires_grad=True), torch.randn(3000, 64, requires_grad=True)
+    rows, targets = torch.arange(60), torch.randint(0, 3000, (60,))
+    log_p = log_probs(hidden, weight, rows, targets)
+    held = log_p.grad_fn.head_pass
+    place = held.into.weight.untyped_storage().data_ptr()
+    assert all(t.untyped_storage().data_ptr() == place for t in held.round.waiting[1:])
+    del held
+    products = Products()
+    with products:
+        log_p.sum().backward()
+    assert sum(products.sizes) == 60 * 3000 * 64  # dW alone: dH was summed up in forward
+    assert weight.grad.data_ptr() == place
+    with torch.no_grad():
+        assert log_probs(hidden, weight, rows, targets).grad_fn is None
+
+
+class Products(TorchDispatchMode):
+    """Multiplications of the matrix products that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.sizes.append(result.numel() * args[-2].shape[1])
+        return result
 
 
 def test_ranks_count_the_tokens_above_the_target(small_tiles):
     for seed in range(30):
         case = random_case(seed)
-        found = log_probs(
-            case.hidden, case.weight, case.rows, case.targets, bias=case.bias, ranks=True, **case.options
-        )
+        head = LogitHead(case.weight, case.bias, **case.options)
+        found = head_values(case.hidden, head, case.rows, case.targets, ranks=True)
         z = reference.all_logits(case.hidden, case.weight, bias=case.bias, **case.options).detach()
         gap = (z[case.rows] - z[case.rows].gather(1, case.targets[:, None])).abs()
         clear = ((gap > 1e-5 * case.size) | (gap == 0)).all(-1)
         true = reference.ranks(z, case.rows, case.targets)
         assert torch.equal(found.rank[clear], true[clear])
         assert len(case.rows) < 10 or clear.any() or case.options["softcap"]
+
+
+@pytest.mark.parametrize("ranks", [False, True])
+def test_entropies_come_with_the_pass(small_tiles, route, ranks):
+    """Of confident rows, of targets far below the rest, with caps and biases."""
+    for seed in range(40):
+        case = random_case(seed)
+        head = LogitHead(case.weight, case.bias, **case.options)
+        found = head_values(case.hidden, head, case.rows, case.targets, ranks=ranks, entropy=True)
+        assert (found.rank is None) != ranks
+        z = reference.all_logits(case.hidden, case.weight, bias=case.bias, **case.options).detach()
+        log_p = z[case.rows].log_softmax(-1)
+        true = -(log_p.exp() * log_p).sum(-1)
+        torch.testing.assert_close(found.entropy.double(), true, rtol=1e-5, atol=2e-6 * case.size)
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_masked_tokens_have_no_part_in_the_entropy(route, target):
+    hidden, weight = torch.ones(1, 2), torch.zeros(3, 2)
+    bias = torch.tensor([0.0, -torch.inf, 0.0])
+    head = LogitHead(weight, bias)
+    found = head_values(hidden, head, torch.tensor([0]), torch.tensor([target]), entropy=True)
+    torch.testing.assert_close(found.entropy, torch.tensor([2.0]).log())
 
 
 def test_backward_again_and_with_a_factor(small_tiles):
@@ -459,7 +527,9 @@ def test_gradients_are_made_for_whoever_wants_them_only(monkeypatch):
     case = random_case(13)
     made = []
     real = passes.run_head
-    monkeypatch.setattr("ygivenx.head.selective.run_head", lambda *a, **k: made.append(a[5]) or real(*a, **k))
+    monkeypatch.setattr(
+        "ygivenx.head.selective.run_head", lambda *a, **k: made.append(k["needed"]) or real(*a, **k)
+    )
     case.hidden.requires_grad_()
     case.weight.requires_grad_(False)
     loss = case.ours()[1]

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from .choices import Route
 from .errors import ModelError, RowError
 from .forest import Edges, Forest, Ints
-from .head.distribution import Description, Wants, describe
-from .head.selective import log_probs as head_log_probs
+from .head.distribution import most_probable
+from .head.selective import head_values
 from .models.model import head_of, hidden_states
 from .models.wrappers import inside_forward, sharded
 from .sequence import Example, RatedExample, Sequence
@@ -190,19 +190,20 @@ def log_probs(
     Raises RowError for a sequence without a target, ModelError for a model that can't be computed.
     """
     targets = batch if isinstance(batch, Targets) else Targets.of(batch)
-    wants = Wants(entropy, ranks, top_k)
     if chunk is None and sharded(model):  # ranks make equally many forward passes: one each
         chunk = max(1, len(targets.forest))
     with nullcontext() if adapters else _without_adapters(model):
         return inside_forward(
-            model, lambda inner: _log_probs(inner, targets, wants, candidates, route, chunk)
+            model, lambda inner: _log_probs(inner, targets, entropy, ranks, top_k, candidates, route, chunk)
         )
 
 
 def _log_probs(
     model: nn.Module,
     targets: Targets,
-    wants: Wants,
+    entropy: bool,
+    ranks: bool,
+    top_k: int,
     candidates: Tensor | None,
     route: Route,
     chunk: int | None,
@@ -213,18 +214,17 @@ def _log_probs(
     rows, ids, edge = (
         torch.from_numpy(a).to(hidden.device) for a in (edges.rows, edges.targets, targets.edge)
     )
+    count, width = len(rows), 0 if candidates is None else candidates.shape[1]
+    top = most_probable(hidden, head, rows, top_k) if top_k else (None, None)
     if candidates is not None:  # further edges out of the same rows: the head computes each row once
-        width = candidates.shape[1]
         rows = torch.cat((rows, rows[edge].repeat_interleave(width)))
         ids = torch.cat((ids, candidates.to(ids).flatten()))
-    log_p = head_log_probs(
-        hidden, head.weight, rows, ids, bias=head.bias, softcap=head.softcap, scale=head.scale
-    )
-    count = len(edges.rows)
-    more = describe(hidden, head, rows[:count], ids[:count], wants) if wants else Description()
-    others = None if candidates is None else log_p[count:].view(len(targets), -1)
-    entropy, rank, top_ids, top_log_p = (None if v is None else v[edge] for v in more)
-    return LogProbs(log_p[:count][edge], targets, entropy, rank, top_ids, top_log_p, others)
+    values = head_values(hidden, head, rows, ids, ranks=ranks, entropy=entropy)
+    log_p = values.log_p
+    others = None if candidates is None else log_p[count:].view(len(targets), width)
+    more = (None if v is None else v[:count][edge] for v in (values.entropy, values.rank, *top))
+    entropy_of, rank, top_ids, top_log_p = more
+    return LogProbs(log_p[:count][edge], targets, entropy_of, rank, top_ids, top_log_p, others)
 
 
 def _without_adapters(model: nn.Module) -> AbstractContextManager[None]:

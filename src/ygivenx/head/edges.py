@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -13,27 +14,43 @@ GATHERED = 128  # edges, or tokens of the vocabulary, that are gathered at a tim
 PAD = 16  # columns come in multiples of this: the products run on whole vectors
 
 
+NOTHING = -200.0  # a logit so far below a shift has no part in a sum: its exponential is 0 in float32
+
+
+@dataclass
+class ColumnSums:
+    """Sums by column over the tokens other than its target: e (S), e·(z − shift), and how many z lie above it.
+
+    float64, float64 and int64 [C]; the last two only for whoever asks for entropies and ranks.
+    """
+
+    e: Tensor
+    moments: Tensor | None = None
+    above: Tensor | None = None
+
+
 class EdgeColumns:
     """Edges in the order of their columns, and what is known of each column.
 
     target [E]; weight, picked (the target's logit), log_p float64 [E]; column [E] of each edge, `starts` [C + 1] of
     each column's edges, the first of which has the highest logit: its target is *the* target of the column.
-    rows [C]; shift, sums (S), float64 [C]; above int64 [C].
+    rows [C]; shift, sums (S), moments (Σ e·(z − shift)) float64 [C]; above int64 [C]. Ranks count logits above the
+    shift: with them each edge is a column of its own.
     """
 
     def __init__(self, hidden: Tensor, head: LogitHead, rows: Tensor, targets: Tensor, weights: Tensor | None, *,
-                 z_loss: float = 0.0, one_each: bool = False) -> None:  # fmt: skip
-        self.hidden, self.head, self.z_loss = hidden, head, z_loss
+                 z_loss: float = 0.0, ranks: bool = False, entropy: bool = False) -> None:  # fmt: skip
+        self.hidden, self.head, self.z_loss, self.ranks, self.entropy = hidden, head, z_loss, ranks, entropy
         self.wide = torch.promote_types(head.weight.dtype, torch.float32)
         self.products = product_dtype(head.weight)
         picked, slope = self._pick(rows, targets)
-        # By row, the highest logit first; with `one_each` each edge is a column of its own.
+        # By row, the highest logit first.
         self.order = torch.argsort(picked, descending=True)
         self.order = self.order[torch.argsort(rows[self.order], stable=True)]
         rows, self.target, self.picked = rows[self.order], targets[self.order], picked[self.order]
         self.slope = None if slope is None else slope[self.order]
-        self.weight = None if weights is None else weights[self.order].double()
-        if one_each:
+        self.set_weights(weights)
+        if ranks:
             self.rows, self.column = rows, torch.arange(len(rows), device=rows.device)
             counts = torch.ones_like(rows)
         else:
@@ -42,6 +59,7 @@ class EdgeColumns:
         self.starts, self.first = [0, *ends.tolist()], ends - counts
         self.shift = self.picked[self.first]
         self.sums = torch.zeros_like(self.shift)
+        self.moments = torch.zeros_like(self.shift)
         self.above = torch.zeros_like(self.rows)
         self.log_z = torch.zeros_like(self.shift)
         self.log_p = torch.zeros_like(self.picked)
@@ -56,23 +74,43 @@ class EdgeColumns:
             picked += self.head.bias[targets]
         return self.head.cap_(picked.double() * self.head.scale)
 
+    def set_weights(self, weights: Tensor | None) -> None:
+        """The weights of the edges, in the caller's order, which gradients need."""
+        self.weight = None if weights is None else weights[self.order].double()
+
+    def new_sums(self, width: int, *, ranks: bool) -> ColumnSums:
+        """Zeros for so many columns."""
+        e = torch.zeros(width, dtype=torch.float64, device=self.rows.device)
+        moments = torch.zeros_like(e) if self.entropy else None
+        return ColumnSums(e, moments, torch.zeros_like(e, dtype=torch.int64) if ranks else None)
+
     def in_input_order(self, values: Tensor) -> Tensor:
         """Values per edge in the caller's order."""
         out = torch.empty_like(values)
         out[self.order] = values
         return out
 
-    def set_sums(self, a: int, b: int, shift: Tensor, sums: Tensor, above: Tensor | None) -> None:
+    def set_sums(self, a: int, b: int, shift: Tensor, sums: ColumnSums) -> None:
         """Store the sums of columns [a, b), at least [b - a] each, and compute their log Z and log p."""
-        self.shift[a:b], self.sums[a:b] = shift[: b - a], sums[: b - a]
-        if above is not None:
-            self.above[a:b] = above[: b - a]
+        self.shift[a:b], self.sums[a:b] = shift[: b - a], sums.e[: b - a]
+        if sums.above is not None:
+            self.above[a:b] = sums.above[: b - a]
+        if sums.moments is not None:
+            self.moments[a:b] = sums.moments[: b - a]
         mine = slice(self.starts[a], self.starts[b])
         shift, column = self.shift[a:b], self.column[mine] - a
         # log1p(S), as e[target] is exp(0) unless the shift is the maximum
         log_z = torch.log1p(self.sums[a:b] + torch.expm1(self.picked[self.first[a:b]] - shift))
         self.log_p[mine] = self.picked[mine] - shift[column] - log_z[column]
         self.log_z[a:b] = log_z
+
+    def entropies(self) -> Tensor:
+        """−Σ p·log p of each column's distribution, nats, float64 [C]; 0·log 0 counts as 0."""
+        # log p(v) = z[v] − shift − log Z, so the entropy is log Z less the mean of z − shift, whose term of the
+        # target isn't among the sums.
+        target = self.picked[self.first] - self.shift
+        mean = (self.moments + target.exp() * target.clamp_min(NOTHING)) / self.log_z.exp()
+        return self.log_z - mean
 
     def highest_logits(self, columns: Tensor) -> Tensor:
         """The highest logit of each of these columns, float64."""

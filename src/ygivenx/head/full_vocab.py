@@ -13,34 +13,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .edges import PAD, EdgeColumns, even_spans
+from .edges import NOTHING, PAD, ColumnSums, EdgeColumns, even_spans
 from .gradients import Gradients
 
 MEMORY_BYTES = 512 << 20  # beyond the gradients, that a call may hold on to
 LEAST_ROWS = 256  # at a time, however many bytes that takes: fewer leave a GPU idle
 
 
-def run_full_vocab(edges: EdgeColumns, into: Gradients, memory: int, *, ranks: bool) -> None:
+def run_full_vocab(edges: EdgeColumns, into: Gradients, memory: int) -> None:
     """Compute the sums of `edges` and add the gradients to `into`."""
     weight = edges.head.weight
     logits = 1 if edges.head.softcap is None else 3  # with a cap also their squares and slopes
+    logits += edges.entropy
     narrowed = weight.itemsize if weight.dtype != edges.wide else 0
     of_a_row = len(weight) * (logits * edges.wide.itemsize + narrowed)
     for a, b in even_spans(0, len(edges.rows), max(LEAST_ROWS, memory // of_a_row // PAD * PAD)):
-        _run_rows(edges, into, a, b, ranks)
+        _run_rows(edges, into, a, b)
 
 
-def _run_rows(edges: EdgeColumns, into: Gradients, a: int, b: int, ranks: bool) -> None:
+def _run_rows(edges: EdgeColumns, into: Gradients, a: int, b: int) -> None:
     """Rows [a, b). What this holds is freed before the next ones come."""
     x = edges.hidden[edges.rows[a:b]].to(edges.head.weight.dtype)
-    e, slope, lift = _exponentials(edges, a, b, x, ranks)
+    e, slope, lift = _exponentials(edges, a, b, x)
     if edges.weight is not None:
         _gradients(edges, into, a, b, x, e if slope is None else e.mul_(slope), lift)
 
 
-def _exponentials(
-    edges: EdgeColumns, a: int, b: int, x: Tensor, ranks: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def _exponentials(edges: EdgeColumns, a: int, b: int, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """(e [rows, V], 0 at the rows' targets; slope of the cap; lift float64). Stores the sums of rows [a, b)."""
     head, target = edges.head, edges.target[edges.first[a:b], None]
     z = product(x, head.weight.T, edges.wide)
@@ -49,7 +48,7 @@ def _exponentials(
     if head.scale != 1:
         z *= head.scale
     z, slope = head.cap_(z)
-    above = (z > z.gather(1, target)).sum(1) if ranks else None
+    above = (z > z.gather(1, target)).sum(1) if edges.ranks else None
     z.scatter_(1, target, -torch.inf)
     m = z.amax(1).double()
     # s is the highest of all logits, m the highest beside the target. Relative to m exponentials are at most 1, and
@@ -57,8 +56,14 @@ def _exponentials(
     shift = torch.maximum(edges.shift[a:b], m)
     lift = (m - shift).exp()
     # With no other token, or only masked ones, m is -inf, and so is z.
-    e = z.sub_(m.where(m > -torch.inf, 0.0).to(z.dtype)[:, None]).exp_()
-    edges.set_sums(a, b, shift, e.sum(1).double() * lift, above)
+    z.sub_(m.where(m > -torch.inf, 0.0).to(z.dtype)[:, None])
+    below = z.clamp(min=NOTHING) if edges.entropy else None
+    e = z.exp_()
+    total = e.sum(1).double()
+    moments = None
+    if below is not None:  # relative to s, as is the sum
+        moments = lift * (below.mul_(e).sum(1).double() + (m - shift).clamp_min(NOTHING) * total)
+    edges.set_sums(a, b, shift, ColumnSums(total * lift, moments, above))
     return e, slope, lift
 
 

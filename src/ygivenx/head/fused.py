@@ -18,7 +18,7 @@ TOTAL_BYTES = 8 << 20  # of Σ e[v]·W[v], float32, in one first sweep
 WIDTH = kernel.WIDTH
 
 
-def run_fused(edges: EdgeColumns, into: Gradients, memory: int, *, ranks: bool) -> None:
+def run_fused(edges: EdgeColumns, into: Gradients, memory: int) -> None:
     """Compute the sums of `edges` and add the gradients to `into`, in rounds whose x and y fit into `memory`."""
     weight = edges.head.weight
     # Columns of a block come in whole groups of WIDTH, as the kernel reads them.
@@ -27,7 +27,7 @@ def run_fused(edges: EdgeColumns, into: Gradients, memory: int, *, ranks: bool) 
     # Half of `memory` holds the packed columns, x and y for each.
     fits = memory // 2 // (2 * kernel.bytes_of_column(weight)) // WIDTH * WIDTH
     for a, b in even_spans(0, len(edges.rows), max(fits, block) if into.second_sweep else block, WIDTH):
-        _FusedRound(edges, a, b, into, scratch).run(block, ranks=ranks)
+        _FusedRound(edges, a, b, into, scratch).run(block)
 
 
 class _FusedRound:
@@ -41,9 +41,9 @@ class _FusedRound:
         self.shift[: b - a] = edges.shift[a:b]
         self.held: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def run(self, block: int, *, ranks: bool) -> None:
+    def run(self, block: int) -> None:
         for a, b in even_spans(self.a, self.b, block, WIDTH):
-            self._add_gradients(a, b, self._first_sweep(a, b, ranks))
+            self._add_gradients(a, b, self._first_sweep(a, b))
         if self.into.second_sweep:
             marks = Marks(*(torch.cat(parts) for parts in zip(*self.held, strict=True)))
             self.columns.second_sweep(
@@ -65,14 +65,17 @@ class _FusedRound:
         targets = Marks(edges.target[edges.first[a:b]], column, kernel.zeros(b - a))
         return kernel.SweepInput(edges.head, a - self.a, padded(b - a), self.shift[a - self.a :], targets)
 
-    def _first_sweep(self, a: int, b: int, ranks: bool) -> Tensor | None:
+    def _first_sweep(self, a: int, b: int) -> Tensor | None:
         """Compute log p of columns [a, b); returns Σ e[v]·W[v] if dH is needed."""
         edges, product = self.edges, self.into.hidden is not None
-        sums, above, total = self.columns.first_sweep(self._tiles(a, b), product=product)
-        far = (~(sums[: b - a] <= HUGE_SUM)).nonzero()[:, 0]  # NaN as well
+        sums = edges.new_sums(padded(b - a), ranks=edges.ranks)
+        total = self.columns.first_sweep(self._tiles(a, b), sums, product=product)
+        far = (~(sums.e[: b - a] <= HUGE_SUM)).nonzero()[:, 0]  # NaN as well
         if len(far):
             self.shift[far + a - self.a] = edges.highest_logits(far + a).float()
-            # Ranks were counted at the target.
-            sums, _, total = self.columns.first_sweep(self._tiles(a, b), product=product)
-        edges.set_sums(a, b, self.shift[a - self.a :], sums, above if ranks else None)
+            above = sums.above  # counted at the target
+            sums = edges.new_sums(padded(b - a), ranks=False)
+            total = self.columns.first_sweep(self._tiles(a, b), sums, product=product)
+            sums.above = above
+        edges.set_sums(a, b, self.shift[a - self.a :], sums)
         return total

@@ -27,6 +27,14 @@ class Gradients:
         self.bias = torch.zeros(len(head.weight), dtype=wide, device=device) if needed[2] else None
 
     @property
+    def all(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.hidden, self.weight, self.bias
+
+    @property
+    def needed(self) -> bool:
+        return any(g is not None for g in self.all)
+
+    @property
     def second_sweep(self) -> bool:
         """Whether anything beyond dH is needed."""
         return self.weight is not None or self.bias is not None
@@ -46,7 +54,8 @@ class Gradients:
         for part in gather_slices(len(target), total.device):
             terms = head.weight[target[part]] * (g[part] * head.scale).to(total.dtype)[:, None]
             total.index_add_(0, column[part], terms)
-        self.hidden[edges.rows[a:b]] = total.to(self.hidden.dtype)
+        # With ranks a row may have several columns.
+        self.hidden.index_add_(0, edges.rows[a:b], total.to(self.hidden.dtype))
 
 
 def _accumulated(dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,7 @@
 // Both sweeps of the head (see `tiled.py`) on the small matrix kernels that torch brings along (AMX or AVX-512):
 //
-//     first    e = exp(scale (W x^T + bias) - shift), 0 at the targets;  sums of e, ranks, and total = e^T W
+//     first    e = exp(scale (W x^T + bias) - shift), 0 at the targets;  sums of e and of e (z - shift), ranks,
+//              and total = e^T W
 //     second   e again, what the targets hold added;  dW = e y with y = factor x
 //
 // No exponential leaves the cache, and all sums are float32 or wider. A float32 number counts as the sum of three
@@ -161,15 +162,17 @@ template <int P> void strips(const bf16 *w, int64_t n, int64_t size, bf16 *out) 
         }
 }
 
-// Logits z [n, width] to exponentials, in place.
+// Logits z [n, width] to exponentials, in place; MOMENTS: also the sums of e (z - shift).
+template <bool MOMENTS>
 void exponentiate(float *z, int64_t n, int64_t width, const float *shift, const float *bias, float scale, float *sum,
-                  float *above) {
+                  float *moment, float *above) {
     for (int64_t v = 0; v < n; v++) {
         float b = bias ? bias[v] : 0.0f, *__restrict row = z + v * width;
         for (int64_t c = 0; c < width; c++) {
             float d = scale * (row[c] + b) - shift[c];
             row[c] = exponential(d);
             sum[c] += row[c];
+            if (MOMENTS) moment[c] += row[c] * (d < -200.0f ? -200.0f : d);  // 0 times -inf would be NaN
             above[c] += d > 0.0f ? 1.0f : 0.0f;
         }
     }
@@ -204,20 +207,23 @@ template <typename T> struct Tiles {
 
     // e [n, width] of the tokens from v0 on, whose rows are `w` as a left factor.
     void exponentials(const bf16 *w, int64_t v0, int64_t n, int64_t c0, int64_t width, float *e, float *sum,
-                      float *above) const {
+                      float *moment, float *above) const {
         multiply<PLANES<T>>(n, width, size, w, x + c0 * size * PLANES<T>, e, width, false);
         targets.within(v0, n, c0, width, [e](int64_t at, float) { e[at] = -__builtin_inff(); });
-        exponentiate(e, n, width, shift + c0, bias ? bias + v0 : nullptr, scale, sum, above);
+        (moment ? exponentiate<true> : exponentiate<false>)(e, n, width, shift + c0, bias ? bias + v0 : nullptr, scale,
+                                                             sum, moment, above);
     }
 
-    // Tokens [begin, end) and columns [from, to): sums, above [columns]; total [columns, size] or null.
-    void first(int64_t begin, int64_t end, int64_t from, int64_t to, double *sums, int64_t *above, float *total) const {
+    // Tokens [begin, end) and columns [from, to): sums, above [columns]; moments [columns], total [columns, size] or
+    // null.
+    void first(int64_t begin, int64_t end, int64_t from, int64_t to, double *sums, double *moments, int64_t *above,
+               float *total) const {
         constexpr int P = PLANES<T>;
         const Room<bf16> room(P > 1 ? P * FIRST<P> * size : 0), right(total ? P * FIRST<P> * size : 0);
         const Room<bf16> factor(P * FIRST<P> * WIDTH);
         const Room<uint32_t> pairs(P * FIRST<P> / 2 * WIDTH);
         const Room<float> e(FIRST<P> * WIDTH);
-        std::vector<float> sum(WIDTH), higher(columns);
+        std::vector<float> sum(WIDTH), moment(WIDTH), higher(columns);
         for (int64_t v0 = begin; v0 < end; v0 += FIRST<P>) {
             const int64_t n = min(FIRST<P>, end - v0);
             const bf16 *w = left(weight + v0 * size, n, size, room);
@@ -225,8 +231,10 @@ template <typename T> struct Tiles {
             for (int64_t c0 = from; c0 < to; c0 += WIDTH) {
                 const int64_t width = min(WIDTH, to - c0);
                 std::fill(sum.begin(), sum.end(), 0.0f);
-                exponentials(w, v0, n, c0, width, e.data(), sum.data(), &higher[c0]);
+                std::fill(moment.begin(), moment.end(), 0.0f);
+                exponentials(w, v0, n, c0, width, e.data(), sum.data(), moments ? moment.data() : nullptr, &higher[c0]);
                 for (int64_t c = 0; c < width; c++) sums[c0 + c] += sum[c];
+                for (int64_t c = 0; moments && c < width; c++) moments[c0 + c] += moment[c];
                 if (!total) continue;
                 turned<P>(e.data(), n, width, factor.data(), pairs);
                 for (int64_t k0 = 0; k0 < size; k0 += WIDTH)
@@ -276,7 +284,7 @@ template <typename T> struct Tiles {
         void fill(const bf16 *w, int64_t v0, int64_t n, int64_t c0, int64_t width, bf16 *out, int64_t deep,
                   float *d_bias) {
             constexpr int P = PLANES<T>;
-            tiles.exponentials(w, v0, n, c0, width, e.data(), unused.data(), &unused[WIDTH]);
+            tiles.exponentials(w, v0, n, c0, width, e.data(), unused.data(), nullptr, &unused[WIDTH]);
             held.within(v0, n, c0, width, [this](int64_t at, float value) { e[at] += value; });
             for (int64_t v = 0; v < n; v++)
                 for (int64_t c = 0; c < width; c++) {
@@ -291,7 +299,8 @@ template <typename T> struct Tiles {
 };
 
 template <typename T>
-void first(const Tiles<T> &tiles, int64_t groups, int64_t parts, double *sums, int64_t *above, float *total) {
+void first(const Tiles<T> &tiles, int64_t groups, int64_t parts, double *sums, double *moments, int64_t *above,
+           float *total) {
     constexpr int64_t STEP = FIRST<PLANES<T>>;
     const int64_t pieces = (tiles.columns + WIDTH - 1) / WIDTH, steps = (tiles.tokens + STEP - 1) / STEP;
 #pragma omp parallel for schedule(static)
@@ -299,7 +308,8 @@ void first(const Tiles<T> &tiles, int64_t groups, int64_t parts, double *sums, i
         const int64_t g = i / parts, p = i % parts;
         tiles.first(steps * p / parts * STEP, min(tiles.tokens, steps * (p + 1) / parts * STEP),
                     pieces * g / groups * WIDTH, min(tiles.columns, pieces * (g + 1) / groups * WIDTH),
-                    sums + p * tiles.columns, above + p * tiles.columns,
+                    sums + p * tiles.columns, moments ? moments + p * tiles.columns : nullptr,
+                    above + p * tiles.columns,
                     total ? total + p * tiles.columns * tiles.size : nullptr);
     }
 }
@@ -346,7 +356,7 @@ void pack(const T *hidden, const int64_t *rows, int64_t count, int64_t columns, 
 // Whether torch has these matrix kernels for this machine.
 extern "C" bool ygx_usable() { return at::native::cpublas::could_pack(static_cast<c10::ScalarType>(15)); }
 
-// weight [tokens, size]; shift [columns]; bias [tokens] or null; sums, above [parts, columns];
+// weight [tokens, size]; shift [columns]; bias [tokens] or null; sums, above [parts, columns], and moments or null;
 // total [parts, columns, size] or null; d_weight [tokens, size]; d_bias [tokens] or null.
 // columns: a multiple of 16; size: even. groups * parts: threads, each with its share of the columns and of the tokens.
 #define EXPORT(NAME, T)                                                                                              \
@@ -357,9 +367,9 @@ extern "C" bool ygx_usable() { return at::native::cpublas::could_pack(static_cas
     extern "C" void ygx_first_##NAME(const T *weight, int64_t tokens, int64_t size, const bf16 *x, int64_t columns,  \
                                      const float *shift, const float *bias, float scale, const int64_t *token,       \
                                      const int64_t *column, int64_t targets, int64_t groups, int64_t parts,          \
-                                     double *sums, int64_t *above, float *total) {                                   \
+                                     double *sums, double *moments, int64_t *above, float *total) {                  \
         first<T>({weight, tokens, size, x, columns, shift, bias, scale, {token, column, nullptr, targets}}, groups,  \
-                 parts, sums, above, total);                                                                         \
+                 parts, sums, moments, above, total);                                                                \
     }                                                                                                                \
     extern "C" void ygx_second_##NAME(const T *weight, int64_t tokens, int64_t size, const bf16 *x, int64_t columns, \
                                       const float *shift, const float *bias, float scale, const int64_t *token,      \

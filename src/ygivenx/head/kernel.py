@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .edges import ColumnSums
 from .gradients import Gradients
 from .logit_head import LogitHead
 from .tiles import Marks, Scratch
@@ -114,8 +115,8 @@ class Columns:
         _call(f"ygx_pack_{self.name}", self.hidden, self.rows, *sizes, factor, *places)
         return packed
 
-    def first_sweep(self, tiles: SweepInput, *, product: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """S float64 [columns]; ranks int64 [columns]; Σ e[v]·W[v] float32 [columns, H] with `product`.
+    def first_sweep(self, tiles: SweepInput, into: ColumnSums, *, product: bool) -> Tensor | None:
+        """Add to the sums of the columns; returns Σ e[v]·W[v] float32 [columns, H] with `product`.
 
         The next call overwrites that. Threads share out the columns, in groups of some width, and then the vocabulary.
         """
@@ -125,13 +126,19 @@ class Columns:
         groups = max(1, min(threads, n // (4 * WIDTH)))
         parts = threads // groups
         sums, above = zeros(parts, n, dtype=torch.float64), zeros(parts, n, dtype=torch.int64)
+        moments = None if into.moments is None else torch.zeros_like(sums)
         total = None
         if product:
             total = self.scratch.view("total", parts, n * self.size, torch.float32).zero_()
-        self._call("first", tiles, groups, parts, sums, above, total)
+        self._call("first", tiles, groups, parts, sums, moments, above, total)
+        into.e += sums.sum(0)
+        if into.moments is not None and moments is not None:
+            into.moments += moments.sum(0)
+        if into.above is not None:
+            into.above += above.sum(0)
         if total is not None:
             total = (total.sum(0) if parts > 1 else total).view(n, self.size)
-        return sums.sum(0), above.sum(0), total
+        return total
 
     def second_sweep(
         self, tiles: SweepInput, factor: Tensor, held: Marks, into: Gradients, *, add: bool

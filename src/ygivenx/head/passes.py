@@ -16,23 +16,52 @@ from .full_vocab import MEMORY_BYTES as GPU_MEMORY_BYTES
 from .full_vocab import run_full_vocab
 from .gradients import Gradients
 from .logit_head import LogitHead
-from .tiled import MEMORY_BYTES, run_tiled
+from .tiled import MEMORY_BYTES, TiledRound, run_tiled
+
+Needed = tuple[bool, bool, bool]  # which gradients: of hidden, weight, bias
 
 
-@dataclass(frozen=True)
-class HeadOutput:
-    """log_p [E]; rank int64 [E] with `ranks`; loss scalar; gradients where they were needed, of any precision."""
+@dataclass
+class HeadPass:
+    """The sums of one call to the head, and its gradients as soon as there are weights."""
 
-    log_p: Tensor
-    rank: Tensor | None
-    loss: Tensor | None
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    edges: EdgeColumns
+    into: Gradients
+    round: TiledRound | None = None  # which holds what the gradients need, until they are made
 
     @property
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.hidden, self.weight, self.bias
+    def log_p(self) -> Tensor:
+        """float32 [E], or float64 where the head is."""
+        return self._of_edges(self.edges.log_p).to(self.edges.wide)
+
+    @property
+    def loss(self) -> Tensor:
+        """Σ w·(−log p + z_loss·logsumexp²), a scalar."""
+        return self.edges.loss().to(self.edges.wide)
+
+    @property
+    def rank(self) -> Tensor | None:
+        """int64 [E], if it was asked for: how many tokens have a higher logit than the target."""
+        return self._of_edges(self.edges.above[self.edges.column]) if self.edges.ranks else None
+
+    @property
+    def entropy(self) -> Tensor | None:
+        """float32 [E], if it was asked for: of the distribution that predicts the target, in nats."""
+        if not self.edges.entropy:
+            return None
+        return self._of_edges(self.edges.entropies()[self.edges.column]).to(self.edges.wide)
+
+    def _of_edges(self, values: Tensor) -> Tensor:
+        return self.edges.in_input_order(values)
+
+    @torch.no_grad()
+    def add_gradients(self, weights: Tensor) -> bool:
+        """Whether the gradients could be made of what the pass holds; it holds nothing afterwards."""
+        held, self.round = self.round, None
+        if held is not None:
+            with torch.autocast(weights.device.type, enabled=False):
+                held.add_gradients(weights)
+        return held is not None
 
 
 @torch.no_grad()
@@ -42,34 +71,27 @@ def run_head(
     rows: Tensor,
     targets: Tensor,
     weights: Tensor | None = None,
-    needed: tuple[bool, bool, bool] = (False, False, False),
+    needed: Needed = (False, False, False),
     *,
     z_loss: float = 0.0,
     ranks: bool = False,
+    entropy: bool = False,
     memory: int | None = None,
-) -> HeadOutput:
-    """log p of every edge; with `weights` the loss and the needed gradients (of hidden, weight, bias)."""
+) -> HeadPass:
+    """log p of every edge; with `weights` the needed gradients. Without, what these need is held where it fits."""
     with torch.autocast(hidden.device.type, enabled=False):
         # The two may differ, as where only the head is kept in float32: the wider dtype counts.
         wide = torch.promote_types(hidden.dtype, head.weight.dtype)
         head = replace(head, weight=head.weight.to(wide))
-        edges = EdgeColumns(hidden, head, rows, targets, weights, z_loss=z_loss, one_each=ranks)
+        edges = EdgeColumns(hidden, head, rows, targets, weights, z_loss=z_loss, ranks=ranks, entropy=entropy)
         into = Gradients(hidden, head, edges.wide, needed)
         # dW is written by the first round, not added to; without an edge there is no round.
         if into.weight is not None and not len(rows):
             into.weight.zero_()
         if launches_are_costly(hidden.device):
-            run_full_vocab(edges, into, GPU_MEMORY_BYTES if memory is None else memory, ranks=ranks)
-        else:
-            run_tiled(edges, into, MEMORY_BYTES if memory is None else memory, ranks=ranks)
-        return HeadOutput(
-            edges.in_input_order(edges.log_p).to(edges.wide),
-            edges.in_input_order(edges.above[edges.column]) if ranks else None,
-            None if weights is None else edges.loss().to(edges.wide),
-            into.hidden,
-            into.weight,
-            into.bias,
-        )
+            run_full_vocab(edges, into, GPU_MEMORY_BYTES if memory is None else memory)
+            return HeadPass(edges, into)
+        return HeadPass(edges, into, run_tiled(edges, into, MEMORY_BYTES if memory is None else memory))
 
 
 def launches_are_costly(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ one chunk. Equals `ygivenx.reference.selective_cross_entropy`, as nearly as floa
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..errors import ModelError
 from . import kernel
 from .edges import has_products
 from .logit_head import LogitHead
-from .passes import run_head
+from .passes import Needed, run_head
 
 INDEX_DTYPES = (torch.int64, torch.int32, torch.int16)  # no uint8: old code has masks in it
 
@@ -29,11 +29,14 @@ def _uncompiled(function: F) -> F:
     return cast(F, torch.compiler.disable(function))
 
 
-class Ranked(NamedTuple):
-    """log_p float32 [E]; rank int64 [E]: tokens with a higher logit than the target, 0 = greedy."""
+class HeadValues(NamedTuple):
+    """log_p float32 [E]; on request, without gradients: rank int64 [E], how many tokens have a higher logit than the
+    target (0 = greedy); entropy float32 [E] of the distribution that predicts it, in nats.
+    """
 
     log_p: Tensor
-    rank: Tensor
+    rank: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 @_uncompiled
@@ -69,24 +72,13 @@ def selective_cross_entropy(
     _check(hidden, weight, bias, rows, targets, weights)
     rows, targets, weights = _int64(rows, hidden), _int64(targets, hidden), weights.to(hidden.device)
     hidden, weight = _autocast(hidden), _autocast(weight)
-    needed = _needs_gradient(hidden, weight, bias)
+    options = {"needed": _needs_gradient(hidden, weight, bias), "z_loss": z_loss, "memory": memory}
     result: tuple[Tensor, Tensor] = _SelectiveLoss.apply(  # type: ignore[no-untyped-call]  # torch has no type for it
-        hidden, weight, bias, rows, targets, weights, softcap, scale, z_loss, needed, memory
+        hidden, weight, bias, rows, targets, weights, (softcap, scale), options
     )
     return result
 
 
-@overload
-def log_probs(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
-    softcap: float | None = ..., scale: float = ..., ranks: Literal[False] = ..., memory: int | None = ...,
-) -> Tensor: ...  # fmt: skip
-@overload
-def log_probs(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, bias: Tensor | None = ...,
-    softcap: float | None = ..., scale: float = ..., ranks: Literal[True], memory: int | None = ...,
-) -> Ranked: ...  # fmt: skip
-@_uncompiled
 def log_probs(
     hidden: Tensor,
     weight: Tensor,
@@ -96,26 +88,42 @@ def log_probs(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
-    ranks: bool = False,
     memory: int | None = None,
-) -> Tensor | Ranked:
-    """log Pr(targets[e] | row rows[e]), float32 [E]; with `ranks` also how many tokens are more probable.
+) -> Tensor:
+    """log Pr(targets[e] | row rows[e]), float32 [E], differentiable. Arguments as in `selective_cross_entropy`.
 
-    Differentiable like any torch function, once: backward recomputes the chunks, so nothing of size
-    [tokens, vocabulary] is kept. Under torch.no_grad() no gradient is prepared. Arguments as in
-    `selective_cross_entropy`.
+    See `head_values`, which gives more of each distribution.
     """
-    _check(hidden, weight, bias, rows, targets)
+    head = LogitHead(weight, bias, softcap, scale)
+    return head_values(hidden, head, rows, targets, memory=memory).log_p
+
+
+@_uncompiled
+def head_values(
+    hidden: Tensor,
+    head: LogitHead,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    ranks: bool = False,
+    entropy: bool = False,
+    memory: int | None = None,
+) -> HeadValues:
+    """log Pr(targets[e] | row rows[e]), with ranks and entropies from the same pass over the logits.
+
+    log_p is differentiable like any torch function, once. On a CPU exponentials wait for backward in the memory of
+    the head's gradient, where that holds all of them; otherwise backward recomputes the chunks, so that nothing of
+    size [tokens, vocabulary] is kept beside it. Under torch.no_grad() no gradient is prepared.
+    """
+    _check(hidden, head.weight, head.bias, rows, targets)
     rows, targets = _int64(rows, hidden), _int64(targets, hidden)
-    hidden, weight = _autocast(hidden), _autocast(weight)
-    if ranks:
-        output = run_head(hidden, LogitHead(weight, bias, softcap, scale), rows, targets, ranks=True)
-        assert output.rank is not None
-        return Ranked(output.log_p, output.rank)
-    log_p: Tensor = _SelectiveLogProbs.apply(  # type: ignore[no-untyped-call]  # torch has no type for it
-        hidden, weight, bias, rows, targets, softcap, scale, memory
+    hidden, weight = _autocast(hidden), _autocast(head.weight)
+    options = {"ranks": ranks, "entropy": entropy, "memory": memory}
+    return HeadValues(
+        *_SelectiveLogProbs.apply(  # type: ignore[no-untyped-call]  # torch has no type for it
+            hidden, weight, head.bias, rows, targets, (head.softcap, head.scale), options
+        )
     )
-    return log_p
 
 
 def explain() -> dict[str, str]:
@@ -139,66 +147,60 @@ def explain() -> dict[str, str]:
     }
 
 
-Needed = tuple[bool, bool, bool]  # which gradients: of hidden, weight, bias
-
-
 class _SelectiveLoss(torch.autograd.Function):
     """Gradients are computed in forward, where the exponentials are at hand, and returned in backward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                weights: Tensor, softcap: float | None, scale: float, z_loss: float, needed: Needed,
-                memory: int | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        head = LogitHead(weight, bias, softcap, scale)
-        output = run_head(hidden, head, rows, targets, weights, needed, z_loss=z_loss, memory=memory)
-        if any(needed):
+                weights: Tensor, form: tuple[float | None, float], options: dict[str, Any],
+                ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        output = run_head(hidden, LogitHead(weight, bias, *form), rows, targets, weights, **options)
+        if any(options["needed"]):
             ctx.save_for_backward(hidden, weight, bias, rows, targets, weights)
-            ctx.softcap, ctx.scale, ctx.z_loss, ctx.needed, ctx.memory = (
-                softcap,
-                scale,
-                z_loss,
-                needed,
-                memory,
-            )
-            ctx.gradients, ctx.dtypes = output.gradients, _dtypes(hidden, weight, bias)
-        ctx.mark_non_differentiable(output.log_p)
-        return output.log_p, output.loss
+            ctx.form, ctx.options, ctx.gradients = form, options, output.into.all
+        log_p = output.log_p
+        ctx.mark_non_differentiable(log_p)
+        return log_p, output.loss
 
     @staticmethod
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("the selective head")
         gradients, ctx.gradients = ctx.gradients, None
+        hidden, weight, bias, *edges = ctx.saved_tensors
         if gradients is None:  # a second backward: the first one gave its gradients away
-            hidden, weight, bias, rows, targets, weights = ctx.saved_tensors
-            head = LogitHead(weight, bias, ctx.softcap, ctx.scale)
-            gradients = run_head(
-                hidden, head, rows, targets, weights, ctx.needed, z_loss=ctx.z_loss, memory=ctx.memory
-            ).gradients
+            gradients = run_head(hidden, LogitHead(weight, bias, *ctx.form), *edges, **ctx.options).into.all
         # On a CPU a factor of 1 costs no pass over dW. On a GPU to read it would wait for all that is queued.
         if grad.device.type != "cpu" or grad.item() != 1:
             for g in gradients:
                 if g is not None:
                     g.mul_(grad)
-        return (*_narrowed(gradients, ctx.dtypes), *[None] * 8)
+        return (*_narrowed(gradients, hidden, weight, bias), *[None] * 5)
 
 
 class _SelectiveLogProbs(torch.autograd.Function):
-    """Weights are the gradients of log p, known in backward only: there everything is computed again."""
+    """Weights are the gradients of log p, known in backward only: what isn't held until then is computed again."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, targets: Tensor,
-                softcap: float | None, scale: float, memory: int | None) -> Tensor:  # fmt: skip
+                form: tuple[float | None, float], options: dict[str, Any]) -> HeadValues:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, rows, targets)
-        ctx.softcap, ctx.scale, ctx.memory = softcap, scale, memory
-        return run_head(hidden, LogitHead(weight, bias, softcap, scale), rows, targets).log_p
+        ctx.form, ctx.memory = form, options["memory"]
+        needed = ctx.needs_input_grad[:3]
+        output = run_head(hidden, LogitHead(weight, bias, *form), rows, targets, needed=needed, **options)
+        ctx.head_pass = output if any(needed) else None
+        values = HeadValues(output.log_p, output.rank, output.entropy)
+        ctx.mark_non_differentiable(*(v for v in values[1:] if v is not None))
+        return values
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives("the selective head")
-        hidden, weight, bias, rows, targets = ctx.saved_tensors
-        head, needed = LogitHead(weight, bias, ctx.softcap, ctx.scale), ctx.needs_input_grad[:3]
-        output = run_head(hidden, head, rows, targets, -grad, needed, memory=ctx.memory)
-        return (*_narrowed(output.gradients, _dtypes(hidden, weight, bias)), *[None] * 5)
+        hidden, weight, bias, *edges = ctx.saved_tensors
+        output, ctx.head_pass = ctx.head_pass, None
+        if output is None or not output.add_gradients(-grad):
+            head, needed = LogitHead(weight, bias, *ctx.form), ctx.needs_input_grad[:3]
+            output = run_head(hidden, head, edges[0], edges[1], -grad, needed, memory=ctx.memory)
+        return (*_narrowed(output.into.all, hidden, weight, bias), *[None] * 4)
 
 
 def refuse_second_derivatives(of: str) -> None:
@@ -211,13 +213,11 @@ def refuse_second_derivatives(of: str) -> None:
         )
 
 
-def _dtypes(*tensors: Tensor | None) -> list[torch.dtype | None]:
-    return [None if t is None else t.dtype for t in tensors]
-
-
-def _narrowed(gradients: tuple[Tensor | None, ...], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
+def _narrowed(gradients: tuple[Tensor | None, ...], *tensors: Tensor | None) -> list[Tensor | None]:
     """Gradients in the precision of what they are for, once they have been scaled."""
-    return [None if g is None else g.to(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+    return [
+        None if g is None or t is None else g.to(t.dtype) for g, t in zip(gradients, tensors, strict=True)
+    ]
 
 
 def _autocast(tensor: Tensor) -> Tensor:

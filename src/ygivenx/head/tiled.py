@@ -20,6 +20,7 @@ twice and keeps none. Here, in plain torch, the exponentials wait in the memory 
 tile i - 1, and the second sweep goes backwards. That holds as many columns as H, but not in float16. What is
 beyond is computed again (16 bits, and large vocabularies) or waits in working memory (float32).
 Columns come in rounds whose rows fit into that memory, and each round after the first adds to dW.
+Where one round holds all columns, the second sweep may also come much later, when weights are known in a backward.
 """
 
 from __future__ import annotations
@@ -42,20 +43,30 @@ THIN_COLUMNS = 128
 WAITING_COLUMNS = 160  # from so many on, adding to dW costs less than computing the logits again
 
 
-def run_tiled(edges: EdgeColumns, into: Gradients, memory: int, *, ranks: bool) -> None:
-    """Compute the sums of `edges` and add the gradients to `into`; by the compiled kernel where that is faster."""
+def run_tiled(edges: EdgeColumns, into: Gradients, memory: int) -> TiledRound | None:
+    """Compute the sums of `edges` and add the gradients to `into`; by the compiled kernel where that is faster.
+
+    Without weights a round is returned, if it holds whatever the gradients take: they need no logits then.
+    """
     head = edges.head
     rounds = _rounds(len(edges.rows), head.weight, memory if into.weight is not None else 0)
     # What comes first decides whether the kernel is built at all.
     if (head.weight.dtype == torch.bfloat16 or not _mostly_wait(rounds)) and kernel.usable(head):
-        fused.run_fused(edges, into, memory, ranks=ranks)
-        return
+        fused.run_fused(edges, into, memory)
+        return None
     scratch = Scratch(edges.hidden.device)
     for a, b, room in rounds:
-        _TiledRound(edges, a, b, room, into, scratch).run(ranks=ranks)
+        tiled = TiledRound(edges, a, b, room, into, scratch)
+        tiled.first_sweep()
+        if edges.weight is not None:
+            tiled.second_sweep()
+        elif len(rounds) == 1 and into.needed and not tiled.recomputed:
+            scratch.flat.clear()  # but for what the round itself refers to
+            return tiled
+    return None
 
 
-class _TiledRound:
+class TiledRound:
     """Columns [a, b) of the edges, whose share of dW is made together; `room` of them can wait."""
 
     def __init__(
@@ -84,6 +95,7 @@ class _TiledRound:
         self.factor = torch.zeros(self.width, dtype=edges.wide, device=self.weight.device)
         self.scaled_x = self._buffer("scaled x", self.width) if into.weight is not None else None
         self.marks: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.held: list[tuple[ColumnBlock, int, Tensor | None]] = []  # until there are weights
 
     def _buffer(self, name: str, columns: int) -> Tensor:
         return self.scratch.view(name, columns, self.weight.shape[1], self.products)
@@ -102,21 +114,28 @@ class _TiledRound:
         places = [spare, *(self.into.weight[start : start + self.step] for start in self.starts[:-1])]
         return [as_tile(p.view(-1), n, self.kept, self.thin) for p, n in zip(places, heights, strict=True)]
 
-    def run(self, *, ranks: bool) -> None:
-        """Both sweeps; the second one only for dW and the bias."""
+    def first_sweep(self) -> None:
+        """The sums of all columns, and with weights dH."""
         at = 0
         for a, b in self.spans:
             kept = at + self._wide(b - a) <= self.kept
             block = ColumnBlock(self.edges, a, b, self._rows(at, self._wide(b - a), kept), self.scratch)
             tiles = [(start, self._place(i, at, block.width, kept)) for i, start in enumerate(self.starts)]
-            total = block.first_sweep(tiles, product=self.into.hidden is not None, ranks=ranks)
+            total = block.first_sweep(tiles, product=self.into.hidden is not None)
             if self.edges.weight is not None:
                 self._add_gradients(block, at, total)
+            elif self.into.needed:  # the next block overwrites its total
+                self.held.append((block, at, None if total is None else total.clone()))
             if not kept and self.into.second_sweep:
                 self.recomputed.append((at, block))
             at += block.width
-        if self.into.second_sweep:
-            self._second_sweep()
+
+    def add_gradients(self, weights: Tensor) -> None:
+        """The gradients for weights [E] that came after the first sweep, in the caller's order; once."""
+        self.edges.set_weights(weights)
+        for block, at, total in self.held:
+            self._add_gradients(block, at, total)
+        self.second_sweep()
 
     def _rows(self, at: int, width: int, kept: bool) -> Tensor:
         """Where x of a block goes. What waits needs it no longer once it is scaled: it becomes that in its place."""
@@ -143,8 +162,11 @@ class _TiledRound:
             torch.mul(block.x, self.factor[at : at + block.width, None], out=scaled)
         self.into.add_hidden(self.edges, a, b, factor, g, total)
 
-    def _second_sweep(self) -> None:
+    def second_sweep(self) -> None:
+        """dW and the bias's gradient, for whoever needs them."""
         into = self.into
+        if not into.second_sweep:
+            return
         marks = Marks(*(torch.cat(parts) for parts in zip(*self.marks, strict=True)))
         # Tiles that are completed are as wide as all columns, so they are lower than those of the first sweep.
         step = _height(max(self.width, self.copied), 256) if self.recomputed else self.step

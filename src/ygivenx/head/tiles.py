@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import pages
-from .edges import GATHERED, EdgeColumns, slices
+from .edges import GATHERED, NOTHING, ColumnSums, EdgeColumns, slices
 
 # A column whose other exponentials add up to more than this is computed again, shifted by its maximum: float32 ends at
 # 3e38, and a sum near it, infinite or NaN says nothing of log p.
@@ -101,53 +101,60 @@ class ColumnBlock:
         z, slope = head.cap_(z)
         return (z.sub_(shift) if capped else z), slope
 
-    def exponentials(
-        self, weight: Tensor, out: Tensor, start: int, sums: Tensor | None = None, above: Tensor | None = None
-    ) -> Tensor:
-        """e[v], 0 at the columns' targets, times the slope of the cap, into `out`; adds to S and to the rank.
+    def exponentials(self, weight: Tensor, out: Tensor, start: int, sums: ColumnSums | None = None) -> Tensor:
+        """e[v], 0 at the columns' targets, times the slope of the cap, into `out`; adds to `sums`.
 
         weight: the head's rows from `start` on, in the dtype of the products, as are the e[v] that are returned.
         """
         z, slope = self.shifted_logits(weight, out, start, self.shift)
         self.without_target.add_to(z, start)
-        if above is not None:
-            # Written as numbers: torch sums booleans six times as slowly. A tile's count is exact in float32.
-            higher = torch.gt(z, 0, out=self.scratch.view("higher", len(z), self.width, z.dtype))
-            above += higher.sum(0).long()
-        z.exp_()
-        if sums is not None:
-            sums += z.sum(0)
+        if sums is None:
+            z.exp_()
+        else:
+            self._add_up(z, sums)
         if slope is not None:
             z *= slope
         if z is not out:
             out.copy_(z)
         return z if z.dtype == weight.dtype else out
 
-    def first_sweep(self, tiles: list[tuple[int, Tensor]], *, product: bool, ranks: bool) -> Tensor | None:
+    def _add_up(self, z: Tensor, sums: ColumnSums) -> None:
+        """Turn shifted logits into exponentials, and add both to the sums."""
+        again = self.scratch.view("again", len(z), self.width, z.dtype)
+        if sums.above is not None:
+            # Written as numbers: torch sums booleans six times as slowly. A tile's count is exact in float32.
+            sums.above += torch.gt(z, 0, out=again).sum(0).long()
+        if sums.moments is None:
+            sums.e += z.exp_().sum(0)
+            return
+        torch.clamp(z, min=NOTHING, out=again)  # 0·−∞ would be NaN
+        sums.e += z.exp_().sum(0)
+        sums.moments += again.mul_(z).sum(0)
+
+    def first_sweep(self, tiles: list[tuple[int, Tensor]], *, product: bool) -> Tensor | None:
         """Fill the tiles and compute log p; returns Σ e[v]·W[v] [width, H] with `product`."""
-        sums, above, total = self._sums(tiles, product, ranks)
-        far = (~(sums[: self.b - self.a] <= HUGE_SUM)).nonzero()[:, 0]  # NaN as well
+        sums, total = self._sums(tiles, product, self.edges.ranks)
+        far = (~(sums.e[: self.b - self.a] <= HUGE_SUM)).nonzero()[:, 0]  # NaN as well
         # The target's logit was the shift, so others may have overflowed. Shifted by the maximum none can; it isn't
         # the first choice, since it costs a pass over the logits.
         if len(far):
             self.shift[far] = self.edges.highest_logits(far + self.a).to(self.shift.dtype)
-            # Ranks were counted at the target.
-            sums, _, total = self._sums(tiles, product, ranks=False)
-        self.edges.set_sums(self.a, self.b, self.shift, sums, above)
+            above = sums.above  # counted at the target
+            sums, total = self._sums(tiles, product, ranks=False)
+            sums.above = above
+        self.edges.set_sums(self.a, self.b, self.shift, sums)
         return total
 
     def _sums(
         self, tiles: list[tuple[int, Tensor]], product: bool, ranks: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        device, wide = self.x.device, self.edges.wide
-        sums = torch.zeros(self.width, dtype=torch.float64, device=device)
-        above = torch.zeros(self.width, dtype=torch.int64, device=device) if ranks else None
+    ) -> tuple[ColumnSums, Tensor | None]:
+        wide, sums = self.edges.wide, self.edges.new_sums(self.width, ranks=ranks)
         total = self.scratch.view("total", self.width, self.x.shape[1], wide).zero_() if product else None
         for start, tile in tiles:
             weight = self.scratch.cast(
                 "weight", self.head.weight[start : start + len(tile)], self.edges.products
             )
-            e = self.exponentials(weight, tile, start, sums, above)
+            e = self.exponentials(weight, tile, start, sums)
             if total is None:
                 continue
             # In the products' own precision the sum grows in place. Narrower products, and those of few columns, are
@@ -158,7 +165,7 @@ class ColumnBlock:
             part = self.scratch.view("part", self.width, weight.shape[1], weight.dtype)
             for rows in slices(len(weight), TERMS_AT_ONCE if self.width <= FEW_COLUMNS else len(weight)):
                 total += torch.mm(e[rows].T, weight[rows], out=part)
-        return sums, above, total
+        return sums, total
 
 
 def as_tile(flat: Tensor, height: int, width: int, thin: bool) -> Tensor:

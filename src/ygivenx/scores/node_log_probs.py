@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ..choices import Route
 from ..errors import ModelError
 from ..forest import Forest, Ints
-from ..head.distribution import Wants, describe
-from ..head.logit_head import LogitHead
-from ..head.selective import Ranked, log_probs
+from ..head.distribution import most_probable
+from ..head.selective import head_values
 from ..models.model import head_of, stream_hidden
 
 CHUNK_NODES = 4096  # nodes; without gradients little is held per node, and few chunks read their paths seldom
@@ -59,29 +58,25 @@ def node_values(
     chunk: int = CHUNK_NODES,
     route: Route = "auto",
     ranks: bool = True,
-    wants: Wants | None = None,
-    described: npt.NDArray[np.bool_] | None = None,
+    entropy: bool = False,
+    top_k: int = 0,
 ) -> NodeValues:
-    """log Pr(token | path) and its rank, of the `scored` nodes; no rank without `ranks`, more with `wants`, of all of
-    them or of those in the mask `described`, bool [N].
+    """log Pr(token | path) and its rank, of the `scored` nodes; no rank without `ranks`; on request the entropy of the
+    distribution and its most probable tokens.
 
-    NaN and −1 elsewhere, and at roots, which have no context. The forest is
-    streamed, `chunk` nodes at a time, with the keys and values of the current path: memory is bounded by the
-    chunk. route: see `hidden_states`. Raises ModelError where the model itself gives NaN.
+    NaN and −1 elsewhere, and at roots, which have no context. The forest is streamed, `chunk` nodes at a time, with the
+    keys and values of the current path: memory is bounded by the chunk. route: see `hidden_states`. Raises ModelError
+    where the model itself gives NaN.
     """
     edges = forest.edges(scored)
     head = head_of(model)
-    found = _empty(len(forest), len(head.weight), wants or Wants())
+    found = _empty(len(forest), min(top_k, len(head.weight)), entropy)
     for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route, needed=np.unique(edges.rows)):
         at, local = edges.leaving(part)
         rows, targets = (torch.from_numpy(a).to(hidden.device) for a in (local, edges.targets[at]))
-        values = _head_values(head, hidden, rows, targets, ranks)
-        nodes = edges.nodes[at]
-        _fill(found[:2], values, nodes)
-        some = np.arange(len(nodes)) if described is None else np.flatnonzero(described[nodes])
-        if wants and len(some):
-            more = describe(hidden, head, rows[some], targets[some], wants)
-            _fill(found[2:], (more.entropy, more.top_ids, more.top_log_p), nodes[some])
+        values = head_values(hidden, head, rows, targets, ranks=ranks, entropy=entropy)
+        top = most_probable(hidden, head, rows, top_k) if top_k and len(rows) else (None, None)
+        _fill(found, (*values, *top), edges.nodes[at])
     _refuse_nan(model, found.log_p[edges.nodes])
     return found
 
@@ -92,24 +87,14 @@ def _fill(arrays: Iterable[Any], values: Iterable[Tensor | None], nodes: Ints) -
             array[nodes] = value.cpu().numpy()
 
 
-def _empty(count: int, vocabulary: int, wants: Wants) -> NodeValues:
-    k = min(wants.top_k, vocabulary)
+def _empty(count: int, k: int, entropy: bool) -> NodeValues:
     return NodeValues(
         np.full(count, np.nan),
         np.full(count, -1),
-        np.full(count, np.nan) if wants.entropy else None,
+        np.full(count, np.nan) if entropy else None,
         np.full((count, k), -1) if k else None,
         np.full((count, k), np.nan) if k else None,
     )
-
-
-def _head_values(head: LogitHead, hidden: Tensor, rows: Tensor, targets: Tensor, ranks: bool) -> Ranked:
-    """log p of the edges, and their ranks or −1."""
-    edges = (hidden, head.weight, rows, targets)
-    if ranks:
-        return log_probs(*edges, bias=head.bias, softcap=head.softcap, scale=head.scale, ranks=True)
-    log_p = log_probs(*edges, bias=head.bias, softcap=head.softcap, scale=head.scale)
-    return Ranked(log_p, torch.full_like(rows, -1))
 
 
 def _refuse_nan(model: nn.Module, log_p: Float64s) -> None:

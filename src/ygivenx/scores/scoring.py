@@ -18,7 +18,6 @@ import numpy.typing as npt
 from ..choices import Border, Bos, Control, Route, ScoreBorder, ScoreOverflow, require_choice
 from ..errors import RowError, refuse_unknown
 from ..forest import Forest, Ints
-from ..head.distribution import Wants
 from ..models.families import config_of, decoder_of, vocabulary
 from ..models.position_limits import PositionLimits
 from ..report.parts import finite
@@ -166,11 +165,6 @@ class Details(NamedTuple):
     segments: bool = False
     entropy: bool = False
     top_k: int = 0
-
-    @property
-    def wants(self) -> Wants | None:
-        """What is asked of the model's distributions."""
-        return Wants(self.entropy, top_k=self.top_k) if self.entropy or self.top_k else None
 
 
 SUMS = Details()  # and nothing else
@@ -337,7 +331,9 @@ def scores(
     tally = Tally() if tally is None else tally
     for requests_here, forest in windows(requests, window):
         scored = True if marginal else _outputs(requests_here, forest)
-        values = node_values(model, forest, scored, chunk=chunk, route=route, wants=details.wants)
+        values = node_values(
+            model, forest, scored, chunk=chunk, route=route, entropy=details.entropy, top_k=details.top_k
+        )
         # Paths come in the order in which the requests' sequences were given.
         paths = iter(forest.paths)
         tally.tokens += forest.total

@@ -7,14 +7,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from ..choices import Denominator
 from ..encoded import EncodedRows
 from ..forest import Forest
-from ..head.distribution import Wants
 from ..models.streaming import ONE_PASS
 from ..models.wrappers import inside_forward, sharded
 from ..scores.node_log_probs import Float64s, NodeValues, node_values
@@ -47,10 +45,7 @@ def evaluate(
         for number in own:
             sequences = [weighed(rows[i], denominator) for i in packs[number]]
             forest = Forest.of(sequences)
-            of_y = np.zeros(len(forest), bool)
-            for sequence, path in zip(sequences, forest.paths, strict=True):
-                of_y[path[sequence.output]] = True
-            values = _values(model, forest, of_y)
+            values = _values(model, forest)
             for sequence, path in zip(sequences, forest.paths, strict=True):
                 sums += _role_sums(sequence, values.of(path))
         if sharded(model) and len(own) < len(range(0, len(packs), ranks)):
@@ -75,13 +70,10 @@ def rates(sums: torch.Tensor) -> dict[str, float]:
     return {name: total / count for name, (total, count) in parts.items() if count}
 
 
-def _values(model: nn.Module, forest: Forest, of_y: npt.NDArray[np.bool_] | None = None) -> NodeValues:
-    wants = Wants(entropy=of_y is not None)
+def _values(model: nn.Module, forest: Forest) -> NodeValues:
     if not sharded(model):
-        return node_values(model, forest, wants=wants, described=of_y)
-    return inside_forward(
-        model, lambda inner: node_values(inner, forest, chunk=ONE_PASS, wants=wants, described=of_y)
-    )
+        return node_values(model, forest, entropy=True)
+    return inside_forward(model, lambda inner: node_values(inner, forest, chunk=ONE_PASS, entropy=True))
 
 
 def _role_sums(s: Sequence, values: NodeValues) -> Float64s:
