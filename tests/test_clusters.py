@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,6 @@ from tiny import VOCAB, llama
 
 from ygivenx.scores.requests import RequestBuilder, pair_of_ids
 from ygivenx.scores.scoring import Tally, scores
-
-if find_spec("ray") is None:
-    pytest.skip("ray is not installed", allow_module_level=True)
 
 pytestmark = [pytest.mark.full, pytest.mark.filterwarnings("ignore")]
 
@@ -63,12 +59,12 @@ def test_two_workers_give_the_same_values_and_keep_sharing(cluster, model_dir):
     from ygivenx.scores.clusters import scores_on_ray
 
     asked, tally = requests(2000), Tally()
-    told = list(
+    found = list(
         scores_on_ray((str(model_dir), None, "float32"), iter(asked), workers=2, tally=tally, marginal=True)
     )
     expected = list(scores(llama(), asked))
-    assert len(told) == len(asked)
-    for a, b in zip(told, expected, strict=True):
+    assert len(found) == len(asked)
+    for a, b in zip(found, expected, strict=True):
         assert a.log_p_xy == pytest.approx(b.log_p_xy, abs=1e-4)
     assert tally.scores == 2000
     assert (
@@ -81,7 +77,7 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model_dir, tmp_p
 
     flag = tmp_path / "killed"
 
-    class Mortal(clusters.Scorer):
+    class Mortal(clusters.ScoreWorker):
         """Dies the first time that a second batch comes to it, half way through."""
 
         batches = 0
@@ -96,10 +92,10 @@ def test_a_killed_worker_costs_no_row_and_doubles_none(cluster, model_dir, tmp_p
     monkeypatch.setattr(clusters, "ScoreWorker", Mortal)
     asked = requests(3000)
     model = str(model_dir), None, "float32"
-    told = list(clusters.scores_on_ray(model, iter(asked), workers=2, tally=Tally(), marginal=False))
+    found = list(clusters.scores_on_ray(model, iter(asked), workers=2, tally=Tally(), marginal=False))
     assert flag.exists()
-    assert len(told) == len(asked)
-    for a, b in zip(told, scores(llama(), asked, marginal=False), strict=True):
+    assert len(found) == len(asked)
+    for a, b in zip(found, scores(llama(), asked, marginal=False), strict=True):
         assert a.log_p_y_given_x == pytest.approx(b.log_p_y_given_x, abs=1e-4)
 
 
@@ -109,10 +105,10 @@ def test_rows_are_encoded_in_order_and_none_is_lost(cluster, model_dir, smol_tok
     from ygivenx.sequence import Rejected
 
     rows = [{"x": f"Row {i}:", "y": f" {i}" if i % 7 else "<|im_start|>"} for i in range(1200)]
-    told = list(encoded_on_ray(str(model_dir), None, iter(rows), workers=2, eos=False))
+    found = list(encoded_on_ray(str(model_dir), None, iter(rows), workers=2, eos=False))
     encoder = Encoder(smol_tokenizer, eos=False)
-    assert len(told) == len(rows)
-    for i, (row, made) in enumerate(zip(rows, told, strict=True)):
+    assert len(found) == len(rows)
+    for i, (row, made) in enumerate(zip(rows, found, strict=True)):
         if i % 7:
             assert made.only.ids.tolist() == encoder(row).only.ids.tolist()
         else:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from tiny import llama
 
 import ygivenx as yx
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 ROWS = [
     {"messages": [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}]},
     {"messages": [{"role": "user", "content": "Hi <|im_end|>"}, {"role": "assistant", "content": "Hello"}]},
@@ -61,3 +65,19 @@ def test_ray_data_encodes_what_the_encoder_does(tmp_path, smol_tokenizer):
     assert sorted(zip(table["input_ids"].to_pylist(), table["labels"].to_pylist(), strict=True)) == sorted(
         expected
     )
+
+
+@pytest.mark.full
+@pytest.mark.model
+@pytest.mark.parametrize("name", ["dpo", "grpo", "own_loop_head", "own_loop_ddp"])
+def test_a_loop_runs(name, smol, tmp_path):
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *(ranks if name.endswith("_ddp") else []), EXAMPLES / f"{name}.py"]
+    env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
