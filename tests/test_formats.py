@@ -509,3 +509,10 @@ def test_a_name_decides_where_columns_are_ambiguous():
 def test_wrong_names(named, error, what):
     with pytest.raises(error, match=what):
         recognise(["question", "answer"], **named)
+
+
+def test_a_column_that_is_nearly_known_gets_a_hint():
+    columns = ["messages", "tols", "id"]
+    assert recognise(columns).sentence(columns).endswith("ignored: tols (did you mean tools?), id)")
+    with pytest.raises(DataError, match="did you mean 'prompt' by 'promt'"):
+        recognise(["promt", "completion"])

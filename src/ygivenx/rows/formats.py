@@ -78,7 +78,7 @@ class Format:
         others = [c for c in columns if c not in used]
         refused = [c for c in others if c in CHANGE_MEANING]
         kinds = {
-            "ignored": [c for c in others if c not in refused],
+            "ignored": [f"{c}{_meant(c, known)}" for c in others if c not in refused],
             "refused where they say something": refused,
         }
         rest = "".join(f"; {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
@@ -262,6 +262,16 @@ def _need(names: Iterable[str], columns: list[str]) -> None:
             raise _unrecognised(f"there is no column {name!r}{nearest(name, columns)}", columns)
 
 
+def _close(name: str, known: Iterable[str]) -> list[str]:
+    # 0.85 takes one wrong letter in six: promt is prompt, and next isn't text.
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.85)
+
+
+def _meant(column: str, known: Iterable[str]) -> str:
+    """A hint beside a column that is nearly one that the format has."""
+    return f" (did you mean {close[0]}?)" if (close := _close(column, known)) else ""
+
+
 def _near_miss(columns: list[str]) -> str:
     for known, what in _FOREIGN.items():
         if set(known) <= set(columns):
@@ -269,8 +279,7 @@ def _near_miss(columns: list[str]) -> str:
     for f in FORMATS.values():
         lacking = [c for c in f.required if c not in columns]
         for name in lacking:
-            # 0.85 takes one wrong letter in six: promt is prompt, and next isn't text.
-            if close := difflib.get_close_matches(name, columns, n=1, cutoff=0.85):
+            if close := _close(name, columns):
                 return f"; did you mean {name!r} by {close[0]!r}? Then rename the column"
         if len(lacking) < len(f.required):
             return f"; {f.name} lacks {lacking[0]!r}"
