@@ -48,7 +48,7 @@ nightly: setup
 docs: setup
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
 	$(BIN)/typer ygivenx.cli utils docs --name ygx --output docs/reference/cli.md
-	$(BIN)/python -m ygivenx.commands.config > docs/reference/train.md
+	$(BIN)/python scripts/reference.py
 	$(BIN)/mkdocs build --strict
 
 browser: setup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import runpy
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -136,11 +137,13 @@ def test_the_written_file_is_the_defaults(tmp_path):
     assert made == TrainConfig.of(None, {"data": "p", "model": "p", "output_dir": "d"})
 
 
-def test_the_reference_is_the_options():
-    page = Path(__file__).parents[1] / "docs" / "reference" / "train.md"
-    assert page.read_text() == options.reference(), (
-        "python -m ygivenx.commands.config > docs/reference/train.md"
-    )
+REFERENCE = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "reference.py"))
+
+
+@pytest.mark.parametrize("name", REFERENCE["PAGES"])
+def test_the_reference_is_made_of_the_options(name):
+    page = REFERENCE["FOLDER"] / name
+    assert page.read_text() == REFERENCE["PAGES"][name](), "python scripts/reference.py"
 
 
 def test_every_option_has_help():

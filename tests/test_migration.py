@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import fields
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from peft import LoraConfig
@@ -53,10 +52,3 @@ def test_a_name_of_another_tool_is_told_what_it_is_called_here():
         TrainConfig.of(None, {"base_model": "sample"})
     with pytest.raises(ConfigError, match=r"sequence_len(.|\n)*encoder\.max_length"):
         TrainConfig.of(None, {"encoder": {"sequence_len": 4}})
-
-
-def test_the_page_is_the_table():
-    page = Path(__file__).parents[1] / "docs" / "reference" / "migration.md"
-    assert page.read_text() == migration.page(), (
-        "python -m ygivenx.commands.migration > docs/reference/migration.md"
-    )

@@ -25,12 +25,12 @@ from .options import (
     Bounds,
     check_options,
     checked,
-    choices,
     default_of,
     fields_by_name,
     fit,
     flags_of,
     key_of,
+    meaning_of,
     option,
 )
 
@@ -375,21 +375,17 @@ class _Placed:
     def config(self) -> TrainConfig:
         """The sections, checked. Raises ConfigError for what couldn't run, before anything is loaded."""
         config = TrainConfig(**{name: self._section(name) for name in SECTIONS})
-        required = {
-            f"{name}.{f.name}": f for name, s in SECTIONS.items() for f in fields(s) if f.metadata["required"]
-        }
-        missing = {k: f for k, f in required.items() if not self.values[k.split(".")[0]].get(f.name)}
+        missing = [
+            (f"{name}.{f.name}", flags_of(f)[0])
+            for name, s in SECTIONS.items()
+            for f in fields(s)
+            if f.metadata["required"] and not self.values[name].get(f.name)
+        ]
         if missing:
-            flags = [flags_of(f)[0] for f in missing.values()]
-            named, by_flags = (
-                flags if self.file is None else list(missing),
-                " ".join(f"{f} ..." for f in flags),
-            )
-            fix = (
-                by_flags
-                if self.file is None
-                else f"set them there (model.path: path under model), or {by_flags}"
-            )
+            keys, flags = zip(*missing, strict=True)
+            fix, named = " ".join(f"{f} ..." for f in flags), flags
+            if self.file is not None:
+                fix, named = f"set them there (model.path: path under model), or {fix}", keys
             raise ConfigError(f"missing: {', '.join(named)}", where=str(self.file or ""), fix=fix)
         self._check(config)
         return config
@@ -510,7 +506,7 @@ def _mappings(node: Any) -> Iterator[Any]:
             yield from _mappings(value)
 
 
-# -- a commented file, and the reference -------------------------------------------------------------------
+# -- a commented file --------------------------------------------------------------------------------------
 
 
 def template() -> str:
@@ -519,13 +515,14 @@ def template() -> str:
         "# A run of `ygx train`. What is commented out has the value that stands there, or is called an example."
     ]
     for name, section in SECTIONS.items():
+        hints = get_type_hints(section)
         lines += ["", f"# {section.__doc__}", f"{name}:"]
         for f in fields(section):
-            lines += _entry(name, f)
+            lines += _entry(name, f, hints[f.name])
     return "\n".join(lines) + "\n"
 
 
-def _entry(section: str, f: Any) -> list[str]:
+def _entry(section: str, f: Any, hint: Any) -> list[str]:
     if f.name == "further":
         example = {
             "lora": "r: 16",
@@ -536,32 +533,10 @@ def _entry(section: str, f: Any) -> list[str]:
         return ["  # further ones, for example:", f"  # {example}"]
     value = yaml.safe_dump(default_of(f)).removesuffix("...\n").strip()
     mark = "" if f.metadata["required"] else "# "
-    return [f"  # {_meaning(section, f)}{_default(f, ' [', ']')}", f"  {mark}{f.name}: {value}"]
+    return [f"  # {meaning_of(f, hint)}{default_text(f, ' [', ']')}", f"  {mark}{f.name}: {value}"]
 
 
-def _meaning(section: str, f: Any) -> str:
-    found = choices(get_type_hints(SECTIONS[section])[f.name])
-    named = [] if all(str(c) in f.metadata["help"] for c in found) else [f" ({', '.join(found)})"]
-    return "".join([f.metadata["help"], *named])
-
-
-def _default(f: Any, before: str, after: str) -> str:
+def default_text(f: Any, before: str = "", after: str = "") -> str:
+    """What stands for the default of an option that has none in itself, between two texts; "" for others."""
     text = "required" if f.metadata["required"] else f.metadata["default_text"]
     return f"{before}{text}{after}" if text else ""
-
-
-def reference() -> str:
-    """docs/reference/train.md: every option with its flag, its key and its default."""
-    lines = ["# Options of `ygx train`", "", "Made by `python -m ygivenx.commands.config`; don't edit.", ""]
-    for name, section in SECTIONS.items():
-        lines += [f"## {name}", "", f"{section.__doc__}", "", "| flag | meaning | default |", "|---|---|---|"]
-        for f in fields(section):
-            default = default_of(f)
-            shown = _default(f, "", "") or ("" if default in (None, {}) else f"`{default}`")
-            lines.append(f"| `{flags_of(f)[0]}` | {_meaning(name, f)} | {shown} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(reference(), end="")

@@ -1,7 +1,7 @@
 """What others call the options of a run: `trl sft` and axolotl, by their own names.
 
 A value is a key of ours (section.option), where needed with what to write there; what begins with `-` is refused, and
-what begins with `?` is missing, both with the reason. docs/reference/migration.md is made from it.
+what begins with `?` is missing, both with the reason. scripts/reference.py makes docs/reference/migration.md of it.
 """
 
 from __future__ import annotations
@@ -97,31 +97,3 @@ def hint(name: str) -> str:
     """What an option of another tool is called here; empty for a name that none of them has."""
     ours = next((table[name] for table in TOOLS.values() if name in table), "")
     return ours.removeprefix("- ").removeprefix("? ")
-
-
-def page() -> str:
-    """docs/reference/migration.md: the options of other tools and ours."""
-    lines = [
-        "# Options of other tools",
-        "",
-        "Made by `python -m ygivenx.commands.migration`; don't edit.",
-        "",
-    ]
-    for tool, table in TOOLS.items():
-        missing = sum(ours.startswith("?") for ours in table.values())
-        lines += [f"## {tool}", "", f"{len(table)} of its most used options; {missing} are missing here.", ""]
-        lines += ["| option | here |", "|---|---|"]
-        lines += [f"| `{name}` | {_shown(ours)} |" for name, ours in table.items()]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _shown(ours: str) -> str:
-    if ours[0] in "-?":
-        return f"{'refused' if ours[0] == '-' else 'missing'}: {ours[2:]}"
-    key, _, how = ours.partition(" (")
-    return ", ".join(f"`{k}`" for k in key.split(", ")) + (f" ({how}" if how else "")
-
-
-if __name__ == "__main__":
-    print(page(), end="")

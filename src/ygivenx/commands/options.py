@@ -266,14 +266,13 @@ def _flag(f: Any, hint: Any, unset: bool, panel: str | None) -> Any:
     if hint is bool and "/" not in flags[0]:
         flags = [f"{flags[0]}/--no-{flags[0][2:]}" if unset else flags[0], *flags[1:]]
     text = f.metadata["default_text"] or ("" if default in (None, {}) else str(default))
-    found = choices(hint)
-    named = "" if all(str(c) in f.metadata["help"] for c in found) else f" ({', '.join(map(str, found))})"
-    return typer.Option(
-        *flags,
-        help=f.metadata["help"] + named,
-        show_default=text or False,
-        rich_help_panel=panel,
-    )
+    return typer.Option(*flags, help=meaning_of(f, hint), show_default=text or False, rich_help_panel=panel)
+
+
+def meaning_of(f: Any, hint: Any) -> str:
+    """The help of an option, with its choices where the help doesn't name them."""
+    found, text = list(map(str, choices(hint))), str(f.metadata["help"])
+    return text if all(c in text for c in found) else f"{text} ({', '.join(found)})"
 
 
 def default_of(f: Any) -> Any:
