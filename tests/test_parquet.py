@@ -10,7 +10,8 @@ import torch
 from templates.conversations import reply, user
 from test_chats import THINKER, THOUGHTS, encoder
 
-from ygivenx.rows.parquet import write_parquet
+from ygivenx.encoded import tables
+from ygivenx.rows.export import write_tables
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def written(tmp_path):
     examples, rejected = enc.batch([{"messages": []}, *good])
     assert len(rejected) == 1
     path = tmp_path / "out.parquet"
-    assert write_parquet(iter(examples), path) == 3
+    assert write_tables(tables(iter(examples)), path) == 3
     return path, examples
 
 
@@ -46,7 +47,7 @@ def test_a_failure_leaves_no_file(tmp_path):
         raise RuntimeError("the disk is on fire")
 
     with pytest.raises(RuntimeError, match="fire"):
-        write_parquet(broken(), tmp_path / "out.parquet")
+        write_tables(tables(broken()), tmp_path / "out.parquet")
     assert not (tmp_path / "out.parquet").exists()
 
 

@@ -52,7 +52,7 @@ from .commands.options import with_sections
 from .errors import ConfigError, YgivenxError, refuse_unknown
 from .forest import MAX_TOKENS
 from .models.resolve import located
-from .report.parts import finite
+from .report.parts import plain
 from .show import visible, visible_json
 
 # As linters have it: 1 is news about the rows, 2 about the call, so that a script can tell them apart.
@@ -126,7 +126,7 @@ def command(**settings: Any) -> Callable[[Callable[..., None]], Callable[..., No
 
 def emit(document: Any) -> None:
     """One JSON document on standard output; non-finite numbers become null."""
-    text = json.dumps(finite(document), ensure_ascii=False, indent=1, default=str, allow_nan=False)
+    text = json.dumps(plain(document), ensure_ascii=False, indent=1, allow_nan=False)
     print(visible_json(text))
 
 
@@ -190,8 +190,8 @@ def encode(
     """
     from .commands.encoding import Cores, accepted, chunks, hand_over, part_of
     from .commands.progress import shown
+    from .rows.export import write_tables
     from .rows.files import count_of_rows
-    from .rows.parquet import write_tables
 
     if output.exists() and not overwrite:
         raise ConfigError("the file exists", where=f"--output {output}", fix="--overwrite replaces it")

@@ -16,13 +16,9 @@ if TYPE_CHECKING:
 
 
 def audited(
-    data: str | None,
-    labels: str | None,
-    source: ModelOptions,
-    rows: LimitedRowOptions,
-    section: EncoderSection,
+    data: str | None, labels: str | None, source: ModelOptions, rows: LimitedRowOptions, section: EncoderSection,
     suppress: Mapping[str, str],
-) -> Report:
+) -> Report:  # fmt: skip
     """The report of what was given; raises ConfigError where nothing was.
 
     --split and --limit are of the rows; without rows, of the prepared set.

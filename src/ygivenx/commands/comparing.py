@@ -15,16 +15,9 @@ from .inputs import open_encoder, open_rows, say
 
 
 def compared(
-    data: str,
-    source: ModelOptions,
-    columns: ColumnOptions,
-    section: EncoderSection,
-    trainers: str,
-    limit: int,
-    settings: list[str] | None,
-    html: Path | None,
-    as_json: bool,
-) -> None:
+    data: str, source: ModelOptions, columns: ColumnOptions, section: EncoderSection, trainers: str, limit: int,
+    settings: list[str] | None, html: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     """Print each cell as it comes, and write the page."""
     places = places_of(trainers)
     reader = open_rows(data, columns)
@@ -37,16 +30,10 @@ def compared(
         if not as_json:
             print(in_terminal(cell, encoder.tokenizer), end="\n\n")
     if as_json:
+        names = ("row", "trainer", "setting", "error")
         records = [
-            {
-                "row": c.result.row,
-                "trainer": c.result.trainer,
-                "setting": c.result.setting,
-                "outcome": c.outcome,
-                "error": c.result.error,
-                "ids": c.result.ids.tolist(),
-                "weights": c.result.weights.tolist(),
-            }
+            {n: getattr(c.result, n) for n in names}
+            | {"outcome": c.outcome, "ids": c.result.ids.tolist(), "weights": c.result.weights.tolist()}
             for c in cells
         ]
         print(visible_json(json.dumps(records, ensure_ascii=False)))

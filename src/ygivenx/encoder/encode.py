@@ -23,7 +23,7 @@ from typing import Any
 from ..choices import Border, Bos, Context, Control, Dropped, Overflow, Thoughts, require_choice
 from ..errors import ConfigError, RowError
 from ..models.resolve import file_of, located, quiet_loading
-from ..rows.columns import judged_row, preference
+from ..rows.columns import rated_row
 from ..rows.data import Row
 from ..rows.formats import Conversation, Pair, Preference, Rated, TokenRow, normalise
 from ..rows.nouns import Message
@@ -342,10 +342,10 @@ def noun_of(value: Any) -> Conversation | Pair | Preference | Rated | TokenRow:
 
 def _rated(value: Preference | Rated) -> RowError:
     if isinstance(value, Preference):
-        return preference("a preference row: a better and a worse reply to one prompt", "")
+        return rated_row("preference_row", "a preference row: a better and a worse reply to one prompt")
     if len(value.replies) > 1:
-        return preference(f"{len(value.replies)} rated replies to one prompt", "")
-    return judged_row("a label says whether the reply is good", "")
+        return rated_row("preference_row", f"{len(value.replies)} rated replies to one prompt")
+    return rated_row("judged_row", "a label says whether the reply is good")
 
 
 def _located(e: RowError, number: int, row: Any) -> RowError:

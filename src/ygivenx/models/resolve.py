@@ -96,8 +96,8 @@ def _base_named_in(config: Path) -> str:
 
 
 @contextmanager
-def quiet_loading(path: str) -> Iterator[None]:
-    """No progress bars and no advice from transformers; what it can't find or read is a ModelError."""
+def silenced() -> Iterator[None]:
+    """No progress bars and no advice from transformers."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -105,6 +105,18 @@ def quiet_loading(path: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def quiet_loading(path: str) -> Iterator[None]:
+    """Silence; what transformers can't find or read is a ModelError."""
+    try:
+        with silenced():
+            yield
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
@@ -116,7 +128,3 @@ def quiet_loading(path: str) -> Iterator[None]:
             "it can't be loaded", where=path, why=str(error).split("\n", 1)[0],
             fix="give a directory with a model, a name that the hub knows, or `sample`",
         ) from error  # fmt: skip
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..encoded import spooled, tables
 from ..encoder.encode import Encoder
 from ..errors import ConfigError, refuse_unknown
-from ..report.parts import Finding, finite
+from ..report.parts import Finding, plain
 from ..rows.data import Row
 from ..sequence import Example, Rejected
 from ..show import visible
@@ -461,7 +461,7 @@ def _strips(ev: Evidence) -> list[Any]:
 
 
 def _json(document: Any) -> str:
-    return json.dumps(finite(document), ensure_ascii=False, indent=1, allow_nan=False)
+    return json.dumps(plain(document), ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def _in_xml(text: str) -> str:

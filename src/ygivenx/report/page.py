@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from .parts import Curve, Finding, LedgerTable, Table, TokenStrip
+from .parts import Curve, Finding, LedgerTable, Table, TokenStrip, plain
 
 SCRIPTS = ("dom.js", "chart.js", "strips.js", "rows.js", "page.js")
 FINDING_FIELDS = ("rule", "severity", "message", "count", "share", "examples", "why", "fix")
@@ -130,31 +130,19 @@ def _utf8(text: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """JSON's types: NaN becomes null, infinities their sign in words, what is unknown its text."""
-    if value is None or isinstance(value, bool | np.bool_):
-        return None if value is None else bool(value)
-    if isinstance(value, int | np.integer):
-        return int(value)
-    if isinstance(value, float | np.floating):
-        return _real(float(value))
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | np.ndarray):
-        return [_plain(v) for v in value]
-    return str(value)
+    """JSON's types: NaN becomes null, infinities their sign in words."""
+    return plain(value, _in_words)
 
 
-def _real(value: float) -> float | str | None:
-    if math.isfinite(value):
-        return value
+def _in_words(value: float) -> str | None:
     return None if math.isnan(value) else "∞" if value > 0 else "−∞"
 
 
 def _reals(values: Iterable[float | None], digits: int | None = None) -> list[float | str | None]:
-    """`_real` of many at once, rounded to `digits`."""
+    """`_plain` of many at once, rounded to `digits`."""
     array = np.asarray(list(values), dtype=np.float64)  # None becomes NaN
-    plain = (array if digits is None else array.round(digits)).tolist()
-    return plain if np.isfinite(array).all() else list(map(_real, plain))
+    rounded = (array if digits is None else array.round(digits)).tolist()
+    return rounded if np.isfinite(array).all() else list(map(_plain, rounded))
 
 
 def _significant(values: Iterable[float], digits: int) -> np.ndarray:

@@ -7,7 +7,7 @@ probability); infinities are kept and shown as such.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,14 +154,14 @@ def _same_length(what: str, **columns: Sequence[Any]) -> None:
         raise ValueError(f"{what}: one length expected, got {lengths}")
 
 
-def finite(value: Any) -> Any:
-    """`value` in JSON's types: None for a number that isn't finite, a list for an array or a tuple; inside them too."""
-    if isinstance(value, np.ndarray):
-        return finite(value.tolist())
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
+def plain(value: Any, lost: Callable[[float], Any] = lambda number: None) -> Any:
+    """`value` in JSON's types, inside too: `lost` of a number that isn't finite, its text where it is unknown."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v, lost) for k, v in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist(), lost)
     if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
+        return [plain(v, lost) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return lost(value)
+    return value if value is None or isinstance(value, str | int | float) else str(value)

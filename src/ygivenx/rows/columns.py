@@ -33,9 +33,13 @@ def refuse_other_meanings(row: Record, used: tuple[str, ...] = ()) -> None:
     if CHANGE_MEANING.isdisjoint(row):
         return
     for column in (c for c in REJECTED if c not in used and given(row, c) is not None):
-        raise preference(f"the column {column!r}: the row has a worse reply beside its better one", column)
+        raise rated_row(
+            "preference_row",
+            f"the column {column!r}: the row has a worse reply beside its better one",
+            column,
+        )
     for column in (c for c in JUDGEMENTS if c not in used and _says(row.get(c)) is not None):
-        raise judged_row(f"the column {column!r} says whether the reply is good", column)
+        raise rated_row("judged_row", f"the column {column!r} says whether the reply is good", column)
     for column in (c for c in MEDIA_KEYS if c not in used and given(row, c) is not None):
         raise not_text(f"the column {column!r} holds what isn't text", column)
 
@@ -59,24 +63,24 @@ def judgement(row: Record, used: tuple[str, ...] = ()) -> bool | None:
     return next(iter(found), None)
 
 
-def judged_row(what: str, column: str) -> RowError:
-    """A reply that is said to be good or bad, where all are learnt."""
-    why = "KTO learns from good and bad replies; likelihood alone would learn the bad ones as well"
-    fix = (
+_LIKELIHOOD = {
+    "judged_row": (
+        "KTO learns from good and bad replies; likelihood alone would learn the bad ones as well",
         "use an objective for rated replies (ygx train --objective kto), or give only the rows to be learnt, without "
-        "the column"
-    )
-    return RowError(what, reason="judged_row", field=column, why=why, fix=fix)
-
-
-def preference(what: str, column: str) -> RowError:
-    """Two replies to one prompt, where one is trained."""
-    why = "supervised training has one reply to a prompt: the other would be dropped"
-    fix = (
+        "the column",
+    ),
+    "preference_row": (
+        "supervised training has one reply to a prompt: the other would be dropped",
         "use a preference objective (ygx train --objective dpo), or give the chosen reply alone (columns prompt and "
-        "completion, or messages)"
-    )
-    return RowError(what, reason="preference_row", field=column, why=why, fix=fix)
+        "completion, or messages)",
+    ),
+}
+
+
+def rated_row(reason: str, what: str, column: str = "") -> RowError:
+    """A reply that is said to be good or bad (`judged_row`), or two to one prompt, where one is trained."""
+    why, fix = _LIKELIHOOD[reason]
+    return RowError(what, reason=reason, field=column, why=why, fix=fix)
 
 
 def is_continued(row: Record) -> bool:

@@ -1,23 +1,27 @@
-"""Examples for other trainers, one row per sequence, as Parquet or JSON Lines: the ids as they are.
+"""Encoded rows for trainers, one row per sequence, as Parquet or JSON Lines: the ids as they are.
 
-docs/handover.md has the columns of each form with a line of it.
+Ours have the columns of `encoded` up to notes, and what trainers look for: labels (the id where the weight is > 0, else
+−100: a view, weights are lost), attention_mask (1 everywhere: nothing is padded) and position_ids. TRL's SFTTrainer,
+axolotl and a plain torch loop take them as they are. docs/handover.md has the columns of other forms, with a line of
+each: a response begins at the first token with a weight; masks are 1 where tokens have one; log_probs, advantages and
+rewards are those of token rows, or null.
 
-labels: the id where the weight is > 0, else −100. A response begins at the first token with a weight; masks are 1 where
-tokens have one. log_probs, advantages and rewards are those of token rows, or null. A mask does not belong in a
-template: there it can't be checked, and it changes the text that it marks.
+A mask does not belong in a template: there it can't be checked, and it changes the text that it marks.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, RowError, nearest
+from ..encoded import schema
+from ..errors import RowError, refuse_unknown
 from ..sequence import Example, RatedExample, Rejected, Sequence
 from .formats import normalise
 from .nouns import TokenRow
@@ -44,8 +48,7 @@ _CHUNK = 512  # rows of one row group: memory holds no more
 
 def form_of(name: str) -> Columns:
     """The columns of a form. Raises ConfigError for an unknown one."""
-    if name not in FORMS:
-        raise ConfigError(f"unknown form {name!r}{nearest(name, FORMS)}", fix=f"one of {', '.join(FORMS)}")
+    refuse_unknown("form", [name], FORMS)
     return FORMS[name]
 
 
@@ -70,11 +73,69 @@ def write_examples(examples: Iterable[Example | RatedExample], path: str | Path,
                 reweighted += "weights" not in columns and not np.isin(row["weights"], (0, 1)).all()
                 yield {name: row[source] for name, source in columns.items()}
 
-    partial = path.with_name(path.name + ".partial")
     write: Callable[..., int] = _write_lines if path.suffix == ".jsonl" else _write_parquet
-    count = write(rows(), partial, columns)
-    partial.replace(path)
+    with _whole(path) as partial:
+        count = write(rows(), partial, columns)
     return Written(count, reweighted)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A place to write to; what is complete there becomes `path`."""
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    partial.replace(path)
+
+
+# -- our own columns ---------------------------------------------------------------------------------------
+
+
+def write_tables(batches: Iterable[Any], path: str | Path) -> int:
+    """Write tables of `encoded` as they come, as Parquet; how many sequences. The file appears whole or not at all."""
+    import pyarrow.parquet as pq
+
+    count = 0
+    with _whole(Path(path)) as partial, pq.ParquetWriter(partial, _own_schema()) as writer:
+        for batch in batches:
+            writer.write_batch(_for_trainers(batch))
+            count += batch.num_rows
+    return count
+
+
+def _for_trainers(batch: Any) -> Any:
+    """A table of encoded rows with the columns that other trainers look for."""
+    import pyarrow as pa
+
+    ids, weights, columns = (
+        batch.column("input_ids"),
+        batch.column("weights").values.to_numpy(),
+        _own_schema(),
+    )
+    length = np.diff(ids.offsets.to_numpy())
+    derived = {
+        "labels": np.where(weights > 0, ids.values.to_numpy(), -100),
+        "attention_mask": np.ones(len(weights)),
+        "position_ids": np.arange(len(weights)) - np.repeat(np.cumsum(length) - length, length),
+    }
+    lists = {
+        n: pa.ListArray.from_arrays(ids.offsets, pa.array(v).cast(columns.field(n).type.value_type))
+        for n, v in derived.items()
+    }
+    return pa.record_batch([lists[n] if n in lists else batch[n] for n in columns.names], schema=columns)
+
+
+def _own_schema() -> Any:
+    import pyarrow as pa
+
+    integers = {"labels": pa.int32(), "attention_mask": pa.int8(), "position_ids": pa.int32()}
+    derived = [pa.field(n, pa.list_(kind)) for n, kind in integers.items()]
+    first, last = (
+        map(schema().field, names.split()) for names in ("row sequence input_ids weights", "segments notes")
+    )
+    return pa.schema([*first, *derived, *last])
+
+
+# -- the forms of other trainers ---------------------------------------------------------------------------
 
 
 # Rows are made twice, here and by the writer: found there, a row that doesn't fit would stop half a file.

@@ -20,7 +20,7 @@ from ..errors import RowError, refuse_unknown
 from ..forest import Forest, Ints
 from ..models.families import config_of, decoder_of, vocabulary
 from ..models.position_limits import PositionLimits
-from ..report.parts import finite
+from ..report.parts import plain
 from ..rows.data import Row
 from ..rows.formats import Conversation, Pair
 from ..sequence import Example, Sequence
@@ -113,7 +113,7 @@ class Score:
         record = {f.name: getattr(self, f.name) for f in fields(self)}
         record |= {n: getattr(self, n) for n in ("per_token", "per_byte", "per_character", "perplexity")}
         record["pmi"] = None if self.log_p_y is None else self.pmi
-        return {k: finite(v) for k, v in record.items() if v is not None}
+        return {k: plain(v) for k, v in record.items() if v is not None}
 
 
 @dataclass
