@@ -29,6 +29,7 @@ from guards import GUARDS, Guard
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600  # seconds for the tests of one guard; a change that makes them run on is found, too
+BUSY = 60  # seconds of those in which they computed: tests that only wait, as for a lock, found nothing
 LEAST = 0.9  # share of each module's guards that tests have to find
 
 
@@ -45,7 +46,7 @@ def copy_tree(to: Path) -> None:
 
 
 def run_tests(tree: Path, selection: str) -> tuple[str, str]:
-    """("passed", "failed", "error" or "endless", the tests' output), from a fork of this process."""
+    """("passed", "failed", "error", "endless" or "stuck", the tests' output), from a fork of this process."""
     with tempfile.TemporaryFile("w+") as log:
         child = os.fork()
         if not child:
@@ -55,11 +56,13 @@ def run_tests(tree: Path, selection: str) -> tuple[str, str]:
             done, status_of = os.waitpid(child, os.WNOHANG)
             status = os.waitstatus_to_exitcode(status_of) if done else None
             time.sleep(0.05)
+        names = {0: "passed", 1: "failed"}
         if status is None:
             os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+            used = os.wait4(child, 0)[2]
+            names[None] = "endless" if used.ru_utime + used.ru_stime > BUSY else "stuck"
         log.seek(0)
-        return {0: "passed", 1: "failed", None: "endless"}.get(status, "error"), log.read()
+        return names.get(status, "error"), log.read()
 
 
 def _run_in_child(tree: Path, selection: str, log: int) -> None:
@@ -94,7 +97,7 @@ def _run_in_child(tree: Path, selection: str, log: int) -> None:
 
 
 def outcome(guard: Guard) -> tuple[Guard, str, str, float]:
-    """(guard, "killed", "survived", "stale" or "error", output, seconds), in this worker's own copy of the tree."""
+    """(guard, "killed", "survived", "stale", "stuck" or "error", output, seconds), in this worker's copy."""
     began, file = time.perf_counter(), _tree / "src/ygivenx" / guard.module
     source = file.read_text() if file.exists() else ""
     if source.count(guard.old) != 1:
@@ -105,7 +108,7 @@ def outcome(guard: Guard) -> tuple[Guard, str, str, float]:
     finally:
         file.write_text(source)
     names = {"passed": "survived", "failed": "killed", "endless": "killed"}
-    return guard, names.get(result, "error"), output, time.perf_counter() - began
+    return guard, names.get(result, result), output, time.perf_counter() - began
 
 
 _tree = Path()
