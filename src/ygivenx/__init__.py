@@ -91,6 +91,8 @@ else:
         if name == "reference":
             return import_module(f"{__name__}.reference")
         if name in _HOME:
+            if _HOME[name] != "errors":
+                import_module(f"{__name__}.versions").refuse_unsupported()
             return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

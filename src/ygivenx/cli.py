@@ -54,6 +54,7 @@ from .forest import MAX_TOKENS
 from .models.resolve import located
 from .report.parts import plain
 from .show import visible, visible_json
+from .versions import refuse_unsupported
 
 # As linters have it: 1 is news about the rows, 2 about the call, so that a script can tell them apart.
 OK, FINDINGS, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -547,6 +548,7 @@ def main() -> None:
     if sys.argv[1:2] != ["probe"] and "--verbose" not in sys.argv:  # a probed script has its own bars
         os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     try:
+        refuse_unsupported()
         app(standalone_mode=True)
     except YgivenxError as error:
         err.print(
