@@ -126,9 +126,9 @@ class EncodedRows:
         self, batches: Iterable[Any], mapped: Iterable[mmap.mmap] = (), names: Iterable[str] = ()
     ) -> None:
         self._batches, self._mapped = list(batches), list(mapped)
-        self._names = list(names) or [""] * len(
-            self._batches
-        )  # of the file of each table, where there are several
+        # Of the file of each table, where there are several.
+        self._names = list(names) or [""] * len(self._batches)
+        self._origin: tuple[Any, ...] = (EncodedRows, (self._batches, (), self._names))
         self._first: list[int] = [0, *accumulate(b.num_rows for b in self._batches)]
         self._offsets = [b.column("input_ids").offsets.to_numpy() for b in self._batches]
         self._ids = [b.column("input_ids").values.to_numpy() for b in self._batches]
@@ -159,7 +159,9 @@ class EncodedRows:
         if not reader.schema.equals(schema()):
             raise ValueError(f"{path} has other columns")
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        return cls(batches, [mapped], [name] * len(batches))
+        rows = cls(batches, [mapped], [name] * len(batches))
+        rows._origin = (EncodedRows.open, (path, name))
+        return rows
 
     @classmethod
     def joined(cls, parts: list[EncodedRows]) -> EncodedRows:
@@ -169,7 +171,12 @@ class EncodedRows:
         several = [[x for p in parts for x in getattr(p, at)] for at in ("_batches", "_mapped", "_names")]
         rows = cls(*several)
         rows.counts = _flat([p.counts for p in parts], np.int64)
+        rows._origin = (_joined_again, tuple(p._origin for p in parts))
         return rows
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For a worker that isn't a fork: files are mapped again, so that no copy of all rows is sent."""
+        return (*self._origin, {"counts": self.counts})
 
     def __len__(self) -> int:
         return self._first[-1]
@@ -260,6 +267,10 @@ class EncodedRows:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
+def _joined_again(*origins: tuple[Any, ...]) -> EncodedRows:
+    return EncodedRows.joined([make(*given) for make, given in origins])
+
+
 def _example(i: int, item: Any) -> Example:
     if isinstance(item, Example):
         return item if item.index is not None else Example(item.sequences, index=i)
@@ -276,7 +287,9 @@ def spooled(batches: Iterable[Any]) -> EncodedRows:
     """Tables in a file of their own, which goes with the rows."""
     with TemporaryDirectory() as folder:  # what is mapped stays readable without a name
         write(batches, Path(folder) / "rows.arrow")
-        return EncodedRows.open(Path(folder) / "rows.arrow")
+        rows = EncodedRows.open(Path(folder) / "rows.arrow")
+    rows._origin = (EncodedRows, (rows._batches,))
+    return rows
 
 
 def write(batches: Iterable[Any], path: Path) -> int:
