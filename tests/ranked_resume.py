@@ -13,6 +13,8 @@ import torch.distributed as dist
 from test_trainer import make
 from tiny import llama, sequences
 
+from ygivenx.errors import CheckpointError
+
 
 def weights(trainer: Any) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
@@ -44,15 +46,25 @@ def best(folder: Path) -> torch.Tensor:
     return weights(trainer)
 
 
+def apart(folder: Path, rank: int) -> str:
+    """What each rank is told where they don't see one output directory."""
+    trainer = make(folder / f"apart{rank}", sequences(9, seed=4), max_steps=1, save_steps=1)
+    try:
+        trainer.train()
+    except CheckpointError as error:
+        return error.what
+    return ""
+
+
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
     told: list[Any] = [None] * count
-    dist.all_gather_object(told, (resumed(out.parent, rank), best(out.parent)))
+    dist.all_gather_object(told, (resumed(out.parent, rank), best(out.parent), apart(out.parent, rank)))
     if rank == 0:
-        torch.save(
-            {"resumed": [r for r, _ in told], "best": [torch.equal(w, told[0][1]) for _, w in told]}, out
-        )
+        resumes, bests, aparts = zip(*told, strict=True)
+        agreed = [torch.equal(w, bests[0]) for w in bests]
+        torch.save({"resumed": list(resumes), "best": agreed, "apart": list(aparts)}, out)
     gc.collect()  # the wrapper has to be gone before its group is: see Trainer.end_ranks
     dist.destroy_process_group()
 

@@ -102,6 +102,18 @@ def remember(directory: Path, run: Mapping[str, Any]) -> None:
     (directory / FILE).write_text(json.dumps(run))
 
 
+def refuse_lacking_ranks(directory: Path, ranks: int) -> None:
+    """Raise CheckpointError unless each of several ranks has left the state of its random generators."""
+    lacking = [r for r in range(ranks) if ranks > 1 and not (directory / f"rng_state_{r}.pth").is_file()]
+    if lacking:
+        raise CheckpointError(
+            f"nothing of rank {', '.join(map(str, lacking))} is in it",
+            where=str(directory),
+            why="ranks that don't see the same output directory: a resumed run would draw other random numbers",
+            fix="name a directory on a file system that all machines share",
+        )
+
+
 def recalled(directory: Path) -> dict[str, Any]:
     """What `remember` wrote. Raises CheckpointError if that isn't there."""
     try:

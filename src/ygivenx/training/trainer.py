@@ -439,6 +439,9 @@ class Trainer(transformers.Trainer):
                 super()._save_checkpoint(model, trial)
                 self._name_best(run_dir, name)
                 self.accelerator.wait_for_everyone()
+                ranks = 0 if self.args.save_only_model else self.args.world_size
+                runs.refuse_lacking_ranks(self._staging / name, ranks)
+                self.accelerator.wait_for_everyone()  # all have looked before it is renamed
                 if self.is_world_process_zero():
                     self._publish(self._staging / name, run_dir / name)
             self.accelerator.wait_for_everyone()
