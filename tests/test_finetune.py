@@ -21,8 +21,8 @@ from tiny import llama
 
 from ygivenx.commands.config import TrainConfig
 from ygivenx.commands.finetune import Precision, _resuming, finetune, precision_of, refuse_lone_ranks
+from ygivenx.disk import locked
 from ygivenx.errors import CheckpointError, ConfigError, LossError
-from ygivenx.locks import locked
 from ygivenx.training import checkpoint
 
 DATED = "{{ strftime_now('%H:%M:%S.%f') }}" + CHATML

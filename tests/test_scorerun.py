@@ -25,8 +25,8 @@ from typer.testing import CliRunner
 import ygivenx as yx
 from ygivenx.cli import app
 from ygivenx.commands.scorerun import Rows, run
+from ygivenx.disk import locked
 from ygivenx.errors import ConfigError, DataError, ModelError, RowError
-from ygivenx.locks import locked
 from ygivenx.rows.data import read
 from ygivenx.scores.scorefile import ScoreFile
 from ygivenx.scores.scoring import Tally, request_builder_for, scores

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..disk import sync_all
 from ..errors import ConfigError, MissingExtra
 from ..models.resolve import located
 from .config import LoraSection, ModelOptions
@@ -44,6 +45,7 @@ def write_base(model: Any, source: ModelOptions, output_dir: Path) -> None:
         staged = output_dir / f"_{BASE}"
         shutil.rmtree(staged, ignore_errors=True)
         model.save_pretrained(staged)
+        sync_all(staged)
         os.rename(staged, output_dir / BASE)
 
 

@@ -31,6 +31,7 @@ import numpy as np
 from rich.console import Console
 
 from .. import __version__, encoded
+from ..disk import sync_all
 from ..encoded import EncodedRows
 from ..errors import ConfigError, DataError, nearest
 from ..rows.files import count_of_rows
@@ -296,6 +297,7 @@ def _kept(name: str, data: DataSection, encoder: Any, cores: Cores, console: Con
         staging = Path(mkdtemp(dir=root))
         try:
             encode_into(staging, name, data, cores, console)
+            sync_all(staging)
             with suppress(OSError):  # another run was faster
                 staging.rename(folder)
         finally:
@@ -334,13 +336,23 @@ def _key(name: str, data: EncodedRowOptions, encoder: Any) -> str:
 
 
 def _content(name: str) -> str:
-    """What a file, or each file below a directory, holds. What a hub holds isn't known: it is encoded each time."""
+    """What a file, or each file below a directory, holds; of a hub's data set its commit."""
     path = Path(name.removeprefix("hf:"))
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     # A name that is never met again: what a hub holds may have changed since.
     if not all(p.is_file() for p in files):
-        return uuid.uuid4().hex if name.startswith("hf:") else ""
+        return _commit_of(str(path).partition(":")[0]) if name.startswith("hf:") else ""
     return _hashes(files)
+
+
+def _commit_of(repository: str) -> str:
+    """The commit that the hub has of a data set now; where that can't be asked, what no other run has."""
+    try:
+        from huggingface_hub import HfApi
+
+        return str(HfApi().dataset_info(repository).sha)
+    except Exception:  # no network, no such repository: whoever reads the rows says so
+        return uuid.uuid4().hex
 
 
 @cache

@@ -20,10 +20,10 @@ from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
+from ..disk import locked
 from ..encoded import EncodedRows
 from ..encoder.rated import PreferenceEncoder
 from ..errors import ConfigError
-from ..locks import locked
 from ..models.sharing import describe_routes
 from ..proof.limits import Limits
 from ..sequence import Sequence

@@ -19,13 +19,13 @@ from rich.console import Console
 
 from .. import __version__
 from ..choices import Bos
+from ..disk import locked, writing
 from ..errors import ModelError, RowError
-from ..locks import locked
 from ..models.resolve import located, revision_of
 from ..rows.formats import normalise
 from ..scores.choices import Accuracy, gold_of
 from ..scores.requests import Request, RequestBuilder
-from ..scores.scorefile import ScoreFile, run_before, writing
+from ..scores.scorefile import ScoreFile, run_before
 from ..sequence import Rejected
 from ..show import visible_json
 from .config import RowOptions, Scoring, Weights
@@ -241,9 +241,10 @@ def score_file(
     """
     with ExitStack() as stack:
         if output is not None:
+            fix = "make room; run it again to go on behind the scores that are there"
+            stack.enter_context(writing(output, fix))
             output.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(output, "ygx score"))
-            stack.enter_context(writing(output))
         stack.enter_context(quiet(weights.verbose))
         try:
             return _score_file(data, weights, columns, scoring, output, ray, console, silent)

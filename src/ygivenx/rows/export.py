@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..disk import replaced, writing
 from ..encoded import schema
 from ..errors import RowError, refuse_unknown
 from ..sequence import Example, RatedExample, Rejected, Sequence
@@ -74,17 +74,9 @@ def write_examples(examples: Iterable[Example | RatedExample], path: str | Path,
                 yield {name: row[source] for name, source in columns.items()}
 
     write: Callable[..., int] = _write_lines if path.suffix == ".jsonl" else _write_parquet
-    with _whole(path) as partial:
+    with writing(path), replaced(path) as partial:
         count = write(rows(), partial, columns)
     return Written(count, reweighted)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A place to write to; what is complete there becomes `path`."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    partial.replace(path)
 
 
 # -- our own columns ---------------------------------------------------------------------------------------
@@ -94,8 +86,8 @@ def write_tables(batches: Iterable[Any], path: str | Path) -> int:
     """Write tables of `encoded` as they come, as Parquet; how many sequences. The file appears whole or not at all."""
     import pyarrow.parquet as pq
 
-    count = 0
-    with _whole(Path(path)) as partial, pq.ParquetWriter(partial, _own_schema()) as writer:
+    path, count = Path(path), 0
+    with writing(path), replaced(path) as partial, pq.ParquetWriter(partial, _own_schema()) as writer:
         for batch in batches:
             writer.write_batch(_for_trainers(batch))
             count += batch.num_rows

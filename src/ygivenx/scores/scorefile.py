@@ -11,11 +11,11 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..disk import replace_text, replaced
 from ..errors import ConfigError, DataError
 
 BATCH = 4096  # rows of one Parquet row group
@@ -48,7 +48,7 @@ class ScoreFile:
     def _claim(self, run: dict[str, Any]) -> None:
         present = self.path.exists() or self.lines.exists()
         if not present:
-            _replace(self.note, json.dumps({"run": run}, indent=1, default=str))
+            replace_text(self.note, json.dumps({"run": run}, indent=1, default=str))
             return
         if not self.note.exists():
             raise ConfigError("the file exists and isn't a run's", where=str(self.path), fix=_OTHER)
@@ -108,7 +108,7 @@ class ScoreFile:
         """The Parquet file, if that is asked for, and the account of the run beside it."""
         note = _note(self.note)
         # The account comes first: a Parquet file without one would be complete and couldn't be read back.
-        _replace(self.note, json.dumps(note | {"account": dict(account)}, indent=1, default=str))
+        replace_text(self.note, json.dumps(note | {"account": dict(account)}, indent=1, default=str))
         if self.parquet and not self.finished:  # last: where it is, everything is
             _to_parquet(self.lines, self.path)
             self.lines.unlink()
@@ -137,20 +137,6 @@ def _note(path: Path) -> dict[str, Any]:
             where=str(path),
             why=f"{error!r}: so nobody can say whether the scores beside it belong to this run",
             fix="delete it and the file of scores, or name another file",
-        ) from error
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises DataError for what a full disk makes Python raise."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            "it couldn't be written",
-            where=str(path),
-            why=str(error),
-            fix="make room; run it again to go on behind the scores that are there",
         ) from error
 
 
@@ -191,26 +177,17 @@ def _to_parquet(lines: Path, path: Path) -> None:
         ("segments", pa.list_(pa.struct(segment))),
     ]
     schema = pa.schema([*columns, *lists, *nested])
-    new = path.with_name(path.name + ".new")
-    with lines.open(encoding="utf-8") as file, pq.ParquetWriter(new, schema) as out:
+    with (
+        replaced(path) as new,
+        lines.open(encoding="utf-8") as file,
+        pq.ParquetWriter(new, schema) as out,
+    ):
         while batch := [json.loads(line) for line in islice(file, BATCH)]:
             # pyarrow would drop a column that the schema lacks without a word.
             unknown = batch[0].keys() - set(schema.names)
             if unknown:
                 raise DataError(f"no column for {', '.join(sorted(unknown))}", where=str(lines))
             out.write_table(pa.Table.from_pylist(batch, schema))
-    os.replace(new, path)
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(
-            file.fileno()
-        )  # a name that appears before its content would be an empty file after a power loss
-    os.replace(new, path)
 
 
 _COLUMNS = {

@@ -15,11 +15,12 @@ import os
 import re
 import shutil
 from collections.abc import Container, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .. import disk
 from ..errors import CheckpointError, YgivenxError
 
 logger = logging.getLogger(__name__)
@@ -29,18 +30,10 @@ _ASIDE = ".replaced"  # behind the name of a checkpoint that makes room for anot
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> AbstractContextManager[None]:
     """Raises CheckpointError for what a full disk makes each library raise."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(
-            "it couldn't be written",
-            where=str(path),
-            why=str(error),
-            fix="make room; --resume auto (resume='auto') goes on from the newest complete checkpoint",
-        ) from error
+    fix = "make room; --resume auto (resume='auto') goes on from the newest complete checkpoint"
+    return disk.writing(path, fix, CheckpointError, (OSError, RuntimeError, SafetensorError))
 
 
 @contextmanager
@@ -60,16 +53,13 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def seal(directory: Path) -> None:
-    """Flush every file of `directory` to disk, then write its manifest."""
+    """Write the manifest of `directory`, and flush every file to disk."""
     files = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _sync(path)
         files[path.relative_to(directory).as_posix()] = {"size": path.stat().st_size, "sha256": _hash(path)}
     manifest = directory / MANIFEST
     manifest.write_text(json.dumps({"version": 1, "files": files}, indent=1))
-    _sync(manifest)
-    for folder in [directory, *(p for p in directory.rglob("*") if p.is_dir())]:
-        _sync(folder)
+    disk.sync_all(directory)
 
 
 def clear(staging: Path) -> None:
@@ -86,7 +76,7 @@ def publish(staged: Path, final: Path) -> None:
     if final.exists():
         os.rename(final, aside)
     os.rename(staged, final)
-    _sync(final.parent)
+    disk.sync(final.parent)
     if aside.exists():
         shutil.rmtree(aside)
 
@@ -210,14 +200,6 @@ def rotate(run_dir: Path, keep: int | None, step: int, protect: str | None = Non
 
 def _step(path: Path) -> int:
     return int(path.name.partition("-")[2])
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _hash(path: Path) -> str:
