@@ -1,4 +1,7 @@
-"""`python -m attacks [NAME ...] [--scale S] [--write]`: run attacks and print their outcomes; `--write` keeps them."""
+"""`python -m attacks [NAME ...] [--scale S] [--only WORD] [--write]`: run attacks and print their outcomes.
+
+`--write` keeps them in `attacks/results/`. With `--only`, the cases whose name has the word, beside those kept before.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
-NAMES = ("templates", "resume", "checkpoints")
+NAMES = ("templates", "resume", "checkpoints", "files", "forged", "fuzz")
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -20,21 +24,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m attacks", description=__doc__)
     parser.add_argument("names", nargs="*", default=NAMES, help=f"of {', '.join(NAMES)}; else all")
     parser.add_argument("--scale", type=float, default=1.0, help="the share of all cases")
+    parser.add_argument("--only", default="", help="cases whose name has this text (not of templates)")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS}/NAME.json")
     arguments = parser.parse_args()
     bad = 0
     for name in arguments.names:
         start = time.perf_counter()
-        outcome = importlib.import_module(f"attacks.{name}").run(arguments.scale)
-        outcome["scale"] = arguments.scale
-        outcome["seconds"] = round(time.perf_counter() - start)
+        only = [arguments.only] if arguments.only else []
+        outcome = importlib.import_module(f"attacks.{name}").run(arguments.scale, *only)
+        outcome |= {"scale": arguments.scale, "seconds": round(time.perf_counter() - start)}
         bad += len(outcome["bad"])
         shown = {k: v for k, v in outcome.items() if k != "table"}
         print(name, json.dumps(shown, indent=1, ensure_ascii=False))
         if arguments.write:
-            text = json.dumps(outcome, indent=1, ensure_ascii=False)
-            (RESULTS / f"{name}.json").write_text(text + "\n")
+            path = RESULTS / f"{name}.json"
+            kept = with_others(outcome, path) if only and path.exists() else outcome
+            path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     return min(bad, 1)
+
+
+def with_others(outcome: dict[str, Any], path: Path) -> dict[str, Any]:
+    """An outcome of some cases, with those of the others as they were kept."""
+    before = json.loads(path.read_text())
+    cases = {k: before[k] | v for k, v in outcome.items() if isinstance(v, dict)}
+    run_now = [name for v in outcome.values() if isinstance(v, dict) for name in v]
+    others = [b for b in before["bad"] if not any(b.startswith(name) for name in run_now)]
+    seconds = before["seconds"] + outcome["seconds"]
+    return {**outcome, **cases, "bad": [*others, *outcome["bad"]], "seconds": seconds}
 
 
 if __name__ == "__main__":

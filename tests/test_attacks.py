@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCALES = {"templates": 0.1, "resume": 0.07, "checkpoints": 0.02}
+SCALES = {"templates": 0.1, "resume": 0.07, "checkpoints": 0.02, "files": 0.05, "forged": 0.1, "fuzz": 0.05}
 
 
 @pytest.mark.full

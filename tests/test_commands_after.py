@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +147,31 @@ def test_a_chat_comes_from_standard_input(tmp_path, monkeypatch):
     first, second = replies(Weights(place), Sampling(max_new_tokens=3), None, silent=True)
     assert (first["prompt"], second["prompt"]) == ("Hi", "And now?")
     assert Path(place).is_dir()
+
+
+@pytest.mark.full
+@pytest.mark.model
+def test_lora_on_200_rows_of_gsm8k_from_the_command_to_a_reply(data_dir, tmp_path):
+    """As a user would: `ygx train`, the `ygx generate` that its last lines name, `ygx merge`."""
+
+    def ygx(*arguments: object) -> tuple[Any, str]:
+        command = [sys.executable, "-m", "ygivenx", *map(str, arguments), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout), done.stderr
+
+    result, said = ygx(
+        "train", "--data", data_dir / "gsm8k" / "train.jsonl", "--model", "sample", "--lora", 8, "--limit", 200,
+        "--max-steps", 12, "--max-tokens", 1024, "--logging-steps", 3, "--output-dir", "run",
+    )  # fmt: skip
+    assert (result["accepted"], result["quarantined"], result["steps"]) == (200, 0, 12)
+    assert result["losses"][-1] < result["losses"][0]
+    (line,) = [t for t in map(str.strip, said.splitlines()) if t.startswith("ygx generate")]
+    ((reply,), _) = ygx(*line.split()[1:4], "--prompt", "What is 3 + 4?", "--max-new-tokens", 40)
+    assert reply["reply"].strip()
+    ygx("merge", "run/final", "--output", "merged")
+    merged, adapted, base = (
+        logits(yx.load(p)[0]) for p in (tmp_path / "merged", tmp_path / "run/final", "sample")
+    )
+    torch.testing.assert_close(merged, adapted, atol=1e-3, rtol=1e-3)
+    assert (base - adapted).abs().max() > 0.1

@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -167,3 +168,16 @@ def test_an_audit_reads_a_file_in_chunks_and_holds_no_rows(tmp_path, model, monk
     assert in_chunks.to_dict() == whole.to_dict()
     assert whole.summary["rows"] == 7
     assert [r.row for r in in_chunks.evidence.rejected] == [None, None]
+
+
+def test_a_data_set_of_the_hub_goes_by_its_commit(monkeypatch):
+    """Without a network it has no name that another run could have."""
+    from huggingface_hub import HfApi
+
+    commits = {"someone/rows": "0a1b"}
+    monkeypatch.setattr(HfApi, "dataset_info", lambda self, name: SimpleNamespace(sha=commits[name]))
+    known = encoding._content("hf:someone/rows")
+    assert known == encoding._content("hf:someone/rows:config") == "0a1b"
+    commits["someone/rows"] = "2c3d"
+    assert encoding._content("hf:someone/rows") == "2c3d"
+    assert encoding._content("hf:nobody/rows") != encoding._content("hf:nobody/rows")
