@@ -13,7 +13,7 @@ import torch.distributed as dist
 from test_trainer import make
 from tiny import llama, sequences
 
-from ygivenx.errors import CheckpointError
+from ygivenx.errors import CheckpointError, ConfigError
 
 
 def weights(trainer: Any) -> torch.Tensor:
@@ -56,15 +56,26 @@ def apart(folder: Path, rank: int) -> str:
     return ""
 
 
+def sharded(folder: Path) -> str:
+    """What is said of FSDP, which accelerate leaves out without GPUs."""
+    try:
+        make(folder / "fsdp", sequences(9, seed=4), fsdp="full_shard", fsdp_config={"version": 2})
+    except ConfigError as error:
+        return error.what
+    return ""
+
+
 def main(out: Path) -> None:
     dist.init_process_group("gloo")
     rank, count = dist.get_rank(), dist.get_world_size()
     told: list[Any] = [None] * count
-    dist.all_gather_object(told, (resumed(out.parent, rank), best(out.parent), apart(out.parent, rank)))
+    dist.all_gather_object(
+        told, (resumed(out.parent, rank), best(out.parent), apart(out.parent, rank), sharded(out.parent))
+    )
     if rank == 0:
-        resumes, bests, aparts = zip(*told, strict=True)
+        resumes, bests, aparts, fsdp = zip(*told, strict=True)
         agreed = [torch.equal(w, bests[0]) for w in bests]
-        torch.save({"resumed": list(resumes), "best": agreed, "apart": list(aparts)}, out)
+        torch.save({"resumed": list(resumes), "best": agreed, "apart": list(aparts), "fsdp": fsdp[0]}, out)
     gc.collect()  # the wrapper has to be gone before its group is: see Trainer.end_ranks
     dist.destroy_process_group()
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,32 @@ def test_mixed_precision_keeps_its_weights_in_float32(tmp_path):
         losses[bf16] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
     assert losses[True] != losses[False]
     assert losses[True] == pytest.approx(losses[False], rel=0.02)
+
+
+@pytest.mark.skipif(find_spec("optimi") is None, reason="torch-optimi is not installed")
+def test_kahan_summation_loses_no_update(tmp_path, caplog):
+    """At a rate at which nearly all updates of bfloat16 weights round away, its run goes the way of float32 weights."""
+    settings = {
+        "max_steps": 40,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+    }
+    ends = {}
+    for name, optimizer, dtype in (
+        ("float32", "stable_adamw", torch.float32),
+        ("kahan", "stable_adamw", torch.bfloat16),
+        ("plain", "adamw_torch", torch.bfloat16),
+    ):
+        caplog.clear()
+        model = llama(dtype=torch.bfloat16).to(dtype)
+        start = torch.cat([p.detach().float().flatten() for p in model.parameters()])
+        make(tmp_path / name, sequences(20), model=model, optim=optimizer, **settings).train()
+        assert ("round away" in caplog.text) is (name == "plain")
+        ends[name] = torch.cat([p.detach().float().flatten() for p in model.parameters()]) - start
+    errors = {n: (ends[n] - ends["float32"]).norm() / ends["float32"].norm() for n in ("kahan", "plain")}
+    assert errors["plain"] > 0.8
+    assert errors["kahan"] < 0.5
 
 
 @pytest.mark.parametrize("spoil", ["a bit", "the folder"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -61,14 +62,17 @@ class RoundedUpdates(TrainerCallback):
         """Counts which of the kept values are still the same."""
         if not self._before:
             return
-        same = sum(int((p.detach()[at] == old).sum()) for p, at, old in self._before)
+        optimizer = given.get("optimizer")
+        states = {} if optimizer is None else optimizer.state
+        same = sum(int(_lost(p, at, old, states.get(p, {})).sum()) for p, at, old in self._before)
         count = sum(len(old) for _, _, old in self._before)
         self._before, self.share = [], same / max(count, 1)
         if self.share > 0.01 and state.is_world_process_zero:
             rate = given["lr_scheduler"].get_last_lr()[0] if given.get("lr_scheduler") else args.learning_rate
             logger.warning(
                 "%.0f %% of the updates round away: the weights are bfloat16 and the learning rate is %g; "
-                "float32 weights with bfloat16 products (bf16=True, --dtype bf16) lose none",
+                "float32 weights with bfloat16 products (bf16=True, --dtype bf16) lose none, nor does the optimiser "
+                "optim='stable_adamw' (pip install torch-optimi), which keeps what is rounded away",
                 100 * self.share,
                 rate,
             )
@@ -76,6 +80,13 @@ class RoundedUpdates(TrainerCallback):
 
 def _coarse(p: nn.Parameter) -> bool:
     return p.requires_grad and p.dtype == torch.bfloat16 and p.grad is not None
+
+
+def _lost(p: nn.Parameter, at: Any, old: torch.Tensor, state: Mapping[str, Any]) -> torch.Tensor:
+    """bool [values]: which have their old value, and nothing that Kahan's summation keeps of the update."""
+    same = p.detach()[at] == old
+    kept = state.get("kahan_comp")
+    return same & (kept[at] == 0) if kept is not None and kept.shape == p.shape else same
 
 
 def _sample(p: nn.Parameter) -> tuple[nn.Parameter, Any, torch.Tensor]:

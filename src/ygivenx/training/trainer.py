@@ -180,6 +180,12 @@ class Trainer(transformers.Trainer):
             **kwargs,
         )
         refuse_float16_weights(self.model)
+        if args.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise ConfigError(
+                f"fsdp is given, and accelerate would train as {self.accelerator.distributed_type}",
+                why="it shards over several GPUs alone, and would leave the option out without a word",
+                fix="torchrun --nproc_per_node N on a machine with N GPUs; or leave fsdp out",
+            )
         self.add_callback(_LastStepIsLogged)
         self.add_callback(RoundedUpdates)
         self.meter = Meter()
