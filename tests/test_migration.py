@@ -32,6 +32,19 @@ def test_what_is_said_to_work_is_an_option(tool, name, ours):
         assert option in {f.name for f in fields(SECTIONS[section])} | FURTHER.get(section, set())
 
 
+REFUSED = {name: ours for _, name, ours in ENTRIES if ours[0] in "-?"}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("place", ["a flat key", "training", "model"])
+def test_what_is_refused_or_missing_says_why(name, place):
+    given = {name: "x"} if place == "a flat key" else {place: {name: "x"}}
+    with pytest.raises(ConfigError) as e:
+        TrainConfig.of(None, {"data": "rows.jsonl", "output_dir": "run"} | given)
+    assert repr(name) in str(e.value)
+    assert REFUSED[name][2:] in str(e.value)
+
+
 @pytest.mark.parametrize("table", migration.TOOLS.values(), ids=migration.TOOLS)
 def test_at_most_a_tenth_of_forty_options_is_missing(table):
     assert len(table) == 40

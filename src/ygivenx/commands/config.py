@@ -479,6 +479,7 @@ def _training_hints(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in values:
         if name in _ELSEWHERE:
             raise ConfigError(f"{name} isn't said here", where=where, fix=f"use {_ELSEWHERE[name]}")
+    _refuse_foreign(values.keys() - TrainingArguments.__dataclass_fields__.keys(), where)
     return fields_by_name(values, TrainingArguments, "field of TrainingArguments", where)
 
 
