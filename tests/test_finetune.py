@@ -85,7 +85,7 @@ def test_what_is_longer_than_the_model_reads_is_said(settings, tmp_path):
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"question": "hi " * 300, "answer": "ho " * 300}))
     _, said = train(settings, data=str(long), max_steps=1)
-    assert "1 sequences are longer than the 512 tokens that the model was made for" in said
+    assert "1 sequence beyond the 512 tokens that the model was made for" in said
     assert "warning" not in train(settings, output_dir=str(tmp_path / "other"), max_steps=1)[1]
 
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from .errors import RowError
 from .packing import KEYS, Read, plan, prefix_order
 from .sequence import Example, RatedExample, Sequence
+from .show import plural
 
 MAX_TOKENS = 4096  # distinct tokens of a pack, unless another number is given
 LARGEST = 2**31  # ids are compared as 32-bit numbers
@@ -106,7 +107,7 @@ class Forest:
     def __str__(self) -> str:
         n, trained = len(self), int((self.weight != 0).sum())
         return (
-            f"Forest: {len(self.paths):,} sequences, {n:,} distinct of {self.total:,} tokens "
+            f"Forest: {plural(len(self.paths), 'sequence')}, {n:,} distinct of {self.total:,} tokens "
             f"({self.total / max(n, 1):.2f}× shared), {trained:,} trained ({trained / max(n, 1):.1%})"
         )
 

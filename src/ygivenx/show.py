@@ -29,6 +29,11 @@ def visible_json(document: str) -> str:
     return document.translate(_ESCAPES)
 
 
+def plural(count: int, noun: str) -> str:
+    """ "1 row", "2,000 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def wants_colour() -> bool:
     """Whether standard output is a terminal that nobody asked to keep plain (no-color.org)."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ

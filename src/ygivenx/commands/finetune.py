@@ -27,6 +27,7 @@ from ..errors import ConfigError
 from ..models.sharing import describe_routes
 from ..proof.limits import Limits
 from ..sequence import Sequence
+from ..show import plural
 from ..training import checkpoint, runs
 from ..training.interrupts import Interrupts
 from ..training.precision import multiplies_bfloat16
@@ -246,8 +247,8 @@ def _say_too_long(rows: Any, model: Any, console: Console) -> None:
     )
     if most and lengths.max() > most:
         say(
-            f"warning: {(lengths > most).sum():,} sequences are longer than the {most:,} tokens that the model "
-            f"was made for, the longest {lengths.max():,}: --max-length {most} quarantines them",
+            f"warning: {plural(int((lengths > most).sum()), 'sequence')} beyond the {most:,} tokens that the model was "
+            f"made for, the longest of {lengths.max():,}: --max-length {most} quarantines what is longer",
             console,
         )
 

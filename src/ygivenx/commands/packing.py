@@ -9,6 +9,7 @@ from ..encoded import EncodedRows
 from ..errors import ConfigError
 from ..packing import prefix_order
 from ..sequence import RatedExample
+from ..show import plural
 from ..training.packs import plan_of
 from ..training.rated import Objective, RatedPacks
 
@@ -41,10 +42,10 @@ class PackSharing:
 
     def __str__(self) -> str:
         return (
-            f"{self.sequences:,} sequences of {self.tokens:,} tokens, {self.distinct:,} of them distinct; "
+            f"{plural(self.sequences, 'sequence')} of {self.tokens:,} tokens, {self.distinct:,} of them distinct; "
             f"{self.trained / self.tokens:.1%} trained; the longest has {self.longest:,}\n"
-            f"sharing limit {self.limit:.2f}; {self.packs:,} packs of {self.max_tokens:,} distinct tokens reach "
-            f"{self.reached:.2f} ({self.reached / self.limit:.0%} of the limit)"
+            f"sharing limit {self.limit:.2f}; {plural(self.packs, 'pack')} of {self.max_tokens:,} distinct tokens "
+            f"reach {self.reached:.2f} ({self.reached / self.limit:.0%} of the limit)"
         )
 
 

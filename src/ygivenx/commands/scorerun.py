@@ -27,7 +27,7 @@ from ..scores.choices import Accuracy, gold_of
 from ..scores.requests import Request, RequestBuilder
 from ..scores.scorefile import ScoreFile, run_before
 from ..sequence import Rejected
-from ..show import visible_json
+from ..show import plural, visible_json
 from .config import RowOptions, Scoring, Weights
 from .inputs import Account, open_model, open_rows, say
 from .progress import shown
@@ -336,7 +336,7 @@ def summary(account: dict[str, Any]) -> str:
             parts.append(f"{label} {account[name]:.4g}")
     if "choices" in account:
         shares = ", ".join(f"{by} {share:.1%}" for by, share in account["choices"]["accuracy"].items())
-        parts.append(f"accuracy over {account['choices']['rows']:,} rows: {shares}")
+        parts.append(f"accuracy over {plural(account['choices']['rows'], 'row')}: {shares}")
     return "; ".join(parts)
 
 

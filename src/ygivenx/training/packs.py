@@ -15,6 +15,7 @@ from ..encoded import EncodedRows
 from ..forest import Forest, grown
 from ..packing import Ints, PackPlan, joined, plan
 from ..sequence import Sequence
+from ..show import plural
 
 
 class Packs(Dataset[dict[str, Any]]):
@@ -44,9 +45,9 @@ class Packs(Dataset[dict[str, Any]]):
         distinct, total = int(self.plan.distinct.sum()), int(self.rows.length[seen].sum())
         trained = int(self.rows.trained[seen].sum())
         return (
-            f"{len(seen):,} sequences in {len(self):,} packs: {total:,} tokens, "
+            f"{plural(len(seen), 'sequence')} in {plural(len(self), 'pack')}: {total:,} tokens, "
             f"{distinct:,} distinct (sharing {total / max(distinct, 1):.2f}), {trained / max(total, 1):.1%} trained"
-            + (f"; {self.skipped} packs without any weight left out" if self.skipped else "")
+            + (f"; {plural(self.skipped, 'pack')} without any weight left out" if self.skipped else "")
         )
 
     def __len__(self) -> int:

@@ -22,6 +22,7 @@ from .. import objectives
 from ..errors import ConfigError, nearest
 from ..forest import Forest, Ints
 from ..sequence import RatedExample, Sequence
+from ..show import plural
 from ..targets import Targets
 
 Name = Literal["dpo", "ipo", "orpo", "simpo", "kto", "reward_weighted"]
@@ -242,8 +243,8 @@ class RatedPacks(Dataset[dict[str, Any]]):
 
     def __str__(self) -> str:
         replies = sum(len(row.replies) for row in self.rows)
-        left_out = f"; {self.skipped:,} rows without a pair left out" if self.skipped else ""
-        return f"{len(self.rows):,} rows of {replies:,} rated replies in {len(self):,} packs{left_out}"
+        left_out = f"; {plural(self.skipped, 'row')} without a pair left out" if self.skipped else ""
+        return f"{plural(len(self.rows), 'row')} of {replies:,} rated replies in {plural(len(self), 'pack')}{left_out}"
 
 
 def rated_sequences(rows: Iterable[RatedExample]) -> tuple[list[Sequence], list[str]]:
