@@ -39,12 +39,14 @@ def ygx(*arguments: str) -> None:
 
 
 def records(path: Path) -> list[Any]:
-    """What a file holds, as plain values; the columns of a run's time aside."""
+    """What a file holds, as plain values; numbers rounded, since rows that are scored together differ by how they met."""
     import pyarrow.parquet as pq
 
     if path.suffix == ".parquet":
-        return list(pq.read_table(path).to_pylist())
-    return [json.loads(line) for line in path.read_text().splitlines()]
+        lines = [json.dumps(r) for r in pq.read_table(path).to_pylist()]
+    else:
+        lines = path.read_text().splitlines()
+    return [json.loads(line, parse_float=lambda number: round(float(number), 3)) for line in lines]
 
 
 def writing(command: str, name: str, options: tuple[str, ...], rows: Path, model: Path) -> Work:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from ast import literal_eval
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from ..disk import writing
 from ..errors import ConfigError
 from ..rows.data import Reader, Row, read
 from ..sequence import Example, Rejected
@@ -130,7 +132,8 @@ class Account:
         if self.quarantine:
             self._file = self._file or self._open.enter_context(quarantine_file(self.quarantine))
             record = {"reason": row.reason, "where": row.where, "message": row.message, "row": row.row}
-            self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
+            with writing(Path(self.quarantine)):
+                self._file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
 
     @property
     def read(self) -> int:
@@ -170,7 +173,7 @@ class Account:
         }
 
     def end(self) -> None:
-        """Close the file."""
+        """Close the file, on the disk with all that was written."""
         self._open.close()
 
     def close(self) -> dict[str, Any]:
@@ -183,12 +186,18 @@ class Account:
         return document
 
 
-def quarantine_file(path: str) -> Any:
+@contextmanager
+def quarantine_file(path: str) -> Iterator[Any]:
+    """A file for rejected rows, flushed to disk when it is closed. Raises ConfigError, or DataError at its end."""
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "w", encoding="utf-8")  # the account closes it
+        file = open(path, "w", encoding="utf-8")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise ConfigError("it can't be written", where=f"--quarantine {path}", why=str(error)) from error
+    with writing(Path(path)), file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def say_account(
