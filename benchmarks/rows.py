@@ -7,34 +7,32 @@ on them with an empty cache and samples the resident memory of it and of its pro
 then once more with what the first run kept. RssAnon is what the run itself holds; RSS counts pages of mapped files,
 too, which the system takes back when it needs them.
 
-    python benchmarks/rows.py GSM8K.jsonl --plan 1000000
+    python benchmarks/rows.py GSM8K.jsonl --kept 1000000 --folder BIG
 
-writes so many encoded rows without encoding them (2,000 rows of GSM8K, each made another by three tokens), and plans
-their packs in a process of its own.
+puts so many encoded rows into the cache without encoding them (2,000 rows of GSM8K, each made another by three tokens),
+unless the folder has them already, and measures the run that finds them there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from itertools import cycle, islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
 
 from ygivenx import Encoder, encoded
-from ygivenx.encoded import EncodedRows
+from ygivenx.commands import encoding
+from ygivenx.commands.config import DataSection
+from ygivenx.commands.inputs import Account
 from ygivenx.rows.data import read
 from ygivenx.sequence import Example, Sequence
-from ygivenx.training.packs import Packs
 
 GIB = 2**30
 BEGUN = "sequences in"  # the line behind which the run's first step begins
@@ -105,17 +103,24 @@ def write_encoded(source: Path, model: str, count: int, target: Path) -> None:
     encoded.write(encoded.tables(sequences()), target)
 
 
-def planned(path: Path) -> dict[str, object]:
-    """Seconds and peak memory of planning the packs of a file of encoded rows, with their fingerprint."""
-    began = time.perf_counter()
-    packs = Packs(EncodedRows.open(path), max_tokens=1024, seed=0)
-    print(packs, packs.fingerprint[:8])
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        "rows": len(packs.rows),
-        "plan_s": round(time.perf_counter() - began, 1),
-        "peak_gib": round(own / GIB, 2),
-    }
+def keep(source: Path, model: str, count: int, data: Path, cache: Path) -> None:
+    """Write rows, and encoded ones into the cache as if they were what `ygx train` has made of them."""
+    write_rows(source, data, count)
+    options = DataSection(x="question", y="answer", cache=str(cache))
+    folder = cache / encoding._key(str(data), options, Encoder.from_pretrained(model))
+    folder.mkdir(parents=True)
+    write_encoded(source, model, count, folder / encoding.ROWS)
+    account = Account(read(data, x="question", y="answer").format, accepted=count)
+    (folder / encoding.ACCOUNT).write_text(json.dumps(account.kept()))
+
+
+def command_of(options: argparse.Namespace, folder: Path, output: str) -> list[str]:
+    """One step of `ygx train` on the rows of a folder."""
+    return [
+        sys.executable, "-m", "ygivenx", "train", "--data", str(folder / "rows.jsonl"), "--x", "question", "--y",
+        "answer", "--model", options.model, "--output-dir", str(folder / output), "--max-steps", "1",
+        "--cache", str(folder / "cache"), "--processes", str(options.processes),
+    ]  # fmt: skip
 
 
 def svg(results: list[dict[str, object]]) -> str:
@@ -147,28 +152,29 @@ def main() -> None:
     parser.add_argument("--model", default="sample")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/rows.json"))
-    parser.add_argument("--plan", type=int, help="plan the packs of so many rows, and do nothing else")
+    parser.add_argument("--kept", type=int, help="measure with so many rows that are kept already, alone")
+    parser.add_argument("--folder", type=Path, help="where the kept rows are, or are put")
     options = parser.parse_args()
-    if options.plan:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "rows.arrow"
-            write_encoded(options.source, options.model, options.plan, path)
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                print(pool.submit(planned, path).result())
-        return
     results: list[dict[str, object]] = []
-    for count in options.rows:
+    if options.kept:
+        if not (options.folder / "cache").exists():
+            keep(
+                options.source,
+                options.model,
+                options.kept,
+                options.folder / "rows.jsonl",
+                options.folder / "cache",
+            )
+        command = command_of(options, options.folder, "run")
+        results.append({"rows": options.kept, "cache": "encoded before", **measured(command)})
+    for count in () if options.kept else options.rows:
         with tempfile.TemporaryDirectory() as folder:
-            data = Path(folder) / "rows.jsonl"
-            write_rows(options.source, data, count)
+            write_rows(options.source, Path(folder) / "rows.jsonl", count)
             for number, cache in enumerate(("empty cache", "encoded before")):
-                command = [
-                    sys.executable, "-m", "ygivenx", "train", "--data", str(data), "--x", "question", "--y", "answer",
-                    "--model", options.model, "--output-dir", f"{folder}/run{number}", "--max-steps", "1",
-                    "--cache", f"{folder}/cache", "--processes", str(options.processes),
-                ]  # fmt: skip
+                command = command_of(options, Path(folder), f"run{number}")
                 results.append({"rows": count, "cache": cache, **measured(command)})
-                print({k: v for k, v in results[-1].items() if k != "curve"}, flush=True)
+    for result in results:
+        print({k: v for k, v in result.items() if k != "curve"}, flush=True)
     options.output.write_text(json.dumps(results) + "\n")
     options.output.with_suffix(".svg").write_text(svg(results))
 
