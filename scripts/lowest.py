@@ -12,14 +12,14 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-GROUPS = ("gguf", "lora", "datasets")
+GROUPS = ("train", "lora", "quant")
 
 
 def lowest(torch: str | None = None) -> list[str]:
     """Lines `name==release`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needed = [*project["dependencies"], *(r for g in GROUPS for r in project["optional-dependencies"][g])]
-    pins = dict(re.match(r"([\w-]+)>=([\w.]+)", text).groups() for text in needed)  # type: ignore[union-attr]
+    pins = dict(found.groups() for text in needed if (found := re.match(r"([\w-]+)>=([\w.]+)", text)))
     return [f"{name}=={torch if torch and name == 'torch' else release}" for name, release in pins.items()]
 
 

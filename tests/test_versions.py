@@ -76,7 +76,7 @@ def test_every_dependency_has_a_lowest_release_that_make_lowest_installs():
     pins = {Requirement(line).name: Requirement(line) for line in done.stdout.splitlines()}
     for text in (
         *PROJECT["dependencies"],
-        *(PROJECT["optional-dependencies"][e][0] for e in ("gguf", "lora")),
+        *(PROJECT["optional-dependencies"][e][0] for e in ("quant", "lora")),
     ):
         needed = Requirement(text)
         if needed.name == "torch":

@@ -21,7 +21,7 @@ def refuse_unsupported() -> None:
     except PackageNotFoundError:  # run from a checkout
         return
     for needed in declared:
-        if needed.marker is not None and not {"test", "docs"}.isdisjoint(str(needed.marker).split('"')):
+        if needed.marker is not None and not {"dev", "docs"}.isdisjoint(str(needed.marker).split('"')):
             continue
         try:
             there = version(needed.name)
