@@ -174,13 +174,16 @@ def table(results: Path) -> str:
 
 
 def main() -> None:
+    global ROWS
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=["run", "table"])
     parser.add_argument("contestant", nargs="?", choices=CONTESTANTS)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rows", type=int, default=ROWS)
     args = parser.parse_args()
+    ROWS = args.rows
     if args.what == "table":
         print(table(args.out))
         return
