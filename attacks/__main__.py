@@ -25,7 +25,9 @@ def main() -> int:
     parser.add_argument("names", nargs="*", default=NAMES, help=f"of {', '.join(NAMES)}; else all")
     parser.add_argument("--scale", type=float, default=1.0, help="the share of all cases")
     parser.add_argument("--only", default="", help="cases whose name has this text (not of templates)")
-    parser.add_argument("--write", action="store_true", help=f"write {RESULTS}/NAME.json")
+    parser.add_argument(
+        "--write", nargs="?", type=Path, const=RESULTS, help=f"write NAME.json there, else in {RESULTS}"
+    )
     arguments = parser.parse_args()
     bad = 0
     for name in arguments.names:
@@ -37,7 +39,7 @@ def main() -> int:
         shown = {k: v for k, v in outcome.items() if k != "table"}
         print(name, json.dumps(shown, indent=1, ensure_ascii=False))
         if arguments.write:
-            path = RESULTS / f"{name}.json"
+            path = arguments.write / f"{name}.json"
             kept = with_others(outcome, path) if only and path.exists() else outcome
             path.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     return min(bad, 1)
