@@ -13,7 +13,7 @@ from .errors import ConfigError, DataError, YgivenxError
 @contextmanager
 def writing(
     path: Path,
-    fix: str = "make room; run it again",
+    fix: str = "make room, or name another place; run it again",
     error: type[YgivenxError] = DataError,
     raised: tuple[type[Exception], ...] = (OSError,),
 ) -> Iterator[None]:
@@ -26,8 +26,12 @@ def writing(
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A name to write to. Afterwards that file is flushed and becomes `path`, or it goes and `path` is what it was."""
+    """A name to write to. Afterwards that file is flushed and becomes `path`, or it goes and `path` is what it was.
+
+    The folder is made if it isn't there.
+    """
     partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
         sync(partial)  # a name that appears before its content would be an empty file after a loss of power
