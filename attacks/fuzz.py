@@ -285,8 +285,13 @@ def counted(target: Any, outcomes: Counter[str]) -> Any:
 
 
 def main() -> None:
+    import importlib
+
     import atheris
 
+    with atheris.instrument_imports(include=["ygivenx"]):
+        for name in ("rows.data", "rows.formats", "encoder.encode", "commands.config"):
+            importlib.import_module(f"ygivenx.{name}")
     target, _ = TARGETS[sys.argv[1]]
     given = settings(deadline=None, database=None)(counted(target, Counter()))
     atheris.Setup([sys.argv[0], *sys.argv[2:]], given.hypothesis.fuzz_one_input)
