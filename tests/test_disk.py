@@ -10,13 +10,13 @@ from tiny import sequences
 
 from ygivenx import disk
 from ygivenx.commands.inputs import Account
+from ygivenx.encoded import tables
 from ygivenx.errors import DataError
-from ygivenx.rows.export import write_examples
-from ygivenx.rows.parquet import write_parquet
+from ygivenx.rows.export import write_examples, write_tables
 from ygivenx.sequence import Example, Rejected
 
 WRITERS = {
-    "parquet": write_parquet,
+    "parquet": lambda examples, path: write_tables(tables(examples), path),
     "trl.parquet": lambda examples, path: write_examples(examples, path, "trl"),
     "trl.jsonl": lambda examples, path: write_examples(examples, path, "trl"),
 }
