@@ -326,7 +326,7 @@ def test_all_proven_families_are_proven_here():
 # Why their sequences can't share, of the first in chunks alone; all of them are exact by themselves.
 STATES = {
     "mamba": ("Mamba", {"state_size": 4}, "begin with no state"),
-    "minimax": ("MiniMax", {"num_local_experts": 4, "head_dim": 8}, "linear_attention"),
+    "zaya": ("Zaya", {"num_experts_per_tok": 1, "num_experts": 4, "head_dim": 8}, "hybrid"),
     "bloom": ("Bloom", {"n_layer": 2, "n_head": 4}, "no positions"),
 }  # fmt: skip
 
@@ -443,6 +443,14 @@ def test_errors_of_other_libraries_are_ours(monkeypatch):
     model.model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: output[:, :0])
     with pytest.raises(ModelError, match="it can't read a sequence: RuntimeError"):
         hidden_states(model, yx.Forest.of(tree(0)))
+
+
+def test_a_model_whose_own_forward_fails_says_so():
+    """transformers 5.23: with return_dict=False this family's head asks a tuple for hidden states."""
+    model = build("granite")
+    model.config.return_dict = False
+    with pytest.raises(ModelError, match="its own forward fails with AttributeError"):
+        yx.loss(model, tree(2))
 
 
 def test_an_encoder_with_a_decoder_is_refused():

@@ -14,7 +14,7 @@ from trees import assert_same, distances, gradients, tree
 
 import ygivenx as yx
 from ygivenx import reference
-from ygivenx.models import recurrent
+from ygivenx.models import lightning, recurrent
 from ygivenx.models.families import decoder_of
 from ygivenx.models.segments import segments
 from ygivenx.models.sharing import sharing_of
@@ -64,6 +64,12 @@ CASES = {
     "falcon_mamba": ("FalconMamba", {"state_size": 4}),
     "jamba": ("Jamba", {"mamba_d_state": 4, "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 4,
                         "attn_layer_offset": 3, "use_mamba_kernels": False}),
+    "zamba": ("Zamba", {"mamba_d_state": 4, "mamba_dt_rank": 4, "attention_hidden_size": 64, "attention_head_dim": 16,
+                        "num_key_value_heads": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2}),
+    "recurrent_gemma": ("RecurrentGemma", {"lru_width": 48, "attention_window_size": 32,
+                                           "block_types": ["recurrent", "recurrent", "attention"]}),
+    "rwkv": ("Rwkv", {"attention_hidden_size": 48, "rescale_every": 0, "use_cache": False}),
+    "minimax": ("MiniMax", {"num_local_experts": 4, "block_size": 32}),
 }  # fmt: skip
 
 
@@ -157,13 +163,18 @@ def test_padding_would_change_states(monkeypatch, case):
     """The guard trips: without idle steps, segments of unequal length end in other states."""
     model, rows = build(case), uneven()
     right, kind = yx.loss(model, rows).value.item(), type(recurrent.mixers(decoder_of(model))[0]).__name__
-    if not recurrent.GATES.get(kind):
+    if kind == lightning.LAYER:
+        after = lightning._after
+        whole = lambda layer, state, k, v, n: after(layer, state, k, v, torch.full_like(n, k.shape[2]))  # noqa: E731
+        monkeypatch.setattr(lightning, "_after", whole)
+    elif not recurrent.GATES.get(kind):
         pytest.skip("a convolution keeps its last inputs, a scan pads nothing")
     monkeypatch.setitem(recurrent.GATES, kind, {})
     assert yx.loss(model, rows).value.item() != pytest.approx(right, rel=1e-5)
 
 
-@pytest.mark.parametrize("case", ["qwen3_5", "nemotron_h", "lfm2", "jamba", "mamba"])
+@pytest.mark.parametrize("case", ["qwen3_5", "nemotron_h", "lfm2", "jamba", "mamba", "minimax", "rwkv",
+                                  "recurrent_gemma", "zamba"])  # fmt: skip
 def test_gradient_checkpointing_runs_segments_again(case):
     model, rows = build(case), uneven()
     wanted = gradients(model, yx.loss(model, rows).value)
@@ -185,7 +196,9 @@ def test_adapters_on_mixers(case, targets):
     assert_same(gradients(model, yx.loss(model, uneven()).value), wanted)
 
 
-@pytest.mark.parametrize("case", ["qwen3_5", "mamba2", "lfm2", "falcon_h1"])
+@pytest.mark.parametrize(
+    "case", ["qwen3_5", "mamba2", "lfm2", "falcon_h1", "minimax", "rwkv", "recurrent_gemma"]
+)
 def test_bfloat16_is_as_near_as_sequences_alone(case):
     model, rows = build(case), uneven()
     exact = gradients(model, reference.loss(model, rows))
@@ -195,6 +208,17 @@ def test_bfloat16_is_as_near_as_sequences_alone(case):
             for value in (reference.loss(model, rows), yx.loss(model, rows).value)
         )
     assert np.median(ours) <= 1.25 * np.median(apart) + 1e-3
+
+
+def test_factors_that_half_precision_rounds_share():
+    """In float32 the layer's own way and ours are the same, and rounded factors are put back as they were."""
+    model, rows = build("minimax").to(torch.bfloat16), uneven()
+    kept = {n: b.clone() for n, b in model.named_buffers()}
+    with torch.no_grad():
+        expected, found = reference.loss(model, rows).item(), yx.loss(model, rows).value.item()
+    assert not sharing_of(model).reason
+    assert found == pytest.approx(expected, rel=5e-3)
+    assert all(torch.equal(b, kept[n]) and b.dtype == kept[n].dtype for n, b in model.named_buffers())
 
 
 def test_a_copy_of_a_model_computes_with_its_own_weights():
@@ -224,7 +248,7 @@ def test_one_call_for_all_segments_of_a_level():
     assert len(calls) - compared == 2
 
 
-CHUNKED = sorted(CASES.keys() - {"mamba", "falcon_mamba", "jamba"})
+CHUNKED = sorted(CASES.keys() - {"mamba", "falcon_mamba", "jamba", "zamba", "recurrent_gemma", "rwkv"})
 
 
 @pytest.mark.parametrize("shape", FORESTS)

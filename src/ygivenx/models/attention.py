@@ -72,9 +72,8 @@ class _Options:
 
     @classmethod
     def of(cls, module: nn.Module, query: Tensor, options: dict[str, Any]) -> _Options:
-        for name in ("position_bias",):
-            if options.get(name) is not None:
-                raise ModelError(f"attention with {name} can't be computed over a forest")
+        if options.get("position_bias") is not None:
+            raise ModelError("attention with position_bias can't be computed over a forest")
         scale = options.get("scaling")
         return cls(
             query.shape[-1] ** -0.5 if scale is None else scale,

@@ -101,11 +101,13 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None 
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=plan.device)
     if by_hand:
         mask = plan.additive_mask(embeddings_of(decoder).dtype)
+    # RWKV, which attends to nothing, says in the log of a mask that it isn't used.
+    masks = {"attention_mask": mask} if hasattr(config, "num_attention_heads") else {}
     positions = {"position_ids": depth[None]}
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
         positions = {}
     with last_layer.only(decoder, needed, len(token)), recurrent.carried(decoder, plan):
-        out = decoder(input_ids=ids[None], attention_mask=mask, use_cache=False, ygx=plan, **positions)
+        out = decoder(input_ids=ids[None], use_cache=False, ygx=plan, **masks, **positions)
     layers = _expected_layers(decoder, config)
     if (
         layers not in (len(plan.layers), plan.calls) and not by_hand

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..errors import ModelError
 from ..head.logit_head import LogitHead
+from . import memory
 from .adapters import product
 from .families import PROVEN, config_of, decoder_of, feed_sequences
 
@@ -77,8 +80,32 @@ def head_input(model: Any, hidden: Tensor) -> Tensor:
 
 def _measured(model: Any) -> _Measured:
     if model not in _known:
-        _known[model] = _measure(model, LogitHead(*product(_head_layer(model))), config_of(model))
+        with precisely(model, _head_layer(model).weight.device):
+            _known[model] = _measure(model, LogitHead(*product(_head_layer(model))), config_of(model))
     return _known[model]
+
+
+@contextmanager
+def precisely(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Within it, weights in half precision are float32, where they fit into half of the memory.
+
+    Rounding, and experts that it chooses otherwise, can change more in half precision than mixed branches would, or
+    another soft cap.
+    """
+    parameters = list(model.parameters())
+    plain = all(type(p.data) is Tensor and p.is_floating_point() for p in parameters)
+    half = [p for p in parameters if p.dtype in (torch.float16, torch.bfloat16)]
+    if not plain or 4 * sum(p.numel() for p in half) > memory.total(device) // 2:
+        half = []
+    kept = [p.data for p in half]
+    try:
+        for p in half:
+            p.data = p.data.float()
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for p, data in zip(half, kept, strict=True):
+            p.data = data
 
 
 @torch.no_grad()
@@ -89,8 +116,7 @@ def _measure(model: Any, head: LogitHead, config: Any) -> _Measured:
     model.eval()
     try:
         hidden = feed_sequences(decoder_of(model), ids)
-        out = model(input_ids=ids)
-        theirs = (out.logits if hasattr(out, "logits") else out[0]).double()
+        theirs = _logits(model, ids)
         for prepares, softcap in itertools.product(
             (False, True), dict.fromkeys((_named_softcap(config), None))
         ):
@@ -106,6 +132,18 @@ def _measure(model: Any, head: LogitHead, config: Any) -> _Measured:
         why="neither 1 nor a factor in its config makes them equal, so log-probabilities would be wrong",
         fix="use a model of a proven family: " + ", ".join(sorted(PROVEN)),
     )
+
+
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    try:
+        out = model(input_ids=ids)
+    except Exception as error:
+        raise ModelError(
+            f"its own forward fails with {type(error).__name__}: {error}", where=type(model).__name__,
+            why="its logits are compared once with its head's product", fix="make model(input_ids=...) work first",
+        ) from error  # fmt: skip
+    logits: Tensor = out[0] if isinstance(out, tuple) else out.logits
+    return logits.double()
 
 
 def _scale(head: LogitHead, raw: Tensor, theirs: Tensor, config: Any) -> float | None:

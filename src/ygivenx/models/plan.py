@@ -49,10 +49,9 @@ class Plan:
     end, depth: int64 [K], of the nodes that can be seen; the last K - first of them are the queries. Where
     first > 0 the model is fed one chunk of a longer forest, and `past` has the keys and values of the path
     that leads to it. fresh: the chunk's own, put there by the layers if it isn't None. kept: int64, the nodes whose
-    states recurrent layers put there. layers: the layers that asked so far. made: masks and blocks by window.
-    window_in_mask: a sliding window that some layer left to the model's own mask, which isn't made over a forest.
-    attends_twice: whether some layer asked more than once. calls: how
-    often layers asked.
+    states recurrent layers put there. layers: the layers that asked so far. built: masks and blocks by
+    window. window_in_mask: a sliding window that some layer left to the model's own mask, which isn't made over a
+    forest. attends_twice: whether some layer asked more than once. calls: how often layers asked.
     """
 
     end: Ints

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..forest import Ints
-from . import selective_scan
+from . import lightning, scans
 from .plan import Plan
 from .segments import Group, levels
 
@@ -45,13 +45,8 @@ GATES: dict[str, dict[str, str | None]] = {
     "GraniteMoeHybridMambaLayer": _MAMBA2,
     "NemotronHMamba2Mixer": _MAMBA2,
     "Zamba2MambaMixer": _MAMBA2,
+    lightning.LAYER: {},
 }
-
-SCANS = {
-    "MambaMixer",
-    "FalconMambaMixer",
-    "JambaMambaMixer",
-}  # they begin with no state: see `selective_scan`
 ATTENDING = {"full_attention", "sliding_attention"}  # layer types without a state
 
 CACHE_NAMES = ("cache", "cache_params", "past_key_values")  # the first since transformers 5.24
@@ -61,12 +56,12 @@ States = dict[str, Tensor]  # by one of these, [segments, ...]
 
 def mixers(decoder: nn.Module) -> list[nn.Module]:
     """The layers of a decoder that carry a state from token to token and can be run over a forest."""
-    return [m for m in decoder.modules() if type(m).__name__ in GATES.keys() | SCANS]
+    return [m for m in decoder.modules() if type(m).__name__ in GATES.keys() | scans.LAYERS.keys()]
 
 
-def scans(decoder: nn.Module) -> bool:
+def begins_with_no_state(decoder: nn.Module) -> bool:
     """Whether some of its layers can't begin in a state, so that a forest can't be computed in chunks."""
-    return any(type(m).__name__ in SCANS for m in decoder.modules())
+    return any(type(m).__name__ in scans.LAYERS for m in decoder.modules())
 
 
 def prepare(decoder: nn.Module) -> None:
@@ -92,22 +87,24 @@ def expected_layers(decoder: nn.Module, config: Any) -> int:
 
 def _forward(
     mixer: nn.Module, stock: Callable[..., Tensor], *args: Any, ygx: Plan | None = None, **kwargs: Any
-) -> Tensor:
+) -> Any:
     """What a layer runs: over the forest of the plan, if there is one."""
-    plan = ygx or selective_scan.current_plan.get()
+    plan = ygx or scans.current_plan.get()
     if plan is None:
         return stock(*args, **kwargs)
     plan.layers.add(mixer)
-    # Families pass hidden states by place or by name.
-    hidden = inspect.signature(stock).bind(*args, **kwargs).arguments["hidden_states"]
-    if type(mixer).__name__ in SCANS:
-        return selective_scan.over_forest(mixer, hidden, plan)
+    # Families pass hidden states by place or by name, and as the first.
+    hidden = next(iter(inspect.signature(stock).bind(*args, **kwargs).arguments.values()))
+    if type(mixer).__name__ in scans.LAYERS:
+        return scans.over_forest(mixer, hidden, plan)
+    if type(mixer).__name__ == lightning.LAYER:
+        return over_forest(mixer, partial(lightning.attended, mixer), hidden, plan), None
     return over_forest(mixer, stock, hidden, plan)
 
 
 def carried(decoder: nn.Module, plan: Plan) -> AbstractContextManager[None]:
     """Within it layers find the plan whose blocks don't pass it on."""
-    return selective_scan.carried(decoder, plan) if scans(decoder) else nullcontext()
+    return scans.carried(decoder, plan) if begins_with_no_state(decoder) else nullcontext()
 
 
 def over_forest(mixer: nn.Module, stock: Callable[..., Tensor], hidden: Tensor, plan: Plan) -> Tensor:
@@ -236,7 +233,9 @@ class SegmentCache:
         if len(self.group.kept):
             shown = nn.functional.pad(conv_states, (conv_kernel_size, 0)) if before is None else whole
             shown = shown.index_select(0, self.group.kept)
-            last = self.group.stops[:, None] + torch.arange(conv_kernel_size, device=shown.device)
+            last = self.group.lengths[self.group.kept, None] + torch.arange(
+                conv_kernel_size, device=shown.device
+            )
             last = last[:, None].expand(-1, shown.shape[1], -1)
             self.ended["conv"] = shown.gather(2, last)
         return whole

@@ -99,10 +99,10 @@ class Group:
     """Segments of one level that go through a layer in one call, padded on the right to T places.
 
     nodes: int64 [n], segment after segment. index: int64 [B, T], the node at each place, any at padding. places:
-    int64 [n], where among the B·T places the nodes stand. padding: bool [B, T], or None without any. kept: int64
-    [K], the segments whose last state is asked for, stops: int64 [K], their lengths, and last: int64 [K], their last
-    nodes. begins: int64 [B], which of the states of the level above each begins in; None for roots. All nodes are
-    counted from the first one that is computed.
+    int64 [n], where among the B·T places the nodes stand. padding: bool [B, T], or None without any. lengths: int64
+    [B]. kept: int64 [K], the segments whose last state is asked for, and last: int64 [K], their last nodes. begins:
+    int64 [B], which of the states of the level above each begins in; None for roots. All nodes are counted from the
+    first one that is computed.
     """
 
     nodes: Ints
@@ -110,7 +110,7 @@ class Group:
     places: Tensor
     padding: Tensor | None
     kept: Tensor
-    stops: Tensor
+    lengths: Tensor
     last: list[int]
     begins: Tensor | None
 
@@ -167,7 +167,7 @@ def _group(tree: Segments, members: Ints, begins: Ints, plan: Plan) -> Group:
 
     return Group(
         nodes=index[real], index=put(index), places=put(np.flatnonzero(real)),
-        padding=None if real.all() else put(~real), kept=put(kept), stops=put(length[kept]),
+        padding=None if real.all() else put(~real), kept=put(kept), lengths=put(length),
         last=(start + length - 1)[kept].tolist(),
         begins=None if tree.above[members[0]] < 0 else put(begins[members]),
     )  # fmt: skip

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from ..choices import Route
 from ..errors import ModelError
 from ..forest import Forest
-from . import attention, memory, recurrent
+from . import attention, lightning, recurrent
 from .adapters import refuse_unread
 from .families import BY_HAND, PROVEN, config_of, decoder_of, embeddings_of, feed
+from .logits import precisely
 from .plan import Plan, automatic
 from .streaming import ONE_PASS
 from .unshared import UnsharedRun
@@ -122,7 +123,7 @@ def _judged(decoder: Any, config: Any) -> Sharing:
     training = decoder.training
     decoder.eval()
     try:
-        with _precisely(decoder, embeddings_of(decoder).device):
+        with precisely(decoder, embeddings_of(decoder).device), lightning.unrounded(decoder):
             return _compared(decoder, config)
     finally:
         decoder.train(training)
@@ -214,8 +215,8 @@ def _plan(decoder: Any, forest: Forest) -> Plan:
 def _in_one_pass(decoder: nn.Module, config: Any, plan: Plan) -> str:
     if config.model_type in BY_HAND:
         return "its attention is written by hand and keeps no keys and values for later chunks"
-    if recurrent.scans(decoder):
-        return "its selective scans begin with no state, and this forest is longer than one pass"
+    if recurrent.begins_with_no_state(decoder):
+        return "some of its layers begin with no state, and this forest is longer than one pass"
     return "its layers attend twice, which can't be computed in chunks" if plan.attends_twice else ""
 
 
@@ -307,28 +308,6 @@ def _difference(found: _Outcome | str, single: _Outcome) -> str:
         if not off < min(units * eps, FAR):
             return f"its {what} differ by {off:.1e} from those of single runs"
     return ""
-
-
-@contextmanager
-def _precisely(decoder: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within it, weights in half precision are float32, where they fit into half of the memory.
-
-    Rounding, and experts that it chooses otherwise, can change more in half precision than mixed branches would.
-    """
-    parameters = list(decoder.parameters())
-    plain = all(type(p.data) is Tensor and p.is_floating_point() for p in parameters)
-    half = [p for p in parameters if p.dtype in (torch.float16, torch.bfloat16)]
-    if not plain or 4 * sum(p.numel() for p in half) > memory.total(device) // 2:
-        half = []
-    kept = [p.data for p in half]
-    try:
-        for p in half:
-            p.data = p.data.float()
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for p, data in zip(half, kept, strict=True):
-            p.data = data
 
 
 # -- in words --------------------------------------------------------------------------------------------
