@@ -34,6 +34,7 @@ CHUNKED = {
     "layer_types": ["chunked_attention"] * 3 + ["full_attention"], "attention_chunk_size": 8, "num_local_experts": 4,
     "num_experts_per_tok": 1, "intermediate_size_mlp": 48,
 }  # fmt: skip
+MAMBA2 = {"num_heads": 8, "state_size": 8, "n_groups": 2, "chunk_size": 16}
 # By route: (family, what it needs beyond SIZES, whether its sequences share).
 ROUTES = {
     "shared attention": ("Llama", {}, True),
@@ -41,8 +42,17 @@ ROUTES = {
     "chunked attention": ("Llama4Text", CHUNKED, True),
     "attention by hand": ("StableLm", {}, True),
     "recurrent forest": ("Qwen3_5Text", DELTA, True),
-    "selective scan": ("Mamba", {"state_size": 4}, True),
-    "unshared": ("MiniMax", {"num_local_experts": 4}, False),
+    "lightning attention": ("MiniMax", {"num_local_experts": 4}, True),
+    "scan": ("Mamba", {"state_size": 4}, True),
+    "scan beside attention": ("RecurrentGemma", {"lru_width": 48, "attention_window_size": 6}, True),
+    "scan by two parts of a block": (
+        "Rwkv",
+        {"attention_hidden_size": 48, "rescale_every": 0, "use_cache": False},
+        True,
+    ),
+    "unshared": ("Bloom", {}, False),
+    "shared, in tuples": ("Mamba2", {**MAMBA2, "return_dict": False}, True),
+    "unshared, in tuples": ("Bloom", {"return_dict": False}, False),
 }
 ROWS = tree(2)
 CHUNK = 20  # tokens; the longest of ROWS has several times as many

@@ -38,7 +38,8 @@ from torch import Tensor
 from .errors import LossError, RowError
 from .sequence import Sequence
 
-# Token ids [1, T] to an object with .logits [1, T, V], as the models of transformers are called.
+# Token ids [1, T] to an object with .logits [1, T, V], as the models of transformers are called, or to a tuple that
+# begins with them, which they give where their config says return_dict=False.
 Model = Callable[[Tensor], Any]
 
 
@@ -277,7 +278,8 @@ def log_probs(model: Model, ids: Iterable[int]) -> Tensor:
     read = torch.tensor([int(i) for i in ids], device=getattr(model, "device", None))
     if len(read) < 2:
         return torch.zeros(0, dtype=torch.float64, device=read.device)
-    logits = model(read[None]).logits[0]  # [T, V]: row t predicts token t + 1
+    out = model(read[None])
+    logits = (out[0] if isinstance(out, tuple) else out.logits)[0]  # [T, V]: row t predicts token t + 1
     log_p: Tensor = logits[:-1].double().log_softmax(dim=-1).gather(1, read[1:, None])[:, 0]
     return log_p
 
