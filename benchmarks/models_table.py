@@ -1,6 +1,7 @@
 """Every causal model type of the installed transformers, built small: is it exact, and does it share?
 
     python benchmarks/models_table.py [TYPE ...] [--write docs/models.md]
+    make newest-models    the same of the newest transformers: what differs from the table (--beside docs/models.md)
 
 Each type is built with random weights (a few layers, hidden size 32) and computes the loss of branching sequences. The
 definition that it is compared with is `ygivenx.reference.loss`: one sequence at a time, all logits, float64. A type is
@@ -16,7 +17,7 @@ import logging
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ NOT_ALONE = {
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "it drafts with another model's keys and values"),
     **dict.fromkeys(("musicgen", "musicgen_melody"), "its tokens are codes of sound, several at each position"),
 }  # fmt: skip
+
+# What these need that isn't installed here.
+UNINSTALLED = {"gemma3n": "its part for images needs timm and Pillow; its language model is gemma3n_text"}
 
 # What single types need beyond that; of a sub-config, beyond its own sizes.
 FURTHER: dict[str, dict[str, Any]] = {
@@ -226,6 +230,8 @@ def measure(name: str) -> Line:
         model = build(name)
         ahead = looks_ahead(model)
     except Exception as error:  # of transformers, which we ask for something that it may not have
+        if isinstance(error, ImportError) and name in UNINSTALLED:
+            return Line(name, "not built", UNINSTALLED[name])
         return Line(name, "not built", f"{type(error).__name__}: {' '.join(str(error).split())[:90]}")
     sequences = rows()
     try:
@@ -252,29 +258,41 @@ def summary(lines: list[Line]) -> Iterator[str]:
     yield f"Further {counts['looks ahead']} look ahead, and {counts['not built']} aren't built by this script."
 
 
+def route(line: Line) -> str:
+    inexact = line.kind in ("shared", "unshared") and not line.exact
+    return f"**{line.kind}, inexact**" if inexact else line.kind
+
+
 def table(lines: list[Line]) -> Iterator[str]:
     yield "| type | route | loss off by | worst gradient off by | why |"
     yield "|---|---|---|---|---|"
     for line in lines:
         exact = f"{line.loss:.0e} | {line.gradient:.0e}" if line.kind in ("shared", "unshared") else "– | –"
-        kind = (
-            line.kind
-            if line.exact or line.kind not in ("shared", "unshared")
-            else f"**{line.kind}, inexact**"
-        )
-        yield f"| {line.name} | {kind} | {exact} | {line.why.replace('|', '/')} |"
+        yield f"| {line.name} | {route(line)} | {exact} | {line.why.replace('|', '/')} |"
 
 
-BEGIN, END = (
-    "<!-- table: python benchmarks/models_table.py --write docs/models.md -->",
-    "<!-- end of table -->",
-)
+TABLE = "<!-- table: python benchmarks/models_table.py --write docs/models.md -->", "<!-- end of table -->"
+NEWEST = "<!-- newest: make newest-models -->", "<!-- end of newest -->"
+
+
+def replaced(page: str, marks: tuple[str, str], lines: Iterable[str]) -> str:
+    """The page with these lines between two marks."""
+    before, after = page.split(marks[0])[0], page.split(marks[1])[1]
+    return "\n".join([before + marks[0], *lines, marks[1] + after])
+
+
+def differing(page: str, lines: list[Line]) -> list[Line]:
+    """Those that the page's table hasn't, or has with another route."""
+    rows = [row.split(" | ") for row in page.split(TABLE[0])[1].splitlines() if row.startswith("| ")]
+    known = {row[0][2:]: row[1] for row in rows}
+    return [line for line in lines if known.get(line.name) != route(line)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", help="model types; by default all")
     parser.add_argument("--write", type=Path, help="a page whose table is replaced")
+    parser.add_argument("--beside", type=Path, help="a page that is to say what differs from its table")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -283,17 +301,16 @@ def main() -> int:
     for name in arguments.types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         lines.append(measure(name))
         print(lines[-1], flush=True)
-    text = "\n".join([*summary(lines), "", *table(lines)])
     print(*summary(lines), sep="\n")
     if arguments.write:
         page = arguments.write.read_text()
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        arguments.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-    return (
-        0
-        if all(line.exact for line in lines if line.kind not in ("looks ahead", "not built", "refused"))
-        else 1
-    )
+        arguments.write.write_text(replaced(page, TABLE, [*summary(lines), "", *table(lines)]))
+    if arguments.beside:
+        page = arguments.beside.read_text()
+        other = [*summary(lines), "", *table(differing(page, lines))]
+        arguments.beside.write_text(replaced(page, NEWEST, other))
+    judged = [line for line in lines if line.kind not in ("looks ahead", "not built", "refused")]
+    return 0 if all(line.exact for line in judged) else 1
 
 
 if __name__ == "__main__":
