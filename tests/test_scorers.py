@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 
@@ -13,9 +14,12 @@ from test_scorerun import lines, model_dir, ygx_score  # noqa: F401  (a fixture)
 from tiny import llama
 
 import ygivenx as yx
+from ygivenx import reference
 from ygivenx.errors import ConfigError, RowError
 from ygivenx.scores.choices import Accuracy, gold_of
-from ygivenx.scores.requests import rolling
+from ygivenx.scores.counted import word_starts
+from ygivenx.scores.requests import Request, ScoredPart, rolling
+from ygivenx.scores.scoring import Details, scores
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +129,96 @@ def test_the_command_counts_choices_and_says_everything_in_one_line(model_dir, t
     )
 
 
+# -- words with their ends ----------------------------------------------------------------------------------
+
+BOS, END, A, B = 0, 1, (2, 4), (3, 5)  # of each letter the token with white space before it, and without
+STARTS = (2, 3, BOS, END)
+TEXTS = ("<bos>", "<end>", " a", " b", "a", "b")
+
+
+def word(letters) -> list[int]:
+    first, *rest = letters
+    return [first[0], *(letter[1] for letter in rest)]
+
+
+def next_token(model, ids: list[int]) -> torch.Tensor:
+    """log p of what comes after ids, float64 [V]."""
+    return log_softmax(model, [*ids, 0])[-1]
+
+
+def scored_words(model, ids: list[int]):
+    weights = np.ones(len(ids))
+    weights[0] = 0
+    sequence = yx.Sequence(ids, weights, tokens=tuple(TEXTS[i] for i in ids))
+    request = Request((ScoredPart(sequence),), "".join(sequence.tokens[1:]))
+    (score,) = scores(model, [request], details=Details(words=True, word_starts=STARTS))
+    return score
+
+
+def test_words_with_their_ends_have_the_probabilities_that_enumeration_gives():
+    """Over all words of up to three letters, what is longer, and the end of the text: 1."""
+    model = llama(vocab_size=6, seed=2)
+    exact = copy.deepcopy(model).double()
+    context = [BOS, *word((A, B))]
+
+    def end(ids) -> float:
+        return float(next_token(exact, ids).exp()[list(STARTS)].sum())
+
+    def joint(ids) -> float:
+        return math.exp(sum(float(next_token(exact, ids[:i])[ids[i]]) for i in range(len(context), len(ids))))
+
+    total = 0.0
+    for letters in (w for n in (1, 2, 3) for w in itertools.product((A, B), repeat=n)):
+        ids = [*context, *word(letters)]
+        expected = joint(ids) * end(ids) / end(context)
+        score = scored_words(model, ids)
+        assert score.word_text == (" ab", "".join(TEXTS[i] for i in word(letters)))
+        assert math.exp(score.word_log_p_corrected[1]) == pytest.approx(expected, rel=1e-5)
+        total += expected + (len(letters) == 3) * joint(ids) * (1 - end(ids)) / end(context)
+        # The first word follows no white space's absence: it begins with a token that says so.
+        first = score.word_log_p[0] + math.log(end(context)) - math.log(end([BOS]))
+        assert score.word_log_p_corrected[0] == pytest.approx(first, rel=1e-5)
+    stops = next_token(exact, context).exp()[[BOS, END]].sum()
+    assert total + float(stops) / end(context) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_word_that_no_white_space_begins_and_one_whose_end_can_not_be_read():
+    model = llama(vocab_size=6, seed=2, max_position_embeddings=3)
+    score = scored_words(model, [BOS, A[1], B[0], A[1]])  # "a ba": four tokens, of which three can be read
+    log_p = next_token(model, [BOS, A[1]]).exp()[list(STARTS)].sum().log()
+    assert score.word_log_p_corrected[0] == pytest.approx(score.word_log_p[0] + float(log_p), abs=1e-5)
+    assert math.isnan(score.word_log_p_corrected[1])
+
+
+def test_corrected_words_of_a_real_tokenizer(model, smol_tokenizer):
+    x, y = "The old man", " the boat sank"
+    (score,) = yx.score(model, smol_tokenizer, [(x, y)], corrected_words=True)
+    assert score.word_text == (" the", " boat", " sank")
+    ids = smol_tokenizer(x + y)["input_ids"]
+    texts = [smol_tokenizer.decode([i]) for i in range(len(smol_tokenizer))]
+    special = set(smol_tokenizer.all_special_ids)
+    starts = [i for i, t in enumerate(texts) if t[:1].isspace() or i in special]
+    ends = log_softmax(model, [*ids, 0])[len(ids) - 4 :, starts].logsumexp(1).tolist()
+    for k, (plain, corrected) in enumerate(zip(score.word_log_p, score.word_log_p_corrected, strict=True)):
+        assert corrected == pytest.approx(plain + ends[k + 1] - ends[k], abs=1e-4)
+    assert score.to_dict()["word_log_p_corrected"] == list(score.word_log_p_corrected)
+
+
+@pytest.mark.full
+def test_on_a_real_model_the_end_of_a_clause_is_what_the_comma_says(smol):
+    """Oh & Schuler's case: where a comma is likely, plain surprisal charges the next word for its absence."""
+    item = ("After the dog", " struggled the vet removed the muzzle")
+    (score,) = yx.score(*smol, [item], corrected_words=True)
+    shift = dict(zip(score.word_text, np.subtract(score.word_log_p_corrected, score.word_log_p), strict=True))
+    assert shift[" struggled"] < -0.1
+    assert score.word_log_p_corrected[1] > score.word_log_p[1] + 0.1
+
+
+def test_a_vocabulary_without_white_space_has_no_ends_of_words():
+    with pytest.raises(ConfigError, match="begins with white space"):
+        word_starts(reference.word_tokenizer("a b c"))
+
+
 # -- windows ------------------------------------------------------------------------------------------------
 
 
@@ -229,7 +323,16 @@ def test_every_column_of_the_command_is_documented_and_fits_parquet(model_dir, t
 
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"x": "a b", "y": [" c d", " e"], "gold": 0}) + "\n")
-    everything = ("--tokens", "--words", "--segments", "--entropy", "--top-k", "2", "--unconditional", "So")
+    everything = [
+        "--tokens",
+        "--corrected-words",
+        "--segments",
+        "--entropy",
+        "--top-k",
+        "2",
+        "--unconditional",
+        "So",
+    ]
     for name in ("out.jsonl", "out.parquet"):
         done = ygx_score(data, "--model", model_dir, "-o", tmp_path / name, *everything)
         assert done.exit_code == 0, done.output

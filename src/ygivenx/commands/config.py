@@ -167,8 +167,8 @@ class ObjectiveSection:
     """What is descended on rated replies (docs/objectives.md) in the place of −log Pr(y|x), and its options."""
 
     further: dict[str, Any] = option(
-        {}, "dpo, ipo, orpo, simpo, kto or reward_weighted, or name=value of one of its options, such as beta=0.1; "
-        "may be repeated", flags="--objective", bare="name",
+        {}, "dpo, ipo, orpo, simpo, kto, reward_weighted, grpo, dapo, rloo or gspo, or name=value of one of its "
+        "options, such as beta=0.1; may be repeated", flags="--objective", bare="name",
     )  # fmt: skip
 
 
@@ -252,6 +252,9 @@ class Scoring:
     )
     tokens: bool = option(False, "add value, rank and text of each token", flags="--tokens")
     words: bool = option(False, "add log p of each word of y, by white space", flags="--words")
+    corrected_words: bool = option(
+        False, "add log p of each word with its end, given that a word begins", flags="--corrected-words"
+    )
     segments: bool = option(False, "add sums by segment and by field of the row", flags="--segments")
     entropy: bool = option(False, "add the entropy at each token", flags="--entropy")
     top_k: int = option(0, "add the most probable tokens at each token: how many", bounds=Bounds())

@@ -288,6 +288,8 @@ def _score_file(
     account = Account(reader.format, columns.quarantine)
     rows = Rows(reader, builder, (columns.x, columns.y, columns.plain), account)
     details = Details(scoring.tokens, scoring.words, scoring.segments, scoring.entropy, scoring.top_k)
+    if scoring.corrected_words:
+        details = details.with_corrected_words(tokenizer)
     settings: dict[str, Any] = {"marginal": scoring.marginal, "details": details, "tally": Tally()}
     scorer: AnswerStream = partial(scores, loaded, **settings)
     if ray:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..choices import Route
 from ..errors import ModelError
 from ..forest import Forest, Ints
-from ..head.distribution import most_probable
+from ..head.distribution import log_mass, most_probable
 from ..head.selective import head_values
 from ..models.model import head_of, stream_hidden
 
@@ -28,7 +28,7 @@ Float64s = npt.NDArray[np.float64]
 class NodeValues(NamedTuple):
     """By node: log_p float64 [N] in nats, NaN where there is none; rank int64 [N], 0 = most probable, −1 where there is
     none. On request entropy float64 [N] in nats, top_ids int64 and top_log_p float64 [N, k], of the distribution that
-    predicts the node.
+    predicts the node; log_mass float64 [N], of certain tokens under it.
     """
 
     log_p: Float64s
@@ -36,6 +36,7 @@ class NodeValues(NamedTuple):
     entropy: Float64s | None = None
     top_ids: Ints | None = None
     top_log_p: Float64s | None = None
+    log_mass: Float64s | None = None
 
     def of(self, path: Ints) -> NodeValues:
         """Those of some nodes, in this order."""
@@ -60,9 +61,10 @@ def node_values(
     ranks: bool = True,
     entropy: bool = False,
     top_k: int = 0,
+    mass_of: tuple[int, ...] = (),
 ) -> NodeValues:
     """log Pr(token | path) and its rank, of the `scored` nodes; no rank without `ranks`; on request the entropy of the
-    distribution and its most probable tokens.
+    distribution, its most probable tokens, and the log Pr of any of the tokens `mass_of`.
 
     NaN and −1 elsewhere, and at roots, which have no context. The forest is streamed, `chunk` nodes at a time, with the
     keys and values of the current path: memory is bounded by the chunk. route: see `hidden_states`. Raises ModelError
@@ -70,13 +72,15 @@ def node_values(
     """
     edges = forest.edges(scored)
     head = head_of(model)
-    found = _empty(len(forest), min(top_k, len(head.weight)), entropy)
+    found = _empty(len(forest), min(top_k, len(head.weight)), entropy, bool(mass_of))
+    some = torch.tensor(mass_of)
     for part, hidden in stream_hidden(model, forest, chunk=chunk, route=route, needed=np.unique(edges.rows)):
         at, local = edges.leaving(part)
         rows, targets = (torch.from_numpy(a).to(hidden.device) for a in (local, edges.targets[at]))
         values = head_values(hidden, head, rows, targets, ranks=ranks, entropy=entropy)
         top = most_probable(hidden, head, rows, top_k) if top_k and len(rows) else (None, None)
-        _fill(found, (*values, *top), edges.nodes[at])
+        mass = log_mass(hidden, head, rows, some.to(rows.device)) if mass_of and len(rows) else None
+        _fill(found, (*values, *top, mass), edges.nodes[at])
     _refuse_nan(model, found.log_p[edges.nodes])
     return found
 
@@ -87,13 +91,14 @@ def _fill(arrays: Iterable[Any], values: Iterable[Tensor | None], nodes: Ints) -
             array[nodes] = value.cpu().numpy()
 
 
-def _empty(count: int, k: int, entropy: bool) -> NodeValues:
+def _empty(count: int, k: int, entropy: bool, mass: bool) -> NodeValues:
     return NodeValues(
         np.full(count, np.nan),
         np.full(count, -1),
         np.full(count, np.nan) if entropy else None,
         np.full((count, k), -1) if k else None,
         np.full((count, k), np.nan) if k else None,
+        np.full(count, np.nan) if mass else None,
     )
 
 

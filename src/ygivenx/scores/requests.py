@@ -35,8 +35,8 @@ class ScoredPart(NamedTuple):
 class Request:
     """One [x, y]: its parts (several where it rolls through the context window), each token counted once.
 
-    text: y's. truncated: tokens of x left out on the left. alone: y after the unconditional
-    prompt instead of x.
+    text: y's. truncated: tokens of x left out on the left. alone: y after the unconditional prompt instead of x.
+    closing: the last part and one more token: what the model says of the place after the last token.
     """
 
     parts: tuple[ScoredPart, ...]
@@ -44,11 +44,21 @@ class Request:
     truncated: int = 0
     alone: Sequence | None = None
     notes: tuple[str, ...] = ()
+    closing: Sequence | None = None
 
     @property
     def sequences(self) -> list[Sequence]:
         """What the model reads for it."""
-        return [p.sequence for p in self.parts] + ([] if self.alone is None else [self.alone])
+        return [p.sequence for p in self.parts] + [s for s in (self.closing, self.alone) if s is not None]
+
+    def closed(self, token: int, limit: int | None) -> Request:
+        """With a closing, where the model can read that far."""
+        last = self.parts[-1].sequence
+        if limit is not None and len(last) > limit:
+            return self
+        weights = np.zeros(len(last) + 1, np.float32)
+        weights[-1] = 1
+        return replace(self, closing=Sequence(np.append(last.ids, token), weights))
 
 
 @dataclass(frozen=True)

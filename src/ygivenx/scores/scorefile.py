@@ -199,5 +199,5 @@ _COLUMNS = {
 }
 _LISTS = {
     "token_log_p": "float64", "token_rank": "int64", "token_text": "string", "token_entropy": "float64",
-    "word_text": "string", "word_log_p": "float64", "notes": "string",
+    "word_text": "string", "word_log_p": "float64", "word_log_p_corrected": "float64", "notes": "string",
 }  # fmt: skip

@@ -26,6 +26,7 @@ from ..rows.formats import Conversation, Pair
 from ..sequence import Example, Sequence
 from ..types import Tokenizer
 from .counted import counted_tokens as _counted
+from .counted import word_starts
 from .node_log_probs import CHUNK_NODES, Float64s, NodeValues, node_values
 from .requests import NO_CONTEXT, WINDOW, Request, RequestBuilder, windows
 
@@ -56,6 +57,7 @@ class Score:
     tokens, token_entropy float64 [T] in nats and the k most probable ones, token_top_ids int64 and token_top_log_p
     float64 [T, k], of the distributions that predict them.
     word_text, word_log_p: the words of y with the white space before them, and Σ log p of their tokens.
+    word_log_p_corrected: the same of the word and its end, given that a word begins, see `Counted.corrected`.
     segments: for each run of tokens its kind, message and field, whether it is y, how many tokens and their Σ log p.
     """
 
@@ -80,6 +82,7 @@ class Score:
     token_top_log_p: Float64s | None = None
     word_text: tuple[str, ...] | None = None
     word_log_p: tuple[float, ...] | None = None
+    word_log_p_corrected: tuple[float, ...] | None = None
     segments: tuple[dict[str, Any], ...] | None = None
     notes: tuple[str, ...] = ()
 
@@ -165,6 +168,11 @@ class Details(NamedTuple):
     segments: bool = False
     entropy: bool = False
     top_k: int = 0
+    word_starts: tuple[int, ...] = ()
+
+    def with_corrected_words(self, tokenizer: Tokenizer) -> Details:
+        """Words, and their log p corrected for where the tokenizer keeps white space."""
+        return self._replace(words=True, word_starts=word_starts(tokenizer))
 
 
 SUMS = Details()  # and nothing else
@@ -182,7 +190,7 @@ class ScoreOptions(TypedDict, total=False):
 
     tokens: keep the value and rank of each token; entropy, top_k: of the distribution that predicts each token its
     entropy and the most probable tokens, up to all of the vocabulary. words, segments: sums by word of y, and by
-    segment and field of the row.
+    segment and field of the row. corrected_words: also of each word with its end, given that a word begins.
     """
 
     border: ScoreBorder
@@ -196,6 +204,7 @@ class ScoreOptions(TypedDict, total=False):
     marginal: bool
     tokens: bool
     words: bool
+    corrected_words: bool
     segments: bool
     entropy: bool
     top_k: int
@@ -246,6 +255,8 @@ def _scored_items(
     refuse_unknown("option of a score", options, ScoreOptions.__annotations__)
     of_requests: dict[str, Any] = dict(options)
     details = Details(**{k: of_requests.pop(k) for k in Details._fields if k in options})
+    if of_requests.pop("corrected_words", False):
+        details = details.with_corrected_words(tokenizer)
     marginal = of_requests.pop("marginal", True)
     builder = request_builder_for(model, tokenizer, **of_requests)
     built: list[list[Request] | RowError] = []
@@ -329,11 +340,15 @@ def scores(
     kept up to date. chunk, route: see `node_values`. Other arguments as in `score`.
     """
     tally = Tally() if tally is None else tally
+    if details.word_starts:
+        limit, token = context_window(model), details.word_starts[0]
+        requests = (r.closed(token, limit) for r in requests)
     for requests_here, forest in windows(requests, window):
         scored = True if marginal else _outputs(requests_here, forest)
         values = node_values(
-            model, forest, scored, chunk=chunk, route=route, entropy=details.entropy, top_k=details.top_k
-        )
+            model, forest, scored, chunk=chunk, route=route, entropy=details.entropy, top_k=details.top_k,
+            mass_of=details.word_starts,
+        )  # fmt: skip
         # Paths come in the order in which the requests' sequences were given.
         paths = iter(forest.paths)
         tally.tokens += forest.total
@@ -380,8 +395,14 @@ def _scored(request: Request, values: list[NodeValues], marginal: bool, details:
         truncated=request.truncated,
         log_p_y=None if alone is None else float(np.nansum(alone)),
         notes=notes,
-        **counted.details(details),
+        **counted.details(details, _after(request, values)),
     )
+
+
+def _after(request: Request, values: list[NodeValues]) -> float:
+    """log Pr of the end of a word after the last token; NaN where it wasn't asked for, or can't be read."""
+    mass = None if request.closing is None else values[len(request.parts)].log_mass
+    return math.nan if mass is None else float(mass[-1])
 
 
 def _is_choices(item: Choices) -> bool:
