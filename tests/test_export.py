@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from templates.conversations import reply, user
 from test_chats import CHATML, encoder
 from test_token_rows import Counting
@@ -16,9 +18,10 @@ from typer.testing import CliRunner
 
 from ygivenx import PreferenceEncoder
 from ygivenx.cli import app
+from ygivenx.encoded import tables
 from ygivenx.errors import ConfigError
 from ygivenx.rows.data import read
-from ygivenx.rows.export import FORMS, RATED, unfit, write_examples
+from ygivenx.rows.export import FORMS, RATED, unfit, write_examples, write_tables
 from ygivenx.rows.formats import normalise
 from ygivenx.rows.nouns import Rated
 
@@ -44,7 +47,9 @@ def test_a_form_is_read_back_to_the_same_ids_and_weights(tmp_path, form, suffix)
         np.testing.assert_array_equal(row.value.weights, example.weights)
     if form in ("skyrl", "verl"):
         logged = normalise(LOGGED)
-        np.testing.assert_array_equal(row.value.log_probs, logged.log_probs)
+        trained = logged.weights > 0
+        np.testing.assert_array_equal(row.value.log_probs[trained], logged.log_probs[trained])
+        assert row.value.log_probs[4] == 0  # of a token that the model didn't produce
         assert row.value.reward == logged.reward == 2.0
 
 
@@ -66,6 +71,19 @@ def test_ids_are_handed_over_without_a_tokenizer(tmp_path, monkeypatch):
     assert (texts, counting.calls) == ([], 0)
     encode(CHATS[0])
     assert texts, "the count can rise"
+
+
+def test_our_own_columns_keep_what_was_logged(tmp_path):
+    row = LOGGED | {"advantages": [1.5, 0, -0.5, 2]}
+    examples, _ = encoder(CHATML).batch([*CHATS, row])
+    write_tables(tables(examples), tmp_path / "out.parquet")
+    *chats, again = (r.value for r in read(tmp_path / "out.parquet"))
+    logged = normalise(row)
+    np.testing.assert_array_equal(again.ids, logged.ids)
+    np.testing.assert_array_equal(again.log_probs, logged.log_probs)
+    np.testing.assert_array_equal(again.advantages, logged.advantages)
+    assert again.reward == logged.reward
+    assert all(c.log_probs is c.advantages is c.reward is None for c in chats)
 
 
 @pytest.mark.parametrize("form", RATED)
@@ -128,12 +146,53 @@ def test_trls_trainer_takes_the_labels_without_a_tokenizer(tmp_path):
         assert set(labels[len(our_ids) :]) <= {-100}
 
 
+def loaded(tmp_path, form: str) -> tuple[list[dict], list[Any]]:
+    """Rows that were written in a form, as JSON, and what they were written from."""
+    examples, _ = encoder(CHATML).batch(
+        [LOGGED, LOGGED | {"token_ids": [8], "loss_mask": [1], "logprobs": [-2]}]
+    )
+    write_examples(examples, tmp_path / "out.jsonl", form)
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()], examples
+
+
+def test_torchtunes_collator_takes_the_rows(tmp_path):
+    data = pytest.importorskip("torchtune.data", exc_type=ImportError)
+    rows, examples = loaded(tmp_path, "torchtune")
+    batch = data.padded_collate_sft(rows, padding_idx=0)
+    for ids, labels, example in zip(batch["tokens"], batch["labels"], examples, strict=True):
+        assert ids[: len(example.ids)].tolist() == example.ids.tolist()
+        assert labels[: len(example.ids)].tolist() == example.only.labels.tolist()
+        assert set(labels[len(example.ids) :].tolist()) <= {-100}
+
+
+def test_skyrls_validation_takes_the_rows(tmp_path):
+    utils = pytest.importorskip("skyrl.train.utils.trainer_utils", exc_type=ImportError)
+    rows, _ = loaded(tmp_path, "skyrl")
+    utils.validate_generator_output(len(rows), {c: [row[c] for row in rows] for c in rows[0]})
+
+
+def test_verls_output_takes_the_rows(tmp_path):
+    module = pytest.importorskip("verl.experimental.agent_loop.agent_loop", exc_type=ImportError)
+    rows, examples = loaded(tmp_path, "verl")
+    for row, example in zip(rows, examples, strict=True):
+        given = module.AgentLoopOutput(**row, metrics={}).as_dict()
+        trained = example.weights > 0
+        assert torch.cat((given["prompts"], given["responses"])).tolist() == example.ids.tolist()
+        assert given["response_mask"].tolist() == trained[len(given["prompts"]) :].tolist()
+        np.testing.assert_array_equal(
+            given["rollout_log_probs"][given["response_mask"] > 0], example.only.logged.log_probs[trained]
+        )
+
+
 def test_what_a_form_cannot_hold_is_said(tmp_path):
     heavy = encoder(CHATML)({"messages": [user(), reply("4", weight=0.5)]})
     assert write_examples([heavy], tmp_path / "out.jsonl", "trl").reweighted == 1
     tool = {"prompt_ids": [1], "completion_ids": [2, 3, 4], "completion_mask": [1, 0, 1], "label": True}
     rated = PreferenceEncoder(encoder(CHATML))(tool)
     assert unfit(rated, "trl-kto").reason == "unfit_form"
+    unlogged = encoder(CHATML)(LOGGED | {"logprobs": [-0.5, None, None, -1.0]})
+    assert [unfit(unlogged, form).reason for form in ("skyrl", "verl")] == ["unfit_form"] * 2
+    assert unfit(unlogged, "trl") is unlogged
     with pytest.raises(ConfigError, match="did you mean 'skyrl'"):
         write_examples([], tmp_path / "out.jsonl", "skyrll")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from trees import distances, gradients
 import ygivenx as yx
 from ygivenx import Example, RatedExample, Sequence
 from ygivenx.errors import CheckpointError, ConfigError, LossError
+from ygivenx.sequence import Logged
 from ygivenx.training.rated import Objective, RatedPacks
 
 
@@ -119,6 +122,72 @@ def test_a_steps_gradient_is_that_of_the_rows_by_themselves(tmp_path, name, accu
     value = expected(name, ROWS, Alone(ROWS, exact), r)
     assert trainer.state.log_history[0]["loss"] == pytest.approx(value.item(), rel=2e-5, abs=1e-4)
     assert max(distances(ours, gradients(exact, value))) < 1e-5
+
+
+def sampled(index: int, x: np.ndarray, n: int, logged: bool, weight: float = 1.0) -> RatedExample:
+    """A reply of n tokens with a reward; `logged`: with advantages of both signs and log-probabilities far from now."""
+    rng = np.random.default_rng(index)
+    ids = np.concatenate((x, rng.integers(0, VOCAB, n)))
+    came = Logged()
+    if logged:
+        near = rng.normal(-np.log(VOCAB), 0.5, len(ids)).astype(np.float32)
+        came = Logged(near, np.where(np.arange(len(ids)) < len(x), 0, rng.normal(size=len(ids))))
+    sequence = Sequence(ids, (np.arange(len(ids)) >= len(x)).astype(np.float32), logged=came)
+    reward = float(rng.normal())
+    return RatedExample((Example((sequence,)),), (reward,), weight, ("reply",), index=index)
+
+
+SAMPLED = [
+    *(sampled(i, np.arange(3, 9), 4 + i, logged=True, weight=1 - 0.5 * (i == 2)) for i in range(4)),
+    *(sampled(i, np.arange(20, 27), i - 1, logged=False) for i in range(4, 8)),
+    sampled(9, np.arange(40, 45), 4, logged=False),  # alone with its prompt, and nothing logged: left out
+]
+
+
+@pytest.mark.parametrize("accumulation", [1, 8])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "rloo", "gspo"])
+def test_logged_advantages_and_log_probabilities_reach_the_gradient(tmp_path, name, accumulation):
+    """Those of token rows; where none were logged, advantages of the group of a prompt's replies, and a ratio of 1."""
+    model, exact, reference = llama(seed=3), llama(seed=3, dtype=torch.float64), llama(seed=9)
+    options = {"clip_low": 0.1, "clip_high": 0.3} if name != "gspo" else {"clip_low": 0.05, "clip_high": 0.1}
+    trainer = make(
+        tmp_path, SAMPLED, model, objective={"name": name, "kl": 0.2} | options, reference=reference,
+        gradient_accumulation_steps=accumulation, max_tokens=10_000 if accumulation == 1 else 1, max_grad_norm=0.0,
+    )  # fmt: skip
+    assert str(trainer.train_dataset).count("left out") == str(trainer.train_dataset).count("ratio is 1") == 1
+    ours, rows = gradient(trainer), SAMPLED[:-1]
+    with torch.no_grad():
+        r = Alone(rows, reference.double())
+    p, total, weights = Alone(rows, exact), torch.zeros((), dtype=torch.float64), 0.0
+    rewards = torch.tensor([row.rewards[0] for row in rows[4:]], dtype=torch.float64)
+    centred = rewards - rewards.mean()
+    group = centred * 4 / 3 if name == "rloo" else centred / (rewards.std() + 1e-4)
+    for i, row in enumerate(rows):
+        log_p, from_reference, n = p.tokens[i][0], r.tokens[i][0], len(p.tokens[i][0])
+        came = row.replies[0].only.logged
+        old = log_p.detach() if i >= 4 else torch.tensor(came.log_probs[-n:]).double()
+        advantage = group[i - 4] if i >= 4 else torch.tensor(came.advantages[-n:]).double()
+        ratio = (log_p - old).mean().exp() if name == "gspo" else (log_p - old).exp()
+        clipped = ratio.clamp(1 - options["clip_low"], 1 + options["clip_high"])
+        kl = (from_reference - log_p).exp() - (from_reference - log_p) - 1
+        terms = -torch.minimum(ratio * advantage, clipped * advantage) + 0.2 * kl
+        value, by = {"rloo": (terms.sum(), 1), "dapo": (terms.mean(), n)}.get(name, (terms.mean(), 1))
+        total, weights = total + row.weight * by * value, weights + row.weight * by
+    assert trainer.state.log_history[0]["loss"] == pytest.approx((total / weights).item(), rel=2e-5, abs=1e-4)
+    assert max(distances(ours, gradients(exact, total / weights))) < 1e-5
+
+
+def test_packs_with_other_logged_values_are_others():
+    objective = Objective("grpo")
+    packs = [
+        RatedPacks(rows, objective=objective, max_tokens=64, seed=0) for rows in (SAMPLED[:4], SAMPLED[1:4])
+    ]
+    other = replace(
+        SAMPLED[0].replies[0].only, logged=Logged(*(v * 2 for v in SAMPLED[0].replies[0].only.logged[:2]))
+    )
+    changed = [replace(SAMPLED[0], replies=(Example((other,)),)), *SAMPLED[1:4]]
+    packs.append(RatedPacks(changed, objective=objective, max_tokens=64, seed=0))
+    assert len({p.fingerprint for p in packs}) == 3
 
 
 def gradient(trainer) -> dict[str, torch.Tensor]:
@@ -262,7 +331,7 @@ def test_unknown_objectives_and_options(tmp_path, objective, what):
 def test_data_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="PreferenceEncoder"):
         make(tmp_path, sequences(2))
-    with pytest.raises(ConfigError, match="no two replies of different rewards"):
+    with pytest.raises(ConfigError, match="without a pair"):
         make(tmp_path, [row(0, (1,))])
     with pytest.raises(ConfigError, match="RatedExample, not an Example"):
         yx.Trainer(llama(), TrainingArguments(str(tmp_path), report_to=[], use_cpu=True), [row(0)])

@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from test_finetune import model_in, train
 from typer.testing import CliRunner
 
+import ygivenx as yx
 from ygivenx.cli import app
 from ygivenx.commands.config import TrainConfig
 from ygivenx.errors import ConfigError
+from ygivenx.objectives import policy_gradient
 
 
 @pytest.fixture
@@ -54,6 +57,24 @@ def test_pairs_of_a_file(settings, tmp_path):
     )
     assert "step 2 of 3" in printed
     assert longer["losses"][:2] == result["losses"]
+
+
+def test_token_rows_as_a_sampler_logged_them(settings, tmp_path):
+    """Ids, advantages and log-probabilities of a file are those of the loss."""
+    rows = [
+        {"prompt_token_ids": [5, 6, 7], "token_ids": [8 + i, 9, 10 + i], "logprobs": [-3.5, -4.0 - i, -5],
+         "advantages": [0.5 - i, 1, -1]}
+        for i in range(3)
+    ]  # fmt: skip
+    (tmp_path / "sampled.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings |= {"data": str(tmp_path / "sampled.jsonl"), "max_steps": 1, "dtype": "float32"}
+    result, printed = train(settings, objective={"name": "grpo"})
+    assert "3 rows of 3 rated replies" in printed
+    model, _ = yx.load(settings["model"])
+    ids = [[*r["prompt_token_ids"], *r["token_ids"]] for r in rows]
+    policy = yx.log_probs(model, [yx.Sequence(i, [0, 0, 0, 1, 1, 1]) for i in ids])
+    advantages, old = (torch.tensor([v for r in rows for v in r[c]]) for c in ("advantages", "logprobs"))
+    assert result["losses"][0] == pytest.approx(policy_gradient(policy, advantages, old).item(), rel=1e-5)
 
 
 def test_the_same_objective_in_flags_and_files(tmp_path):

@@ -10,6 +10,9 @@
 | weight        | float64       | the sum of the weights                                             |
 | trained       | int64         | how many of them are > 0                                           |
 | digest        | binary(16)    | BLAKE2 of ids and weights: equal ones train the same               |
+| log_probs     | list<float32> | of a row of token ids that has them, else null                     |
+| advantages    | list<float32> | the same                                                           |
+| reward        | float32       | the same                                                           |
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import numpy as np
 
 from .errors import ConfigError
 from .packing import KEYS, Ints
-from .sequence import Example, Segment, Sequence
+from .sequence import Example, Logged, Segment, Sequence
 
 BATCH = 1024  # sequences of a table
 
@@ -52,6 +55,9 @@ def schema() -> Any:
             "weight": pa.float64(),
             "trained": pa.int64(),
             "digest": pa.binary(16),
+            "log_probs": pa.list_(pa.float32()),
+            "advantages": pa.list_(pa.float32()),
+            "reward": pa.float32(),
         }
     )
 
@@ -77,6 +83,7 @@ def table_of(sequences: list[tuple[int, int, Sequence]]) -> Any:
         np.array([s.weights.sum(dtype=np.float64) for s in parts], np.float64),
         np.array([(s.weights > 0).sum() for s in parts], np.int64),
         pa.array(list(map(_digest, parts)), pa.binary(16)),
+        *(pa.array([getattr(s.logged, n) for s in parts], fields.field(n).type) for n in Logged._fields),
     ]
     return pa.record_batch(columns, schema=fields)
 

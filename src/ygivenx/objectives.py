@@ -150,6 +150,21 @@ def policy_gradient(
     kl_weight adds that much of `kl_estimate` to `reference_log_p` [M] per token; kl_times_ratio multiplies it by ρ,
     which corrects for tokens that an older policy sampled (DeepSeek-V3.2; TRL's default).
     """
+    terms = clipped_terms(
+        policy, advantages, old_log_p, clip=clip, level=level, reference_log_p=reference_log_p,
+        kl_weight=kl_weight, kl_times_ratio=kl_times_ratio,
+    )  # fmt: skip
+    if mean == "sequence":
+        return (policy.reduce(terms) / policy.lengths).mean()
+    return terms.sum() / (len(terms) if mean == "token" else mean)
+
+
+def clipped_terms(
+    policy: LogProbs, advantages: Tensor, old_log_p: Tensor | None = None,
+    *, clip: tuple[float, float] = (0.2, 0.2), level: Level = "token",
+    reference_log_p: Tensor | None = None, kl_weight: float = 0.0, kl_times_ratio: bool = False,
+) -> Tensor:  # fmt: skip
+    """What `policy_gradient` takes the mean of, by token: [M]."""
     ratio = _log_ratio(policy, old_log_p, level).exp()
     token_advantages = advantages.detach()
     if len(advantages) != len(policy.log_p):
@@ -163,9 +178,7 @@ def policy_gradient(
             )
         kl = kl_estimate(policy.log_p, reference_log_p)
         terms = terms + kl_weight * (kl * ratio if kl_times_ratio else kl)
-    if mean == "sequence":
-        return (policy.reduce(terms) / policy.lengths).mean()
-    return terms.sum() / (len(terms) if mean == "token" else mean)
+    return terms
 
 
 def _log_ratio(policy: LogProbs, old_log_p: Tensor | None, level: Level) -> Tensor:

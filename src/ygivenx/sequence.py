@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,21 @@ class Segment:
     message: int | None = None
 
 
+class Logged(NamedTuple):
+    """log_probs: float32 [T], log Pr of each token when it was sampled, NaN where none was logged. advantages: float32
+    [T] of any sign. reward: of the whole reply. None without any.
+    """
+
+    log_probs: npt.NDArray[np.float32] | None = None
+    advantages: npt.NDArray[np.float32] | None = None
+    reward: float | None = None
+
+    def first(self, length: int) -> Logged:
+        """Of the first so many tokens."""
+        log_probs, advantages = (None if v is None else v[:length] for v in (self.log_probs, self.advantages))
+        return Logged(log_probs, advantages, self.reward)
+
+
 @dataclass(frozen=True)
 class Sequence:
     """Token ids with the weight of each token as a target.
@@ -41,7 +56,7 @@ class Sequence:
     ids: int64 [T]. weights: float32 [T]; weights[i] multiplies −log Pr(ids[i] | ids[:i]), so the first is 0.
     segments partition [0, T) in order. tokens: the text of each token, for people. notes: what a reader
     has to know (a repair, a moved border, a rendering that differs from inference). cut: how many tokens, and how many
-    trained ones, its row lost by max_length.
+    trained ones, its row lost by max_length. logged: what came with a row of token ids.
     """
 
     ids: npt.NDArray[np.int64]
@@ -50,6 +65,7 @@ class Sequence:
     tokens: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     cut: tuple[int, int] = (0, 0)
+    logged: Logged = field(default_factory=Logged)
 
     def __post_init__(self) -> None:
         # Copies: freezing them below leaves the caller's own arrays as they were.

@@ -15,7 +15,7 @@ from .encode import Encoder, noun_of
 
 
 class PreferenceEncoder:
-    """Encodes rows with rated replies: preferences, KTO's labels, best-of-n lists, token ids with a reward.
+    """Encodes rows with rated replies: preferences, labels, best-of-n lists, token ids with rewards or advantages.
 
     encoder: its options hold for every reply, and so does its contract. A row is refused as a whole where one of
     its replies is.
@@ -33,7 +33,7 @@ class PreferenceEncoder:
         return self.encoder.tokenizer
 
     def __call__(self, row: Any) -> RatedExample:
-        """One row (a mapping, Preference, Rated, TokenRow with a reward or data.Row); raises RowError."""
+        """One row (a mapping, Preference, Rated, TokenRow or data.Row); raises RowError."""
         (done,) = self.each([row])
         if isinstance(done, RowError):
             raise done
@@ -71,8 +71,8 @@ def _rated(row: Any) -> Rated | RowError:
         noun = noun_of(row.value if isinstance(row, Row) else row)
         if isinstance(noun, Preference):
             return noun.rated
-        if isinstance(noun, TokenRow) and noun.reward is not None:
-            return Rated((noun,), (noun.reward,))
+        if isinstance(noun, TokenRow) and (reward := _reward(noun)) is not None:
+            return Rated((noun,), (reward,))
         if not isinstance(noun, Rated):
             why = "the objective learns from a better and a worse reply, from labels or from rewards"
             fix = "chosen and rejected, a label, or completions with rewards (docs/formats.md)"
@@ -80,6 +80,14 @@ def _rated(row: Any) -> Rated | RowError:
         return noun
     except RowError as error:
         return error
+
+
+def _reward(row: TokenRow) -> float | None:
+    """The reward of a row of token ids, or the mean advantage of its trained tokens."""
+    trained = row.weights > 0
+    if row.reward is not None or row.advantages is None or not trained.any():
+        return row.reward
+    return float(row.advantages[trained].mean())
 
 
 def _example(

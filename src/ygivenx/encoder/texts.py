@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Texts
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, overload
@@ -168,9 +168,8 @@ def _sequence(row: TokenRow, options: Options) -> Sequence:
         if s.output:
             weights[s.start : s.stop] *= weight_of(options.policy, Part(s.kind, True, last=True))
     weights[: row.prompt_length] = weight_of(options.policy, Part("prompt", False))
-    return sequence_of(
-        row.ids, weights, segments, DecodedTokens(options.tokens.tokenizer, row.ids), row.notes
-    )
+    texts = DecodedTokens(options.tokens.tokenizer, row.ids)
+    return replace(sequence_of(row.ids, weights, segments, texts, row.notes), logged=row.logged)
 
 
 _LONGEST = 8  # tokens of one character, or of two that are written together

@@ -162,9 +162,10 @@ def _truncated(sequence: Sequence, length: int) -> Sequence:
         for s in sequence.segments
         if s.start < length
     ]
-    return sequence_of(
+    short = sequence_of(
         sequence.ids[:length], weights, segments, sequence.tokens[:length], (*sequence.notes, note)
     )
+    return replace(short, logged=sequence.logged.first(length))
 
 
 def too_long(sequence: Sequence, most: int, why: str = "") -> RowError:

@@ -4,7 +4,8 @@ Ours have the columns of `encoded` up to notes, and what trainers look for: labe
 −100: a view, weights are lost), attention_mask (1 everywhere: nothing is padded) and position_ids. TRL's SFTTrainer,
 axolotl and a plain torch loop take them as they are. docs/handover.md has the columns of other forms, with a line of
 each: a response begins at the first token with a weight; masks are 1 where tokens have one; log_probs, advantages and
-rewards are those of token rows, or null.
+rewards are those of token rows, or null. In the forms of SkyRL and verl, what the model didn't produce has 0 as its
+log-probability.
 
 A mask does not belong in a template: there it can't be checked, and it changes the text that it marks.
 """
@@ -12,7 +13,7 @@ A mask does not belong in a template: there it can't be checked, and it changes 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +23,7 @@ import numpy as np
 from ..disk import replaced, writing
 from ..encoded import schema
 from ..errors import RowError, refuse_unknown
-from ..sequence import Example, RatedExample, Rejected, Sequence
-from .formats import normalise
-from .nouns import TokenRow
+from ..sequence import Example, Logged, RatedExample, Rejected, Sequence
 
 Columns = dict[str, str]  # name in the file → name in `_everything`
 FORMS: dict[str, Columns] = {
@@ -122,7 +121,8 @@ def _own_schema() -> Any:
     integers = {"labels": pa.int32(), "attention_mask": pa.int8(), "position_ids": pa.int32()}
     derived = [pa.field(n, pa.list_(kind)) for n, kind in integers.items()]
     first, last = (
-        map(schema().field, names.split()) for names in ("row sequence input_ids weights", "segments notes")
+        map(schema().field, names)
+        for names in (("row", "sequence", "input_ids", "weights"), ("segments", *Logged._fields, "notes"))
     )
     return pa.schema([*first, *derived, *last])
 
@@ -147,18 +147,26 @@ def _rows(example: Any, form: str) -> Iterator[dict[str, Any]]:
     if form in RATED:
         yield from (_pairs if form == "trl-pairs" else _judged)(example, form)
         return
-    logged = _logged(example)
     for sequence in example.sequences:
-        yield _everything(sequence, logged)
+        row = _everything(sequence)
+        log_probs = row["response_log_probs"]
+        if (
+            "response_log_probs" in FORMS[form].values()
+            and log_probs is not None
+            and np.isnan(log_probs).any()
+        ):
+            why = f"{form} takes numbers alone, and its ratio of probabilities needs one"
+            raise RowError("a trained token without a log-probability", reason="unfit_form", why=why)
+        yield row
 
 
 def _judged(example: RatedExample, form: str) -> Iterator[dict[str, Any]]:
     for reply, reward in zip(example.replies, example.rewards, strict=True):
-        yield _everything(_unmasked(reply, form), None) | {"good": reward > 0}
+        yield _everything(_unmasked(reply, form)) | {"good": reward > 0}
 
 
 def _pairs(example: RatedExample, form: str) -> Iterator[dict[str, Any]]:
-    replies = [_everything(_unmasked(reply, form), None) for reply in example.replies]
+    replies = [_everything(_unmasked(reply, form)) for reply in example.replies]
     for better, worse in ((replies[a], replies[b]) for a, b in example.pairs):
         if not np.array_equal(better["prompt_ids"], worse["prompt_ids"]):
             why = "the form has one prompt for both replies"
@@ -182,20 +190,8 @@ def _start(s: Sequence) -> int:
     return int(np.argmax(s.weights > 0))
 
 
-def _logged(example: Example) -> TokenRow | None:
-    """The row of token ids that an example was made of, with what it logged; None of any other."""
-    if not isinstance(example.row, Mapping):
-        return None
-    try:
-        noun = normalise(example.row)
-    except RowError:
-        return None
-    return noun if isinstance(noun, TokenRow) else None
-
-
-def _everything(s: Sequence, logged: TokenRow | None) -> dict[str, Any]:
-    start, trained = _start(s), s.weights > 0
-    log_probs = None if logged is None else logged.log_probs
+def _everything(s: Sequence) -> dict[str, Any]:
+    start, trained, log_probs = _start(s), s.weights > 0, s.logged.log_probs
     return {
         "input_ids": s.ids,
         "weights": s.weights,
@@ -204,8 +200,8 @@ def _everything(s: Sequence, logged: TokenRow | None) -> dict[str, Any]:
         "prompt_ids": s.ids[:start],
         "response_ids": s.ids[start:],
         "response_mask": trained[start:].astype(np.int8),
-        "response_log_probs": None if log_probs is None else log_probs[start:],
-        "reward": None if logged is None else logged.reward,
+        "response_log_probs": None if log_probs is None else np.where(trained, log_probs, 0)[start:],
+        "reward": s.logged.reward,
         "good": None,
     }
 
@@ -215,14 +211,9 @@ def _write_lines(rows: Iterator[dict[str, Any]], path: Path, columns: Columns) -
     with path.open("w", encoding="utf-8") as out:
         for row in rows:
             plain = {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in row.items()}
-            out.write(json.dumps(_without_nan(plain), ensure_ascii=False, allow_nan=False) + "\n")
+            out.write(json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1
     return count
-
-
-def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
-    """null for a log-probability that a token doesn't have."""
-    return {k: [None if x != x else x for x in v] if isinstance(v, list) else v for k, v in row.items()}
 
 
 def _write_parquet(rows: Iterator[dict[str, Any]], path: Path, columns: Columns) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..sequence import Segment, Sequence
+from ..sequence import Logged, Segment, Sequence
 
 Message = dict[str, Any]
 
@@ -98,7 +98,11 @@ class TokenRow:
 
     def sequence(self) -> Sequence:
         """The same ids and weights as a Sequence; no tokenizer is asked."""
-        return Sequence(self.ids, self.weights, self.segments(), notes=self.notes)
+        return Sequence(self.ids, self.weights, self.segments(), notes=self.notes, logged=self.logged)
+
+    @property
+    def logged(self) -> Logged:
+        return Logged(self.log_probs, self.advantages, self.reward)
 
     def segments(self) -> tuple[Segment, ...]:
         """The prompt, then runs of tokens that the model produced and of context between them."""

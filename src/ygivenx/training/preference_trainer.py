@@ -35,9 +35,10 @@ MEASURES = ("loss", "margin", "accuracy", "kl", "chosen_nats", "rejected_nats")
 class PreferenceTrainer(Trainer):
     """yx.Trainer on rated replies: `RatedExample`s, as `yx.PreferenceEncoder` makes them.
 
-    objective: dpo, ipo, orpo, simpo, kto or reward_weighted, or one with options: `{"name": "dpo", "beta": 0.3}`. See
-    `ygivenx.objectives`. A row's loss is the mean over its pairs of a better and a worse reply (of its replies, for kto
-    and reward_weighted), and a step's the mean over its rows by their weights, over all micro-batches and ranks.
+    objective: dpo, ipo, orpo, simpo, kto, reward_weighted, grpo, dapo, rloo or gspo, or one with options:
+    `{"name": "dpo", "beta": 0.3}`. See docs/objectives.md. A row's loss is the mean over its pairs of a better and a
+    worse reply, or over its replies, and a step's the mean over its rows by their weights, over all micro-batches and
+    ranks; dapo's is over tokens.
 
     reference: a model of its own; by default the trained one as it is before its first step, or without its adapters
     if it has some (PEFT). Its log-probabilities are computed once and kept in memory, and in the output directory for
@@ -45,7 +46,8 @@ class PreferenceTrainer(Trainer):
 
     Evaluation gives the loss; the margin, log π/π_ref of the better reply less that of the worse one, in nats (of means
     without π_ref for orpo and simpo); accuracy, the share of pairs with a margin above 0; log Pr of good and of bad
-    replies per token; and kl, Schulman's estimate of the divergence from the reference at the tokens of all replies.
+    replies per token; and kl, Schulman's estimate of the divergence from the reference at the tokens of all replies, or
+    from the policy that sampled them.
 
     Other arguments and errors are those of `yx.Trainer`; there is no denominator.
     """
@@ -72,8 +74,9 @@ class PreferenceTrainer(Trainer):
         packs = RatedPacks(items, objective=self.objective, max_tokens=self.max_tokens, seed=data_seed(args))
         if not packs.rows:
             raise ConfigError(
-                f"nothing to learn from: {packs.skipped} rows have no two replies of different rewards",
-                fix="kto and reward_weighted learn from single replies",
+                f"nothing to learn from: {packs}",
+                fix="replies of different rewards to one prompt; kto and reward_weighted learn from single ones, and "
+                "grpo, dapo, rloo and gspo from single ones with logged advantages",
             )
         packs.fill(args.world_size)
         return packs
@@ -214,7 +217,10 @@ class PreferenceTrainer(Trainer):
                 kl = self._kl(model, batch.mismatched, reference[count:])
             reference = reference[:count]
         losses = self.objective(batch, policy.log_p, reference, kl)
-        return losses, measures(self.objective, batch, losses.detach(), policy.log_p.detach(), reference)
+        log_p = policy.log_p.detach()
+        if reference is None and self.objective.policy_gradient is not None:
+            reference = batch.old_log_p(log_p)
+        return losses, measures(self.objective, batch, losses.detach(), log_p, reference)
 
     @torch.no_grad()
     def _kl(self, model: nn.Module, mismatched: Targets, reference: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from inspect import Parameter, signature
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -21,14 +21,37 @@ from torch.utils.data import Dataset
 from .. import objectives
 from ..errors import ConfigError, nearest
 from ..forest import Forest, Ints
-from ..sequence import RatedExample, Sequence
+from ..sequence import Example, RatedExample, Sequence
 from ..show import plural
-from ..targets import Targets
+from ..targets import LogProbs, Targets
 
-Name = Literal["dpo", "ipo", "orpo", "simpo", "kto", "reward_weighted"]
-_NO_REFERENCE = ("orpo", "simpo", "reward_weighted")
+Name = Literal["dpo", "ipo", "orpo", "simpo", "kto", "reward_weighted", "grpo", "dapo", "rloo", "gspo"]
+_OF_PAIRS = ("dpo", "ipo", "orpo", "simpo")
 _OF_MEANS = ("ipo", "orpo", "simpo")  # of log p by token; ipo as its authors' results and TRL have it
-_OF_REPLIES = ("kto", "reward_weighted")
+_REFERENCE = ("dpo", "ipo", "kto")
+
+
+class PolicyGradient(NamedTuple):
+    """How an objective of sampled replies uses `objectives.clipped_terms`.
+
+    advantages: the `kind` of `group_advantages`. mean: whether a reply's terms are averaged, or added up. by_tokens:
+    whether a reply counts by its number of tokens, or once.
+    """
+
+    advantages: Literal["grpo", "rloo"] = "grpo"
+    level: objectives.Level = "token"
+    mean: bool = True
+    by_tokens: bool = False
+    clip: tuple[float, float] = (0.2, 0.2)
+
+
+POLICY_GRADIENTS = {
+    "grpo": PolicyGradient(),
+    "dapo": PolicyGradient(by_tokens=True, clip=(0.2, 0.28)),
+    "rloo": PolicyGradient("rloo", mean=False),
+    "gspo": PolicyGradient(level="sequence", clip=(3e-4, 4e-4)),
+}
+_POLICY_OPTIONS = ["clip_low", "clip_high", "kl"]
 
 
 @dataclass(frozen=True)
@@ -46,8 +69,10 @@ class Objective:
         if self.name not in names:
             what = f"unknown objective {self.name!r}{nearest(self.name, names)}"
             raise ConfigError(what, fix=f"one of {', '.join(names)}")
-        parameters = signature(self.function).parameters.values()
-        known = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
+        known = _POLICY_OPTIONS
+        if self.policy_gradient is None:
+            parameters = signature(self.function).parameters.values()
+            known = [p.name for p in parameters if p.kind is Parameter.KEYWORD_ONLY]
         for option, value in self.options.items():
             if option not in known:
                 fix = f"it has {', '.join(known)}" if known else "it has none"
@@ -63,11 +88,16 @@ class Objective:
     @property
     def of_pairs(self) -> bool:
         """Whether it compares two replies to one prompt."""
-        return self.name not in _OF_REPLIES
+        return self.name in _OF_PAIRS
+
+    @property
+    def policy_gradient(self) -> PolicyGradient | None:
+        """How it uses advantages, of an objective that does."""
+        return POLICY_GRADIENTS.get(self.name)
 
     @property
     def has_reference(self) -> bool:
-        return self.name not in _NO_REFERENCE
+        return self.name in _REFERENCE or self.options.get("kl", 0) > 0
 
     @property
     def of_means(self) -> bool:
@@ -77,6 +107,8 @@ class Objective:
         self, batch: RatedBatch, log_p: Tensor, reference: Tensor | None, kl: Tensor | float
     ) -> Tensor:
         """One loss per pair or reply of the batch, in nats; log_p, reference: float32 [M], by target."""
+        if self.policy_gradient is not None:
+            return self._policy_gradient(self.policy_gradient, batch, log_p, reference)
         policy = batch.by_reply(log_p, self.of_means)
         values = [policy] if reference is None else [policy, batch.by_reply(reference, self.of_means)]
         if self.of_pairs:
@@ -86,6 +118,18 @@ class Objective:
         if self.name == "kto":
             return self.function(*values, rewards > 0, kl, **self.options)
         return self.function(*values, rewards, **self.options)
+
+    def _policy_gradient(
+        self, form: PolicyGradient, batch: RatedBatch, log_p: Tensor, reference: Tensor | None
+    ) -> Tensor:
+        options = self.options
+        clip = (options.get("clip_low", form.clip[0]), options.get("clip_high", form.clip[1]))
+        terms = objectives.clipped_terms(
+            LogProbs(log_p, batch.targets), torch.from_numpy(batch.advantages).to(log_p.device),
+            batch.old_log_p(log_p.detach()), clip=clip, level=form.level, reference_log_p=reference,
+            kl_weight=options.get("kl", 0.0),
+        )  # fmt: skip
+        return batch.by_reply(terms, form.mean)
 
     def __str__(self) -> str:
         return " ".join([self.name, *(f"{k}={v:g}" for k, v in self.options.items())])
@@ -97,7 +141,8 @@ class RatedBatch:
 
     reply: int64 [S], the reply that each sequence is part of. rewards: float32 [R]. pairs: int64 [P, 2], a better and
     a worse reply of one row each. weight: float32 [P] or [R], of each loss. mismatched: the prompt of each reply with
-    another row's reply, for KTO's estimate of the KL divergence.
+    another row's reply, for KTO's estimate of the KL divergence. logged: float32 [M], log Pr of each target when it was
+    sampled, NaN where none was logged. advantages: float32 [M].
     """
 
     targets: Targets
@@ -105,6 +150,8 @@ class RatedBatch:
     rewards: np.ndarray
     pairs: Ints
     weight: np.ndarray
+    logged: np.ndarray
+    advantages: np.ndarray
     mismatched: Targets | None = None
 
     @classmethod
@@ -113,9 +160,7 @@ class RatedBatch:
     ) -> RatedBatch:
         """others: for each reply one of another row, if the objective asks for mismatched ones."""
         replies = [reply for row in rows for reply in row.replies]
-        weights = [
-            row.weight / max(1, n) for row in rows for n in [_losses(row, objective)] for _ in range(n)
-        ]
+        weights = [weight for row in rows for weight in _loss_weights(row, objective)]
         first = np.cumsum([0, *(len(row.replies) for row in rows)])
         pairs = [
             (a + start, b + start) for row, start in zip(rows, first, strict=False) for a, b in row.pairs
@@ -124,14 +169,24 @@ class RatedBatch:
         if others is not None:
             own = (s for reply in replies for s in reply.sequences[-1:])
             mismatched = Targets.of(_mismatched(a, b) for a, b in zip(own, others, strict=True))
+        sequences = [s for reply in replies for s in reply]
+        targets = Targets.of(sequences)
+        reply = np.repeat(np.arange(len(replies)), [len(r.sequences) for r in replies])
         return cls(
-            Targets.of(replies),
-            np.repeat(np.arange(len(replies)), [len(r.sequences) for r in replies]),
+            targets,
+            reply,
             np.array([reward for row in rows for reward in row.rewards], np.float32),
             np.array(pairs, np.int64).reshape(-1, 2),
             np.array(weights, np.float32),
+            _of_targets(targets, [s.logged.log_probs for s in sequences], np.nan),
+            _of_targets(targets, [s.logged.advantages for s in sequences], 0.0),
             mismatched,
         )
+
+    def old_log_p(self, log_p: Tensor) -> Tensor:
+        """What was logged of each target; where nothing was, log_p: a ratio of 1."""
+        logged = torch.from_numpy(self.logged).to(log_p.device)
+        return torch.where(logged.isnan(), log_p, logged)
 
     @property
     def all_targets(self) -> list[Targets]:
@@ -164,8 +219,22 @@ class RatedBatch:
         return (total / lengths if mean else total).to(values.dtype)
 
 
-def _losses(row: RatedExample, objective: Objective) -> int:
-    return len(row.pairs) if objective.of_pairs else len(row.replies)
+def _of_targets(targets: Targets, by_sequence: list[np.ndarray | None], missing: float) -> np.ndarray:
+    """float32 [M] of arrays [T] by sequence."""
+    out = np.full(len(targets), missing, np.float32)
+    stops = np.cumsum(targets.lengths)
+    for a, b, values in zip(stops - targets.lengths, stops, by_sequence, strict=True):
+        if values is not None:
+            out[a:b] = values[targets.position[a:b]]
+    return out
+
+
+def _loss_weights(row: RatedExample, objective: Objective) -> list[float]:
+    """The weight of each of a row's losses: shared by its pairs or replies, or by tokens."""
+    if objective.policy_gradient and objective.policy_gradient.by_tokens:
+        return [row.weight * float(sum(s.weights[1:].sum() for s in reply)) for reply in row.replies]
+    count = len(row.pairs) if objective.of_pairs else len(row.replies)
+    return [row.weight / max(1, count)] * count
 
 
 def _reply(sequence: Sequence) -> slice:
@@ -197,8 +266,11 @@ class RatedPacks(Dataset[dict[str, Any]]):
                     f"item {i} of the data set is a {type(row).__name__}, not a RatedExample",
                     fix="examples, rejected = yx.PreferenceEncoder(yx.Encoder(tokenizer)).batch(rows)",
                 )
-        self.rows = [row for row in given if _losses(row, objective)]
-        self.objective, self.skipped, self.fillers = objective, len(given) - len(self.rows), 0
+        count = len(given)
+        if objective.policy_gradient is not None:
+            given = _with_advantages(given, objective.policy_gradient)
+        self.rows = [row for row in given if _loss_weights(row, objective)]
+        self.objective, self.skipped, self.fillers = objective, count - len(self.rows), 0
         self.packs = _packed(self.rows, max_tokens, seed)
 
     def fill(self, ranks: int) -> None:
@@ -236,15 +308,24 @@ class RatedPacks(Dataset[dict[str, Any]]):
             row = self.rows[i]
             for values in (
                 np.array([row.weight, *row.rewards]),
-                *(v for s in row for v in (s.ids, s.weights)),
+                *(v for s in row for v in (s.ids, s.weights, *s.logged[:2]) if v is not None),
             ):
                 digest.update(values.tobytes())
         return digest.hexdigest()
 
     def __str__(self) -> str:
         replies = sum(len(row.replies) for row in self.rows)
-        left_out = f"; {plural(self.skipped, 'row')} without a pair left out" if self.skipped else ""
-        return f"{plural(len(self.rows), 'row')} of {replies:,} rated replies in {plural(len(self), 'pack')}{left_out}"
+        notes, lacking = "", "a pair"
+        if self.objective.policy_gradient is not None:
+            lacking = "advantages or a second reply"
+            unlogged = sum(s.logged.log_probs is None for row in self.rows for s in row)
+            if unlogged:
+                notes = (
+                    f"; {plural(unlogged, 'sequence')} without logged log-probabilities: the ratio is 1 there"
+                )
+        if self.skipped:
+            notes = f"; {plural(self.skipped, 'row')} without {lacking} left out{notes}"
+        return f"{plural(len(self.rows), 'row')} of {replies:,} rated replies in {plural(len(self), 'pack')}{notes}"
 
 
 def rated_sequences(rows: Iterable[RatedExample]) -> tuple[list[Sequence], list[str]]:
@@ -254,6 +335,42 @@ def rated_sequences(rows: Iterable[RatedExample]) -> tuple[list[Sequence], list[
         [s for _, _, reply in replies for s in reply],
         [f"row {index}, {name}" for index, name, reply in replies for _ in reply],
     )
+
+
+def _with_advantages(rows: list[RatedExample], form: PolicyGradient) -> list[RatedExample]:
+    """The rows with an advantage for every token: the logged one, or that of the reply among all replies to its prompt.
+
+    Rows of a prompt with a single reply have none, and are left out.
+    """
+    rewards: dict[bytes, list[float]] = {}
+    prompts = [_prompt(row).tobytes() for row in rows]
+    for row, prompt in zip(rows, prompts, strict=True):
+        rewards.setdefault(prompt, []).extend(
+            r for r, reply in zip(row.rewards, row.replies, strict=True) if not _has_advantages(reply)
+        )
+    groups = {
+        prompt: iter(objectives.group_advantages(torch.tensor(r), len(r), kind=form.advantages).tolist())
+        for prompt, r in rewards.items()
+        if len(r) > 1
+    }
+    return [
+        replace(
+            row,
+            replies=tuple(r if _has_advantages(r) else _of_one(r, next(groups[prompt])) for r in row.replies),
+        )
+        for row, prompt in zip(rows, prompts, strict=True)
+        if prompt in groups or all(map(_has_advantages, row.replies))
+    ]
+
+
+def _has_advantages(reply: Example) -> bool:
+    return all(s.logged.advantages is not None for s in reply)
+
+
+def _of_one(reply: Example, advantage: float) -> Example:
+    """The reply with one advantage for all of its tokens."""
+    full = (s.logged._replace(advantages=np.full(len(s), advantage, np.float32)) for s in reply)
+    return replace(reply, sequences=tuple(replace(s, logged=v) for s, v in zip(reply, full, strict=True)))
 
 
 def _packed(rows: list[RatedExample], max_tokens: int, seed: int) -> list[list[int]]:
