@@ -8,7 +8,9 @@ of 400 tokens and two replies of 150; all have the reference's log-probabilities
 tokens with eight completions of 50, old log-probs and entropies from the same call. Contestants take turns in one
 process, with the allocator keeping freed memory for all, after a round that warms up, until the time is over.
 `unshared` computes the same sequences with a first token of their own, so that they share nothing. `of_limit`: the
-ratio to `unshared` divided by tokens per distinct token. Lines go to benchmarks/results/objectives.jsonl.
+ratio to `unshared` divided by tokens per distinct token. `by_work`: the ratio of multiplications in linear layers, with
+attention left out; TRL's padded batch computes all logits of both replies.
+Lines go to benchmarks/results/objectives.jsonl.
 """
 
 from __future__ import annotations
@@ -43,6 +45,28 @@ def replies(prompt: int, lengths: list[int], seed: int) -> list[yx.Sequence]:
 
 def without_sharing(rows: list[yx.Sequence]) -> list[yx.Sequence]:
     return [yx.Sequence(np.concatenate(([100 + i], s.ids[1:])), s.weights) for i, s in enumerate(rows)]
+
+
+def multiplications(model: Any, tokens: int, last_layer: int, logits: int) -> float:
+    """Of the linear layers, forward: all layers but the last at every token, that one at those that are needed."""
+    config = model.config
+    heads = config.num_attention_heads + config.num_key_value_heads
+    layer = config.hidden_size * (2 * config.head_dim * heads + 3 * config.intermediate_size)
+    return (
+        layer * (tokens * (config.num_hidden_layers - 1) + last_layer) + logits * model.lm_head.weight.numel()
+    )
+
+
+def by_work(model: Any, rows: list[yx.Sequence]) -> dict[str, float]:
+    """Multiplications of the other contestants, divided by those of the forest."""
+    targets = yx.Targets.of(rows)
+    needed, total = len(np.unique(targets.edges.rows)), targets.forest.total
+    ours = multiplications(model, len(targets.forest), needed, needed)
+    padded = len(rows) * max(map(len, rows))
+    return {
+        "unshared": multiplications(model, total, len(targets), len(targets)) / ours,
+        "trl": multiplications(model, padded, padded, padded) / ours,
+    }
 
 
 def dpo_step(model: Any, reference: torch.Tensor, rows: list[yx.Sequence]) -> float:
@@ -142,7 +166,7 @@ def main() -> None:
     record = {
         "case": args.case, "limit": limit, "seconds": seconds,
         "ratios": {name: value / median["forest"] for name, value in median.items()},
-        "of_limit": median["unshared"] / median["forest"] / limit,
+        "of_limit": median["unshared"] / median["forest"] / limit, "by_work": by_work(model, rows),
         "y_tokens_per_second": {name: len(yx.Targets.of(rows)) / value for name, value in median.items()},
         "threads": torch.get_num_threads(), "torch": torch.__version__, "cpu": torch.backends.cpu.get_cpu_capability(),
     }  # fmt: skip

@@ -279,6 +279,25 @@ def test_narrow_screens_do_not_scroll_sideways(browser, tmp_path) -> None:
     assert width <= 400
 
 
+def test_replies_of_a_pair_stand_side_by_side_where_there_is_room(browser, tmp_path) -> None:
+    page = sample(rows=4)
+    page.columns = 2
+
+    def places() -> list[list[int]]:
+        found = "[...document.querySelectorAll('.rows > li')].map((e) => e.getBoundingClientRect())"
+        return browser.js(f"return {found}.map((r) => [Math.round(r.left), Math.round(r.top)])")
+
+    browser.open(page, tmp_path)
+    chosen, rejected, following, _ = places()
+    assert chosen[1] == rejected[1] < following[1]
+    assert chosen[0] == following[0] < rejected[0]
+    metrics = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    chosen, rejected, *_ = places()
+    browser.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert (chosen[0], rejected[1] > chosen[1]) == (rejected[0], True)
+
+
 def test_what_cannot_be_seen_is_spelled_out(browser, tmp_path) -> None:
     tokens = [" a\t", "\x07", "\u202e", "ن\u200cم", "👩\u200d👧", "", "\ud800"]
     row = TokenStrip("t", tokens, [0] * 7, [None] * 7, ["user"] * 7)
