@@ -118,7 +118,8 @@ def head_values(
     _check(hidden, head.weight, head.bias, rows, targets)
     rows, targets = _int64(rows, hidden), _int64(targets, hidden)
     hidden, weight = _autocast(hidden), _autocast(head.weight)
-    options = {"ranks": ranks, "entropy": entropy, "memory": memory}
+    needed = _needs_gradient(hidden, weight, head.bias)
+    options = {"needed": needed, "ranks": ranks, "entropy": entropy, "memory": memory}
     return HeadValues(
         *_SelectiveLogProbs.apply(  # type: ignore[no-untyped-call]  # torch has no type for it
             hidden, weight, head.bias, rows, targets, (head.softcap, head.scale), options
@@ -185,9 +186,8 @@ class _SelectiveLogProbs(torch.autograd.Function):
                 form: tuple[float | None, float], options: dict[str, Any]) -> HeadValues:  # fmt: skip
         ctx.save_for_backward(hidden, weight, bias, rows, targets)
         ctx.form, ctx.memory = form, options["memory"]
-        needed = ctx.needs_input_grad[:3]
-        output = run_head(hidden, LogitHead(weight, bias, *form), rows, targets, needed=needed, **options)
-        ctx.head_pass = output if any(needed) else None
+        output = run_head(hidden, LogitHead(weight, bias, *form), rows, targets, **options)
+        ctx.head_pass = output if any(options["needed"]) else None
         values = HeadValues(output.log_p, output.rank, output.entropy)
         ctx.mark_non_differentiable(*(v for v in values[1:] if v is not None))
         return values
