@@ -335,7 +335,8 @@ def sum_of(model: torch.nn.Module, s: Sequence) -> Tensor:
 def test_advantages_of_groups():
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
     assert objectives.group_advantages(rewards, 2, kind="dr_grpo").tolist() == [0.5, -0.5, -0.5, 0.5]
-    assert objectives.group_advantages(rewards, 2, kind="rloo").tolist() == [1, -1, -1, 1]
+    for given in (rewards, rewards.long()):
+        assert objectives.group_advantages(given, 2, kind="rloo").tolist() == [1, -1, -1, 1]
     for group in (1, 3):
         with pytest.raises(ConfigError, match="groups of"):
             objectives.group_advantages(rewards, group)

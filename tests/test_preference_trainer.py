@@ -179,6 +179,9 @@ def test_logged_advantages_and_log_probabilities_reach_the_gradient(tmp_path, na
 
 def test_packs_with_other_logged_values_are_others():
     objective = Objective("grpo")
+    assert str(RatedPacks(ROWS, objective=objective, max_tokens=64, seed=0)).startswith(
+        "3 rows of 8"
+    )  # whole rewards
     packs = [
         RatedPacks(rows, objective=objective, max_tokens=64, seed=0) for rows in (SAMPLED[:4], SAMPLED[1:4])
     ]

@@ -126,7 +126,7 @@ def group_advantages(
             f"{len(rewards)} rewards in groups of {group}", why="a group is two replies or more to one prompt",
             fix="give the number of replies per prompt, in order of prompts",
         )  # fmt: skip
-    by_prompt = rewards.view(-1, group)
+    by_prompt = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).view(-1, group)
     centred = by_prompt - by_prompt.mean(1, keepdim=True)
     if kind == "grpo":
         centred = centred / (by_prompt.std(1, keepdim=True) + 1e-4)
