@@ -393,6 +393,10 @@ def test_offsets_with_gaps_are_not_believed():
     sequence = Encoder(tokenizer)({"messages": CHAT}).only
     assert sequence.ids.tolist() == tokenizer.apply_chat_template(CHAT, return_dict=False)
     assert sequence.trained == ["Hello", "there", "<|im_end|>", "4", "<|im_end|>"]
+    spans = [m | {"spans": [{"start": 0, "stop": 1}]} if m["role"] == "assistant" else m for m in CHAT]
+    with pytest.raises(RowError, match="doesn't say where its tokens stand") as e:
+        Encoder(tokenizer)({"messages": spans})
+    assert e.value.reason == "spans_unplaced"
 
 
 def test_a_tokenizer_with_prefix_space_joins_nothing():

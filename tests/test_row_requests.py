@@ -59,6 +59,11 @@ def test_spans_that_the_template_moves_are_refused():
     assert e.value.reason == "spans_unplaced"
 
 
+def test_spans_count_in_the_content_that_the_row_has_though_the_template_trims_it():
+    row = {"messages": [user(), reply("  one two  ", spans=[{"start": 6, "stop": 9}])]}
+    assert trained(encoder(CHATML.replace("m['content']", "m['content'] | trim"))(row)) == "two<|im_end|>"
+
+
 def test_spans_of_the_prompt_count_where_a_policy_trains_it():
     row = {"messages": [user("one two", spans=[{"start": 4, "stop": 7}]), reply("4")]}
     assert trained(encoder(CHATML, train="roles=user")(row)) == "two"
