@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from time import sleep
 
 import pytest
 from templates.conversations import ALL, call, calls, reply, user
@@ -10,6 +11,7 @@ from templates.stock import stock_templates, tokenizer_for
 
 from ygivenx import RowError
 from ygivenx.rows.formats import normalise
+from ygivenx.templating import sandbox
 from ygivenx.templating.inputs import Inputs, inputs_of
 from ygivenx.templating.origins import OriginsLost, Text, join_texts, source_at
 from ygivenx.templating.template import Template
@@ -140,6 +142,19 @@ def test_a_template_that_takes_too_much(source):
     with pytest.raises(RowError) as e:
         rendered(source, user())
     assert e.value.reason == "template_budget"
+
+
+def test_the_time_of_others_on_the_machine_is_not_a_rows(monkeypatch):
+    """A process that was stopped for a while has taken no time of the processor's."""
+
+    class Waits:
+        def __str__(self) -> str:
+            sleep(0.3)
+            return "late"
+
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.2)
+    inputs = Inputs((user("hi"),), kwargs={"x": Waits()})
+    assert Template("{% for i in range(99) %}{{ x if i % 33 == 0 }}{% endfor %}").render(inputs) == "late" * 3
 
 
 @pytest.mark.parametrize(

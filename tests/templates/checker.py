@@ -480,6 +480,14 @@ def _joined(message: Message) -> Message:
     return {**message, "content": "".join(p["text"] for p in content)} if only_text else message
 
 
+def _out_of_content(message: Message) -> Message:
+    content = message.get("content")
+    if message["role"] != "assistant" or not isinstance(content, str) or "</think>" not in content:
+        return message
+    thought, _, answer = content.partition("</think>")
+    return {**message, "content": answer.strip(), "reasoning_content": thought.replace("<think>", "").strip()}
+
+
 _AS_SYSTEM = "the developer's message as the system's"
 
 
@@ -499,6 +507,7 @@ _CHANGES: dict[str, Callable[[Message], Message]] = {
     "content of null as nothing": _without_nulls,
     "content of null as an empty text": _without_null,
     "the thought under each of its names": _with_reasoning,
+    "the thought of a content in its field": _out_of_content,
     _AS_SYSTEM: _as_system,
     "parts as one text": _joined,
     "the thought under each name, arguments as objects": _both(_with_reasoning, _with_objects),

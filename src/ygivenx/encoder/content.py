@@ -53,13 +53,13 @@ def checked(
 
 
 def _with_its_texts(chat: Chat, rendering: Rendering, rendered: Renderings, strategy: Strategy) -> Rendering:
-    """The rendering, with a note of a text of x that the template changes.
+    """The rendering, with a note of a text that the template changes.
 
     Raises RowError where that is to be refused, and where a repair changes any text of the row.
     """
     if rendered.renderer is not chat.template:  # a placeholder is only ever written bare
         return rendering
-    if path := changed_of_context(rendering, chat.row.messages):
+    if path := changed(rendering, chat.row.messages, chat.tags):
         if chat.options.dropped == "refuse":
             raise changed_text(path)
         rendering = replace(rendering, notes=(*rendering.notes, f"{path} is changed by the template"))
@@ -171,10 +171,10 @@ def lost_of_context(rendering: Rendering, trained: set[int], upto: int, tags: Ta
     return paths + sorted(({"tools", "documents"} & given) - seen)
 
 
-def changed_of_context(rendering: Rendering, messages: tuple[Mapping[str, Any], ...]) -> str | None:
-    """The path of a text of x that is written otherwise than the row has it; None where there is none.
+def changed(rendering: Rendering, messages: tuple[Mapping[str, Any], ...], tags: Tags) -> str | None:
+    """The path of a content that is written otherwise than the row has it; None where there is none.
 
-    Bare or as JSON; a text that is left out whole is another matter (`lost_messages`).
+    Bare or as JSON; a text that is left out whole is another matter (`lost_messages`), and so is a part of a reply.
     """
     traced = rendering.traced
     if traced is None:
@@ -183,9 +183,13 @@ def changed_of_context(rendering: Rendering, messages: tuple[Mapping[str, Any], 
     for source in traced.sources:
         if source.message is None or source.field != "content" or not _matters(source):
             continue
-        found, forms = written.get(source.path), (source.text, json.dumps(source.text)[1:-1])
-        is_reply = messages[source.message].get("role") == "assistant"
-        if found and not is_reply and not any("".join(f.split()) in found for f in forms):
+        found = tags.marks.sub("", written.get(source.path, ""))
+        forms = [
+            _bare(source.text, tags),
+            *(_bare(json.dumps(source.text, ensure_ascii=e)[1:-1], tags) for e in (True, False)),
+        ]
+        is_part = messages[source.message].get("role") == "assistant" and len(found) < len(forms[0])
+        if found and not is_part and not any(form in found for form in forms):
             return source.path
     return None
 
@@ -491,5 +495,5 @@ def changed_text(path: str) -> RowError:
         reason="changed_text",
         field=path,
         why="the model would be trained on another text than the row has",
-        fix="mend the text, or give another template; a text of x may be changed with dropped='warn'",
+        fix="mend the text, or give another template; dropped='warn' trains it as it is written",
     )

@@ -24,6 +24,7 @@ from ..templating.tracing import Traced
 from .content import checked, refuse_control
 from .render import (
     SHOWN,
+    USER,
     Candidate,
     Chat,
     Outline,
@@ -31,6 +32,7 @@ from .render import (
     Renderings,
     Turn,
     quoted,
+    render_or_none,
 )
 from .repairs import IN_TURNS, Strategy, last_resorts, strategies
 from .segments import outline_of
@@ -225,9 +227,9 @@ def _turn(
     if turn is None and not continues:
         raise _not_continued(i, shown, text)
     if turn is None:
-        whole = text[: end.at] + end.token if end.note else text
-        notes = (end.note,) if end.note else ()
-        turn = Turn(i, whole, len(shown), end.at, end.at + len(end.token), notes=notes)
+        whole = text[: end.at] + end.lead + end.token if end.note else text
+        notes, at = ((end.note,) if end.note else ()), end.at + len(end.lead)
+        turn = Turn(i, whole, len(shown), at, at + len(end.token), notes=notes)
     return stopping_once(tokens, rendered, turn)
 
 
@@ -285,6 +287,8 @@ def _trains_header(rendered: Renderings, i: int, shown: str, text: str, first: i
     # header can be trained.
     if not text[len(shown) : max(first, len(shown))].strip() or rendered.closed[i] != shown:
         return False
+    if _has_header(rendered, i, shown):
+        return False
     plain = {"role": "assistant", "content": _STAND_IN}
     try:
         probe = rendered.renderer.render(rendered.inputs.upto(i, plain))
@@ -293,6 +297,16 @@ def _trains_header(rendered: Renderings, i: int, shown: str, text: str, first: i
     # Marks of a thought are the model's to write; whatever else stands before every reply is a header.
     lead, found, _ = probe[len(shown) :].partition(_STAND_IN)
     return bool(found) and bool(rendered.tags.marks.sub("", lead).strip())
+
+
+def _has_header(rendered: Renderings, i: int, shown: str) -> bool:
+    """Whether a prompt that the template writes in any case ends in a reply's header: a user's would be another."""
+    traced = rendered.traced_prompts[i]
+    other = render_or_none(rendered.renderer, rendered.inputs.upto(i, USER))
+    if traced is None or other is None:
+        return False
+    spoken = max((stop for j in range(i) for _, stop in traced.spoken[j]), default=len(shown))
+    return spoken <= rendered.renderer.common_prefix(shown, other) < len(shown)
 
 
 # --- a reply of no words ---------------------------------------------------------------------------------
@@ -311,6 +325,8 @@ def _place(rendered: Renderings, i: int) -> int:
     filled = rendered.renderer.render(replace(rendered.inputs, messages=(*before, marked)))
     at = filled.find(_STAND_IN)
     if at < 0 or filled[:at] + filled[at + 1 :] != text:
+        if rendered.renderer.begins(text, rendered.prompts[i]):  # all that follows its prompt is the reply's
+            return len(rendered.prompts[i])
         what = "nothing shows where this empty reply stands: the template writes it otherwise than others"
         fix = "leave the message out, or give it the weight 0"
         raise RowError(what, reason="no_end_of_turn", field=f"messages[{i}]", fix=fix)
@@ -325,7 +341,9 @@ def _by_origin(tokens: Tokens, rendered: Renderings, i: int) -> Turn:
     traced, (first, last) = rendered.traced[len(rendered)], _spoken(rendered, i)
     runs = traced.spoken[i] if traced else []
     end = end_of_turn(tokens, rendered, i, last) if runs else None
-    found = end and _end_in_whole(tokens, rendered, runs, rendered.closed[i + 1][first : end.at], end.token)
+    found = end and _end_in_whole(
+        tokens, rendered, runs, rendered.closed[i + 1][first : end.at] + end.lead, end.token
+    )
     if traced is None or end is None or found is None or _others(rendered, traced, i, runs[0][0], found):
         what = "the rendered text doesn't say where this reply begins and ends"
         raise RowError(what, reason="no_origin", field=f"messages[{i}]", fix="use context='inference'")

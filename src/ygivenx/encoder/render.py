@@ -355,10 +355,12 @@ def _reserved(name: str) -> RowError:
 
 
 def notes_on(chat: Chat) -> tuple[str, ...]:
-    """What a row says that neither the template nor the encoder reads."""
+    """What a row says that neither the template nor the encoder reads, and thoughts that aren't one thought."""
     source, read = chat.template.source, chat.template.undeclared
     keys = unread_keys(chat.row.messages, source)
+    thoughts = ((i, chat.tags.oddity(chat.inputs.messages[i])) for i in chat.to_train)
     return (
+        *(f"messages[{i}]: {oddity}" for i, oddity in thoughts if oddity),
         *(
             f"the message key {key!r} is read by neither the template nor ygivenx{nearest(key, KNOWN_KEYS)}"
             for key in keys
@@ -378,7 +380,7 @@ def notes_on(chat: Chat) -> tuple[str, ...]:
 
 # An opening tag whose closing one has a slash after its first character.
 _SLASHED = re.compile(
-    r"[<\[◁](?=[^<>\[\]◁▷\s'\"]*(?:think|thought|reason))[^<>\[\]◁▷\s'\"/]+[>\]▷]", re.IGNORECASE
+    r"[<\[◁](?=[^<>\[\]◁▷\s'\"{}]*(?:think|thought|reason))[^<>\[\]◁▷\s'\"{}/]+[>\]▷]", re.IGNORECASE
 )
 _OTHERS = (
     ("<|channel>thought", "<channel|>"),
@@ -473,6 +475,25 @@ class Tags:
                 part.get("type") in ("thinking", "reasoning") for part in content if isinstance(part, dict)
             )
         return content is not None and bool(content) and any(close in content for _, close in self.pairs)
+
+    def oddity(self, message: Mapping[str, Any]) -> str:
+        """What a reader has to know of a reply with two thoughts, or with one that never ends; "" of any other."""
+        content = message.get("content")
+        if not isinstance(content, str) or not self.marks.match(begun := content.lstrip()):
+            return ""
+        if self.thought.match(begun):
+            field = next((name for name in REASONING_FIELDS if message.get(name)), None)
+            return (
+                f"two thoughts are trained: that of {field}, and that between tags in its content"
+                if field
+                else ""
+            )
+        opened = next((a for a, b in self.pairs if begun.startswith(a) and b not in begun), None)
+        return (
+            f"its content begins with {opened} and never closes it: an unfinished thought is trained"
+            if opened
+            else ""
+        )
 
     def own_thought(self, message: Mapping[str, Any], pair: tuple[str, str]) -> tuple[str, str, str] | None:
         """(reasoning, closing, answer) of a reply that brings its own, as it follows an open thought; else None.

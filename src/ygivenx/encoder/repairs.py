@@ -6,7 +6,7 @@
 | arguments_as_text | gives tool calls' arguments as JSON text                                      | yes |
 | content_as_parts  | gives contents as lists of typed parts, reasoning among them                  | yes |
 | empty_content     | gives a missing content as "", or an empty one beside calls as none           | yes |
-| thought_in_field  | gives a thought between <think> tags in a content as reasoning_content         | yes |
+| thought_in_field  | gives a thought between <think> tags in a content as reasoning_content; by all names | yes |
 | whitespace        | keeps the prompt where it and the row differ in white space alone             | yes |
 | history           | keeps the prompt where what is further back is written otherwise              | yes |
 | open_think        | puts a reply's own reasoning after a prompt that opens a thought              | yes |
@@ -146,17 +146,19 @@ def _said_otherwise(
         for name, change, note in _CHANGES
         if name in repairs and (name not in _NEEDS or _NEEDS[name](template.source))
     ]
-    applied: list[tuple[Inputs, str]] = []
     for change, note in changes:
         messages = change(inputs.messages)
         if messages != inputs.messages:
-            applied.append((replace(inputs, messages=messages), note))
-            yield applied[-1][0], (note,)
-    if len(applied) > 1:
-        messages = inputs.messages
-        for change, _ in changes:
-            messages = change(messages)
-        yield replace(inputs, messages=messages), tuple(note for _, note in applied)
+            yield replace(inputs, messages=messages), (note,)
+    # Together all of them, and all that leave contents texts: most templates that take parts take these alone, too.
+    for left_out in ((), (_content_as_parts,)):
+        messages, notes = inputs.messages, []
+        for change, note in (c for c in changes if c[0] not in left_out):
+            changed = change(messages)
+            notes += [note] if changed != messages else []
+            messages = changed
+        if len(notes) > 1:
+            yield replace(inputs, messages=messages), tuple(notes)
 
 
 Switched = Callable[[Inputs], list[tuple[Inputs, str]]]
@@ -254,6 +256,8 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if message.get("role") != "assistant" or not isinstance(content, str):
         return message
+    if thought := message.get("reasoning_content"):
+        return {**message, "reasoning": thought}  # the one of its names that transformers doesn't fill in
     found = _THOUGHT.fullmatch(content) if message.keys().isdisjoint(REASONING_FIELDS) else None
     return message | ({"reasoning_content": found[1].strip(), "content": found[2]} if found else {})
 
@@ -304,5 +308,6 @@ _CHANGES: tuple[tuple[str, Callable[[Messages], Messages], str], ...] = (
 # What a template's source has to tell, for a change to be worth a trial.
 _NEEDS: dict[str, Callable[[str], bool]] = {
     "content_as_parts": lambda source: any(mark in source for mark in ("'type'", '"type"', ".type")),
-    "thought_in_field": lambda source: "</think>" not in source,  # else it reads the tags itself
+    # Else it reads the tags itself.
+    "thought_in_field": lambda source: "</think>" not in source or bool(re.search(r"\breasoning\b", source)),
 }

@@ -38,11 +38,15 @@ EMPTY_THOUGHTS = frozenset({"empty_think", "trained_empty_think"})
 
 
 class End(NamedTuple):
-    """Where the token that ends a turn stands in F, or is put; the note says why if F doesn't have it there."""
+    """Where the token that ends a turn stands in F, or is put; the note says why if F doesn't have it there.
+
+    lead: white space that is put before it.
+    """
 
     at: int
     token: str
     note: str = ""
+    lead: str = ""
 
 
 def end_of_turn(tokens: Tokens, rendered: Renderings, i: int, after: int) -> End | None:
@@ -100,7 +104,17 @@ def _by_structure(tokens: Tokens, rendered: Renderings, i: int, after: int) -> E
         if stop is None and _begins_next(rendered, i, text[end.start() :]):
             return _next_header(tokens, rendered, i, after)
         return End(end.start(), end[0])
-    return _header_at(tokens, text, then, common) or _next_header(tokens, rendered, i, after)
+    header = _header_at(tokens, text, then, common) or _next_header(tokens, rendered, i, after)
+    # The token with which this reply's own header begins says nothing of who comes next.
+    own = rendered.shown[i] or ""
+    traced = rendered.traced_prompts[i] if own else None
+    said = [stop for j in range(i) for _, stop in traced.spoken[j]] if traced else []
+    begun = tokens.control(own, max(said, default=len(own)))
+    return (
+        None
+        if header and header.token not in tokens.stops and header.token in {m[0] for m in begun}
+        else header
+    )
 
 
 def stopping_once(tokens: Tokens, rendered: Renderings, turn: Turn) -> Turn:
@@ -158,8 +172,11 @@ def _next_header(tokens: Tokens, rendered: Renderings, i: int, after: int) -> En
     runs = traced.spoken[i] if traced else []
     if not runs or plain is None:
         return None
-    gap = next(iter(tokens.control(plain, runs[-1][1])), None)
-    return End(len(text), gap[0]) if gap and not plain[runs[-1][1] : gap.start()].strip() else None
+    found = next(iter(tokens.control(plain, runs[-1][1])), None)
+    gap = plain[runs[-1][1] : found.start()] if found else ""
+    if found is None or gap.strip():
+        return None
+    return End(len(text), found[0], lead=gap.removeprefix(text[after:]))
 
 
 def _asks(rendered: Renderings, i: int, text: str) -> bool:
@@ -222,6 +239,7 @@ def _put_together(
 ) -> Turn:
     """P, `context` and the parts of a reply as one turn. is_apart: what follows P is encoded by itself."""
     shown, prompt = rendered.prompts[i], rendered.traced_prompts[i]
+    parts = [*parts, end.lead]
     traced = prompt and Traced(reduce(add, [context, *parts, end.token], prompt.text), prompt.sources)
     start = len(shown) + len(context)
     stop = start + sum(map(len, parts))
@@ -242,10 +260,17 @@ def _after_open_thought(
     pair = rendered.tags.pair_of(shown)
     own = rendered.tags.own_thought(message, pair)
     # P ends in `<think>` and the row has a thought: P + reasoning + `</think>` + answer, as the model would write it.
+    if own and own[0] and continues and rendered.closed[i + 1][len(shown) :].lstrip().startswith(own[0]):
+        return None  # the template itself has the thought where the prompt ends
     if own and "open_think" in repairs and not message.get("tool_calls"):
         field = "reasoning_content" if own[0] else "content"
         reasoning = _text_of(rendered, own[0], i, field)
-        parts = [reasoning, own[1], _text_of(rendered, own[2], i, "content")]
+        parts = [
+            reasoning,
+            own[1],
+            _text_of(rendered, own[2], i, "content"),
+            *_behind(rendered, i, own[2], end),
+        ]
         what = f"its own reasoning continues the {pair[0]} that the prompt opens"
         return _put_together(rendered, i, what, [p for p in parts if p], end)
     if own or rendered.thinks[i] or not repairs & EMPTY_THOUGHTS:
@@ -257,6 +282,8 @@ def _after_empty_thought(
     rendered: Renderings, i: int, pair: tuple[str, str], end: End, continues: bool, is_context: bool
 ) -> Turn | None:
     """The reply after the thought that the prompt opens, which is closed at once; as context, or as y."""
+    if rendered.tags.oddity(rendered.inputs.messages[i]):
+        raise _unclosed(i, pair)
     # `\n` that ends P and `\n` that follows are one token together, which inference never sees: encoded apart.
     shown, text = rendered.prompts[i], rendered.closed[i + 1]
     begin = len(shown) if continues else rendered.begins_unthought[i]
@@ -272,6 +299,24 @@ def _after_empty_thought(
         what += ", as context: nothing of a thought is trained"
         return _put_together(rendered, i, what, parts, end, closing, is_apart=True)
     return _put_together(rendered, i, what, [closing, *parts], end, is_apart=True)
+
+
+def _unclosed(i: int, pair: tuple[str, str]) -> RowError:
+    return RowError(
+        f"the prompt opens a thought, and the reply begins with one that it never closes by {pair[1]}",
+        reason="no_thought",
+        field=f"messages[{i}].content",
+        why="trained after an empty thought, the model would learn to stop while it thinks",
+        fix="close the thought in the row, or leave the row out",
+    )
+
+
+def _behind(rendered: Renderings, i: int, answer: str, end: End) -> list[str]:
+    """What the template writes between an answer and the end of its turn, as Command A's `<|END_TEXT|>`."""
+    text = rendered.closed[i + 1][: end.at]
+    words = answer.strip()
+    behind = text.rpartition(words)[2] if words else ""
+    return [behind[len(answer) - len(answer.rstrip()) :]] if behind.strip() else []
 
 
 def _text_of(rendered: Renderings, text: str, i: int, field: str) -> Text:

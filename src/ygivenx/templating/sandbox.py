@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache
-from time import monotonic
+from time import thread_time
 from types import BuiltinMethodType, MethodType
 from typing import Any
 
@@ -34,7 +34,7 @@ from ..errors import RowError
 from .inputs import Inputs
 
 MAX_ROUNDS = 300_000
-MAX_SECONDS = 1.0  # of all renderings of one row; longer rows get more of both
+MAX_SECONDS = 1.0  # of the processor, of all renderings of one row; longer rows get more of both
 ONE = 4 << 20  # characters of one text that an operation makes, at most, in this process
 VALUE, STORED = 128 << 10, 8 << 20  # characters of one value that is kept, and of all that are kept
 ITEM = 64  # what an item of a list counts, in characters
@@ -64,7 +64,7 @@ class State:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.now, self.written = inputs, inputs.now, inputs.written
         self.rounds, self.stored, self.look = MAX_ROUNDS, STORED, MAX_ROUNDS
-        self.begun, self.late = monotonic(), False
+        self.begun, self.late = thread_time(), False
         self.deadline = self.begun + MAX_SECONDS - inputs.used.seconds
 
     def charge(self, rounds: int) -> None:
@@ -75,15 +75,17 @@ class State:
                 raise over_budget(
                     f"more than {MAX_ROUNDS + self.inputs.further_rounds:,} rounds of its loops"
                 )
-            if monotonic() > self.deadline:
+            if thread_time() > self.deadline:
                 self._grant()
 
     def _grant(self) -> None:
-        """Once: what a long row may take, and half a second for a process that was stopped for a while."""
+        """Once: what a long row may take."""
         if self.late:
             raise over_budget(f"more than {MAX_SECONDS + self.inputs.further_seconds:.2g} seconds")
-        self.late, further = True, self.inputs.further_seconds
-        self.deadline = max(self.deadline + further, monotonic() + 0.5)
+        self.late = True
+        self.deadline += self.inputs.further_seconds
+        if thread_time() > self.deadline:
+            self._grant()
 
     def keep(self, size: int) -> None:
         """Count a value of so many characters that the template keeps."""
@@ -94,7 +96,7 @@ class State:
                 raise Outside
 
     def end(self) -> None:
-        self.inputs.used.seconds += monotonic() - self.begun
+        self.inputs.used.seconds += thread_time() - self.begun
 
 
 class _Generation(jinja2.ext.Extension):
