@@ -417,11 +417,11 @@ def test_a_pair_whose_border_is_in_a_token_is_told_all_ways(tokenizer):
 def test_closed_thoughts_by_shape_are_those_of_rows_alone(tokenizer, reply_begins):
     """What is proven once for all rows of a shape equals the proof of each by itself."""
     enc = made(tokenizer, thinking_only("<think>\n", reply_begins))
-    texts = ["yo", "\n\nno", "<think> is a tag", "hm</think>yo", "  so", "<b>{{ x }}</b>"]
+    texts = ["yo", "\n\nno", "hm</think>yo", "  so", "<b>{{ x }}</b>", "<think> is a tag"]
     rows = [{"messages": [user(f"{n}?"), reply(t)]} for n, t in enumerate(texts * 3)]
     examples, rejected = enc.batch(rows)
-    assert not rejected
-    for example, row in zip(examples, rows, strict=True):
+    assert [r.reason for r in rejected] == ["no_thought"] * 3  # after an empty thought one that never ends
+    for example, row in zip(examples, [r for n, r in enumerate(rows) if n % 6 != 5], strict=True):
         (alone,) = made(tokenizer, enc.tokenizer.chat_template)(row).sequences
         (s,) = example.sequences
         assert (s.ids.tolist(), s.weights.tolist()) == (alone.ids.tolist(), alone.weights.tolist())

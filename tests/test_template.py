@@ -13,7 +13,7 @@ from ygivenx import RowError
 from ygivenx.rows.formats import normalise
 from ygivenx.templating import sandbox
 from ygivenx.templating.inputs import Inputs, inputs_of
-from ygivenx.templating.origins import OriginsLost, Text, join_texts, source_at
+from ygivenx.templating.origins import OriginsLost, Text, join_texts
 from ygivenx.templating.template import Template
 from ygivenx.templating.tracing import marked
 
@@ -123,7 +123,7 @@ def test_what_cannot_be_followed_is_declined():
     mixed = join_texts([Text.of("a", 1), Text.of("ß", 2)])
     with pytest.raises(OriginsLost):
         mixed.upper()
-    assert source_at(mixed, 1) == 2
+    assert mixed[1].runs == ((1, 2),)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def template(
 
 HEADER, CLOSE = "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_end|>\n' }}"
 THOUGHT = "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
-CALL = "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.arguments + '</call>' }}{% endfor %}"
+CALL = "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + c.function.arguments + '</call>' }}{% endfor %}"
 THINKING = "<|im_start|>assistant\n<think>"
 
 # name: template, messages, what each sequence trains
@@ -56,7 +56,7 @@ EXACT = {
             + CLOSE
         ),
         [user(), calls(call(arguments={"a": 1}), content=None)],
-        ['<call>{"a": 1}</call><|im_end|>'],
+        ['<call>weather{"a": 1}</call><|im_end|>'],
     ),
     "a thought by its third name": (
         template(HEADER + THOUGHT.replace("_content", "") + "{{ m.content }}" + CLOSE),

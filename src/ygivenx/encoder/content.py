@@ -61,7 +61,7 @@ def _with_its_texts(chat: Chat, rendering: Rendering, rendered: Renderings, stra
         return rendering
     if path := changed(rendering, chat.row.messages, chat.tags):
         if chat.options.dropped == "refuse":
-            raise changed_text(path)
+            raise refused("changed_text", path)
         rendering = replace(rendering, notes=(*rendering.notes, f"{path} is changed by the template"))
     if not strategy.notes and not any(t.notes for t in rendering.turns):
         return rendering
@@ -70,7 +70,7 @@ def _with_its_texts(chat: Chat, rendering: Rendering, rendered: Renderings, stra
     except RowError:  # the template takes the row with the repair alone
         traced = None
     if path := unfaithful(rendering, chat.inputs.messages, chat.tags, traced):
-        raise changed_text(path)
+        raise refused("changed_text", path)
     return rendering
 
 
@@ -79,11 +79,11 @@ def _complete(chat: Chat, rendering: Rendering, rendered: Renderings) -> Renderi
     for turn in rendering.turns:
         message = rendered.inputs.messages[turn.message]
         if path := printed_arguments(rendering, turn, message):
-            raise not_json(f"messages[{turn.message}].{path}")
+            raise refused("not_json", f"messages[{turn.message}].{path}")
         for path, name in lost_of_reply(rendering, turn, message, chat.tags):
             kind = _KIND_OF_FIELD.get(name, "answer")
             if chat.options.dropped == "refuse" and (turn.message, kind) in chat.trained:
-                raise dropped(path)
+                raise refused("dropped_field", path)
             rendering = replace(rendering, notes=(*rendering.notes, f"{path} is left out by the template"))
     return rendering
 
@@ -96,10 +96,11 @@ def _with_lost_context(chat: Chat, rendering: Rendering, to_train: set[int]) -> 
     lost = lost_of_context(rendering, to_train, rendering.upto, chat.tags)
     if chat.options.dropped == "refuse":
         if paths := [p for p in lost if _is_trained(chat, p)]:
-            raise dropped(paths[0], "a message")
+            raise refused("dropped_field", paths[0], "a message")
         last = max((t.message for t in rendering.turns), default=0)
         if whole := lost_messages(rendering, last):
-            raise dropped_message(whole[0], str(chat.row.messages[whole[0]].get("role")))
+            role = str(chat.row.messages[whole[0]].get("role"))
+            raise refused("dropped_message", f"messages[{whole[0]}]", role)
     notes = tuple(f"{path} is left out by the template" for path in lost)
     return replace(rendering, notes=(*rendering.notes, *notes))
 
@@ -386,16 +387,15 @@ def refuse_control(tokens: Tokens, inputs: Inputs) -> None:
         return
     for path, text in _leaves(given):
         if found := tokens.has_control(text):
-            raise control_text(found[0], path)
+            raise refused("control_text", path, found[0])
 
 
 def refuse_alike(tokens: Tokens, encoded: Encoded, given: Mapping[str, Any]) -> None:
     """Raise RowError if the tokenizer made a special token of what is written otherwise; `given`: the row's texts."""
     for token, written in tokens.alike(encoded):
         path = next((path for path, text in _leaves(given) if written.strip() in text), "")
-        raise control_text(
-            token, path, f"it is written {written!r}, and the tokenizer normalises before it looks"
-        )
+        why = f"it is written {written!r}, and the tokenizer normalises before it looks"
+        raise refused("control_text", path, token, why)
 
 
 def control_cuts(tokens: Tokens, rendering: Rendering, control: str) -> tuple[int, ...]:
@@ -421,9 +421,8 @@ def control_cuts(tokens: Tokens, rendering: Rendering, control: str) -> tuple[in
     if cuts and control == "refuse":
         found = tokens.control(rendering.text, cuts[0] - 1)[0]
         source = foreign(found)
-        raise control_text(
-            found[0], source.path if source else "", "the template and the row write it together"
-        )
+        why = "the template and the row write it together"
+        raise refused("control_text", source.path if source else "", found[0], why)
     return cuts
 
 
@@ -443,57 +442,38 @@ def _leaves(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
 
 # === refusals ============================================================================================
 
-
-def control_text(token: str, path: str, why: str = "") -> RowError:
-    """A special token in a row's text."""
-    return RowError(
-        f"{token!r} is a control token of the tokenizer, written in the row's text",
-        reason="control_text",
-        field=path,
-        why=why or "parsed, it would forge the structure of the conversation",
-        fix="control='text' encodes it as ordinary text, control='parse' as the token; or mend the row",
-    )
-
-
-def not_json(path: str) -> RowError:
-    """Arguments of a call as Python prints them."""
-    return RowError(
+# By reason and what it is about: what, why, what to do.
+_REFUSALS: dict[str, tuple[str, str, str]] = {
+    "control_text": (
+        "{of!r} is a control token of the tokenizer, written in the row's text",
+        "parsed, it would forge the structure of the conversation",
+        "control='text' encodes it as ordinary text, control='parse' as the token; or mend the row",
+    ),
+    "not_json": (
         "the template writes these arguments as Python prints them",
-        reason="not_json",
-        field=path,
-        why="a model would be trained on calls that no parser reads",
-        fix="repair='arguments_as_text' gives them as JSON text, or give a template that writes JSON",
-    )
-
-
-def dropped(path: str, of: str = "a reply") -> RowError:
-    """A part that would be trained, and is left out."""
-    return RowError(
-        f"the template leaves out this part of {of} that would be trained",
-        reason="dropped_field",
-        field=path,
-        why="the model would be trained to answer without it",
-        fix="give a template that writes it, remove the field, or dropped='warn'",
-    )
-
-
-def dropped_message(i: int, role: str) -> RowError:
-    """A whole message of x that is left out."""
-    return RowError(
-        f"the template leaves out this whole message of the {role}",
-        reason="dropped_field",
-        field=f"messages[{i}]",
-        why="the model would be trained to answer without having seen it",
-        fix="give a template that writes it, remove the message, or dropped='warn'",
-    )
-
-
-def changed_text(path: str) -> RowError:
-    """A text that isn't the row's: a template changes it, or a repair."""
-    return RowError(
+        "a model would be trained on calls that no parser reads",
+        "repair='arguments_as_text' gives them as JSON text, or give a template that writes JSON",
+    ),
+    "dropped_field": (
+        "the template leaves out this part of {of} that would be trained",
+        "the model would be trained to answer without it",
+        "give a template that writes it, remove the field, or dropped='warn'",
+    ),
+    "dropped_message": (
+        "the template leaves out this whole message of the {of}",
+        "the model would be trained to answer without having seen it",
+        "give a template that writes it, remove the message, or dropped='warn'",
+    ),
+    "changed_text": (
         "written so, the template changes what this text says",
-        reason="changed_text",
-        field=path,
-        why="the model would be trained on another text than the row has",
-        fix="mend the text, or give another template; dropped='warn' trains it as it is written",
-    )
+        "the model would be trained on another text than the row has",
+        "mend the text, or give another template; dropped='warn' trains it as it is written",
+    ),
+}
+
+
+def refused(name: str, path: str, of: str = "a reply", why: str = "") -> RowError:
+    """The refusal of a name in the table; `of`: the token, or whose part or message it is."""
+    what, usual, fix = _REFUSALS[name]
+    reason = "dropped_field" if name == "dropped_message" else name
+    return RowError(what.format(of=of), reason=reason, field=path, why=why or usual, fix=fix)

@@ -19,8 +19,9 @@ from ..errors import RowError
 from ..templating.inputs import REASONING_FIELDS, ROLES
 from ..templating.placeholders import FIRST, MARK, PathConditions, Undecided
 from ..templating.symbolic import SymbolicTemplate
-from .prove import candidate, candidates, strategies_for
+from .prove import candidate, candidates
 from .render import Candidate, Chat, Outline
+from .repairs import last_resorts, strategies
 from .tokenize import Tokens, ids_fault
 
 _TEXTS = frozenset({"content", *REASONING_FIELDS})
@@ -129,7 +130,7 @@ def _proof(chat: Chat, texts: list[str]) -> Proof | None:
     template = SymbolicTemplate(chat.template, chat.inputs)
     symbolic = replace(chat, inputs=template.inputs)
     proven: list[tuple[tuple[Form, ...], tuple[str, ...]]] = []
-    for strategy in chain(strategies_for(symbolic, False), strategies_for(symbolic, True)):
+    for strategy in chain(strategies(symbolic), last_resorts(symbolic)):
         if not strategy.is_symbolic:
             return None
         found = candidate(symbolic, strategy, template)

@@ -34,7 +34,7 @@ from .render import (
     quoted,
     render_or_none,
 )
-from .repairs import IN_TURNS, Strategy, last_resorts, strategies
+from .repairs import Strategy, last_resorts, strategies
 from .segments import outline_of
 from .tokenize import Tokens, ids_fault
 from .turns import EMPTY_THOUGHTS, appended_end, end_of_turn, joined, stopping_once
@@ -48,22 +48,14 @@ def candidates(chat: Chat) -> Iterator[Candidate | RowError]:
         refuse_control(chat.options.tokens, chat.inputs)
     o = chat.options
     by_reply = o.context == "inference" and len(chat.to_train) > 1 and bool(o.repairs)
-    for is_last_resort in (False, True):
-        for strategy in strategies_for(chat, is_last_resort):
+    for of_chat in (strategies, last_resorts):
+        for strategy in of_chat(chat):
             found = candidate(chat, strategy, chat.template)
             # Of a strategy that changes the row's inputs the refusal would speak of what the user didn't write.
             if isinstance(found, Candidate) or not strategy.notes:
                 yield found
-        if by_reply and isinstance(found := reply_by_reply(chat, is_last_resort), Candidate):
+        if by_reply and isinstance(found := reply_by_reply(chat, of_chat is last_resorts), Candidate):
             yield found
-
-
-def strategies_for(chat: Chat, is_last_resort: bool) -> Iterator[Strategy]:
-    """The strategies for a chat, or those that come when all others have failed."""
-    o = chat.options
-    repairs = o.repairs if o.context == "inference" else o.repairs - IN_TURNS
-    found = last_resorts if is_last_resort else strategies
-    return found(chat.template, chat.inputs, chat.to_train, chat.as_given.thinks, repairs, o.thoughts)
 
 
 def candidate(chat: Chat, strategy: Strategy, renderer: Renderer) -> Candidate | RowError:
@@ -119,8 +111,7 @@ def reply_by_reply(chat: Chat, with_last_resort: bool) -> Candidate | RowError:
             to_train=(i,),
         )
         refusal: RowError | None = None
-        last = strategies_for(alone, is_last_resort=True) if with_last_resort else ()
-        for strategy in chain(strategies_for(alone, is_last_resort=False), last):
+        for strategy in chain(strategies(alone), last_resorts(alone) if with_last_resort else ()):
             found = candidate(alone, strategy, chat.template)
             error = found if isinstance(found, RowError) else ids_fault(found, chat.options)
             if error is None and isinstance(found, Candidate):
@@ -285,7 +276,8 @@ def _trains_header(rendered: Renderings, i: int, shown: str, text: str, first: i
     """
     # Nothing stands between P and the reply's first word, or the template does write a generation prompt: then no
     # header can be trained.
-    if not text[len(shown) : max(first, len(shown))].strip() or rendered.closed[i] != shown:
+    lead = text[len(shown) : max(first, len(shown))]
+    if not rendered.tags.marks.sub("", lead).strip() or rendered.closed[i] != shown:
         return False
     if _has_header(rendered, i, shown):
         return False
@@ -325,8 +317,9 @@ def _place(rendered: Renderings, i: int) -> int:
     filled = rendered.renderer.render(replace(rendered.inputs, messages=(*before, marked)))
     at = filled.find(_STAND_IN)
     if at < 0 or filled[:at] + filled[at + 1 :] != text:
-        if rendered.renderer.begins(text, rendered.prompts[i]):  # all that follows its prompt is the reply's
-            return len(rendered.prompts[i])
+        shown = rendered.prompts[i]  # a template may leave out a line break with the words
+        if rendered.renderer.begins(text, shown) and text[len(shown) :].split() == filled[at + 1 :].split():
+            return len(shown)
         what = "nothing shows where this empty reply stands: the template writes it otherwise than others"
         fix = "leave the message out, or give it the weight 0"
         raise RowError(what, reason="no_end_of_turn", field=f"messages[{i}]", fix=fix)

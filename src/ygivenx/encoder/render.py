@@ -478,22 +478,20 @@ class Tags:
 
     def oddity(self, message: Mapping[str, Any]) -> str:
         """What a reader has to know of a reply with two thoughts, or with one that never ends; "" of any other."""
-        content = message.get("content")
-        if not isinstance(content, str) or not self.marks.match(begun := content.lstrip()):
+        if opening := self.unclosed(message):
+            return f"its content begins with {opening} and never closes it: an unfinished thought is trained"
+        content, field = message.get("content"), next((n for n in REASONING_FIELDS if message.get(n)), None)
+        if field is None or not isinstance(content, str) or not self.thought.match(content):
             return ""
-        if self.thought.match(begun):
-            field = next((name for name in REASONING_FIELDS if message.get(name)), None)
-            return (
-                f"two thoughts are trained: that of {field}, and that between tags in its content"
-                if field
-                else ""
-            )
-        opened = next((a for a, b in self.pairs if begun.startswith(a) and b not in begun), None)
-        return (
-            f"its content begins with {opened} and never closes it: an unfinished thought is trained"
-            if opened
-            else ""
-        )
+        return f"two thoughts are trained: that of {field}, and that between tags in its content"
+
+    def unclosed(self, message: Mapping[str, Any]) -> str | None:
+        """The tag that opens a thought at the beginning of a content which never closes it."""
+        content = message.get("content")
+        if not content or not hasattr(content, "lstrip"):
+            return None
+        begun = content.lstrip()
+        return next((a for a, b in self.pairs if begun.startswith(a) and b not in content), None)
 
     def own_thought(self, message: Mapping[str, Any], pair: tuple[str, str]) -> tuple[str, str, str] | None:
         """(reasoning, closing, answer) of a reply that brings its own, as it follows an open thought; else None.

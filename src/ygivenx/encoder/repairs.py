@@ -6,7 +6,8 @@
 | arguments_as_text | gives tool calls' arguments as JSON text                                      | yes |
 | content_as_parts  | gives contents as lists of typed parts, reasoning among them                  | yes |
 | empty_content     | gives a missing content as "", or an empty one beside calls as none           | yes |
-| thought_in_field  | gives a thought between <think> tags in a content as reasoning_content; by all names | yes |
+| thought_in_field  | gives a thought between <think> tags in a content as reasoning_content         | yes |
+| thought_by_name   | gives a thought as `reasoning`, too, for a template that reads it so           | yes |
 | whitespace        | keeps the prompt where it and the row differ in white space alone             | yes |
 | history           | keeps the prompt where what is further back is written otherwise              | yes |
 | open_think        | puts a reply's own reasoning after a prompt that opens a thought              | yes |
@@ -34,18 +35,14 @@ from typing import Any
 from ..errors import refuse_unknown
 from ..templating.inputs import REASONING_FIELDS, Inputs
 from ..templating.template import Renderer
+from .render import Chat
 
-IN_ROWS = ("template_kwargs", "arguments_as_text", "content_as_parts", "empty_content", "thought_in_field")
+IN_ROWS = (
+    "template_kwargs", "arguments_as_text", "content_as_parts", "empty_content", "thought_in_field", "thought_by_name",
+)  # fmt: skip
 DEFAULT = (
-    *IN_ROWS,
-    "whitespace",
-    "history",
-    "open_think",
-    "closed_think",
-    "opening",
-    "only_end",
-    "empty_think",
-)
+    *IN_ROWS, "whitespace", "history", "open_think", "closed_think", "opening", "only_end", "empty_think",
+)  # fmt: skip
 FOLDS = ("developer_as_system", "system_as_user")
 REPAIRS = (*DEFAULT, "append_end", *FOLDS)
 IN_TURNS = frozenset(REPAIRS) - {*IN_ROWS, *FOLDS}  # done while a turn is proven
@@ -82,59 +79,51 @@ class Strategy:
     is_symbolic: bool = False
 
 
-def strategies(
-    template: Renderer,
-    inputs: Inputs,
-    to_train: Iterable[int],
-    thinks: Mapping[int, bool],
-    repairs: frozenset[str],
-    thoughts: str,
-) -> Iterator[Strategy]:
-    """Every strategy for a row but the last resorts, the least change first. to_train: the replies that are trained."""
-    to_train = list(to_train)
+def strategies(chat: Chat) -> Iterator[Strategy]:
+    """Every strategy for a row but the last resorts, the least change first."""
+    inputs, thoughts, repairs = chat.inputs, chat.options.thoughts, allowed(chat)
     in_turns = repairs & IN_TURNS - {"empty_think"}
-    switches = _switched(template, inputs, to_train, thinks, repairs)
     if thoughts == "off":
-        for switched, note in _switched_off(template, inputs, to_train, thinks):
-            yield Strategy(switched, (note,), is_symbolic=True)
+        for off, notes in _switched_off(chat):
+            yield Strategy(off, notes, is_symbolic=True)
             if in_turns:
-                yield Strategy(switched, (note,), in_turns)
+                yield Strategy(off, notes, in_turns)
     yield Strategy(inputs, is_symbolic=True)
     if thoughts.startswith("empty"):
         closed = "empty_think" if thoughts == "empty_masked" else "trained_empty_think"
         yield Strategy(inputs, (), in_turns | {closed}, forced=True)
-    others = list(_said_otherwise(template, inputs, repairs))
-    for other, notes in others:
-        yield Strategy(other, notes)
-    for base, notes in [(inputs, ()), *others]:
-        for switched, note in switches(base):
-            yield Strategy(switched, (*notes, note), is_symbolic=base is inputs and not others)
+    others = list(_said_otherwise(chat.template, inputs, repairs))
+    settings = _settings(chat) if "template_kwargs" in repairs else []
+    switched = [
+        Strategy(*_with_switches(base, setting, notes), is_symbolic=base is inputs and not others)
+        for base, notes in [(inputs, ()), *others]
+        for setting in settings
+    ]
+    yield from (Strategy(other, notes) for other, notes in others)
+    yield from switched
     if not in_turns:
         return
-    alone = not others and not any(switches(inputs))
+    alone = not others and not settings
     yield Strategy(inputs, (), in_turns, is_symbolic=alone)
-    for base, notes in [(inputs, ()), *others]:
-        if base is not inputs:
-            yield Strategy(base, notes, in_turns)
-        for switched, note in switches(base):
-            yield Strategy(switched, (*notes, note), in_turns)
+    yield from (Strategy(other, notes, in_turns) for other, notes in others)
+    yield from (replace(s, in_turns=in_turns, is_symbolic=False) for s in switched)
     yield Strategy(inputs, (), in_turns, forced=True, is_symbolic=alone)
 
 
-def last_resorts(
-    template: Renderer,
-    inputs: Inputs,
-    to_train: Iterable[int],
-    thinks: Mapping[int, bool],
-    repairs: frozenset[str],
-    thoughts: str,
-) -> Iterator[Strategy]:
+def last_resorts(chat: Chat) -> Iterator[Strategy]:
     """What is tried when no other strategy is proven: replies without a thought where no switch turns thinking off."""
-    if "empty_think" not in repairs or all(thinks[i] for i in to_train):
+    repairs = allowed(chat)
+    if "empty_think" not in repairs or all(chat.as_given.thinks[i] for i in chat.to_train):
         return
-    in_turns, others = repairs & IN_TURNS, list(_said_otherwise(template, inputs, repairs))
-    for base, notes in [(inputs, ()), *others]:
-        yield Strategy(base, notes, in_turns, forced=True, is_symbolic=not others)
+    others = list(_said_otherwise(chat.template, chat.inputs, repairs))
+    for base, notes in [(chat.inputs, ()), *others]:
+        yield Strategy(base, notes, repairs & IN_TURNS, forced=True, is_symbolic=not others)
+
+
+def allowed(chat: Chat) -> frozenset[str]:
+    """The repairs that the options allow: as rendered, none of a turn."""
+    o = chat.options
+    return o.repairs if o.context == "inference" else o.repairs - IN_TURNS
 
 
 def _said_otherwise(
@@ -161,52 +150,42 @@ def _said_otherwise(
             yield replace(inputs, messages=messages), tuple(notes)
 
 
-Switched = Callable[[Inputs], list[tuple[Inputs, str]]]
+def _open_switches(chat: Chat) -> list[str]:
+    """The template's switches of thinking, and of how much of it history shows, that the row leaves open."""
+    names = chat.template.undeclared - chat.inputs.kwargs.keys() - set(REASONING_FIELDS)
+    return sorted(n for n in names if SWITCH.search(n))
 
 
-def _switched(
-    template: Renderer,
-    inputs: Inputs,
-    to_train: list[int],
-    thinks: Mapping[int, bool],
-    repairs: frozenset[str],
-) -> Switched:
-    """What sets each of the template's switches, and all that turn thinking on or off, if that is among the repairs."""
-    if "template_kwargs" not in repairs:
-        return lambda base: []
-    open_names = template.undeclared - inputs.kwargs.keys() - set(REASONING_FIELDS)
-    names = sorted(n for n in open_names if SWITCH.search(n))
-    values = {n: _values(n, inputs, to_train, thinks) for n in names}
-    settings = [{n: v} for n, some in values.items() for v in some]
+def _settings(chat: Chat) -> list[dict[str, bool]]:
+    """What sets each of these switches, and all that turn thinking on or off."""
+    values = {n: _values(chat, n) for n in _open_switches(chat)}
     together = {n: some[0] for n, some in values.items() if len(some) == 1}
-    settings += [together] if len(together) > 1 else []
-    return lambda base: [_with_switches(base, setting) for setting in settings]
+    alone = [{n: v} for n, some in values.items() for v in some]
+    return [*alone, *([together] if len(together) > 1 else [])]
 
 
-def _with_switches(inputs: Inputs, values: Mapping[str, bool]) -> tuple[Inputs, str]:
+def _with_switches(
+    inputs: Inputs, values: Mapping[str, bool], notes: tuple[str, ...] = ()
+) -> tuple[Inputs, tuple[str, ...]]:
     named = ", ".join(f"{name}={value}" for name, value in values.items())
     note = f"rendered with {named}: use the same at inference"
-    return replace(inputs, kwargs={**inputs.kwargs, **values}), note
+    return replace(inputs, kwargs={**inputs.kwargs, **values}), (*notes, note)
 
 
-def _values(name: str, inputs: Inputs, to_train: list[int], thinks: Mapping[int, bool]) -> tuple[bool, ...]:
+def _values(chat: Chat, name: str) -> tuple[bool, ...]:
     """What a switch may be set to: thinking is switched off for replies without a thought alone, on for others."""
-    if _LENGTH.search(name) or not to_train:
+    if _LENGTH.search(name) or not chat.to_train:
         return False, True
-    thoughts = {thinks[i] for i in to_train}
+    thoughts = {chat.as_given.thinks[i] for i in chat.to_train}
     return (thoughts.pop() != bool(_NEGATED.search(name)),) if len(thoughts) == 1 else ()
 
 
-def _switched_off(
-    template: Renderer, inputs: Inputs, to_train: list[int], thinks: Mapping[int, bool]
-) -> Iterator[tuple[Inputs, str]]:
+def _switched_off(chat: Chat) -> Iterator[tuple[Inputs, tuple[str, ...]]]:
     """The inputs with thinking switched off, if no trained reply has a thought."""
-    if any(thinks[i] for i in to_train):
+    if any(chat.as_given.thinks[i] for i in chat.to_train):
         return
-    for name in sorted(template.undeclared - inputs.kwargs.keys() - set(REASONING_FIELDS)):
-        if SWITCH.search(name) and not _LENGTH.search(name):
-            for value in _values(name, inputs, to_train, thinks):
-                yield _with_switches(inputs, {name: value})
+    for name in (n for n in _open_switches(chat) if not _LENGTH.search(n)):
+        yield from (_with_switches(chat.inputs, {name: value}) for value in _values(chat, name))
 
 
 # --- other messages --------------------------------------------------------------------------------------
@@ -256,10 +235,14 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     content = message.get("content")
     if message.get("role") != "assistant" or not isinstance(content, str):
         return message
-    if thought := message.get("reasoning_content"):
-        return {**message, "reasoning": thought}  # the one of its names that transformers doesn't fill in
     found = _THOUGHT.fullmatch(content) if message.keys().isdisjoint(REASONING_FIELDS) else None
     return message | ({"reasoning_content": found[1].strip(), "content": found[2]} if found else {})
+
+
+def _thought_by_name(messages: Messages) -> Messages:
+    """The thought under the one of its names that transformers doesn't fill in."""
+    thoughts = ((m, m.get("reasoning_content")) for m in messages)
+    return tuple({**m, "reasoning": thought} if thought else m for m, thought in thoughts)
 
 
 def _empty_content(messages: Messages) -> Messages:
@@ -286,28 +269,20 @@ def _system_as_user(messages: Messages) -> Messages:
 
 
 _CHANGES: tuple[tuple[str, Callable[[Messages], Messages], str], ...] = (
-    (
-        "arguments_as_text",
-        _arguments_as_text,
-        "the template takes tool calls' arguments as text: given as JSON",
-    ),
-    (
-        "content_as_parts",
-        _content_as_parts,
-        "the template takes contents as lists of parts: given as one text part each",
-    ),
-    (
-        "thought_in_field",
-        _thought_in_field,
-        "the template takes a thought in a field of its own, not between tags in the content",
-    ),
+    ("arguments_as_text", _arguments_as_text,
+     "the template takes tool calls' arguments as text: given as JSON"),
+    ("content_as_parts", _content_as_parts,
+     "the template takes contents as lists of parts: given as one text part each"),
+    ("thought_in_field", _thought_in_field,
+     "the template takes a thought in a field of its own, not between tags in the content"),
+    ("thought_by_name", _thought_by_name, "the template reads a thought as `reasoning`: given by that name, too"),
     ("empty_content", _empty_content, "a missing content is given as an empty one, or the other way round"),
     ("developer_as_system", _developer_as_system, "developer messages are given as system messages"),
     ("system_as_user", _system_as_user, "system messages that come later are given as the user's"),
-)
+)  # fmt: skip
 # What a template's source has to tell, for a change to be worth a trial.
 _NEEDS: dict[str, Callable[[str], bool]] = {
     "content_as_parts": lambda source: any(mark in source for mark in ("'type'", '"type"', ".type")),
-    # Else it reads the tags itself.
-    "thought_in_field": lambda source: "</think>" not in source or bool(re.search(r"\breasoning\b", source)),
+    "thought_in_field": lambda source: "</think>" not in source,  # else it reads the tags itself
+    "thought_by_name": lambda source: re.search(r"\breasoning\b", source) is not None,
 }

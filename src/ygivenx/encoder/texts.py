@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..errors import ConfigError, RowError
 from ..rows.nouns import Conversation, Message, Pair, TokenRow
 from ..sequence import Segment, Sequence
-from .content import control_text, refuse_alike
+from .content import refuse_alike, refused
 from .policy import Options, Part, weight_of
 from .tokenize import Encoded, Pieces, across, joined, straddle
 from .weigh import Job, fitted, sequence_of
@@ -80,11 +80,12 @@ class Pairs:
         whole = row.x + row.y
         across = [m[0] for m in self.tokens.control(whole) if m.start() < len(row.x) < m.end()]
         if across and self.options.border != "split":
-            raise control_text(across[0], "y", "x and y together write it; border='split' encodes them apart")
+            why = "x and y together write it; border='split' encodes them apart"
+            raise refused("control_text", "y", across[0], why)
         if self.options.control == "refuse":
             for name, text, start, stop in (("x", row.x, first, len(row.x)), ("y", row.y, 0, last)):
                 if found := self.tokens.control(text, start, stop):
-                    raise control_text(found[0][0], name)
+                    raise refused("control_text", name, found[0][0])
         x = self.tokens.cuts(row.x, lambda m: m.start() >= first)
         return x, self.tokens.cuts(row.y, lambda m: m.end() <= last)
 

@@ -338,6 +338,8 @@ def _tiles(starts: Ints, stops: Ints, length: int) -> bool:
     # Every character lies in some token, and tokens come in order: then offsets can be relied upon. Tokens that hold
     # bytes of one character overlap.
     whole = starts[0] == 0 and stops[-1] == length
+    if whole and np.array_equal(starts[1:], stops[:-1]):
+        return True
     in_order = (starts[1:] >= starts[:-1]) & (stops[1:] >= stops[:-1])
     return bool(whole and (in_order & (starts[1:] <= stops[:-1])).all())
 
@@ -389,27 +391,10 @@ def borders_of(outline: Outline, encoded: Encoded, options: Options, border: str
 
 # Steps that know nothing of what stands before their part.
 _APART = {
-    "normalizer": {
-        "NFC",
-        "NFD",
-        "NFKC",
-        "NFKD",
-        "Lowercase",
-        "StripAccents",
-        "Replace",
-        "Sequence",
-        "Prepend",
-        "Precompiled",
-    },
-    "pre_tokenizer": {
-        "Split",
-        "ByteLevel",
-        "Digits",
-        "Punctuation",
-        "Whitespace",
-        "WhitespaceSplit",
-        "Sequence",
-    },
+    "normalizer": set(
+        "NFC NFD NFKC NFKD Lowercase StripAccents Replace Sequence Prepend Precompiled".split()
+    ),
+    "pre_tokenizer": set("Split ByteLevel Digits Punctuation Whitespace WhitespaceSplit Sequence".split()),
     "post_processor": {"TemplateProcessing", "ByteLevel", "Sequence"},
 }
 _MODELS = {"BPE", "Unigram", "WordLevel", "WordPiece"}

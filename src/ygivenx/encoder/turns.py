@@ -282,7 +282,7 @@ def _after_empty_thought(
     rendered: Renderings, i: int, pair: tuple[str, str], end: End, continues: bool, is_context: bool
 ) -> Turn | None:
     """The reply after the thought that the prompt opens, which is closed at once; as context, or as y."""
-    if rendered.tags.oddity(rendered.inputs.messages[i]):
+    if rendered.tags.unclosed(rendered.inputs.messages[i]):
         raise _unclosed(i, pair)
     # `\n` that ends P and `\n` that follows are one token together, which inference never sees: encoded apart.
     shown, text = rendered.prompts[i], rendered.closed[i + 1]

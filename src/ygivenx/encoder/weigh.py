@@ -72,65 +72,51 @@ def fitted(sequences: list[Sequence], most: int | None, overflow: str) -> list[S
     long = [s for s in trained if most is not None and len(s) > most]
     if most is None or not long:
         return trained
-    if overflow == "drop_reply":
-        return _with_whole_replies(trained, most)
-    if overflow != "truncate":
+    if overflow not in ("drop_reply", "truncate"):
         raise too_long(long[0], most)
-    kept = [s for s in trained if s.weights[:most].any()]
+    whole = overflow == "drop_reply"
+    cut = [_cut(s, most, whole) if len(s) > most else s for s in trained]
+    kept = [s for s in cut if s.weights.any()]
     if not kept:
-        raise too_long(long[0], most, "nothing that is trained stands before that")
-    cut = [_truncated(s, most) if len(s) > most else s for s in kept]
-    if left_out := len(trained) - len(kept):
-        lost = sum(int((s.weights > 0).sum()) for s in trained if not s.weights[:most].any())
-        note = f"{left_out} later turns with nothing to train in {most} tokens are left out"
-        cut[-1] = replace(cut[-1], notes=(*cut[-1].notes, f"{note}: {lost} trained tokens lost"))
-    return counted(cut, trained)
+        why = "no reply stands whole before that" if whole else "nothing that is trained stands before that"
+        raise too_long(min(trained, key=len) if whole else long[0], most, why)
+    if left_out := len(cut) - len(kept):
+        lost = sum(_trained(s) for s, c in zip(trained, cut, strict=True) if not c.weights.any())
+        what = "that don't fit" if whole else "with nothing to train"
+        note = f"{left_out} later turns {what} in {most} tokens are left out: {lost} trained tokens lost"
+        kept[-1] = replace(kept[-1], notes=(*kept[-1].notes, note))
+    return counted(kept, trained)
+
+
+def _trained(sequence: Sequence) -> int:
+    return int((sequence.weights > 0).sum())
 
 
 def counted(kept: list[Sequence], whole: list[Sequence]) -> list[Sequence]:
     """The sequences that are kept of a row; the last one says how many tokens, and trained ones, the row lost."""
     tokens = sum(map(len, whole)) - sum(map(len, kept))
-    trained = sum(int((s.weights > 0).sum()) for s in whole) - sum(int((s.weights > 0).sum()) for s in kept)
+    trained = sum(map(_trained, whole)) - sum(map(_trained, kept))
     return [*kept[:-1], replace(kept[-1], cut=(max(tokens, 0), max(trained, 0)))]
 
 
-def _with_whole_replies(sequences: list[Sequence], most: int) -> list[Sequence]:
-    """Each sequence up to `most` tokens, replies that don't fit whole without weight; raises RowError `too_long`."""
-    fitting = [_without_cut_reply(s, most) for s in sequences]
-    kept = [s for s in fitting if s.weights.any()]
-    if not kept:
-        raise too_long(min(sequences, key=len), most, "no reply stands whole before that")
-    if left_out := len(fitting) - len(kept):
-        lost = sum(
-            int((s.weights > 0).sum()) for s, f in zip(sequences, fitting, strict=True) if not f.weights.any()
-        )
-        note = (
-            f"{left_out} later turns that don't fit in {most} tokens are left out: {lost} trained tokens lost"
-        )
-        kept[-1] = replace(kept[-1], notes=(*kept[-1].notes, note))
-    return counted(kept, sequences)
+def _cut(sequence: Sequence, most: int, whole: bool) -> Sequence:
+    """The first `most` tokens of a longer sequence, with a note of what that cost.
 
-
-def _without_cut_reply(sequence: Sequence, most: int) -> Sequence:
-    """The first `most` tokens of a longer sequence; a reply that reaches further is context, with a note."""
-    if len(sequence) <= most:
-        return sequence
-    cut = {s.message for s in sequence.segments if s.output and s.stop > most}
-    weights = sequence.weights[:most].copy()
-    segments = []
-    for s in sequence.segments:
-        if s.start < most:
-            is_context = s.output and s.message in cut
-            weights[s.start : s.stop] *= not is_context
-            segments.append(
-                Segment(s.start, min(s.stop, most), s.kind, s.output and not is_context, s.message)
-            )
-    lost = int((sequence.weights > 0).sum() - (weights > 0).sum())
-    note = f"cut from {len(sequence)} to {most} tokens: {len(cut)} replies that don't fit are context, "
-    note += f"{lost} trained tokens lost"
-    return sequence_of(
+    whole: a reply that reaches further is context.
+    """
+    cut = {s.message for s in sequence.segments if whole and s.output and s.stop > most}
+    weights, segments = sequence.weights[:most].copy(), []
+    for s in (s for s in sequence.segments if s.start < most):
+        is_context = s.output and s.message in cut
+        weights[s.start : s.stop] *= not is_context
+        segments.append(Segment(s.start, min(s.stop, most), s.kind, s.output and not is_context, s.message))
+    note = f"{'cut' if whole else 'truncated'} from {len(sequence)} to {most} tokens: "
+    note += f"{len(cut)} replies that don't fit are context, " if whole else ""
+    note += f"{_trained(sequence) - int((weights > 0).sum())} trained tokens lost"
+    short = sequence_of(
         sequence.ids[:most], weights, segments, sequence.tokens[:most], (*sequence.notes, note)
     )
+    return replace(short, logged=sequence.logged.first(most))
 
 
 def no_reply() -> RowError:
@@ -150,22 +136,6 @@ def _nothing_trained(sequences: list[Sequence]) -> RowError:
         why = "the only one with a weight is the first, which has no context to be predicted from"
         fix = "put a BOS before it: bos=True (--bos always)"
     return RowError("no token of this row is trained", reason="nothing_trained", why=why, fix=fix)
-
-
-def _truncated(sequence: Sequence, length: int) -> Sequence:
-    """The first `length` tokens, with a note of what that cost."""
-    weights = sequence.weights[:length].copy()
-    lost = int((sequence.weights[length:] > 0).sum())
-    note = f"truncated from {len(sequence)} to {length} tokens: {lost} trained tokens lost"
-    segments = [
-        Segment(s.start, min(s.stop, length), s.kind, s.output, s.message)
-        for s in sequence.segments
-        if s.start < length
-    ]
-    short = sequence_of(
-        sequence.ids[:length], weights, segments, sequence.tokens[:length], (*sequence.notes, note)
-    )
-    return replace(short, logged=sequence.logged.first(length))
 
 
 def too_long(sequence: Sequence, most: int, why: str = "") -> RowError:

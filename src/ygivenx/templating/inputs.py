@@ -22,10 +22,11 @@ ROLES = frozenset(
 class Used:
     """What the renderings of one row took until now, and the refusal of one that took too much."""
 
-    __slots__ = ("refusal", "seconds")
+    __slots__ = ("refusal", "seconds", "until")
 
     def __init__(self) -> None:
         self.seconds = 0.0
+        self.until = 0.0  # of the processor's time; 0 while its second is not over
         self.refusal: RowError | None = None
 
 

@@ -146,41 +146,20 @@ class Text(str):
             raise OriginsLost
         return result
 
-    def upper(self) -> Text:
-        return self.made_into(str.upper(self))
-
-    def lower(self) -> Text:
-        return self.made_into(str.lower(self))
-
-    def title(self) -> Text:
-        return self.made_into(str.title(self))
-
-    def capitalize(self) -> Text:
-        return self.made_into(str.capitalize(self))
-
-    def swapcase(self) -> Text:
-        return self.made_into(str.swapcase(self))
-
-    def casefold(self) -> Text:
-        return self.made_into(str.casefold(self))
-
-    def expandtabs(self, tabsize: SupportsIndex = 8) -> Text:
-        return self.made_into(str.expandtabs(self, tabsize))
-
-    def zfill(self, width: SupportsIndex, /) -> Text:
-        return self.made_into(str.zfill(self, width))
-
-    def center(self, width: SupportsIndex, fill: str = " ", /) -> Text:
-        return self.made_into(str.center(self, width, fill))
-
     def ljust(self, width: SupportsIndex, fill: str = " ", /) -> Text:
         return join_texts((self, fill * (width.__index__() - len(self))))
 
     def rjust(self, width: SupportsIndex, fill: str = " ", /) -> Text:
         return join_texts((fill * (width.__index__() - len(self)), self))
 
-    def translate(self, table: Any, /) -> Text:
-        return self.made_into(str.translate(self, table))
+
+def _made(name: str) -> Any:
+    method = getattr(str, name)
+    return lambda self, *args: self.made_into(method(self, *args))
+
+
+for _name in "upper lower title capitalize swapcase casefold expandtabs zfill center translate".split():
+    setattr(Text, _name, _made(_name))
 
 
 def text_with(text: str, runs: Runs) -> Text:
@@ -203,11 +182,6 @@ def within(runs: Runs, start: int, stop: int) -> Iterator[int]:
         yield source
         if end >= stop:
             return
-
-
-def source_at(text: Text, position: int) -> int:
-    """The source of one character."""
-    return text.runs[bisect_right(text.runs, position, key=lambda r: r[0])][1]
 
 
 def _cut(text: Text, start: int, stop: int) -> Text:

@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, lru_cache
-from time import thread_time
+from time import monotonic, thread_time
 from types import BuiltinMethodType, MethodType
 from typing import Any
 
@@ -34,7 +34,7 @@ from ..errors import RowError
 from .inputs import Inputs
 
 MAX_ROUNDS = 300_000
-MAX_SECONDS = 1.0  # of the processor, of all renderings of one row; longer rows get more of both
+MAX_SECONDS = 1.0  # of all renderings of one row; longer rows get more of both
 ONE = 4 << 20  # characters of one text that an operation makes, at most, in this process
 VALUE, STORED = 128 << 10, 8 << 20  # characters of one value that is kept, and of all that are kept
 ITEM = 64  # what an item of a list counts, in characters
@@ -59,12 +59,12 @@ STATE = "the state of this rendering"  # with spaces, so that no template can na
 class State:
     """What belongs to one rendering: its limits, its time, and its row's values as JSON."""
 
-    __slots__ = ("begun", "deadline", "inputs", "late", "look", "now", "rounds", "stored", "written")
+    __slots__ = ("begun", "deadline", "inputs", "look", "now", "rounds", "stored", "written")
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.now, self.written = inputs, inputs.now, inputs.written
         self.rounds, self.stored, self.look = MAX_ROUNDS, STORED, MAX_ROUNDS
-        self.begun, self.late = thread_time(), False
+        self.begun = monotonic()
         self.deadline = self.begun + MAX_SECONDS - inputs.used.seconds
 
     def charge(self, rounds: int) -> None:
@@ -75,17 +75,18 @@ class State:
                 raise over_budget(
                     f"more than {MAX_ROUNDS + self.inputs.further_rounds:,} rounds of its loops"
                 )
-            if thread_time() > self.deadline:
+            if monotonic() > self.deadline:
                 self._grant()
 
     def _grant(self) -> None:
-        """Once: what a long row may take."""
-        if self.late:
-            raise over_budget(f"more than {MAX_SECONDS + self.inputs.further_seconds:.2g} seconds")
-        self.late = True
-        self.deadline += self.inputs.further_seconds
-        if thread_time() > self.deadline:
-            self._grant()
+        """Past its time by the clock, a row gets once what a long one may take of the processor's own time.
+
+        A process may have been stopped for a while; the processor's time is too slow to be looked at always.
+        """
+        used, further = self.inputs.used, max(0.5, self.inputs.further_seconds)
+        used.until = used.until or thread_time() + further
+        if thread_time() > used.until:
+            raise over_budget(f"more than {MAX_SECONDS + further:.2g} seconds")
 
     def keep(self, size: int) -> None:
         """Count a value of so many characters that the template keeps."""
@@ -96,7 +97,7 @@ class State:
                 raise Outside
 
     def end(self) -> None:
-        self.inputs.used.seconds += thread_time() - self.begun
+        self.inputs.used.seconds += monotonic() - self.begun
 
 
 class _Generation(jinja2.ext.Extension):
@@ -151,58 +152,17 @@ class _Dict:
 _OF_DICT = frozenset(dir(dict))
 # Methods of str whose result isn't longer than the text, and those that are looked at first.
 _HARMLESS = frozenset(
-    {
-        *(
-            "strip",
-            "lstrip",
-            "rstrip",
-            "split",
-            "rsplit",
-            "splitlines",
-            "partition",
-            "rpartition",
-            "startswith",
-        ),
-        *(
-            "endswith",
-            "removeprefix",
-            "removesuffix",
-            "find",
-            "rfind",
-            "index",
-            "rindex",
-            "count",
-            "upper",
-            "lower",
-        ),
-        *("title", "capitalize", "casefold", "swapcase"),
-        *(name for name in dir(str) if name.startswith("is")),
-    }
-)
+    "strip lstrip rstrip split rsplit splitlines partition rpartition startswith endswith removeprefix removesuffix "
+    "find rfind index rindex count upper lower title capitalize casefold swapcase".split()
+).union(name for name in dir(str) if name.startswith("is"))
 # Filters that take no longer than a copy of their text, and those that go through what they are given.
 _CHEAP = frozenset(
-    {
-        *(
-            "default",
-            "d",
-            "trim",
-            "upper",
-            "lower",
-            "title",
-            "capitalize",
-            "string",
-            "length",
-            "count",
-            "int",
-        ),
-        *("float", "abs", "safe", "escape", "e", "_metered", "_kept"),
-    }
+    "default d trim upper lower title capitalize string length count int float abs safe escape e "
+    "_metered _kept".split()
 )
 _CHARGED = frozenset(
-    {
-        *("tojson", "join", "replace", "indent", "list", "items", "dictsort", "map", "select", "reject"),
-        *("selectattr", "rejectattr", "unique", "sort", "first", "last", "min", "max", "reverse", "sum"),
-    }
+    "tojson join replace indent list items dictsort map select reject selectattr rejectattr unique sort first last "
+    "min max reverse sum".split()
 )
 _CONTAINERS = (list, tuple, dict)
 _CALLED = frozenset({BuiltinMethodType, MethodType, Macro})
@@ -213,15 +173,8 @@ _STATEMENTS = (
 # The work between two looks at the clock, in what a template's source holds.
 MAX_SOURCE, MAX_NODES, MAX_CALLS, MAX_SUMMANDS = 64 << 10, 5_000, 500, 64
 _MAKING = (
-    nodes.BinExpr,
-    nodes.Concat,
-    nodes.Call,
-    nodes.Filter,
-    nodes.List,
-    nodes.Tuple,
-    nodes.Dict,
-    nodes.Slice,
-)
+    nodes.BinExpr, nodes.Concat, nodes.Call, nodes.Filter, nodes.List, nodes.Tuple, nodes.Dict, nodes.Slice,
+)  # fmt: skip
 
 
 class Environment(ImmutableSandboxedEnvironment):

@@ -30,22 +30,8 @@ _OF_STR = frozenset(dir(str))
 _METHODS = frozenset(n for n in vars(Placeholder) if n in _OF_STR and n[0] != "_")
 # What tests say of every text; the others compare, or aren't asked of what can't be looked into.
 _TESTS = {
-    **dict.fromkeys(("string", "sequence", "iterable", "defined"), True),
-    **dict.fromkeys(
-        (
-            "mapping",
-            "number",
-            "integer",
-            "float",
-            "boolean",
-            "none",
-            "undefined",
-            "callable",
-            "true",
-            "false",
-        ),
-        False,
-    ),
+    **dict.fromkeys("string sequence iterable defined".split(), True),
+    **dict.fromkeys("mapping number integer float boolean none undefined callable true false".split(), False),
 }
 _COMPARING = {"eq", "equalto", "==", "ne", "!=", "in"}
 _FILTERS: dict[str, Callable[..., Any]] = {
