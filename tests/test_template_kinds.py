@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from templates.conversations import call, calls, reply, user
 
@@ -23,7 +25,7 @@ def template(
 
 HEADER, CLOSE = "{{ '<|im_start|>assistant\n' }}", "{{ '<|im_end|>\n' }}"
 THOUGHT = "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}"
-CALL = "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + c.function.arguments + '</call>' }}{% endfor %}"
+CALL = "{% for c in m.tool_calls or [] %}{{ '<call>' + c.function.name + c.function.arguments }}{% endfor %}"
 THINKING = "<|im_start|>assistant\n<think>"
 
 # name: template, messages, what each sequence trains
@@ -56,7 +58,7 @@ EXACT = {
             + CLOSE
         ),
         [user(), calls(call(arguments={"a": 1}), content=None)],
-        ['<call>weather{"a": 1}</call><|im_end|>'],
+        ['<call>weather{"a": 1}<|im_end|>'],
     ),
     "a thought by its third name": (
         template(HEADER + THOUGHT.replace("_content", "") + "{{ m.content }}" + CLOSE),
@@ -88,8 +90,9 @@ REFUSED = {
 
 
 def encoder(smol_tokenizer, template: str, **options) -> Encoder:
-    smol_tokenizer.chat_template = template
-    return Encoder(smol_tokenizer, **options)
+    tokenizer = copy.deepcopy(smol_tokenizer)
+    tokenizer.chat_template = template
+    return Encoder(tokenizer, **options)
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property, lru_cache
 from typing import Any
 
 from ..errors import ConfigError, nearest
@@ -154,3 +155,8 @@ class Options:
     eos: bool | str = "auto"
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     now: datetime = field(default_factory=datetime.now)
+
+    @cached_property
+    def weigh(self) -> Callable[..., float]:
+        """The weight of a `Part` by its fields; of parts that are alike a policy is asked once."""
+        return lru_cache(4096)(lambda *part: weight_of(self.policy, Part(*part)))

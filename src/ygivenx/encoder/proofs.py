@@ -155,18 +155,22 @@ def _shape(chat: Chat) -> tuple[Shape, list[str]] | None:
     shape: list[Any] = [chat.template.source, row.continue_final_message]
     texts: list[str] = []
     for given, m in zip(row.messages, inputs.messages, strict=True):
-        if (
-            not m.keys() <= _FIELDS
-            or not all(isinstance(v, str) for v in m.values())
-            or m["role"] not in ROLES
-        ):
-            return None
-        named = [(k, v) for k, v in m.items() if k != "role"]
-        reasoning = {v for k, v in named if k in REASONING_FIELDS}
-        if len(reasoning) > 1 or any(v and not v.strip() for _, v in named):
-            return None
+        content, thoughts = "", dict[str, None]()
         # A weight of 1 that the row itself gives isn't the same as none: see `prove._asked_for`.
-        shape.append((m["role"], given.get("weight"), *((k, bool(v)) for k, v in named)))
-        texts += [m["content"]] if m.get("content") else []
-        texts += [r for r in reasoning if r]
+        entry: list[Any] = [given.get("weight")]
+        for name, text in m.items():
+            if not isinstance(text, str) or name not in _FIELDS or text.isspace():
+                return None
+            if name == "role":
+                entry.append(text)
+                continue
+            entry += (name, bool(text))
+            if name == "content":
+                content = text
+            else:
+                thoughts[text] = None
+        if m["role"] not in ROLES or len(thoughts) > 1:
+            return None
+        shape.append(tuple(entry))
+        texts += [text for text in (content, *thoughts) if text]
     return tuple(shape), texts

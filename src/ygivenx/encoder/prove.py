@@ -259,7 +259,8 @@ def _writes_header(tokens: Tokens, rendered: Renderings, i: int) -> bool:
     if begin is None:
         return False
     head = text[begin : max(_spoken(rendered, i)[0], begin)].lstrip()
-    prompted = rendered.after_user[i] if head else None
+    is_thought = not rendered.tags.marks.sub("", head).strip()  # marks of a thought are no header
+    prompted = None if is_thought else rendered.after_user[i]
     if prompted is None:
         return False
     prompted = rendered.tags.without(prompted).rstrip()

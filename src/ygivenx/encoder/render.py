@@ -20,7 +20,7 @@ from ..rows.nouns import Conversation
 from ..templating.inputs import REASONING_FIELDS, Inputs, inputs_of
 from ..templating.template import Renderer, Template
 from ..templating.tracing import Marked, Traced, marked
-from .policy import Options, Part, weight_of
+from .policy import Options
 
 SHOWN = 40  # characters of a text that an error quotes
 USER = {"role": "user", "content": "x"}
@@ -263,7 +263,7 @@ class Outline:
         turns = tuple([(i, to[a], to[b], to[c]) for i, a, b, c in self.turns])
         runs = tuple([(to[at], kind, output, i) for at, kind, output, i in self.runs])
         control, cuts = [(to[a], to[b]) for a, b in self.control], tuple([to[at] for at in self.cuts])
-        return replace(self, text=text, turns=turns, runs=runs, control=control, cuts=cuts)
+        return Outline(text, turns, runs, self.notes, control, cuts)
 
 
 # === a conversation under its template ===================================================================
@@ -271,6 +271,7 @@ class Outline:
 
 KIND_OF_ROLE = {"assistant": "answer", "function": "tool", "ipython": "tool"}
 _KINDS = ("answer", "reasoning", "tool_call", "end_of_turn")
+_OF_REPLIES = tuple((kind, True) for kind in _KINDS)
 _RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"})
 
 
@@ -296,17 +297,19 @@ class Chat:
     @cached_property
     def trained(self) -> frozenset[tuple[int, str]]:
         """(message, kind) of every part of a message that the policy and the row give a weight."""
-        messages = list(enumerate(self.row.messages))
+        weigh, messages = self.options.weigh, list(enumerate(self.row.messages))
         last = max((i for i, m in messages if m.get("role") == "assistant"), default=-1)
-        parts = [p for i, m in messages for p in _parts_of(i, m, i == last)]
-        return frozenset((p.message or 0, p.kind) for p in parts if weight_of(self.options.policy, p))
+        parts = ((i, m, *part) for i, m in messages for part in _parts_of(str(m.get("role"))))
+        return frozenset(
+            (i, kind)
+            for i, m, kind, output in parts
+            if weigh(kind, output, i, str(m.get("role")), output and i == last, m.get("weight", 1.0))
+        )
 
 
-def _parts_of(i: int, message: Mapping[str, Any], is_last: bool) -> list[Part]:
-    role, own = str(message.get("role")), message.get("weight", 1.0)
-    if role == "assistant":
-        return [Part(kind, True, i, role, is_last, own) for kind in _KINDS]
-    return [Part(KIND_OF_ROLE.get(role, role), False, i, role, weight=own)]
+def _parts_of(role: str) -> tuple[tuple[str, bool], ...]:
+    """(kind, output) of what a message of a role may hold."""
+    return _OF_REPLIES if role == "assistant" else ((KIND_OF_ROLE.get(role, role), False),)
 
 
 def chat_of(row: Conversation, options: Options, templates: dict[str, tuple[Template, Tags]]) -> Chat:
@@ -409,7 +412,11 @@ class Tags:
 
     def opens(self, text: str) -> bool:
         """Whether a text ends in an open thought, by tags that are known."""
-        return text.rstrip().endswith(tuple(a for a, _ in self.pairs[self.is_guessed :]))
+        return text.rstrip().endswith(self._openings)
+
+    @cached_property
+    def _openings(self) -> tuple[str, ...]:
+        return tuple(a for a, _ in self.pairs[self.is_guessed :])
 
     def closes_at(self, text: str, start: int, stop: int) -> tuple[str, int] | None:
         """(closing, its end) where an empty thought, or no more than its closing tag, stands in text[start:stop]."""
@@ -491,7 +498,13 @@ class Tags:
         if not content or not hasattr(content, "lstrip"):
             return None
         begun = content.lstrip()
+        if not begun.startswith(self._all_openings):
+            return None
         return next((a for a, b in self.pairs if begun.startswith(a) and b not in content), None)
+
+    @cached_property
+    def _all_openings(self) -> tuple[str, ...]:
+        return tuple(a for a, _ in self.pairs)
 
     def own_thought(self, message: Mapping[str, Any], pair: tuple[str, str]) -> tuple[str, str, str] | None:
         """(reasoning, closing, answer) of a reply that brings its own, as it follows an open thought; else None.

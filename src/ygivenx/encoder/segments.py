@@ -23,6 +23,7 @@ from .policy import Options
 from .render import KIND_OF_ROLE, Borders, Outline, Rendering, Run, Tags, Turn
 from .tokenize import Encoded
 
+_LONGEST_TAG = 256  # characters, with white space behind it
 Messages = Sequence[Mapping[str, Any]]
 Piece = tuple[int, int, Source | None]  # characters [start, stop), source: None for the template's own
 
@@ -60,12 +61,10 @@ def with_thoughts(outline: Outline, tags: Tags, masked: bool = False) -> Outline
 
     masked: an empty thought is context instead, as if its prompt had it.
     """
-    if not tags.marks.search(outline.text):
-        return outline
-    runs = list(outline.runs)
-    for turn in outline.turns:
-        stop = _after_thought(outline.text, turn, tags)
-        mine = [r for r in runs if r[2] and r[3] == turn[0]]
+    thoughts = [(turn, _after_thought(outline.text, turn, tags)) for turn in outline.turns]
+    runs = outline.runs
+    for turn, stop in thoughts:
+        mine = [r for r in runs if r[2] and r[3] == turn[0]] if stop is not None else []
         if stop is None or any(kind == "reasoning" for _, kind, _, _ in mine):
             continue
         is_empty = masked and not tags.marks.sub("", outline.text[turn[1] : stop]).strip()
@@ -74,14 +73,15 @@ def with_thoughts(outline: Outline, tags: Tags, masked: bool = False) -> Outline
         there = next(r for r in reversed(mine) if r[0] <= stop)
         thought = [(at, kind, output, i if output else None) for at, _, _, i in mine[:1]]
         rest = [(stop, *there[1:]), *(r for r in mine if r[0] > stop)]
-        runs = sorted([r for r in runs if r not in mine] + thought + rest, key=lambda r: r[0])
-    return replace(outline, runs=tuple(runs))
+        runs = tuple(sorted([r for r in runs if r not in mine] + thought + rest, key=lambda r: r[0]))
+    return outline if runs is outline.runs else replace(outline, runs=runs)
 
 
 def _after_thought(text: str, turn: Borders, tags: Tags) -> int | None:
     """Where the answer begins after the thought of a turn that begins with one, or goes on with one of its prompt's."""
     _, start, end, _ = turn
-    found = (tags.rest_of_thought if tags.opens(text[:start]) else tags.thought).match(text, start, end)
+    opened = tags.opens(text[max(0, start - _LONGEST_TAG) : start])
+    found = (tags.rest_of_thought if opened else tags.thought).match(text, start, end)
     return found and found.end()
 
 
@@ -93,7 +93,7 @@ def segments_of(outline: Outline, encoded: Encoded, borders: Mapping[int, int]) 
     runs = outline.runs
     if encoded.tiled:
         # The first token that begins at the run's first character or behind it.
-        at = np.searchsorted(encoded.starts, np.array([r[0] for r in runs])).tolist()
+        at = encoded.starts.searchsorted(np.array([r[0] for r in runs])).tolist()
     else:
         at = _by_borders(runs, borders)
     at = [borders.get(run[0], i) for run, i in zip(runs, at, strict=True)]

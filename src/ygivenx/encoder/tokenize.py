@@ -224,7 +224,7 @@ class Tokens:
             return len(prefix) if np.array_equal(prefix, encoded.ids[: len(prefix)]) else None
         if across(encoded, character) is not None:
             return None
-        before = int(np.searchsorted(encoded.starts, character))
+        before = int(encoded.starts.searchsorted(character))
         # No token stands across, and yet white space that ends a text may be split otherwise if a word follows.
         if before and encoded.text[character - 1].isspace():
             first, start = self._part_of(encoded, before, max((c for c in cuts if c <= character), default=0))
@@ -246,7 +246,7 @@ class Tokens:
 
     def after(self, encoded: Encoded, start: int, stop: int) -> int | None:
         """One past the special token text[start:stop] that takes in white space behind it, as some tokenizers' do."""
-        k = int(np.searchsorted(encoded.starts, start))
+        k = int(encoded.starts.searchsorted(start))
         if k == len(encoded.ids) or encoded.ids[k] != self.special.get(encoded.text[start:stop]):
             return None
         return k + 1 if encoded.text[stop : encoded.stops[k]].isspace() else None
@@ -274,7 +274,7 @@ def _check_ends(tokenizer: Any) -> None:
 
 def across(encoded: Encoded, character: int) -> int | None:
     """The token that holds characters before and after this place; None without, or where no offset is known."""
-    token = int(np.searchsorted(encoded.starts, character)) - 1
+    token = int(encoded.starts.searchsorted(character)) - 1
     return token if encoded.tiled and token >= 0 and encoded.stops[token] > character else None
 
 

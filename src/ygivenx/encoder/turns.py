@@ -108,8 +108,8 @@ def _by_structure(tokens: Tokens, rendered: Renderings, i: int, after: int) -> E
     # The token with which this reply's own header begins says nothing of who comes next.
     own = rendered.shown[i] or ""
     traced = rendered.traced_prompts[i] if own else None
-    said = [stop for j in range(i) for _, stop in traced.spoken[j]] if traced else []
-    begun = tokens.control(own, max(said, default=len(own)))
+    spoken = [stop for j in range(i) for _, stop in traced.spoken[j]] if traced else []
+    begun = tokens.control(own, max(spoken, default=len(own)))
     return (
         None
         if header and header.token not in tokens.stops and header.token in {m[0] for m in begun}

@@ -13,7 +13,6 @@ from ..errors import RowError
 from ..rows.nouns import Conversation
 from ..sequence import Segment, Sequence
 from .content import refuse_alike
-from .policy import Part, weight_of
 from .render import Candidate, Chat, Outline
 from .segments import apply_spans, encoded_apart, segments_of, with_thoughts
 from .tokenize import Encoded, Pieces, borders_of
@@ -183,13 +182,19 @@ def sequences_of(
 
 
 def _weights(chat: Chat, segments: list[Segment], length: int) -> npt.NDArray[np.float32]:
-    row, weights = chat.row, np.zeros(length, np.float32)
+    row, weights, weigh = chat.row, np.zeros(length, np.float32), chat.options.weigh
     last = max((i for i, m in enumerate(row.messages) if m.get("role") == "assistant"), default=-1)
     for s in segments:
         message: Mapping[str, Any] = row.messages[s.message] if s.message is not None else {}
-        own = message.get("weight", 1.0)
-        part = Part(s.kind, s.output, s.message, message.get("role"), s.message == last, own)
-        weights[s.start : s.stop] = weight_of(chat.options.policy, part)
+        part = (
+            s.kind,
+            s.output,
+            s.message,
+            message.get("role"),
+            s.message == last,
+            message.get("weight", 1.0),
+        )
+        weights[s.start : s.stop] = weigh(*part)
     return weights * np.float32(row.weight)
 
 

@@ -153,13 +153,13 @@ class Text(str):
         return join_texts((fill * (width.__index__() - len(self)), self))
 
 
-def _made(name: str) -> Any:
+def _by_character(name: str) -> Any:
     method = getattr(str, name)
     return lambda self, *args: self.made_into(method(self, *args))
 
 
 for _name in "upper lower title capitalize swapcase casefold expandtabs zfill center translate".split():
-    setattr(Text, _name, _made(_name))
+    setattr(Text, _name, _by_character(_name))
 
 
 def text_with(text: str, runs: Runs) -> Text:
