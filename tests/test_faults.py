@@ -18,7 +18,7 @@ from templates.real import tokenizer_of
 from templates.stock import stock_templates
 from tokenizers import Regex, pre_tokenizers
 
-from ygivenx import Encoder, Example, RowError
+from ygivenx import Encoder, Example, Rejected, RowError
 from ygivenx.commands.config import ColumnOptions, EncoderSection
 from ygivenx.commands.inputs import Account, in_flags, open_rows
 from ygivenx.encoder.encode import CHOICES, OPTIONS
@@ -283,6 +283,17 @@ def test_commands_take_every_choice_that_a_hint_may_name():
         if name in CHOICES:
             assert hint == CHOICES[name]
     assert {*CHOICES, "repair", "stops", "template_kwargs", "max_length", "bos"} <= {*OPTIONS, "control"}
+
+
+def test_a_long_row_has_a_flag(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"x": "a", "y": "b"}\n{"x": "' + "a" * 300 + '", "y": "b"}\n')
+    _, refused = open_rows(str(path), ColumnOptions(max_row_bytes=100))
+    assert refused.reason == "too_long"
+    assert "--max-row-bytes 200" in in_flags(refused.message)
+    assert not any(
+        isinstance(row, Rejected) for row in open_rows(str(path), ColumnOptions(max_row_bytes=400))
+    )
 
 
 def test_a_role_of_the_templates_own_has_a_flag(tmp_path):

@@ -18,6 +18,7 @@ import yaml
 from ..choices import Control, Denominator, Overflow, ScoreBorder, ScoreOverflow
 from ..errors import ConfigError, refuse_unknown
 from ..forest import MAX_TOKENS
+from ..rows.raw import MAX_ROW_BYTES
 from .migration import hint
 from .options import (
     COUNT,
@@ -50,6 +51,7 @@ class ColumnOptions:
     plain: bool = option(False, "x and y are text as the model reads it: no chat template", flags="--plain")
     split: str | None = option(None, "which of a dataset's splits")
     roles: str | None = option(None, "roles of messages that the template has beside the known ones: a,b")
+    max_row_bytes: int = option(MAX_ROW_BYTES, "quarantine rows of more bytes", bounds=COUNT)
 
 
 @dataclass(frozen=True)

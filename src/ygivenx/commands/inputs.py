@@ -93,6 +93,7 @@ def open_rows(data: str, columns: ColumnOptions, limit: int | None = None) -> Re
         limit=limit,
         split=columns.split,
         roles=tuple((columns.roles or "").replace(",", " ").split()),
+        max_row_bytes=columns.max_row_bytes,
     )
 
 
@@ -236,7 +237,8 @@ def row_of(reader: Reader, number: int) -> Row:
 
 # Options of Encoder and of `read` that commands have a flag for; the others are names of --encoder.
 _FLAGS = {
-    name: "--" + name.replace("_", "-") for name in ("control", "train", "max_length", "overflow", "roles")
+    name: "--" + name.replace("_", "-")
+    for name in ("control", "train", "max_length", "overflow", "roles", "max_row_bytes")
 }
 _FIX = re.compile(r"(^ *|\()fix: .*", re.MULTILINE)
 # An option with a literal, as fixes have it: name='text', name=[...], name={...}, a number, True or False.

@@ -105,16 +105,16 @@ def _by_structure(tokens: Tokens, rendered: Renderings, i: int, after: int) -> E
             return _next_header(tokens, rendered, i, after)
         return End(end.start(), end[0])
     header = _header_at(tokens, text, then, common) or _next_header(tokens, rendered, i, after)
-    # The token with which this reply's own header begins says nothing of who comes next.
-    own = rendered.shown[i] or ""
-    traced = rendered.traced_prompts[i] if own else None
-    spoken = [stop for j in range(i) for _, stop in traced.spoken[j]] if traced else []
-    begun = tokens.control(own, max(spoken, default=len(own)))
-    return (
-        None
-        if header and header.token not in tokens.stops and header.token in {m[0] for m in begun}
-        else header
-    )
+    return None if header and _begins_reply(tokens, rendered, i, header.token) else header
+
+
+def _begins_reply(tokens: Tokens, rendered: Renderings, i: int, token: str) -> bool:
+    """Whether a token that isn't a stop stands in the header of reply i itself: it doesn't say that others speak."""
+    traced = rendered.traced_prompts[i] if rendered.shown[i] else None
+    if traced is None or token in tokens.stops:
+        return False
+    spoken = max((stop for j in range(i) for _, stop in traced.spoken[j]), default=len(traced.text))
+    return token in {m[0] for m in tokens.control(rendered.prompts[i], spoken)}
 
 
 def stopping_once(tokens: Tokens, rendered: Renderings, turn: Turn) -> Turn:

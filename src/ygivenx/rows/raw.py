@@ -29,7 +29,7 @@ MAX_BATCH_BYTES = 4 * MAX_ROW_BYTES
 
 def too_long(limit: int) -> RowError:
     """A row of more than `limit` bytes."""
-    fix = "mend the row, or read it by ygivenx.rows.data.read(..., max_row_bytes=...)"
+    fix = f"mend the row, or allow more, as in max_row_bytes={2 * limit}"
     return RowError(f"longer than {limit:,} bytes", reason="too_long", fix=fix)
 
 
