@@ -47,7 +47,7 @@ class ChatWork:
 
     @property
     def texts(self) -> list[tuple[str, tuple[int, ...]]]:
-        """See `assemble.Work`."""
+        """See `weigh.Work`."""
         return self.current.texts if self.current else []
 
     def advance(self) -> None:

@@ -91,14 +91,10 @@ class Encoder:
         template_kwargs: Mapping[str, Any] | None = None,
         now: datetime | str | None = None,
     ) -> None:
-        choice = {
-            "control": control,
-            "border": border,
-            "context": context,
-            "dropped": dropped,
-            "overflow": overflow,
+        choice: dict[str, Any] = {
+            "control": control, "border": border, "context": context, "dropped": dropped, "overflow": overflow,
             "thoughts": thoughts,
-        }
+        }  # fmt: skip
         for name, value in choice.items():
             require_choice(name, value, CHOICES[name])
         _check_kinds(repair, bos, eos, stops, max_length, template_kwargs)
@@ -272,24 +268,15 @@ OPTIONS = tuple(
 
 def _check_kinds(repair: Any, bos: Any, eos: Any, stops: Any, max_length: Any, template_kwargs: Any) -> None:
     """Raise ConfigError for a value of another kind than its option has: they come from command lines, too."""
+    is_mapping = isinstance(template_kwargs, Mapping | None)
     for name, value, fits, expected in (
         ("repair", repair, isinstance(repair, Iterable), "names, separated by commas"),
         ("bos", bos, isinstance(bos, bool) or bos == "auto", "True, False or 'auto'"),
         ("eos", eos, isinstance(eos, bool) or eos == "auto", "True, False or 'auto'"),
         ("stops", stops, isinstance(stops, Iterable), "texts of tokens"),
-        (
-            "max_length",
-            max_length,
-            max_length is None or _is_count(max_length),
-            "a number of tokens, at least 1",
-        ),
-        (
-            "template_kwargs",
-            template_kwargs,
-            isinstance(template_kwargs, Mapping | None),
-            "values by name",
-        ),
-    ):
+        ("max_length", max_length, max_length is None or _is_count(max_length), "a number of tokens, at least 1"),
+        ("template_kwargs", template_kwargs, is_mapping, "values by name"),
+    ):  # fmt: skip
         if not fits:
             raise ConfigError(f"{name}={value!r}", fix=f"give {expected}")
 

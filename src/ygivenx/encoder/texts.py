@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Texts
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from ..rows.nouns import Conversation, Message, Pair, TokenRow
 from ..sequence import Segment, Sequence
 from .content import refuse_alike, refused
 from .policy import Options, Part, weight_of
-from .tokenize import Encoded, Pieces, across, joined, straddle
+from .tokenize import Encoded, Pieces, TokenTexts, across, joined, straddle
 from .weigh import Job, fitted, sequence_of
 
 
@@ -176,45 +175,23 @@ def _sequence(row: TokenRow, options: Options) -> Sequence:
 _LONGEST = 8  # tokens of one character, or of two that are written together
 
 
-class DecodedTokens(Texts[str]):
-    """The text of each token, for people: decoded when it is asked for, and never encoded.
+class DecodedTokens(TokenTexts):
+    """By decoding: of a character that is several tokens, the first has it and the others are empty.
 
-    Of a character that is several tokens, the first has it and the others are empty. A token that the whole text
-    doesn't show by itself has its name in the vocabulary.
+    A token that the whole text doesn't show by itself has its name in the vocabulary.
     """
 
-    __slots__ = ("_ids", "_texts", "_tokenizer")
+    __slots__ = ("_ids", "_tokenizer")
 
     def __init__(self, tokenizer: Any, ids: npt.NDArray[np.int64]) -> None:
+        super().__init__()
         self._tokenizer, self._ids = tokenizer, ids
-        self._texts: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self._ids)
 
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> tuple[str, ...]: ...
-    def __getitem__(self, i: int | slice) -> str | tuple[str, ...]:
-        return self._all()[i]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Texts) and list(self) == list(other)
-
-    def __hash__(self) -> int:
-        return hash(self._all())
-
-    def __repr__(self) -> str:
-        return repr(self._all())
-
     def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:  # a tokenizer for each row is much to send
         return tuple, (self._all(),)
-
-    def _all(self) -> tuple[str, ...]:
-        if self._texts is None:
-            self._texts = tuple(self._cut())
-        return self._texts
 
     def _cut(self) -> Iterator[str]:
         """The whole text cut where the texts of single tokens, or of a few together, stand in it."""

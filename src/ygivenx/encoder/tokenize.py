@@ -42,44 +42,56 @@ class Encoded:
     tiled: bool
 
 
-class Pieces(Sequence[str]):
-    """The text of each token, cut when it is asked for.
+class TokenTexts(Sequence[str]):
+    """The text of each token, for people: made when it is first asked for, and never encoded."""
 
-    A character of several tokens is the first one's, and of the others nothing is left: together they are the text.
-    """
+    __slots__ = ("_texts",)
 
-    __slots__ = ("starts", "stops", "text")
+    def __init__(self) -> None:
+        self._texts: tuple[str, ...] | None = None
 
-    def __init__(self, text: str, starts: Ints, stops: Ints) -> None:
-        self.text, self.starts, self.stops = text, starts, stops
+    def _all(self) -> tuple[str, ...]:
+        if self._texts is None:
+            self._texts = tuple(self._cut())
+        return self._texts
 
-    def __len__(self) -> int:
-        return len(self.starts)
+    def _cut(self) -> Iterator[str]:
+        raise NotImplementedError
 
     @overload
     def __getitem__(self, i: int) -> str: ...
     @overload
     def __getitem__(self, i: slice) -> tuple[str, ...]: ...
     def __getitem__(self, i: int | slice) -> str | tuple[str, ...]:
-        if isinstance(i, slice):
-            return tuple(self)[i]
-        i = range(len(self))[i]
-        return self.text[max(self.starts[i], self.stops[i - 1] if i else 0) : self.stops[i]]
-
-    def __iter__(self) -> Iterator[str]:
-        done = 0
-        for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True):
-            yield self.text[max(start, done) : stop]
-            done = stop
+        return self._all()[i]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
 
     def __hash__(self) -> int:
-        return hash(tuple(self))
+        return hash(self._all())
 
     def __repr__(self) -> str:
-        return repr(tuple(self))
+        return repr(self._all())
+
+
+class Pieces(TokenTexts):
+    """By the tokens' places in a text. A character of several tokens is the first one's: together they are the text."""
+
+    __slots__ = ("starts", "stops", "text")
+
+    def __init__(self, text: str, starts: Ints, stops: Ints) -> None:
+        super().__init__()
+        self.text, self.starts, self.stops = text, starts, stops
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def _cut(self) -> Iterator[str]:
+        done = 0
+        for start, stop in zip(self.starts.tolist(), self.stops.tolist(), strict=True):
+            yield self.text[max(start, done) : stop]
+            done = stop
 
 
 class Tokens:

@@ -54,7 +54,7 @@ class PathConditions:
         self.answers: dict[PathCondition, bool] = {}
 
     def placeholder(self, text: str, derived_from: tuple[int, str, str | None] | None = None) -> Placeholder:
-        """A new placeholder; `made`: (number, method, characters) of the placeholder that was stripped to this text."""
+        """A new placeholder; derived_from: (number, method, characters) of the one that was stripped to this text."""
         if len(self.placeholders) == MOST:
             raise Undecided
         self.placeholders.append(Placeholder(self, len(self.placeholders), text, derived_from))
