@@ -84,6 +84,11 @@ REFUSED = {
         template(HEADER + "{{ m.content + '\n### End\n' }}"), reply("yo"), "no_end_of_turn"),
     "a prompt that is never written": (
         template(HEADER + "{{ m.content }}" + CLOSE, asked="false"), reply("yo"), "no_prompt"),
+    "a prompt that is never written, where a second message of the user's joins the first": (
+        "{% for m in messages %}{% if not loop.first and m.role == messages[loop.index0 - 1].role %}{{ ' ' }}"
+        "{% else %}{{ '<|im_start|>' + m.role + '\n' }}{% endif %}{{ m.content }}"
+        "{% if loop.last or m.role != messages[loop.index].role %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}",
+        reply("yo"), "no_prompt"),
     "a thought that never ends, after a prompt that opens one": (
         template(HEADER + "{{ m.content }}" + CLOSE, THINKING), reply("<think>hm"), "no_thought"),
 }  # fmt: skip

@@ -280,7 +280,7 @@ def _trains_header(rendered: Renderings, i: int, shown: str, text: str, first: i
     lead = text[len(shown) : max(first, len(shown))]
     if not rendered.tags.marks.sub("", lead).strip() or rendered.closed[i] != shown:
         return False
-    if _has_header(rendered, i, shown):
+    if _has_header(tokens, rendered, i, shown):
         return False
     plain = {"role": "assistant", "content": _STAND_IN}
     try:
@@ -292,14 +292,18 @@ def _trains_header(rendered: Renderings, i: int, shown: str, text: str, first: i
     return bool(found) and bool(rendered.tags.marks.sub("", lead).strip())
 
 
-def _has_header(rendered: Renderings, i: int, shown: str) -> bool:
-    """Whether a prompt that the template writes in any case ends in a reply's header: a user's would be another."""
+def _has_header(tokens: Tokens, rendered: Renderings, i: int, shown: str) -> bool:
+    """Whether a prompt that the template writes in any case ends in a reply's header.
+
+    Before another message of a user it would go on otherwise, once the turn before has ended in a control token.
+    """
     traced = rendered.traced_prompts[i]
     other = render_or_none(rendered.renderer, rendered.inputs.upto(i, USER))
     if traced is None or other is None:
         return False
     spoken = max((stop for j in range(i) for _, stop in traced.spoken[j]), default=len(shown))
-    return spoken <= rendered.renderer.common_prefix(shown, other) < len(shown)
+    common = rendered.renderer.common_prefix(shown, other)
+    return common < len(shown) and bool(tokens.control(shown, spoken, common))
 
 
 # --- a reply of no words ---------------------------------------------------------------------------------
