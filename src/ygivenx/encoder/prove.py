@@ -202,7 +202,7 @@ def _turn(
     if _writes_header(tokens, rendered, i):
         raise _no_header(i)
     first, last = _spoken(rendered, i)
-    if continues and _trains_header(rendered, i, shown, text, first):
+    if continues and _trains_header(tokens, rendered, i, shown, text, first):
         raise _no_header(i)
     lacks_thought = rendered.tags.opens(shown) and not rendered.thinks[i]
     if lacks_thought and not repairs & EMPTY_THOUGHTS:
@@ -270,7 +270,7 @@ def _writes_header(tokens: Tokens, rendered: Renderings, i: int) -> bool:
     return any(tokens.has_control(e) or prompted[: -len(e)][-1:].isspace() for e in ends)
 
 
-def _trains_header(rendered: Renderings, i: int, shown: str, text: str, first: int) -> bool:
+def _trains_header(tokens: Tokens, rendered: Renderings, i: int, shown: str, text: str, first: int) -> bool:
     """Whether the template ignores add_generation_prompt, so that the header of a reply would count as output.
 
     What a template writes before the words of every reply, whatever it says, is the header's.
