@@ -60,8 +60,7 @@ def candidates(chat: Chat) -> Iterator[Candidate | RowError]:
 
 def candidate(chat: Chat, strategy: Strategy, renderer: Renderer) -> Candidate | RowError:
     """The candidate that a strategy gives, or why it gives none. renderer: the chat's template, or placeholders'."""
-    is_given = renderer is chat.template and strategy.inputs is chat.inputs
-    rendered = chat.as_given if is_given else Renderings(renderer, strategy.inputs, chat.tags)
+    rendered = chat.renderings(renderer, strategy.inputs)
     try:
         renderings, to_train = _proven(chat, rendered, strategy)
         texts = checked(chat, strategy, renderings, rendered, to_train)

@@ -289,10 +289,21 @@ class Chat:
     options: Options
     to_train: tuple[int, ...]
 
-    @cached_property
+    @property
     def as_given(self) -> Renderings:
         """The renderings of the row as it stands."""
-        return Renderings(self.template, self.inputs, self.tags)
+        return self.renderings(self.template, self.inputs)
+
+    def renderings(self, renderer: Renderer, inputs: Inputs) -> Renderings:
+        """The renderings of these inputs, made once however many strategies share them."""
+        key = (id(renderer), id(inputs))  # both live as long as what is kept of them
+        if key not in self._renderings:
+            self._renderings[key] = Renderings(renderer, inputs, self.tags)
+        return self._renderings[key]
+
+    @cached_property
+    def _renderings(self) -> dict[tuple[int, int], Renderings]:
+        return {}
 
     @cached_property
     def trained(self) -> frozenset[tuple[int, str]]:
