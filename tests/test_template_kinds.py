@@ -115,6 +115,17 @@ def test_refused(smol_tokenizer, name):
     assert e.value.reason == reason
 
 
+def test_tags_in_a_question_are_words(smol_tokenizer):
+    """Those of replies are marks, which templates write anew."""
+    plain = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    source = template(HEADER + "{{ m.content }}" + CLOSE)
+    changed = source.replace(plain, plain.replace("m.content", "m.content.replace('<think>', '')"))
+    assert changed != source
+    with pytest.raises(RowError, match="changes") as e:
+        encoder(smol_tokenizer, changed)({"messages": [user("Why <think>?"), reply("yo")]})
+    assert (e.value.reason, e.value.field) == ("changed_text", "messages[0].content")
+
+
 def test_a_changed_reply_is_trained_as_it_is_written_if_so_asked(smol_tokenizer):
     source, said, _ = REFUSED["a reply in lower case"]
     example = encoder(smol_tokenizer, source, dropped="warn")({"messages": [user(), said]})

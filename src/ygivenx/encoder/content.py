@@ -30,6 +30,7 @@ _KIND_OF_FIELD = {
     "reasoning": "reasoning",
     "tool_calls": "tool_call",
 }
+_NO_TAGS = Tags()
 _OF_MESSAGE = re.compile(r"messages\[(\d+)\]")
 _ARGUMENT = re.compile(r"\.arguments(?! \(key\)\Z)")  # not the name of the field itself
 
@@ -184,13 +185,13 @@ def changed(rendering: Rendering, messages: tuple[Mapping[str, Any], ...], tags:
     for source in traced.sources:
         if source.message is None or source.field != "content" or not _matters(source):
             continue
-        found = tags.marks.sub("", written.get(source.path, ""))
-        forms = [
-            _bare(source.text, tags),
-            *(_bare(json.dumps(source.text, ensure_ascii=e)[1:-1], tags) for e in (True, False)),
-        ]
-        is_part = messages[source.message].get("role") == "assistant" and len(found) < len(forms[0])
-        if found and not is_part and not any(form in found for form in forms):
+        is_reply = messages[source.message].get("role") == "assistant"
+        marks = tags if is_reply else _NO_TAGS  # a template reads those of replies, and writes them anew
+        found, bare = marks.marks.sub("", written.get(source.path, "")), _bare(source.text, marks)
+        if not found or bare in found or (is_reply and len(found) < len(bare)):
+            continue
+        as_json = (json.dumps(source.text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (True, False))
+        if not any(_bare(form, marks) in found for form in as_json):
             return source.path
     return None
 
