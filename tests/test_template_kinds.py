@@ -37,8 +37,8 @@ EXACT = {
     ),
     "a thought that the template has between the marks of an answer": (
         template(HEADER + "{{ '<a>' + (m.content | trim) + '</a>' }}" + CLOSE, THINKING),
-        [user(), reply("yo", reasoning_content="hm")],
-        ["hm\n</think>\n\nyo</a><|im_end|>"],
+        [user(), reply("a\n", reasoning_content="hm")],
+        ["hm\n</think>\n\na\n</a><|im_end|>"],
     ),
     "a prompt that is written in any case": (
         template(HEADER + "{{ '[' + m.content + ']' }}" + CLOSE, asked="true"),

@@ -269,7 +269,7 @@ def _after_open_thought(
             reasoning,
             own[1],
             _text_of(rendered, own[2], i, "content"),
-            *_behind(rendered, i, own[2], end),
+            *_behind(rendered, i, end),
         ]
         what = f"its own reasoning continues the {pair[0]} that the prompt opens"
         return _put_together(rendered, i, what, [p for p in parts if p], end)
@@ -311,12 +311,12 @@ def _unclosed(i: int, pair: tuple[str, str]) -> RowError:
     )
 
 
-def _behind(rendered: Renderings, i: int, answer: str, end: End) -> list[str]:
-    """What the template writes between an answer and the end of its turn, as Command A's `<|END_TEXT|>`."""
-    text = rendered.closed[i + 1][: end.at]
-    words = answer.strip()
-    behind = text.rpartition(words)[2] if words else ""
-    return [behind[len(answer) - len(answer.rstrip()) :]] if behind.strip() else []
+def _behind(rendered: Renderings, i: int, end: End) -> list[str]:
+    """What the template writes between a reply's words and the end of its turn, as Command A's `<|END_TEXT|>`."""
+    whole = rendered.traced[i + 1]
+    stop = max((stop for _, stop in whole.spoken[i]), default=end.at) if whole else end.at
+    behind = rendered.closed[i + 1][stop : end.at]
+    return [behind] if behind.strip() else []
 
 
 def _text_of(rendered: Renderings, text: str, i: int, field: str) -> Text:
