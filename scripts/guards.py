@@ -29,6 +29,7 @@ CHECKPOINT = "tests/test_checkpoint.py"
 PACKS = "tests/test_packs.py"
 POLICY = "tests/test_policy.py"
 LIMITS = "tests/test_families.py -k 'limit or position or length or frequencies' -m 'not full and not model'"
+KINDS = "tests/test_template_kinds.py"
 ENCODER = "tests/test_reference.py tests/test_faults.py tests/test_chats.py tests/test_encode.py -m 'not full and not model'"
 RATED = "tests/test_preference_trainer.py tests/test_rated.py -m 'not full'"
 SCORERS = "tests/test_scorers.py"
@@ -183,6 +184,14 @@ GUARDS = [
           "        if found := tokens.has_control(text):\n", "        if (found := tokens.has_control(text)) and False:\n", ENCODER),
     Guard("one that row and template write together is refused", "encoder/content.py",
           "if cuts and control == \"refuse\":", "if False:", ENCODER),
+    Guard("a reply that the template changes is refused", "encoder/content.py",
+          "if not any(_bare(form, marks) in found for form in as_json):", "if False:", KINDS),
+    Guard("a header stands behind the end of the turn before", "encoder/prove.py",
+          "and bool(tokens.control(shown, spoken, common))", "", KINDS),
+    Guard("the token that begins a reply's own header ends none", "encoder/turns.py",
+          "return token in {m[0] for m in tokens.control(rendered.prompts[i], spoken)}", "return False", KINDS),
+    Guard("an unfinished thought isn't trained after an empty one", "encoder/turns.py",
+          "if rendered.tags.unclosed(rendered.inputs.messages[i]):", "if False:", ENCODER),
     Guard("names of fields are texts", "encoder/content.py", "            yield here, str(key)\n", "", ENCODER),
     Guard("one that a normaliser makes is refused", "encoder/tokenize.py", "if written.strip() != token:", "if False:", ENCODER),
     # Borders
@@ -203,12 +212,12 @@ GUARDS = [
           "not any(map(chat.options.tokens.has_control, found[1]))", "True", PROOFS,
           survives="`_forges_nothing` refuses the proof too: this one spares the work"),
     Guard("weights are a part of the shape", "encoder/proofs.py",
-          "given.get(\"weight\"), *(", "None, *(", PROOFS),
+          "= [given.get(\"weight\")]", "= [None]", PROOFS),
     # What leaves the encoder
     Guard("a first token has no weight", "encoder/weigh.py", "if weights[:1].any():", "if False:", ENCODER),
     Guard("a row without a trained token is refused", "encoder/weigh.py",
           "    if not trained:\n", "    if False:\n", ENCODER),
-    Guard("what is too long is refused", "encoder/weigh.py", "if overflow != \"truncate\":", "if False:", ENCODER),
+    Guard("what is too long is refused", "encoder/weigh.py", "if overflow not in (\"drop_reply\", \"truncate\"):", "if False:", ENCODER),
     # Rated replies
     Guard("a row counts once, however many pairs it has", "training/rated.py",
           "[row.weight / max(1, count)] * count", "[row.weight] * count", RATED),
