@@ -26,9 +26,8 @@ def product(layer: Any) -> tuple[Tensor, Tensor | None]:
     if hasattr(layer, "modules_to_save"):  # a copy that is trained in the place of the original
         kept = layer.disable_adapters or not layer.active_adapters
         return product(layer.original_module if kept else layer.modules_to_save[layer.active_adapters[0]])
-    layer = getattr(
-        layer, "token_adapter", layer
-    )  # PEFT's trainable_token_indices, where embeddings are tied
+    # PEFT's trainable_token_indices, where embeddings are tied.
+    layer = getattr(layer, "token_adapter", layer)
     if not type(layer).__module__.startswith("peft."):
         return layer.weight, layer.bias
     if not hasattr(layer, "base_layer"):

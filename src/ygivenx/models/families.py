@@ -109,9 +109,8 @@ def feed(decoder: nn.Module, plan: Plan, token: np.ndarray, needed: Ints | None 
     with last_layer.only(decoder, needed, len(token)), recurrent.carried(decoder, plan):
         out = decoder(input_ids=ids[None], use_cache=False, ygx=plan, **masks, **positions)
     layers = _expected_layers(decoder, config)
-    if (
-        layers not in (len(plan.layers), plan.calls) and not by_hand
-    ):  # some families run their layers several times
+    # Some families run their layers several times.
+    if layers not in (len(plan.layers), plan.calls) and not by_hand:
         raise ModelError(
             f"{len(plan.layers)} of its {layers} layers use transformers' attention interface",
             where=type(decoder).__name__,

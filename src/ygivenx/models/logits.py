@@ -183,9 +183,7 @@ def _prepared(model: Any, hidden: Tensor) -> Tensor:
         model(input_ids=torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device))
     except _Reached:
         pass
-    except (
-        Exception
-    ):  # the model wants more of its decoder than hidden states: then they aren't what the head reads
+    except Exception:  # it wants more of its decoder than hidden states: then they aren't what the head reads
         return hidden
     finally:
         hook.remove()

@@ -28,10 +28,12 @@ CLOSED = -1e4  # sigmoid, exp and softplus of it are 0, in half precision too
 # outputs are, None for all. With them CLOSED a step neither lets the state decay nor adds to it.
 _MAMBA2: dict[str, str | None] = {"in_proj": "num_heads"}
 _DELTA: dict[str, str | None] = {"b_proj": None, "a_proj": None}
+_DELTA_IN: dict[str, str | None] = {"in_proj_b": None, "in_proj_a": None}
 GATES: dict[str, dict[str, str | None]] = {
     "Qwen3NextGatedDeltaNet": {"in_proj_ba": None},
-    "Qwen3_5GatedDeltaNet": {"in_proj_b": None, "in_proj_a": None},
-    "Qwen3_5MoeGatedDeltaNet": {"in_proj_b": None, "in_proj_a": None},
+    "Qwen3_5GatedDeltaNet": _DELTA_IN,
+    "Qwen3_5MoeGatedDeltaNet": _DELTA_IN,
+    "LaraMiniGatedDeltaNet": _DELTA_IN,
     "OlmoHybridGatedDeltaNet": _DELTA,
     "KimiLinearDeltaAttention": {"b_proj": None, "forget_gate.f_b_proj": None},
     "Glm5NextTextLinearAttention": {"b_proj": None, "forget_gate.f_b_proj": None},

@@ -298,10 +298,8 @@ def _difference(found: _Outcome | str, single: _Outcome) -> str:
     ):
         if ours is None or exact is None:
             continue
-        finite = exact.isfinite().all(
-            -1
-        )  # the norm of an embedding of zeros, as padding has it, has no gradient
-        if what == "gradients":
+        if what == "gradients":  # the norm of an embedding of zeros, as padding has it, has none
+            finite = exact.isfinite().all(-1)
             ours, exact = ours[finite], exact[finite]
         off = float((ours - exact).norm() / exact.norm())
         # Written so that NaN is far as well.
