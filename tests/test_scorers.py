@@ -205,13 +205,19 @@ def test_corrected_words_of_a_real_tokenizer(model, smol_tokenizer):
 
 
 @pytest.mark.full
-def test_on_a_real_model_the_end_of_a_clause_is_what_the_comma_says(smol):
-    """Oh & Schuler's case: where a comma is likely, plain surprisal charges the next word for its absence."""
-    item = ("After the dog", " struggled the vet removed the muzzle")
-    (score,) = yx.score(*smol, [item], corrected_words=True)
-    shift = dict(zip(score.word_text, np.subtract(score.word_log_p_corrected, score.word_log_p), strict=True))
-    assert shift[" struggled"] < -0.1
-    assert score.word_log_p_corrected[1] > score.word_log_p[1] + 0.1
+def test_corrected_words_of_a_real_model(smol):
+    """Oh & Schuler's kind of sentence: each word has its own end, and all words together are the text with its end."""
+    model, tokenizer = smol
+    x, y = "After the dog", " struggled the vet removed the muzzle"
+    (score,) = yx.score(model, tokenizer, [(x, y)], corrected_words=True)
+    starts = list(word_starts(tokenizer))
+    ids = tokenizer(x + y)["input_ids"]
+    with torch.no_grad():
+        ends = model(torch.tensor([ids])).logits[0].log_softmax(-1)[:, starts].logsumexp(-1)
+    before, after = (float(ends[len(tokenizer(text)["input_ids"]) - 1]) for text in (x, x + y))
+    assert sum(score.word_log_p_corrected) == pytest.approx(score.log_p_y_given_x + after - before, abs=1e-3)
+    shift = np.subtract(score.word_log_p_corrected, score.word_log_p)
+    np.testing.assert_allclose(shift, np.diff(ends[-7:].tolist()), atol=1e-3)  # each word is one token
 
 
 def test_a_vocabulary_without_white_space_has_no_ends_of_words():

@@ -280,7 +280,7 @@ def test_narrow_screens_do_not_scroll_sideways(browser, tmp_path) -> None:
 
 
 def test_replies_of_a_pair_stand_side_by_side_where_there_is_room(browser, tmp_path) -> None:
-    page = sample(rows=4)
+    page = sample(rows=8)
     page.columns = 2
 
     def places() -> list[list[int]]:
@@ -288,7 +288,7 @@ def test_replies_of_a_pair_stand_side_by_side_where_there_is_room(browser, tmp_p
         return browser.js(f"return {found}.map((r) => [Math.round(r.left), Math.round(r.top)])")
 
     browser.open(page, tmp_path)
-    chosen, rejected, following, _ = places()
+    chosen, rejected, following, *_ = places()
     assert chosen[1] == rejected[1] < following[1]
     assert chosen[0] == following[0] < rejected[0]
     metrics = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
