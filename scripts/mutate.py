@@ -8,6 +8,7 @@ more, or fewer than 90 % of a module's guards were found.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import shlex
 import shutil
@@ -18,6 +19,7 @@ import tempfile
 import time
 import traceback
 from collections import defaultdict
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -69,6 +71,8 @@ def _run_in_child(tree: Path, selection: str, log: int) -> None:
     status = 70
     try:
         os.setpgid(0, 0)  # so that processes of the tests end with it
+        with suppress(AttributeError, OSError):  # elsewhere than on Linux
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends when its worker is ended
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(tree)

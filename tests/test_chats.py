@@ -908,6 +908,7 @@ def test_a_token_across_the_border_is_refused_masked_or_split_by_name():
     rows = {"messages": [user(), reply("  hello"), user("And 3 + 3?"), reply("6")]}
     assert refusal(encoder(border="refuse"), *rows["messages"]).reason == "straddling_token"
     assert trained(encoder(border="mask")(rows)) == " hello<|im_end|>6<|im_end|>"
+    assert trained(encoder(border="mask", train="last")(rows)) == "6<|im_end|>"
     assert [s.ids.tolist() for s in encoder()(rows)] == [
         s.ids.tolist() for s in encoder(border="split")(rows)
     ]
