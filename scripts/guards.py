@@ -340,5 +340,5 @@ GUARDS = [
     Guard("a row without a reply says so", "encoder/weigh.py",
           "    if not is_asked and not any", "    if False and not any", SEGMENTS),
     Guard("the last reply is that of the last assistant", "encoder/weigh.py",
-          "s.message == last, own)", "s.message == 0, own)", BORDERS),
+          "s.message == last,", "s.message == 0,", BORDERS),
 ]  # fmt: skip
