@@ -1,9 +1,10 @@
-"""Rows per second and memory of `ygx audit ROWS --labels PREPARED`, on rows of this script's own.
+"""Rows per second and memory of `ygx audit --labels PREPARED`, with the rows and without, on rows of this script's own.
 
 python benchmarks/prepared.py 10000 100000 >> benchmarks/results/prepared.jsonl
 
 For each number of rows, in a process of its own: conversations of two turns and about 300 tokens are encoded, prepared
-(half of them packed by four with positions), shuffled and audited against the rows. Peak memory is of the audit alone.
+(half of them packed by four with positions), shuffled and audited, by themselves and against the rows. A row is one
+conversation; peak memory is of one audit alone.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ def prepare(rows: Path, prepared: Path, tokenizer: Path) -> None:
     pq.write_table(pa.Table.from_pylist(records), prepared)
 
 
-def audit(rows: str, prepared: str, tokenizer: str) -> None:
-    """Print the figures of one audit."""
+def audit(rows: str, prepared: str, tokenizer: str, count: int, alone: bool) -> None:
+    """Print the figures of one audit; alone: without the rows."""
     from transformers import AutoTokenizer
 
     from ygivenx import Encoder
@@ -73,18 +74,19 @@ def audit(rows: str, prepared: str, tokenizer: str) -> None:
     encoder = Encoder(AutoTokenizer.from_pretrained(tokenizer))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start, cpu = time.perf_counter(), time.process_time()
-    report = audit_prepared(Prepared(prepared), read(rows), encoder)
+    report = audit_prepared(Prepared(prepared), None if alone else read(rows), encoder)
     seconds = time.perf_counter() - start
     summary = report.summary
     told = {
-        "rows": summary["rows"],
+        "audit": "the set alone" if alone else "against the rows",
+        "rows": count,
         "prepared rows": summary["prepared rows"],
         "tokens": summary["tokens"],
         "verdict": summary["verdict"],
         "recognised": summary["rows recognised"],
         "seconds": round(seconds, 1),
         "processor seconds": round(time.process_time() - cpu, 1),
-        "rows per second": round(summary["rows"] / seconds),
+        "rows per second": round(count / seconds),
         "memory before, MB": before // 1024,
         "peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
@@ -103,12 +105,13 @@ def main(counts: list[int]) -> None:
             rows, prepared = Path(folder) / f"{count}.jsonl", Path(folder) / f"{count}.parquet"
             rows.write_text("\n".join(map(json.dumps, conversations(count))))
             prepare(rows, prepared, Path(folder) / "tokenizer")
-            command = [sys.executable, __file__, "--audit", str(rows), str(prepared), f"{folder}/tokenizer"]
-            subprocess.run(command, check=True)
+            for alone in ("alone", ""):
+                arguments = [str(rows), str(prepared), f"{folder}/tokenizer", str(count), alone]
+                subprocess.run([sys.executable, __file__, "--audit", *arguments], check=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--audit"]:
-        audit(*sys.argv[2:])
+        audit(*sys.argv[2:5], int(sys.argv[5]), bool(sys.argv[6]))
     else:
         main([int(n) for n in sys.argv[1:] or ["10000"]])

@@ -61,6 +61,17 @@ def smol(pytestconfig):
     return load(_kept(pytestconfig, "model", save))
 
 
+@pytest.fixture(scope="module")
+def setup(smol_tokenizer, data_dir):
+    """Rows, models and trainers to audit."""
+    from museum.harness import Setup
+
+    made = Setup(smol_tokenizer, data_dir)
+    yield made
+    made.close()
+    give_memory_back()
+
+
 @pytest.fixture(scope="session")
 def smol_tokenizer(pytestconfig):
     from transformers import AutoTokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -10,25 +11,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, disable_progress_bars
-from museum.harness import FORGETFUL, Setup
+from museum.harness import FORGETFUL
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from ygivenx import cli
 from ygivenx.encoder.encode import Encoder
 from ygivenx.errors import DataError
 from ygivenx.proof.auditing import audit, audit_prepared
+from ygivenx.proof.evidence import Evidence
 from ygivenx.proof.prepared import Prepared, observed
 from ygivenx.proof.rules import SEVERITIES
 from ygivenx.proof.structure import Structure
+from ygivenx.proof.tally import HitCounts
 
 IGNORED = -100
-
-
-@pytest.fixture(scope="module")
-def setup(smol_tokenizer, data_dir):
-    made = Setup(smol_tokenizer, data_dir)
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +118,36 @@ def first_words_lost(ids, labels, tokenizer):
     return ids, labels
 
 
+def slipped(ids, labels, tokenizer):
+    trained = np.append([False] * 8, labels[:-8] != IGNORED)
+    return ids, np.where(trained, ids, IGNORED)
+
+
+def system_too(ids, labels, tokenizer):
+    end = int(np.flatnonzero(ids == tokenizer.eos_token_id)[0])
+    labels[: end + 1] = ids[: end + 1]
+    return ids, labels
+
+
+def first_turn(ids, labels, tokenizer):
+    labels[reply_starts(labels)[1] :] = IGNORED
+    return ids, labels
+
+
+def ends_alone(ids, labels, tokenizer):
+    return ids, np.where(ids == tokenizer.eos_token_id, labels, IGNORED)
+
+
+def cut_into_blocks(good, tokenizer, size=200):
+    row = {k: [t for r in good for t in r[k]] for k in ("input_ids", "labels")}
+    starts = range(0, len(row["labels"]), size)
+    return [{k: v[i : i + size] for k, v in row.items()} for i in starts]
+
+
+def half_without_labels(good, tokenizer):
+    return [r | ({"labels": [IGNORED] * len(r["labels"])} if i % 2 else {}) for i, r in enumerate(good)]
+
+
 def with_bos(ids, labels, tokenizer):
     return np.insert(ids, 0, tokenizer.bos_token_id), np.insert(labels, 0, IGNORED)
 
@@ -185,6 +212,18 @@ BROKEN = {
         "loss-on-x",
         lambda good, t: packed(3, position_ids=positions)(each(lambda i, x, t: (i, i.copy()))(good, t), t),
     ),
+    "spans slip to the right": ("loss-on-x", each(slipped)),
+    "system prompts are trained": ("loss-on-x", each(system_too)),
+    "the first turn alone": ("y-untrained", each(first_turn)),
+    "ends alone": ("y-untrained", each(ends_alone)),
+    "half of the rows have no label": ("nothing-trained", half_without_labels),
+    "cut into blocks": ("document-cut", cut_into_blocks),
+    "ends are masked, packed": (
+        "end-untrained", lambda good, t: packed(3, position_ids=positions)(each(without_end)(good, t), t),
+    ),
+    "headers are trained, as a mask": (
+        "prompt-header-trained", lambda good, t: masks("loss_mask")(each(header_too)(good, t), t),
+    ),
     "a mask inverted": ("loss-on-x", masks("loss_mask", trained=False)),
 }  # fmt: skip
 SOUND = {
@@ -203,6 +242,7 @@ SOUND = {
 # What needs the rows: of ids alone it can't be known.
 WITH_ROWS_ALONE = {
     "the last turn alone", "no system prompt", "another system prompt", "cut at the end", "cut at the beginning",
+    "the first turn alone", "cut into blocks",
 }  # fmt: skip
 
 
@@ -282,6 +322,26 @@ def test_rows_that_no_prepared_row_holds_are_counted(rows, good, encoder, tmp_pa
     assert (finding.rule, finding.severity, finding.count, finding.share) == ("rows-missing", "info", 3, 0.25)
 
 
+def test_rows_that_repeat_or_contradict_one_another_are_named(rows, good, encoder, tmp_path):
+    """By the set itself, with the rows and without."""
+    turn = [{"messages": r["messages"][:3]} for r in rows]
+    other = {"messages": [*turn[3]["messages"][:2], {"role": "assistant", "content": "I don't know."}]}
+    given = [*turn, turn[0], other]
+    examples, _ = encoder.batch(given)
+    records = [{"input_ids": e.ids.tolist(), "labels": e.only.labels.tolist()} for e in examples]
+    prepared = prepare(tmp_path, records)
+    for report in (
+        audit_prepared(prepared, given, encoder),
+        audit_prepared(prepared, tokenizer=encoder.tokenizer),
+    ):
+        found = {f.rule: f for f in report.findings}
+        assert above_info(report) == {"conflicting-answers"}, str(report)
+        assert found["duplicates"].examples[0]["where"] == "prepared rows 0, 12"
+        assert found["conflicting-answers"].count == 2
+        assert found["conflicting-answers"].examples[0]["where"] == "prepared rows 3, 13"
+        assert "I don't know." in found["conflicting-answers"].examples[0]["text"]
+
+
 # -- causes -------------------------------------------------------------------------------------------------
 
 
@@ -347,6 +407,19 @@ def test_refused_rows_are_audited_for_loss_on_x(setup, tmp_path):
 # -- files --------------------------------------------------------------------------------------------------
 
 
+def test_what_holds_nothing_is_no_sound_set(good, encoder, tmp_path):
+    """Rows that are none, and a set of which none are read."""
+    prepared = prepare(tmp_path, good)
+    assert above_info(audit_prepared(prepared, [], encoder)) >= {"nothing-read"}
+    prepared.limit = 0
+    report = audit_prepared(prepared, tokenizer=encoder.tokenizer)
+    assert report.summary["verdict"] == "1 error: nothing-read"
+    assert above_info(audit([], encoder)) == {"nothing-read"}
+    (tmp_path / "p.jsonl").touch()
+    with pytest.raises(DataError, match="it holds no row"):
+        Prepared(tmp_path / "p.jsonl")
+
+
 def test_a_file_without_ids_is_refused_by_its_columns(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(DataError, match="its columns are text"):
@@ -385,6 +458,24 @@ def test_a_reply_that_is_context_is_no_fault_of_ids_alone(setup, good):
     assert Structure(setup.tokenizer).mark(seen)
     assert np.isnan(seen.expected[seen.output]).any()
     assert (seen.expected[seen.trained] == 1).all()
+
+
+def test_an_empty_thought_before_a_reply_is_no_header():
+    """Qwen3's template writes it where the model would: ids alone can't tell whose it is."""
+    folder = Path(__file__).parents[1] / ".tokenizers" / "qwen3"
+    if not folder.is_dir():
+        pytest.skip("make tokenizers")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "4"}]
+    ids = tokenizer.apply_chat_template(messages, return_dict=False)
+    asked = len(tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False))
+    for start, rule in ((asked, None), (asked + 4, None), (asked - 3, "prompt-header-trained")):
+        labels = [IGNORED] * start + ids[start:-1] + [IGNORED]
+        seen = observed({"input_ids": ids, "labels": labels})
+        assert Structure(tokenizer).mark(seen)
+        tally = HitCounts()
+        tally.add(Evidence(labels=[seen], tokenizer=tokenizer), leave_out=["rows-unrecognised"])
+        assert [f.rule for f in tally.findings()] == [rule] * (rule is not None), start
 
 
 # -- the command --------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -119,6 +119,27 @@ def tables(examples: Iterable[Example]) -> Iterator[Any]:
 
 
 # -- reading -----------------------------------------------------------------------------------------------
+
+
+class SegmentColumns(NamedTuple):
+    """Segments of several sequences. start, stop: places in ids, which are those of all of them.
+
+    sequence, message int64 (−1: none), output bool; kind: a pyarrow array of strings.
+    """
+
+    sequence: Ints
+    start: Ints
+    stop: Ints
+    kind: Any
+    output: Any
+    message: Ints
+    ids: Any
+
+    def of_kind(self, kind: str) -> Any:
+        """bool [segments]."""
+        import pyarrow.compute as pc
+
+        return pc.equal(self.kind, kind).to_numpy(zero_copy_only=False)
 
 
 class EncodedRows:
@@ -223,6 +244,28 @@ class EncodedRows:
     def firsts(self) -> Ints:
         """int64 [rows]: the first sequence of each row."""
         return np.flatnonzero(self.turn == 0)
+
+    def segments(self) -> Iterator[SegmentColumns]:
+        """The segments of all sequences as columns, table by table."""
+        for first, batch, offsets, ids in zip(
+            self._first, self._batches, self._offsets, self._ids, strict=False
+        ):
+            column = batch.column("segments")
+            of = np.repeat(np.arange(batch.num_rows), np.diff(column.offsets.to_numpy()))
+            start, stop, output, message = map(column.values.field, ("start", "stop", "output", "message"))
+            start, stop, output, message = (
+                c.to_numpy(zero_copy_only=False) for c in (start, stop, output, message.fill_null(-1))
+            )
+            base = offsets[of]
+            yield SegmentColumns(
+                first + of, base + start, base + stop, column.values.field("kind"), output, message, ids
+            )
+
+    def notes(self) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """(the number of its row, its notes) of each sequence that has any."""
+        for batch in self._batches:
+            pairs = zip(batch.column("row").to_pylist(), batch.column("notes").to_pylist(), strict=True)
+            yield from ((row, tuple(notes)) for row, notes in pairs if notes)
 
     def examples(self) -> Iterator[Example]:
         """The rows, each with its sequences."""

@@ -285,6 +285,45 @@ def history_reasoning_kept(setup: Setup) -> Report:
     return setup.audit(setup.hf(joined, tokenizer=tokenizer), rows, tokenizer=tokenizer)
 
 
+@broken("context-differs", "The model is trained under an instruction that nobody gives at inference.")
+def a_line_added_to_the_system_prompt(setup: Setup) -> Report:
+    """A trainer's own template for the family adds a line to each system prompt."""
+    rows, tokenizer = setup.chats(), setup.tok()
+    line = tokenizer(" Detailed thinking off.", add_special_tokens=False)["input_ids"]
+    features = setup.encoded(rows)
+    for f in features:
+        at = f["input_ids"].index(tokenizer.eos_token_id)
+        f["input_ids"][at:at], f["labels"][at:at] = line, [-100] * len(line)
+    return setup.audit(setup.hf(features), rows)
+
+
+@broken("loss-on-x", "Each reply loses its last words to the question that follows it.")
+def spans_that_slip(setup: Setup) -> Report:
+    """Replies found by searching for their text: what was stripped before the search moves every span to the right."""
+    rows = setup.dialogues()
+    features = setup.encoded(rows)
+    for f in features:
+        trained = [label != -100 for label in f["labels"]]
+        moved = [False] * 8 + trained[:-8]
+        f["labels"] = [i if t else -100 for i, t in zip(f["input_ids"], moved, strict=True)]
+    return setup.audit(setup.hf(features), rows)
+
+
+@broken(
+    "y-truncated", "The model learns to stop at a token at which chats don't: it writes on past its answer."
+)
+def another_end(setup: Setup) -> Report:
+    """Answers end in the base model's end of text instead of the template's end of turn."""
+    rows, tokenizer = setup.chats(), setup.tok()
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    features = [
+        {"input_ids": [*f["input_ids"][:at], end], "labels": [*f["labels"][:at], end]}
+        for f in setup.encoded(rows)
+        for at in [len(f["labels"]) - 1 - f["labels"][::-1].index(tokenizer.eos_token_id)]
+    ]
+    return setup.audit(setup.hf(features), rows)
+
+
 @broken("doubled-bos", "A context that the model never saw, in every row.")
 def doubled_bos(setup: Setup) -> Report:
     """The template writes its first token, and the tokenizer adds another."""

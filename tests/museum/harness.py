@@ -18,8 +18,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from ygivenx.encoder.encode import Encoder
-from ygivenx.proof.auditing import Finding, Report, audit
-from ygivenx.proof.evidence import Evidence
+from ygivenx.proof.auditing import Report, audit
 
 HEAD = """{%- if messages[0]['role'] != 'system' -%}
 {{- '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' -}}
@@ -244,7 +243,7 @@ class Setup:
                 [sys.executable, *command, script, folder], check=True, capture_output=True, timeout=150
             )
             told = json.loads((Path(folder) / "report.json").read_text())
-        return Report(tuple(Finding(**f) for f in told["findings"]), (), told["summary"], Evidence())
+        return Report.from_dict(told)
 
     def audit(
         self, trainer: Any = None, rows: Any = None, *, tokenizer: Any = None, **options: Any

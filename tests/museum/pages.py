@@ -46,12 +46,16 @@ no update, and the model, gradients, random states, accelerator and the trainer'
 were. What is not rehearsed (NEFTune's noise, Liger's kernels, the new model that `model_init` makes) is named in the
 summary. What is trained is read from the gradient at the output head, so a mask that a loss ignores can't hide; a term
 beside the cross-entropy (z-loss, distillation) is named and counts as no target. The [museum](museum/README.md) shows
-each rule at work.
+each rule at work. Tests hold 62 broken set-ups, each named by its rule, and 37 sound ones of which nothing above info
+is said (`tests/museum`, `tests/test_prepared.py`).
 
-A rule that lacks what it needs says nothing: without `rows` (or a dataset that still has its messages) the audit
-can't know which tokens are x. The report says how many rows of the batch it recognised among those given, and warns
-where it recognised none; `ygx probe --data rows.jsonl train.py` hands the rows over. A row of the batch is one of
-them if the two agree in at least half of the tokens that aren't common to many rows.
+A rule that lacks what it needs says nothing. Without `rows` (or a dataset that still has its messages) replies are
+found by the headers that the chat template writes, as in prepared sets below; `ygx probe --data rows.jsonl train.py`
+hands the rows over. The report says how many rows of the batch it recognised among those given, and warns where it
+recognised none. A row of the batch is one of them if the two agree in at least half of the tokens that aren't common to
+many rows.
+
+The fix of a finding names the setting of the trainer that was seen, where it has one, and how to hand it rows of ours.
 
 ## Prepared sets
 
@@ -65,7 +69,8 @@ reads what a trainer has written before a run: a directory that `datasets` saved
 rows again in it, cut and packed ones too, and says what differs from what inference shows. A row that is right in
 another mode of the template (thinking switched off, say) is named so; a row that the encoder refuses is audited for
 loss on x alone. Without rows, replies are found by the headers that the chat template writes, and the audit says what
-ids alone can tell: loss on x, headers and padding that are trained, ends that aren't, two BOS. A reply of which
+ids alone can tell: loss on x, headers and padding that are trained, ends that aren't, two BOS. Rows that repeat
+another one or answer its prompt otherwise are named either way. A reply of which
 nothing is trained may be meant so, and a prompt that inference shows otherwise can't be known. Memory holds a part of
 the set at a time. In Python: `yx.audit(rows, encoder, labels="last_run_prepared/1a2b3c")`.
 

@@ -18,13 +18,15 @@ from ..rows.data import Row
 from ..sequence import Example, Rejected
 from ..show import visible
 from .alignment import Library
+from .cures import cure, trainer_name
 from .evidence import Evidence, mark_padding, seen_in_batch, seen_in_forest, seen_in_step
 from .limits import Limits
 from .modes import in_modes, modes_of, numbered, refused_rows
 from .prepared import Prepared
 from .prepared_audit import PreparedAudit
+from .repeats import Repeats
 from .rules import RULES, SEVERITIES, Rule
-from .rules.shared import places
+from .structure import Structure
 from .tally import HitCounts
 
 if TYPE_CHECKING:
@@ -60,6 +62,17 @@ class Report:
             "findings": [asdict(f) for f in self.findings],
             "suppressed": [{**asdict(f), "reason": reason} for f, reason in self.suppressed],
         }
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Report:
+        """What `to_dict` or `to_json` gave, without the rows."""
+        pairs = [({**f}, f.get("reason", "")) for f in document["suppressed"]]
+        suppressed = tuple(
+            (Finding(**{k: v for k, v in f.items() if k != "reason"}), why) for f, why in pairs
+        )
+        return cls(
+            tuple(Finding(**f) for f in document["findings"]), suppressed, document["summary"], Evidence()
+        )
 
     def to_json(self) -> str:
         """One JSON document; a number that isn't finite is null."""
@@ -158,7 +171,7 @@ def audit(
     evidence = _gather(rows, encoder, batch, probe, model, trainer)
     tally = HitCounts()
     tally.add(evidence)
-    return _report(tally, _summary(evidence), evidence, suppress)
+    return _report(tally, _summary(evidence), evidence, suppress, trainer_name(trainer))
 
 
 def audit_prepared(
@@ -193,9 +206,13 @@ def audit_prepared(
 
 
 def _report(
-    tally: HitCounts, summary: dict[str, Any], evidence: Evidence, suppress: Mapping[str, str]
+    tally: HitCounts,
+    summary: dict[str, Any],
+    evidence: Evidence,
+    suppress: Mapping[str, str],
+    trainer: str = "",
 ) -> Report:
-    findings = tally.findings()
+    findings = [replace(f, fix=cure(trainer, f.rule, f.fix)) for f in tally.findings()]
     kept = tuple(f for f in findings if f.rule not in suppress)
     suppressed = tuple((f, suppress[f.rule]) for f in findings if f.rule in suppress)
     return Report(kept, suppressed, {"verdict": verdict(kept), **summary}, evidence)
@@ -276,6 +293,8 @@ def _read_rows(ev: Evidence, rows: Any, encoder: Encoder | None, trainer: Any) -
         if isinstance(rows, list):  # they can be rendered again, in other modes
             ev.rows = [r for r in numbered(rows) if isinstance(r, Row)]
         ev.encoded = spooled(tables(_encoded(ev, iter(rows), encoder)))
+        ev.repeats = Repeats.of(ev.encoded)
+        ev.empty = () if ev.read else ("the rows",)
     return encoder
 
 
@@ -359,6 +378,10 @@ def align(ev: Evidence, encoder: Encoder | None) -> None:
     seen_rows = [*ev.steps, *ev.labels]
     if not seen_rows:
         return
+    if not ev.read and getattr(ev.tokenizer, "chat_template", None):
+        structure = Structure(ev.tokenizer, ev.stop_ids)
+        for seen in seen_rows:
+            structure.mark(seen)
     examples = list(ev.examples)
     exact = {s.ids.tobytes() for e in examples for s in e.sequences}
     if encoder is not None and any(s.ids[s.attended].tobytes() not in exact for s in seen_rows):
@@ -454,9 +477,10 @@ def _strips(ev: Evidence) -> list[Any]:
     ]
     if strips:
         return strips
-    shown = zip(places(ev), islice(ev.encoded, STRIPS), strict=False)
+    shown = enumerate(islice(ev.encoded, STRIPS))
     return [
-        TokenStrip.of(replace(s, tokens=tuple(map(text, s.ids.tolist()))), title=place) for place, s in shown
+        TokenStrip.of(replace(s, tokens=tuple(map(text, s.ids.tolist()))), title=ev.encoded.name(n))
+        for n, s in shown
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +16,24 @@ from .arrays import as_array, documents_of
 if TYPE_CHECKING:
     from ..forest import Forest
     from .probing import MicroBatch, Probe
+    from .repeats import Repeats
 
 UNKNOWN = "?"  # kind of a token that no known document explains
 UNPROVEN = "unproven"  # note of a sequence of a refused row: its x is known, of its y nothing is demanded
 MODE = "mode: "  # begins the note of a sequence in another mode of inference than the encoder's
 HISTORY, SILENT = 1, 2
+_COLUMNS = (
+    "ids", "attended", "documents", "target", "weight", "foreign", "codes", "output", "role", "expected", "padding",
+)  # fmt: skip
 _KINDS = ["", UNKNOWN]  # by code; a role of a row's own is added when it is met
+
+
+def kinds_among(codes: np.ndarray, kinds: Iterable[str]) -> np.ndarray:
+    """bool: which codes are of one of these kinds."""
+    numbers = [kind_code(k) for k in kinds]
+    table = np.zeros(len(_KINDS), bool)
+    table[numbers] = True
+    return np.asarray(table[codes], bool)
 
 
 def kind_code(kind: str) -> int:
@@ -59,6 +72,7 @@ class ObservedRow:
     expected: np.ndarray = field(init=False)
     padding: np.ndarray = field(init=False)
     pieces: list[MatchedStretch] = field(default_factory=list)
+    starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64), repr=False)  # of joined rows
 
     def __post_init__(self) -> None:
         size = len(self.ids)
@@ -83,6 +97,26 @@ class ObservedRow:
     @property
     def where(self) -> str:
         return self.place or f"micro-batch {self.micro_batch}, row {self.row}"
+
+
+class JoinedRows(ObservedRow):
+    """Several rows as one, in which masks are computed at once. starts int64 [rows]: where each begins."""
+
+    def __init__(self, rows: list[ObservedRow]) -> None:
+        self.rows = rows
+        self.starts = np.cumsum([0, *(len(r.ids) for r in rows)])[:-1]
+        for name in _COLUMNS:
+            columns = [getattr(r, name) for r in rows]
+            setattr(self, name, np.concatenate(columns) if rows else np.zeros(0, np.int64))
+
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """bool [T]."""
+        return np.asarray((self.weight != 0) & np.isfinite(self.weight), bool)
+
+    def row_of(self, at: np.ndarray) -> np.ndarray:
+        """Which row each token is of."""
+        return np.searchsorted(self.starts, at, "right") - 1
 
 
 @dataclass(frozen=True)
@@ -147,11 +181,18 @@ class Evidence:
     evaluation: Evaluation | None = None
     unrehearsed: list[str] = field(default_factory=list)
     unmatched: list[int] | None = None  # numbers of rows that no prepared row holds
+    repeats: Repeats | None = None  # of all rows, where they are looked at
+    empty: tuple[str, ...] = ()  # what was given and holds nothing
 
     @property
     def seen(self) -> list[ObservedRow]:
         """What is trained: by the gradient where there was a step, else by the labels."""
         return self.steps or self.labels
+
+    @cached_property
+    def tokens(self) -> JoinedRows:
+        """All tokens of what is trained."""
+        return JoinedRows(self.seen)
 
     @property
     def examples(self) -> Iterator[Example]:

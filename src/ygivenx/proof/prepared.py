@@ -16,12 +16,14 @@ All columns that a row has must agree to train a token. Columns of other names a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import DataError, RowError
+from ..rows.columnar import arrow_rows
 from ..rows.files import open_source
 from ..rows.raw import MAX_ROW_BYTES
 from ..rows.token_rows import MASKS, WHOLE
@@ -46,13 +48,15 @@ class Prepared:
         self._source = open_source(
             self.name, split, MAX_ROW_BYTES, lambda columns: _ids_column(columns) != ""
         )
+        if getattr(self._source, "func", None) is arrow_rows:
+            self._source = partial(arrow_rows, *self._source.args, arrays=True)  # type: ignore[attr-defined]
         first = next((r.value for r in self._source() if r is not None and isinstance(r.value, Mapping)), {})
         self.ids_column = _ids_column(first)
         if not self.ids_column:
             raise DataError(
                 "no column of token ids",
                 where=self.name,
-                why=f"its columns are {', '.join(first) or 'none'}",
+                why=f"its columns are {', '.join(first)}" if first else "it holds no row",
                 fix=f"a prepared set has one of {', '.join(IDS)}",
             )
         self.columns = [c for c in LABELS if c in first and (c != "mask" or self.ids_column == "tokens")]
@@ -107,7 +111,7 @@ def _trained(row: Mapping[str, Any], ids: np.ndarray, ids_column: str) -> tuple[
 def _documents(row: Mapping[str, Any], marks: np.ndarray, attended: np.ndarray) -> np.ndarray:
     """int64 [T]: the number of the document that each token is of."""
     lengths = row.get("seq_lengths")
-    if isinstance(lengths, list) and sum(lengths) == len(marks):
+    if lengths is not None and np.ndim(lengths) == 1 and sum(lengths) == len(marks):
         return np.repeat(np.arange(len(lengths)), lengths)
     if marks.max(initial=0) > 1:
         return np.asarray(np.maximum(np.cumsum(np.diff(marks, prepend=0) != 0) - 1, 0))
@@ -123,7 +127,7 @@ def _array(row: Mapping[str, Any], column: str, kind: Any, length: int | None = 
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):  # a batch of one
         value = value[0]
     try:
-        array = np.asarray(value, kind)
+        array = np.array(value, kind)  # a copy: what isn't trained is struck out
     except (TypeError, ValueError, OverflowError) as e:
         raise RowError("no list of numbers", reason="wrong_type", field=column, why=str(e)) from None
     if array.ndim != 1 or not len(array):

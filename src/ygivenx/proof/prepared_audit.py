@@ -23,14 +23,16 @@ from .evidence import Evidence, ObservedRow, mark_padding
 from .limits import Limits
 from .modes import in_modes, modes_of, numbered, refused_rows
 from .prepared import Prepared
+from .repeats import Repeats
 from .rules.shared import STRAY
 from .store import Found, SequenceStore
 from .structure import Structure
 from .tally import HitCounts
 
 CHUNK = 512  # rows in memory at a time
-# What rows say of one another needs all of them in memory: `ygx audit ROWS` without labels looks at that.
-OF_ALL_ROWS = ("duplicates", "conflicting-answers", "length-outliers")
+OF_ALL_ROWS = (
+    "length-outliers",
+)  # needs all of them in memory: `ygx audit ROWS` without labels looks at that
 OF_GIVEN_ROWS = ("rows-unrecognised", "rows-missing")
 
 
@@ -44,6 +46,7 @@ class PreparedAudit:
     tally: HitCounts = field(default_factory=HitCounts)
     shown: list[ObservedRow] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    repeats: Repeats = field(default_factory=lambda: Repeats("prepared rows"))
 
     def without_rows(self) -> None:
         """Audit what the ids alone say, by the headers that the template writes."""
@@ -52,6 +55,7 @@ class PreparedAudit:
             known = sum(structure.mark(seen) for seen in chunk)
             self._judge(chunk, OF_GIVEN_ROWS)
             self._count({"recognised": known})
+        self._finish(Evidence())
 
     def with_rows(self, rows: Iterable[Any], encoder: Encoder) -> None:
         """Audit against what the encoder says of the rows; rows is read twice where a template has modes."""
@@ -72,8 +76,15 @@ class PreparedAudit:
                 further.freeze()
                 self._second_pass(matcher, waiting)
             missing = [store.indices[n] for n in range(len(store)) if not matcher.found[n]]
-            ev = Evidence(unmatched=missing, read=len(store))
-            self.tally.add(ev, only=("rows-missing",))
+            empty = () if self.counts.get("rows") else ("the rows",)
+            self._finish(Evidence(unmatched=missing, read=len(store), empty=empty))
+
+    def _finish(self, ev: Evidence) -> None:
+        """What can be said once everything has been seen."""
+        ev.tokenizer, ev.repeats = self.tokenizer, self.repeats
+        if not self.counts.get("prepared rows"):
+            ev.empty = (*ev.empty, "the prepared set")
+        self.tally.add(ev, only=("rows-missing", "duplicates", "conflicting-answers", "nothing-read"))
 
     def _encode(self, part: list[Row | Rejected], encoder: Encoder, store: SequenceStore) -> None:
         unread = [r for r in part if isinstance(r, Rejected)]
@@ -140,6 +151,10 @@ class PreparedAudit:
         for seen in chunk:
             mark_padding(seen, pad)
         self.tally.add(self._evidence(labels=chunk), leave_out=leave_out)
+        for seen in chunk:
+            spans = [(p.start, p.stop) for p in seen.pieces] or documents_in(seen)
+            for start, stop in spans:
+                self.repeats.add(seen.row, seen.ids[start:stop], seen.output[start:stop])
         trained = sum(int(s.trained.sum()) for s in chunk)
         tokens = sum(int(s.attended.sum()) for s in chunk)
         known = sum(bool(s.pieces) for s in chunk)

@@ -98,7 +98,7 @@ class SequenceStore:
     def equal(self, ids: np.ndarray) -> list[Found]:
         """All sequences that are these ids."""
         numbers = self._whole_index.of(np.array([whole_hash(ids)], np.uint64))
-        found = [f for n in np.unique(numbers)[:CANDIDATES] for f in self.sequences(int(n))]
+        found = [f for n in sorted(set(numbers.tolist()))[:CANDIDATES] for f in self.sequences(n)]
         return [f for f in found if np.array_equal(f.sequence.ids, ids)]
 
     def sequences(self, number: int) -> list[Found]:
@@ -113,7 +113,7 @@ class SequenceStore:
             return []
         n = lengths[-1]
         keys = np.array([edge_hash(ids[:n]), edge_hash(ids[-n:], 1)], np.uint64)
-        return [int(number) for number in np.unique(self._edge_index.of(keys))]
+        return sorted(set(self._edge_index.of(keys).tolist()))
 
     def beginnings(self, ids: np.ndarray) -> list[int]:
         """Where in a list of tokens a sequence may begin."""
@@ -195,5 +195,6 @@ def _lengths(tokens: int) -> list[int]:
 
 def _kept(ids: np.ndarray) -> np.ndarray:
     """The shingles that a sequence is found by."""
-    every = np.unique(shingles(ids))
-    return every if len(ids) <= SHORT else every[(every >> 40) % SPARSE == 0]
+    every = shingles(ids)
+    # Chosen before they are made distinct, which takes longer than all else here.
+    return np.unique(every if len(ids) <= SHORT else every[(every >> 40) % SPARSE == 0])

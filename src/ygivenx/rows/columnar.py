@@ -8,6 +8,8 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import DataError, MissingExtra, RowError, nearest
 from .raw import MAX_BATCH_BYTES, MAX_ROW_BYTES, RawRow, too_long
 
@@ -20,8 +22,8 @@ _SUSPECT = 1 << 20  # bytes of a row on average, from which on
 _RATIO = 1000  # such an expansion isn't text's or token ids'
 
 
-def arrow_rows(paths: Iterable[Path]) -> Iterator[RawRow]:
-    """The rows of Parquet and Arrow files, numbered from 0 over all of them."""
+def arrow_rows(paths: Iterable[Path], *, arrays: bool = False) -> Iterator[RawRow]:
+    """The rows of Parquet and Arrow files, numbered from 0 over all of them. arrays: lists of numbers as NumPy's."""
     numbers = count()
     for batch in (b for path in paths for b in _batches(path)):
         names = batch.schema.names
@@ -29,7 +31,7 @@ def arrow_rows(paths: Iterable[Path]) -> Iterator[RawRow]:
             raise DataError(f"a column occurs twice among {', '.join(names)}")
         size = _rows_at_a_time(batch)
         for start in range(0, batch.num_rows, size):
-            for value, fault in _values(batch.slice(start, size)):
+            for value, fault in _values(batch.slice(start, size), arrays):
                 yield RawRow(f"row {next(numbers)}", value, fault)
 
 
@@ -161,7 +163,7 @@ def _dictionary_size(batch: RecordBatch) -> int:
     return sum(c.dictionary.nbytes for c in batch.columns if isinstance(c, pa.DictionaryArray))
 
 
-def _values(batch: RecordBatch) -> Iterator[tuple[Any, RowError | None]]:
+def _values(batch: RecordBatch, arrays: bool = False) -> Iterator[tuple[Any, RowError | None]]:
     """(row as a dict, None); (None, fault) for one without a Python value, such as text that isn't UTF-8."""
     import pyarrow as pa
 
@@ -169,16 +171,36 @@ def _values(batch: RecordBatch) -> Iterator[tuple[Any, RowError | None]]:
         yield None, too_long(MAX_ROW_BYTES)
         return
     try:
-        rows = batch.to_pylist()
+        rows = _with_arrays(batch) if arrays else batch.to_pylist()
     except (pa.ArrowException, ValueError, OverflowError) as e:
         if batch.num_rows > 1:
             # One by one, so that a value costs its own row and no other.
             for i in range(batch.num_rows):
-                yield from _values(batch.slice(i, 1))
+                yield from _values(batch.slice(i, 1), arrays)
         else:
             yield None, RowError("a value can't be read", reason="unreadable_value", why=str(e))
         return
     yield from ((_without_nulls(row), None) for row in rows)
+
+
+def _with_arrays(batch: RecordBatch) -> list[dict[str, Any]]:
+    columns = map(_numbers, batch.columns)
+    return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _numbers(column: Any) -> list[Any]:
+    """A column of lists of numbers as arrays, views of one; any other as Python's values."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type.value_type if pa.types.is_list(column.type) else None
+    number = kind is not None and (
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+    )
+    if not number or column.null_count or (flat := column.flatten()).null_count:
+        return list(column.to_pylist())
+    ends = np.cumsum(pc.list_value_length(column).to_numpy())
+    return np.split(flat.to_numpy(zero_copy_only=False), ends[:-1])
 
 
 def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:

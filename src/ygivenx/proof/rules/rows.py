@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import islice, pairwise
 
 import numpy as np
 
 from ...choices import Severity
+from ...encoded import SegmentColumns
 from ...sequence import Rejected
 from ..evidence import Evidence
 from .base import Hit, rule
-from .shared import EXAMPLES, by_x, located, places, row_numbers, some
+from .shared import EXAMPLES, located, some
 
+EMPTY = ("nothing_trained", "empty_pair")
 # Reasons of the encoder that have a rule of their own.
-NAMED: set[str] = set()
+NAMED = set(EMPTY)
 
 
 def _quarantine_rule(name: str, severity: Severity, *reasons: str, found: str, why: str, fix: str) -> None:
@@ -66,12 +66,6 @@ _quarantine_rule(
     fix="border='split' encodes x and y apart, border='mask' leaves the token out of y.",
 )  # fmt: skip
 _quarantine_rule(
-    "y-empty", "warning", "nothing_trained", "empty_pair",
-    found="rows have no y",
-    why="Nothing of the row is trained: an empty reply, weights of 0, or a truncation that took all of y.",
-    fix="Leave such rows out, or raise max_length.",
-)  # fmt: skip
-_quarantine_rule(
     "field-dropped", "error", "dropped_field",
     found="rows have fields that the template drops",
     why="The rows have tool calls or reasoning, and the chat template doesn't write them: what would be trained "
@@ -94,6 +88,29 @@ _quarantine_rule(
 
 
 @rule(
+    "y-empty",
+    "warning",
+    why="Nothing of the row is trained, or nothing but the token that ends a turn: an empty reply, weights of 0, or a "
+    "truncation that took all of y.",
+    fix="Leave such rows out, or raise max_length.",
+)
+def y_empty(ev: Evidence) -> Iterator[Hit]:
+    yield from _quarantined(ev, "rows have no y", *EMPTY)
+    empty = [n for columns in ev.encoded.segments() for n in _with_empty_reply(columns)]
+    found = [(ev.encoded.name(n), ev.encoded.bare(n).ids) for n in empty]
+    yield from located(ev, "sequences have an empty reply: its end alone is trained", found, len(ev.encoded))
+
+
+def _with_empty_reply(columns: SegmentColumns) -> list[int]:
+    """The sequences in which all that a message gives to write is the token that ends it."""
+    written = columns.output & (columns.stop > columns.start)
+    message = np.stack([columns.sequence, columns.message], 1)
+    ends = columns.of_kind("end_of_turn")
+    texts = set(map(tuple, message[written & ~ends].tolist()))
+    return [n for n, m in map(tuple, message[written & ends].tolist()) if (n, m) not in texts]
+
+
+@rule(
     "rows-quarantined",
     "warning",
     why="The encoder can't read these rows; nothing of them is trained.",
@@ -102,6 +119,17 @@ _quarantine_rule(
 def rows_quarantined(ev: Evidence) -> Iterator[Hit]:
     for reason in sorted({r.reason for r in ev.rejected} - NAMED):
         yield from _quarantined(ev, f"rows are quarantined: {reason}", reason)
+
+
+@rule(
+    "nothing-read",
+    "error",
+    why="The file, the split or the set that was given holds no row: nothing was audited.",
+    fix="Give the file that has the rows; check --split.",
+)
+def nothing_read(ev: Evidence) -> Iterator[Hit]:
+    for what in ev.empty:
+        yield Hit(f"there is nothing in {what}")
 
 
 @rule(
@@ -155,34 +183,26 @@ def audited_for_x_alone(ev: Evidence) -> Iterator[Hit]:
     yield from located(ev, "documents are of refused rows", at, len(pieces))
 
 
-@rule(
+rule(
     "encoder-notes",
     "info",
     why="The encoder mended or decided something on the way, and says so on each sequence.",
     fix="Nothing, if it is meant.",
-)
-def encoder_notes(ev: Evidence) -> Iterator[Hit]:
-    yield from _noted(ev, misspelt=False)
-
-
-@rule(
-    "key-misspelt",
-    "warning",
+)(lambda ev: _noted(ev, misspelt=False))
+rule(
+    "key-misspelt", "warning",
     why="Nothing reads the key, which is nearly the name of one that is read: what it asks for isn't done.",
     fix="Rename the key as the finding says, or remove it.",
-)
-def key_misspelt(ev: Evidence) -> Iterator[Hit]:
-    yield from _noted(ev, misspelt=True)
+)(lambda ev: _noted(ev, misspelt=True))  # fmt: skip
 
 
 def _noted(ev: Evidence, misspelt: bool) -> Iterator[Hit]:
     """A hit for each note of sequences: those that name a likelier key, or all others."""
     by_note: dict[str, list[int]] = defaultdict(list)
-    for number, example in zip(row_numbers(ev), ev.examples, strict=True):
-        for s in example.sequences:
-            for note in dict.fromkeys(re.sub(r"\[\d+\]", "[…]", n) for n in s.notes):
-                if ("did you mean" in note) == misspelt:
-                    by_note[note].append(number)
+    for row, notes in ev.encoded.notes():
+        for note in dict.fromkeys(re.sub(r"\[\d+\]", "[…]", n) for n in notes):
+            if ("did you mean" in note) == misspelt:
+                by_note[note].append(row)
     for note, at in by_note.items():
         examples = ({"where": f"rows {some(list(dict.fromkeys(at)))}"},)
         yield Hit(f"sequences: {note}", len(at), len(ev.encoded), examples)
@@ -198,14 +218,17 @@ def _noted(ev: Evidence, misspelt: bool) -> Iterator[Hit]:
 def end_does_not_stop(ev: Evidence) -> Iterator[Hit]:
     if not ev.stop_ids:
         return
-    ends = [
-        (place, s.ids[g.start : g.stop])
-        for place, s in zip(places(ev), ev.encoded, strict=True)
-        for g in s.segments
-        if g.kind == "end_of_turn"
-    ]
-    deaf = [(place, ids) for place, ids in ends if not ev.stop_ids & set(ids.tolist())]
-    yield from located(ev, "turns end in a token at which generation doesn't stop", deaf, len(ends))
+    total, deaf = 0, []
+    for columns in ev.encoded.segments():
+        at = columns.of_kind("end_of_turn")
+        known = np.append(0, np.cumsum(np.isin(columns.ids, list(ev.stop_ids))))
+        silent = at & (known[columns.stop] == known[columns.start])
+        total += int(at.sum())
+        where = zip(
+            *(c[silent].tolist() for c in (columns.sequence, columns.start, columns.stop)), strict=True
+        )
+        deaf += [(ev.encoded.name(n), columns.ids[start:stop]) for n, start, stop in where]
+    yield from located(ev, "turns end in a token at which generation doesn't stop", deaf, total)
 
 
 @rule(
@@ -215,24 +238,12 @@ def end_does_not_stop(ev: Evidence) -> Iterator[Hit]:
     fix="Remove repeated rows, unless they are meant.",
 )
 def duplicates(ev: Evidence) -> Iterator[Hit]:
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for number, example in zip(row_numbers(ev), _digests(ev), strict=True):
-        groups[example].append(number)
-    again = [g for g in groups.values() if len(g) > 1]
+    if ev.repeats is None:
+        return
+    again = ev.repeats.duplicates()
+    examples = tuple({"where": f"{ev.repeats.what} {some(g)}"} for g in again[:EXAMPLES])
     count = sum(len(g) - 1 for g in again)
-    if count:
-        examples = tuple({"where": f"rows {some(g)}"} for g in again[:EXAMPLES])
-        yield Hit("rows repeat another row", count, ev.accepted, examples)
-
-
-def _digests(ev: Evidence) -> Iterator[bytes]:
-    """Of the ids of each row: whole rows would take as much memory as they have text."""
-    bare = ev.encoded.bare_ones()
-    for first, stop in pairwise([*ev.encoded.firsts.tolist(), len(ev.encoded)]):
-        digest = hashlib.blake2b(digest_size=16)
-        for s in islice(bare, stop - first):
-            digest.update(s.ids.tobytes())
-        yield digest.digest()
+    yield Hit("rows repeat another row", count, len(ev.repeats), examples)
 
 
 @rule(
@@ -242,19 +253,18 @@ def _digests(ev: Evidence) -> Iterator[bytes]:
     fix="Keep one answer for each x, unless several are meant.",
 )
 def conflicting_answers(ev: Evidence) -> Iterator[Hit]:
-    torn = [answers for answers in by_x(ev).values() if len(answers) > 1]
-    count = sum(len(rows) for answers in torn for rows in answers.values())
-    if count:
-        examples = tuple(
-            {
-                "where": f"rows {some([rows[0] for rows in answers.values()])}",
-                "text": " | ".join(
-                    ev.text(np.frombuffer(y, np.int32)[:24]) for y in list(answers)[:EXAMPLES]
-                ),
-            }
-            for answers in torn[:EXAMPLES]
-        )
-        yield Hit("rows have the same x and another y", count, ev.accepted, examples)
+    if ev.repeats is None:
+        return
+    torn = ev.repeats.conflicts()
+    examples = tuple(
+        {
+            "where": f"{ev.repeats.what} {some(list(answers))}",
+            "text": " | ".join(ev.text(y) for y in list(answers.values())[:EXAMPLES]),
+        }
+        for _, answers in torn[:EXAMPLES]
+    )
+    count = sum(rows for rows, _ in torn)
+    yield Hit("rows have the same x and another y", count, len(ev.repeats), examples)
 
 
 @rule(
@@ -269,7 +279,7 @@ def length_outliers(ev: Evidence) -> Iterator[Hit]:
         return
     low, high = np.quantile(lengths, [0.25, 0.75])
     limit = high + 6 * max(high - low, 8)
-    far = [(at, f"{n:,} tokens") for at, n in zip(places(ev), lengths.tolist(), strict=True) if n > limit]
+    far = _longer(ev, limit)
     message = f"sequences are far longer than the rest (median {int(np.median(lengths)):,} tokens)"
     yield from located(ev, message, far, len(lengths))
 
@@ -284,10 +294,14 @@ def longer_than_the_model(ev: Evidence) -> Iterator[Hit]:
     limit = ev.context_length
     if limit is None:
         return
-    lengths = zip(places(ev), ev.encoded.length.tolist(), strict=True)
-    long = [(at, f"{n:,} tokens") for at, n in lengths if n > limit]
     message = f"sequences are longer than the model's {limit:,} positions"
-    yield from located(ev, message, long, len(ev.encoded))
+    yield from located(ev, message, _longer(ev, limit), len(ev.encoded))
+
+
+def _longer(ev: Evidence, limit: float) -> list[tuple[str, str]]:
+    """Where sequences of more tokens than that are, and of how many."""
+    at = np.flatnonzero(ev.encoded.length > limit).tolist()
+    return [(ev.encoded.name(n), f"{ev.encoded.length[n]:,} tokens") for n in at]
 
 
 @rule(

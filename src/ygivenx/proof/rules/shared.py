@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +10,16 @@ import numpy as np
 
 from ...choices import Severity
 from ...sequence import Sequence
-from ..evidence import HISTORY, SILENT, UNKNOWN, Evidence, MatchedStretch, ObservedRow, kind_code
+from ..evidence import (
+    HISTORY,
+    SILENT,
+    UNKNOWN,
+    Evidence,
+    JoinedRows,
+    MatchedStretch,
+    ObservedRow,
+    kinds_among,
+)
 from .base import Hit
 
 EXAMPLES = 3
@@ -55,15 +62,17 @@ def collect(
     ev: Evidence, mask: Mask, *, of: Mask | None = None, seen: list[ObservedRow] | None = None
 ) -> MaskCount:
     """Positions where `mask` holds, among those of `of` (default: the trained ones)."""
-    count = total = 0
-    examples: list[Mapping[str, str]] = []
-    for s in ev.seen if seen is None else seen:
-        at = np.flatnonzero(mask(s))
-        count += len(at)
-        total += int((s.trained if of is None else of(s)).sum())
-        if len(at) and len(examples) < EXAMPLES:
-            examples.append({"where": f"{s.where}, token {at[0]}", "text": around(ev, s.ids, int(at[0]))})
-    return MaskCount(count, total, tuple(examples))
+    joined = ev.tokens if seen is None else JoinedRows(seen)
+    if not joined.rows:
+        return MaskCount(0, 0, ())
+    at = np.flatnonzero(mask(joined))
+    total = int((joined.trained if of is None else of(joined)).sum())
+    numbers, first = np.unique(joined.row_of(at), return_index=True)
+    examples = []
+    for number, token in zip(numbers[:EXAMPLES].tolist(), at[first[:EXAMPLES]].tolist(), strict=True):
+        s, place = joined.rows[number], token - int(joined.starts[number])
+        examples.append({"where": f"{s.where}, token {place}", "text": around(ev, s.ids, place)})
+    return MaskCount(len(at), total, tuple(examples))
 
 
 def around(ev: Evidence, ids: np.ndarray, at: int) -> str:
@@ -72,7 +81,7 @@ def around(ev: Evidence, ids: np.ndarray, at: int) -> str:
 
 
 def of_kind(s: ObservedRow, *kinds: str) -> np.ndarray:
-    return np.isin(s.codes, [kind_code(k) for k in kinds])
+    return kinds_among(s.codes, kinds)
 
 
 def supplied(s: ObservedRow) -> np.ndarray:
@@ -93,7 +102,7 @@ def of_weight_zero(s: ObservedRow) -> np.ndarray:
 
 def expected_y(s: ObservedRow) -> np.ndarray:
     expected = s.output & (s.expected > 0)
-    expected[:1] = False
+    expected[s.starts] = False
     return expected
 
 
@@ -104,6 +113,7 @@ def weighted_in(sequence: Sequence) -> np.ndarray:
 def after_end(s: ObservedRow) -> np.ndarray:
     after = np.zeros(len(s.ids), bool)
     after[1:] = of_kind(s, "end_of_turn")[:-1]
+    after[s.starts] = False
     return after
 
 
@@ -154,8 +164,16 @@ def lacks_opening(piece: MatchedStretch) -> bool:
 
 def only_last_reply(s: ObservedRow) -> np.ndarray:
     """bool [T]: tokens of earlier replies, where of each document nothing but its last reply is trained."""
+    if not isinstance(s, JoinedRows):
+        return _earlier_replies(s)
+    return np.concatenate([_earlier_replies(row) for row in s.rows])
+
+
+def _earlier_replies(s: ObservedRow) -> np.ndarray:
     earlier = np.zeros(len(s.ids), bool)
     expected = expected_y(s)
+    if s.trained[expected].all():
+        return earlier
     for p in s.pieces:
         here = expected[p.start : p.stop]
         starts = np.flatnonzero(here & ~np.append(False, here[:-1]))
@@ -187,35 +205,6 @@ def spread_of(ev: Evidence, weights: list[float]) -> float:
     uneven = ev.probe is not None and ev.probe.weighting == "probability"
     positive = [w for w in weights if w > 0]
     return 1.0 if uneven or len(positive) < 2 else max(positive) / min(positive)
-
-
-def by_x(ev: Evidence) -> dict[bytes, dict[bytes, list[int]]]:
-    """The numbers of rows by their first x, as a digest, and the y that follows it, as int32."""
-    groups: dict[bytes, dict[bytes, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for number, first in zip(row_numbers(ev), ev.encoded.firsts.tolist(), strict=True):
-        s = ev.encoded.bare(first)
-        at = np.flatnonzero(s.weights > 0)
-        if len(at):
-            start = int(at[0])
-            stop = start + int(np.append(s.weights[start:] > 0, False).argmin())
-            x = hashlib.blake2b(s.ids[:start].tobytes(), digest_size=16).digest()
-            groups[x][s.ids[start:stop].astype(np.int32).tobytes()].append(number)
-    return groups
-
-
-def row_numbers(ev: Evidence) -> list[int]:
-    """The number of each accepted row among all rows that were read, from 0."""
-    return list(map(int, ev.encoded.row[ev.encoded.firsts]))
-
-
-def places(ev: Evidence) -> list[str]:
-    """Which row each sequence comes from."""
-    turn, row = ev.encoded.turn, ev.encoded.row.tolist()
-    several = (turn > 0) | np.append(turn[1:] > 0, False)[: len(turn)]
-    return [
-        f"row {r}" + (f", sequence {t}" if many else "")
-        for r, t, many in zip(row, turn, several, strict=True)
-    ]
 
 
 def some(numbers: list[int]) -> str:

@@ -209,18 +209,17 @@ def not_finite(ev: Evidence) -> Iterator[Hit]:
 def weights_ignored(ev: Evidence) -> Iterator[Hit]:
     silent = "tokens are trained that their rows give the weight 0"
     yield from tokens(ev, silent, of_weight_zero)
+    at = ev.tokens.trained & (ev.tokens.expected > 0) if ev.seen else np.zeros(0, bool)
+    if not at.any() or np.ptp(ev.tokens.expected[at]) < 1e-3:
+        return
+    if ev.probe is not None and ev.probe.weighting == "probability":
+        return
     requested, given = [], []
     for s in ev.seen:
         at = s.trained & (s.expected > 0)
         unit = np.median(s.weight[at] / s.expected[at]) if at.any() else 1.0
         requested += (s.expected[at]).tolist()
         given += (s.weight[at] / unit).tolist()
-    if (
-        not requested
-        or np.ptp(requested) < 1e-3
-        or (ev.probe is not None and ev.probe.weighting == "probability")
-    ):
-        return
     off = np.abs(np.array(given) / np.array(requested) - 1) > 0.05
     if off.any():
         yield Hit(
@@ -243,7 +242,7 @@ def labels_ignored(ev: Evidence) -> Iterator[Hit]:
     kept = [
         (s, by_label) for s, by_label in pairs if by_label is not None and len(by_label.ids) == len(s.ids)
     ]
-    differ = {id(s): (s.trained != by_label.trained) & ~s.foreign for s, by_label in kept}
-    found = collect(ev, lambda s: differ[id(s)], seen=[s for s, _ in kept])
+    differ = [(s.trained != by_label.trained) & ~s.foreign for s, by_label in kept]
+    found = collect(ev, lambda _: np.concatenate(differ), seen=[s for s, _ in kept])
     if found.count:
         yield found.hit("predictions are trained against their labels' mask")
