@@ -67,10 +67,10 @@ def test_a_trainer_that_is_right_is_exact(smol_tokenizer):
 
 def test_a_trainer_that_is_not_there_says_where_it_was_looked_for(smol_tokenizer, tmp_path):
     with pytest.raises(ConfigError, match="axolotl can't be run") as told:
-        run("axolotl", "default", smol_tokenizer, ROWS[:1], str(tmp_path))
+        run("axolotl", ["default"], [smol_tokenizer], ROWS[:1], str(tmp_path))
     assert "--with axolotl=PLACE" in str(told.value)
     with pytest.raises(ConfigError, match="no Python and no folder"):
-        run("axolotl", "default", smol_tokenizer, ROWS[:1], str(tmp_path / "nowhere"))
+        run("axolotl", ["default"], [smol_tokenizer], ROWS[:1], str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="did you mean 'axolotl'"):
         list(compare(ROWS, Encoder(smol_tokenizer), {"axolotle": ""}))
 

@@ -1,6 +1,6 @@
-"""Run in a Python that has a trainer, and needs nothing of ours: `python child.py ADAPTER TASK` prints a line a row.
+"""Run in a Python that has a trainer, and needs nothing of ours: `python child.py ADAPTER TASK` prints lines of JSON.
 
-TASK is a JSON file: tokenizer (a directory), family, rows, settings. A line is JSON and has
+TASK is a JSON file: rows, and jobs of tokenizer (a directory), family and settings. A line for each row of each job has
 ids and weights, or an error.
 """
 
@@ -9,6 +9,8 @@ import os
 import runpy
 import sys
 import traceback
+from collections.abc import Iterator
+from typing import Any
 
 
 def main(adapter: str, task_file: str) -> None:
@@ -17,19 +19,36 @@ def main(adapter: str, task_file: str) -> None:
         task = json.load(file)
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    encoder = runpy.run_path(adapter)["encoder"]
+    module = runpy.run_path(adapter)
+    for job in task["jobs"]:
+        for line in lines(module, job, task["rows"]):
+            print(json.dumps(line), file=out, flush=True)
+
+
+def lines(module: dict[str, Any], job: dict[str, Any], rows: list[Any]) -> Iterator[dict[str, Any]]:
+    """What becomes of each row in one job."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(task["tokenizer"])
-    encode = encoder(tokenizer, task["family"], **task["settings"])
-    for row in task["rows"]:
+    try:
+        if job["family"] not in module.get("NAMES", [job["family"]]):
+            raise ValueError(f"it has no template for {job['family']}")
+        tokenizer = AutoTokenizer.from_pretrained(job["tokenizer"])
+        encode = module["encoder"](tokenizer, job["family"], **job["settings"])
+    except Exception as error:
+        yield from [failed(error)] * len(rows)
+        return
+    for row in rows:
         try:
             ids, weights = encode(row)
-            line = {"ids": [int(i) for i in ids], "weights": [float(w) for w in weights]}
+            yield {"ids": [int(i) for i in ids], "weights": [float(w) for w in weights]}
         except Exception as error:
-            line = {"error": f"{type(error).__name__}: {error}"[:300]}
-            traceback.print_exc()
-        print(json.dumps(line), file=out, flush=True)
+            yield failed(error)
+
+
+def failed(error: Exception) -> dict[str, Any]:
+    """A line for what a trainer raised."""
+    traceback.print_exc()
+    return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
 if __name__ == "__main__":

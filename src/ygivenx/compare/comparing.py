@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from ..encoded import EncodedRows
 from ..encoder.encode import Encoder
 from ..errors import ConfigError
 from ..proof.auditing import align
+from ..proof.cures import cure
 from ..proof.evidence import Evidence, mark_padding
 from ..proof.modes import numbered
 from ..proof.tally import HitCounts
@@ -24,7 +25,14 @@ from .running import Preprocessed, run
 from .trainers import trainer_of
 
 OURS = "ygivenx"
-LEFT_OUT = ("duplicates", "conflicting-answers", "length-outliers", "rows-missing", "encoder-notes")
+LEFT_OUT = (
+    "duplicates",
+    "conflicting-answers",
+    "length-outliers",
+    "rows-missing",
+    "encoder-notes",
+    "y-empty",
+)
 
 
 @dataclass(frozen=True)
@@ -65,13 +73,12 @@ def compare(
     places: where each trainer is installed, "" for this Python. Raises ConfigError where one can't be run.
     """
     given = [r for r in numbered(rows) if isinstance(r, Row)]
-    yield from (_ours(encoder, row, n) for n, row in enumerate(given))
+    yield from (ours(encoder, row, n) for n, row in enumerate(given))
     theirs = [as_messages(r) for r in given]
     for trainer, place in places.items():
-        for setting in trainer_of(trainer).settings:
-            if settings is None or setting in settings:
-                for result in run(trainer, setting, encoder.tokenizer, theirs, place):
-                    yield judge(result, given[result.row], encoder)
+        chosen = [s for s in trainer_of(trainer).settings if settings is None or s in settings]
+        for result in run(trainer, chosen, [encoder.tokenizer], theirs, place) if chosen else ():
+            yield judge(result, given[result.row], encoder)
 
 
 def judge(result: Preprocessed, row: Row, encoder: Encoder) -> Cell:
@@ -89,7 +96,8 @@ def judge(result: Preprocessed, row: Row, encoder: Encoder) -> Cell:
     tally = HitCounts()
     tally.add(ev, leave_out=LEFT_OUT)
     refusals = {r.reason for r in rejected}
-    findings = tuple(f for f in tally.findings() if not _is_refusal(f, rejected))
+    found = (f for f in tally.findings() if not _is_refusal(f, rejected))
+    findings = tuple(replace(f, fix=cure(result.trainer, f.rule, f.fix)) for f in found)
     return Cell(result, _outcome(findings, bool(refusals)), findings)
 
 
@@ -108,7 +116,7 @@ def _outcome(findings: Iterable[Finding], refused: bool) -> str:
     return next((rule for rule in ("another-mode", "after-end-trained") if rule in infos), "exact")
 
 
-def _ours(encoder: Encoder, row: Row, number: int) -> Cell:
+def ours(encoder: Encoder, row: Row, number: int) -> Cell:
     """Our own sequences of a row: the last one where there are several, which holds all messages."""
     examples, rejected = encoder.batch([row])
     if rejected:
@@ -129,7 +137,11 @@ def in_terminal(cell: Cell, tokenizer: Any) -> str:
 def strip(cell: Cell, tokenizer: Any) -> TokenStrip:
     """A cell for the page."""
     ids = cell.result.ids.tolist()
-    notes = [cell.result.error] if cell.result.error else [f"{f.rule}: {f.message}" for f in cell.findings]
+    notes = (
+        [cell.result.error]
+        if cell.result.error
+        else [f"{f.rule}: {f.message}; fix: {f.fix}" for f in cell.findings]
+    )
     return TokenStrip(
         title=cell.title, tokens=_texts(cell, tokenizer), weights=cell.result.weights.tolist(), log_p=[None] * len(ids),
         kinds=["token"] * len(ids), ids=ids, notes=notes,

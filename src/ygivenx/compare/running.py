@@ -56,40 +56,31 @@ def family_of(template: Any) -> str:
 
 def run(
     trainer: str,
-    setting: str,
-    tokenizer: Any,
+    settings: Sequence[str],
+    tokenizers: Sequence[Any],
     rows: Sequence[Mapping[str, Any]],
     place: str = "",
     limit: int = 300,
 ) -> list[Preprocessed]:
-    """What a trainer makes of rows with `messages`, and perhaps `tools`, under a tokenizer with a chat template.
+    """What a trainer makes of rows with `messages`, and perhaps `tools`, with each setting, under each tokenizer.
 
-    place: where the trainer is installed: a Python, or a folder of `pip install --target`, several separated as in
-    PYTHONPATH; by default this Python. limit: seconds. Raises ConfigError where it can't be run at all.
+    tokenizers: with chat templates; results come tokenizer by tokenizer, setting by setting. place: where the trainer
+    is installed: a Python, or a folder of `pip install --target`, several separated as in PYTHONPATH; by default this
+    Python. limit: seconds. Raises ConfigError where it can't be run at all.
     """
-    settings = trainer_of(trainer).settings[setting]
-    python, path = _python(place)
-    task = {"family": family_of(tokenizer.chat_template), "rows": list(rows), "settings": dict(settings)}
-    adapter = FOLDER / "adapters" / f"{trainer.replace('-', '_')}.py"
+    known = trainer_of(trainer).settings
+    jobs = [(t, name) for t in tokenizers for name in settings]
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "task.json"
-        tokenizer.save_pretrained(Path(folder) / "tokenizer")
-        file.write_text(json.dumps({**task, "tokenizer": f"{folder}/tokenizer"}), encoding="utf-8")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": path,
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        command = [python, str(FOLDER / "child.py"), str(adapter), str(file)]
-        try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=limit, cwd=folder
+        task: dict[str, Any] = {"rows": list(rows), "jobs": []}
+        for n, (tokenizer, name) in enumerate(jobs):
+            tokenizer.save_pretrained(Path(folder) / str(n))
+            family = family_of(tokenizer.chat_template)
+            task["jobs"].append(
+                {"tokenizer": f"{folder}/{n}", "family": family, "settings": dict(known[name])}
             )
-        except subprocess.TimeoutExpired:
-            raise ConfigError(f"{trainer} took more than {limit} s") from None
+        done = _run_child(trainer, task, Path(folder), place, limit)
     lines = done.stdout.splitlines()
-    if len(lines) != len(rows):
+    if len(lines) != len(rows) * len(jobs):
         printed = [line for line in done.stderr.splitlines() if line.strip()]
         raise ConfigError(
             f"{trainer} can't be run",
@@ -97,7 +88,25 @@ def run(
             why=printed[-1] if printed else f"it ended with {done.returncode}",
             fix=f"give the place where {trainer_of(trainer).package} is installed: --with {trainer}=PLACE",
         )
-    return [_result(trainer, setting, n, json.loads(line)) for n, line in enumerate(lines)]
+    of = [(name, n) for _, name in jobs for n in range(len(rows))]
+    return [_result(trainer, name, n, json.loads(line)) for (name, n), line in zip(of, lines, strict=True)]
+
+
+def _run_child(
+    trainer: str, task: Mapping[str, Any], folder: Path, place: str, limit: int
+) -> subprocess.CompletedProcess[str]:
+    """`child.py` with a trainer's adapter, in its Python."""
+    python, path = _python(place)
+    adapter, file = FOLDER / "adapters" / f"{trainer.replace('-', '_')}.py", folder / "task.json"
+    file.write_text(json.dumps(task), encoding="utf-8")
+    own = {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    command = [python, str(FOLDER / "child.py"), str(adapter), str(file)]
+    try:
+        return subprocess.run(
+            command, env={**os.environ, **own}, capture_output=True, text=True, timeout=limit, cwd=folder
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{trainer} took more than {limit} s") from None
 
 
 def _result(trainer: str, setting: str, row: int, line: Mapping[str, Any]) -> Preprocessed:

@@ -1,30 +1,36 @@
 """LLaMA-Factory: its converter for OpenAI's messages and its supervised processor, with its template of that name."""
 
 import os
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 
 from datasets import Dataset
 
 os.environ["DISABLE_VERSION_CHECK"] = "1"  # it asks for an older transformers than other trainers do
+# Imported for audio alone, and what the index builds for CUDA loads on no CPU.
+sys.modules["torchaudio"] = module_from_spec(ModuleSpec("torchaudio", None))
 
+# ruff: noqa: E402 (what stands first has to)
 from llamafactory.data.converter import align_dataset
 from llamafactory.data.parser import DatasetAttr
 from llamafactory.data.processor import SupervisedDatasetProcessor
 from llamafactory.data.template import get_template_and_fix_tokenizer
 from llamafactory.hparams import DataArguments
-from transformers import Seq2SeqTrainingArguments
+from transformers import Seq2SeqTrainingArguments as Arguments
 
-NAMES = {"qwen3": "qwen3", "llama3": "llama3", "gpt_oss": "gpt_oss", "gemma3": "gemma3", "chatml": "smollm2"}
+NAMES = {n: n for n in ("qwen3", "llama3", "gpt_oss", "gemma3")} | {"chatml": "smollm2"}
+TAGS = {n: n for n in ("role", "content", "user", "assistant", "system")}
 
 
 def encoder(tokenizer, family, **settings):
     """A function from a row to (ids, weights)."""
     args = DataArguments(template=NAMES[family], cutoff_len=1 << 20, preprocessing_num_workers=1, **settings)
     template = get_template_and_fix_tokenizer(tokenizer, args)
-    names = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
-    names |= {"observation_tag": "tool", "system_tag": "system", "messages": "messages", "tools": "tools"}
-    attr = DatasetAttr("file", "rows", formatting="openai", **names)
     processor = SupervisedDatasetProcessor(template, tokenizer, None, args)
-    training = Seq2SeqTrainingArguments(output_dir="out", use_cpu=True)
+    tags = {f"{k}_tag": v for k, v in TAGS.items()} | {"observation_tag": "tool"}
+    attr = DatasetAttr("file", "rows", formatting="openai", messages="messages", tools="tools", **tags)
+    training = Arguments(output_dir="out", use_cpu=True)
 
     def encode(row):
         aligned = align_dataset(Dataset.from_list([row]), attr, args, training)
