@@ -1,4 +1,4 @@
-"""`ygx probe` finds the trainer inside somebody's script, and leaves transformers as it was."""
+"""`ygx probe` finds the trainer or the loop in a script or command, and leaves torch and transformers as they were."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from typer.testing import CliRunner
 
+from ygivenx import cli
 from ygivenx.commands.probe_script import at_train
 from ygivenx.errors import ConfigError
 
@@ -45,9 +49,9 @@ def test_the_trainer_is_found_and_nothing_after_train_runs(tmp_path):
 def test_a_script_that_never_trains(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("x = 1\n")
-    with pytest.raises(ConfigError, match="without calling train"):
+    with pytest.raises(ConfigError, match="without training"):
         at_train(script, [], print)
-    with pytest.raises(ConfigError, match="no such script"):
+    with pytest.raises(ConfigError, match="no such script or command"):
         at_train(tmp_path / "absent.py", [], print)
 
 
@@ -55,7 +59,7 @@ def test_a_script_that_never_trains(tmp_path):
 def test_a_script_that_exits_before_it_trains(tmp_path, code, told):
     script = tmp_path / "script.py"
     script.write_text(f"import sys\nsys.exit({code})\n")
-    with pytest.raises(ConfigError, match="without calling train") as caught:
+    with pytest.raises(ConfigError, match="without training") as caught:
         at_train(script, [], print)
     assert caught.value.why.startswith(f"it exited with {told};")
 
@@ -70,6 +74,148 @@ def test_a_script_that_goes_elsewhere_leaves_us_where_we_were(tmp_path):
     here = os.getcwd()
     assert at_train(script, [], lambda trainer: os.getcwd()) == str(tmp_path)
     assert os.getcwd() == here
+
+
+HEAD = """
+import sys, torch
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+
+sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes))
+ids = torch.arange(9)[None]
+labels = ids.where(ids >= 4, -100)
+optimizer = torch.optim.AdamW(model.parameters())
+with torch.no_grad():
+    model(ids)  # an evaluation comes first
+"""
+END = "\nPath(sys.argv[1]).touch()\n"
+ACCELERATE = """
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+model, optimizer = accelerator.prepare(model, optimizer)
+for _ in range(2):
+    with accelerator.accumulate(model):
+        accelerator.backward(model(input_ids=ids, labels=labels).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+"""
+OWN = """
+from torch import nn
+class Own(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix, self.lm_head = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 50)
+    def forward(self, idx):
+        return self.lm_head(self.mix(self.embed(idx)))
+model = Own()
+optimizer = torch.optim.SGD(model.parameters())
+loss = nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+loss.backward()
+optimizer.step()
+"""
+LIGHTNING = """
+import lightning
+class Module(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = model
+    def training_step(self, batch, _):
+        return self.model(input_ids=batch[0], labels=batch[1]).loss
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids, labels))
+options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+lightning.Trainer(max_steps=1, **options).fit(Module(), data)
+"""
+DEEPSPEED = """
+import deepspeed, os
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517"}
+deepspeed.init_distributed("gloo")
+config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+engine.backward(engine(input_ids=ids, labels=labels).loss)
+engine.step()
+"""
+LOOPS = {
+    "a plain loop": ("", "model(input_ids=ids, labels=labels).loss.backward()\noptimizer.step()"),
+    "backward alone": ("", "model(input_ids=ids, labels=labels).loss.backward()"),
+    "accelerate": ("", ACCELERATE),
+    "a model of one's own": ("", OWN),
+    "Lightning": ("lightning", LIGHTNING),
+    "DeepSpeed": ("deepspeed", DEEPSPEED),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of the libraries' own plans
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_first_step_of_any_loop_is_found(name, tmp_path):
+    """What is trained is read from its gradient; behind the first step nothing runs."""
+    library, loop = LOOPS[name]
+    if library:
+        pytest.importorskip(library)
+    script, after = tmp_path / "script.py", tmp_path / "after"
+    script.write_text(HEAD + loop + END)
+    call, train = torch.nn.Module.__call__, transformers.Trainer.train
+    found = at_train(
+        script, [str(after)], lambda step: [(t.position, t.target) for t in step.probe.trained()]
+    )
+    assert found == [(i, i) for i in range(4, 9)]
+    assert after.exists() == (name == "backward alone")
+    assert (torch.nn.Module.__call__, transformers.Trainer.train) == (call, train)
+
+
+def test_a_loop_is_audited_with_rows_and_without(smol_tokenizer, tmp_path):
+    messages = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4."}]
+    ids = smol_tokenizer.apply_chat_template(messages, return_dict=False)
+    smol_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": messages}))
+    loop = HEAD.replace("vocab_size=50", f"vocab_size={len(smol_tokenizer)}").replace(
+        "torch.arange(9)[None]", f"torch.tensor({[ids]})"
+    )
+    (tmp_path / "loop.py").write_text(
+        loop + "model(input_ids=ids, labels=ids).loss.backward()\noptimizer.step()\n"
+    )
+    command = ["probe", "--json", "--tokenizer", str(tmp_path / "model")]
+    for rows in ([], ["--data", str(tmp_path / "rows.jsonl")]):
+        result = CliRunner().invoke(cli.app, [*command, *rows, str(tmp_path / "loop.py")])
+        assert result.exit_code == 1, result.output
+        found = {f["rule"]: f for f in json.loads(result.stdout)["findings"]}
+        assert {"loss-on-x", "prompt-header-trained"} <= found.keys()
+
+
+@pytest.mark.full
+def test_a_command_is_probed_in_whichever_process_trains(smol_tokenizer, tmp_path):
+    """`trl sft` launches another process by accelerate, and that one trains."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(smol_tokenizer), **sizes))
+    model.save_pretrained(tmp_path / "model")
+    smol_tokenizer.save_pretrained(tmp_path / "model")
+    messages = [{"role": "user", "content": "What is 2+2?"}, {"role": "assistant", "content": "It is 4."}]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    options = {
+        "model_name_or_path": "model",
+        "dataset_name": "data",
+        "output_dir": "out",
+        "report_to": "none",
+    }
+    options |= {"use_cpu": "true", "bf16": "false", "max_steps": "1"}
+    trl = [
+        str(Path(sys.executable).with_name("trl")),
+        "sft",
+        *(x for k, v in options.items() for x in (f"--{k}", v)),
+    ]
+    command = [sys.executable, "-m", "ygivenx", "probe", "--json", "--html", "page.html", *trl]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "loss-on-x" in {f["rule"] for f in json.loads(done.stdout)["findings"]}
+    assert (tmp_path / "page.html").is_file()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    idle = [sys.executable, "-m", "ygivenx", "probe", "true"]
+    done = subprocess.run(idle, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "ended with 0, without training" in done.stderr
 
 
 @pytest.mark.full

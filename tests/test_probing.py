@@ -63,6 +63,27 @@ def assert_recovered(probed, ids, weights, *, micro_batch=0, scale=1.0, bound=No
         assert rows[place].weight == pytest.approx(w * scale, rel=bound)
 
 
+class Own(torch.nn.Module):
+    """A language model that isn't transformers'."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.to_logits = torch.nn.Embedding(VOCAB, 32), torch.nn.Linear(32, VOCAB)
+
+    def forward(self, tokens):
+        return self.to_logits(self.embed(tokens).tanh())
+
+
+def test_any_model_is_probed_by_its_head():
+    model = Own()
+    ids, weights = batch()
+    with pytest.raises(ModelError, match="no output embeddings"):
+        probe(model)
+    with probe(model, head=model.to_logits) as probed:
+        weighted(model(ids), ids, weights).backward()
+    assert_recovered(probed, ids, weights)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sharpness", [0.02, 0.2, 1.0])
 @pytest.mark.parametrize("route", ["logits", "hidden"])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -371,32 +372,36 @@ def compare(
 )
 def probe(
     context: typer.Context,
-    script: Annotated[Path, typer.Argument(help="a training script; its own arguments follow it")],
+    script: Annotated[
+        str, typer.Argument(help="a training script or command (trl, axolotl, …); its own arguments follow it")
+    ],
     columns: ColumnOptions,
     outputs: ReportOutputs,
     data: Annotated[
         str | None, typer.Option(help="the rows that it trains on, where its dataset holds token ids alone")
     ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="a model's directory, where the one that is trained names no tokenizer")
+    ] = None,
     suppress: Suppress = None, fail_on: FailOn = "warning", as_json: AsJson = False,
 ) -> None:  # fmt: skip
-    """Run a training script up to train(), and read from the gradient of one step what it really trains.
+    """Run a training up to its first step, and read from the gradient of one step what it really trains.
 
-    For transformers and TRL trainers; options of ours come before the script. Nothing of the run changes.
+    A script or a console command, with a trainer of transformers or TRL or with a loop of its own; options of ours come
+    before it. Nothing of the run changes.
 
     Example: `ygx probe --data rows.jsonl --html probe.html train.py --epochs 3`
     """
-    from .commands.probe_script import at_train, output_aside
-    from .proof.auditing import audit as examine_trainer
+    from .commands.probe_script import at_train, examined, in_command, output_aside
 
-    reader = None if data is None else open_rows(data, columns)
-    if reader is not None:
-        say(f"format: {reader.format}")
-    rows = None if reader is None else list(reader)
-    why = reasons(suppress)
+    options: dict[str, Any] = {"data": data, "columns": asdict(columns), "tokenizer": tokenizer}
+    options["suppress"] = reasons(suppress)
     with output_aside() if as_json else nullcontext():
-        report = at_train(
-            script, context.args, lambda trainer: examine_trainer(rows, trainer=trainer, suppress=why)
-        )
+        if Path(script).suffix == ".py" or shutil.which(script) is None:
+            report = at_train(Path(script), context.args, lambda found: examined(found, **options))
+        else:
+            report = in_command([script, *context.args], options, outputs.html)
+            outputs = replace(outputs, html=None)  # written there, where the rows are
     finish(report, fail_on, outputs, as_json)
 
 

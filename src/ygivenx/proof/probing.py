@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import LossError
 from ..models.families import decoder_of
+from ..models.wrappers import innermost
 from .arrays import as_array, documents_of
 from .gradients import ProbedHead, RecoveredTarget, from_hidden, from_logits
 from .wrapping import probed_head, uncompiled, unwrap
@@ -77,23 +78,25 @@ class MicroBatch:
         return math.fsum(f.weight for f in self.found)
 
 
-def probe(model: nn.Module) -> Probe:
+def probe(model: nn.Module, head: nn.Module | None = None) -> Probe:
     """A context manager around one training step of any loop.
 
-    `model` is a transformers causal model, bare or wrapped (PEFT, DDP, torch.compile). Everything between
-    `with` and its end counts: one forward and backward, or all micro-batches of an accumulated step.
-    Weights and gradients of the model are untouched.
+    `model` is a transformers causal model, bare or wrapped (PEFT, DDP, torch.compile), or any other module with a
+    `head`: the linear layer of it [H → V] that makes logits of hidden states [B, T, H]. Everything between `with` and
+    its end counts: one forward and backward, or all micro-batches of an accumulated step. Weights and gradients of the
+    model are untouched.
 
-    Raises ModelError if the model has no output embeddings.
+    Raises ModelError if the model has no output embeddings and no head is given.
     """
-    return Probe(model)
+    return Probe(model, head)
 
 
 class Probe:
     """See `probe`. After the block: `tokens()`, `trained()`, `micro_batches`, `weight_sum`, `weighting`."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = unwrap(model)
+    def __init__(self, model: nn.Module, head: nn.Module | None = None) -> None:
+        self.model = unwrap(model) if head is None else innermost(model)
+        self._given_head = head
         self.micro_batches: list[MicroBatch] = []
         # what a gradient scaler multiplies the loss by; reported weights are free of it
         self.loss_scale = 1.0
@@ -104,21 +107,38 @@ class Probe:
         self._embedded: Tensor | None = None
 
     def __enter__(self) -> Probe:
-        head, backbone = self.model.get_output_embeddings(), decoder_of(self.model)
-        form = probed_head(self.model, head)
         # A hook that can't be set takes back those that were: a probe that fails to open leaves the model as it was.
         with ExitStack() as entered:
             entered.enter_context(uncompiled())
-            for hook in (
-                self.model.get_input_embeddings().register_forward_hook(self._on_embedding),
-                backbone.register_forward_hook(
-                    lambda _m, a, k, out: self._on_backbone(form, a, k, out), with_kwargs=True
-                ),
-                head.register_forward_hook(lambda m, a, out: self._on_head(m, a[0], out)),
-            ):
+            for hook in self._hooks() if self._given_head is None else self._hooks_of(self._given_head):
                 entered.callback(hook.remove)
             self._open = entered.pop_all()
         return self
+
+    def _hooks(self) -> Iterator[Any]:
+        """On a transformers model: its embeddings, its decoder, its head."""
+        head = self.model.get_output_embeddings()
+        form = probed_head(self.model, head)
+        yield self.model.get_input_embeddings().register_forward_hook(self._on_embedding)
+        yield decoder_of(self.model).register_forward_hook(
+            lambda _m, a, k, out: self._on_backbone(form, head, a, k, out), with_kwargs=True
+        )
+        yield head.register_forward_hook(lambda m, a, out: self._on_head(m, a[0], out))
+
+    def _hooks_of(self, head: Any) -> Iterator[Any]:
+        """On any model: what it is fed, and what its head is fed, which are the hidden states."""
+        form, fed = ProbedHead(head.weight, getattr(head, "bias", None), None, 1.0), dict[str, Any]()
+
+        def keep(_model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+            whole = (
+                v for v in (*args, *inputs.values()) if isinstance(v, Tensor) and not v.is_floating_point()
+            )
+            fed.clear()
+            fed.update({"input_ids": next((v for v in whole if v.dim() == 2), None), **inputs})
+
+        yield self.model.register_forward_pre_hook(keep, with_kwargs=True)
+        yield head.register_forward_pre_hook(lambda m, a: self._on_backbone(form, m, (), fed, (a[0],)))
+        yield head.register_forward_hook(lambda m, a, out: self._on_head(m, a[0], out))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -145,12 +165,17 @@ class Probe:
         self._declared = (self._declared or 0) + 1
         yield
 
+    @property
+    def reached(self) -> bool:
+        """Whether backward has reached a forward pass."""
+        return any(p.reached for p in self._passes)
+
     def tokens(self) -> list[ProbedToken]:
         """A row for each prediction of each forward pass that backward reached, trained or not, in order.
 
         Raises LossError if there was none: no forward pass with gradient, or no backward.
         """
-        if not any(p.reached for p in self._passes):
+        if not self.reached:
             seen = f"{len(self._passes)} forward pass(es) with gradient"
             raise LossError(
                 "no gradient reached the model inside the probe",
@@ -194,13 +219,13 @@ class Probe:
         self._embedded = args[0].detach()
 
     def _on_backbone(
-        self, form: ProbedHead, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, form: ProbedHead, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
         if not torch.is_grad_enabled():
             return
         if not hidden.requires_grad:
-            if not any(p.requires_grad for p in self.model.get_output_embeddings().parameters()):
+            if not any(p.requires_grad for p in head.parameters()):
                 return  # nothing is trained: backward has to fail here as it does without the probe
             hidden.requires_grad_(True)  # only the head is trained
         inputs = dict(kwargs)
