@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "encoder.encode": "Encoder",
     "encoder.rated": "PreferenceEncoder",
-    "sequence": "Example RatedExample Rejected Segment Sequence",
+    "sequence": "Example Logged RatedExample Rejected Segment Sequence",
     "forest": "Edges Forest pack",
     "models.model": "load",
     "models.memory": "keep_freed_memory",
@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # the same names for editors and type checkers; tests/test_pu
     from .scores.scoring import score_choices as score_choices
     from .scores.scoring import score_each as score_each
     from .sequence import Example as Example
+    from .sequence import Logged as Logged
     from .sequence import RatedExample as RatedExample
     from .sequence import Rejected as Rejected
     from .sequence import Segment as Segment
