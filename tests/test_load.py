@@ -86,3 +86,20 @@ def test_the_base_of_an_adapter_is_found_beside_the_checkpoints_of_its_run(tmp_p
     (gguf / "config.json").write_text("{}")
     with base_of_adapter(str(checkpoint)) as found:
         assert found == str(gguf), "where the named one is a model it is the base"
+
+
+@pytest.mark.model
+def test_a_gguf_file_is_parsed_once(monkeypatch):
+    """Its config and its tokenizer stand in one file, which takes seconds to parse; what does it is as it was then."""
+    gguf, parsed = pytest.importorskip("gguf"), []
+
+    class Counting(gguf.GGUFReader):
+        def __init__(self, *args):
+            parsed.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    encoder = yx.Encoder.from_pretrained("sample")
+    assert len(encoder.tokenizer) == 49_152
+    assert len(parsed) == 1
+    assert gguf.GGUFReader is Counting
