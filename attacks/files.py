@@ -7,6 +7,7 @@ name is whole in between: scores in JSON Lines, which grow, begin like those of 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable
@@ -39,14 +40,23 @@ def ygx(*arguments: str) -> None:
 
 
 def records(path: Path) -> list[Any]:
-    """What a file holds, as plain values; numbers rounded, since rows that are scored together differ by how they met."""
+    """What a file holds, as plain values."""
     import pyarrow.parquet as pq
 
     if path.suffix == ".parquet":
-        lines = [json.dumps(r) for r in pq.read_table(path).to_pylist()]
-    else:
-        lines = path.read_text().splitlines()
-    return [json.loads(line, parse_float=lambda number: round(float(number), 3)) for line in lines]
+        return list(pq.read_table(path).to_pylist())
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether values are equal, numbers but for rounding: rows are scored together with others after an interruption."""
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-5)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
 
 
 def writing(command: str, name: str, options: tuple[str, ...], rows: Path, model: Path) -> Work:
@@ -63,10 +73,10 @@ def writing(command: str, name: str, options: tuple[str, ...], rows: Path, model
     grows = command == "score" and name.endswith(".jsonl")
 
     def right(folder: Path) -> str:
-        if (folder / name).exists() and not grows and records(folder / name) != expected:
+        if (folder / name).exists() and not grows and not same(records(folder / name), expected):
             return "a file under its final name isn't whole"
         write(folder)
-        if records(folder / name) != expected:
+        if not same(records(folder / name), expected):
             return "other records afterwards"
         return "" if len(records(folder / "bad.jsonl")) == refused else "other quarantined rows afterwards"
 
