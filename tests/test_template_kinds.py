@@ -89,8 +89,10 @@ REFUSED = {
         "{% else %}{{ '<|im_start|>' + m.role + '\n' }}{% endif %}{{ m.content }}"
         "{% if loop.last or m.role != messages[loop.index].role %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}",
         reply("yo"), "no_prompt"),
-    "a thought that never ends, after a prompt that opens one": (
-        template(HEADER + "{{ m.content }}" + CLOSE, THINKING), reply("<think>hm"), "no_thought"),
+    "a thought that never ends, behind an empty one that closes the prompt's": (
+        template(HEADER + "{{ m.content }}" + CLOSE, THINKING + "\n"), reply("<think>hm"), "no_thought"),
+    "a thought that never ends, behind an empty one that the template writes": (
+        template(HEADER + "{{ '<think></think>' + m.content }}" + CLOSE), reply("<think>hm"), "no_thought"),
 }  # fmt: skip
 
 
@@ -146,3 +148,10 @@ def test_a_note_of_two_thoughts_and_of_one_that_never_ends(smol_tokenizer, said,
     source = template(HEADER + THOUGHT + "{{ m.content }}" + CLOSE)
     (sequence,) = encoder(smol_tokenizer, source)({"messages": [user(), said]})
     assert [word in n for n in sequence.notes] == [True] * bool(word)
+
+
+def test_a_reply_that_is_left_open_ends_with_its_words(smol_tokenizer):
+    enc = encoder(smol_tokenizer, template(HEADER + "{{ m.content + '\n### End\n' }}" + CLOSE))
+    example = enc({"messages": [user(), reply("It is", prefix=True)]})
+    assert "".join(example.trained) == "It is"
+    assert "".join(example.only.tokens).endswith("assistant\nIt is")

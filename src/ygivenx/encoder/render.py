@@ -506,6 +506,8 @@ class Tags:
     def unclosed(self, message: Mapping[str, Any]) -> str | None:
         """The tag that opens a thought at the beginning of a content which never closes it."""
         content = message.get("content")
+        if isinstance(content, list):
+            content = next((part.get("text") for part in content if isinstance(part, dict)), None)
         if not content or not hasattr(content, "lstrip"):
             return None
         begun = content.lstrip()

@@ -36,7 +36,7 @@ def outline_of(rendering: Rendering, row: Conversation, cuts: tuple[int, ...] = 
     cuts = tuple(sorted({*cuts, *(t.cut for t in rendering.turns if t.cut is not None)}))
     runs = tuple(_merged(_runs(rendering, row.messages)))
     outline = Outline(rendering.text, turns, runs, notes, cuts=cuts)
-    return left_open(outline, len(row.messages) - 1) if row.continue_final_message else outline
+    return left_open(outline, rendering, len(row.messages) - 1) if row.continue_final_message else outline
 
 
 _AS_TEXT = "control tokens in the row's text are encoded as text: the ids differ from the template's"
@@ -242,12 +242,15 @@ def _unplaced(number: int, why: str) -> RowError:
     return RowError(what, reason="spans_unplaced", field=f"messages[{number}].spans", why=why, fix=fix)
 
 
-def left_open(outline: Outline, last: int) -> Outline:
+def left_open(outline: Outline, rendering: Rendering, last: int) -> Outline:
     """The outline up to where the last message ends, if that is a reply in it: what closes it isn't written."""
     turns = [t for t in outline.turns if t[0] == last]
     if not turns:
         return outline
     message, start, end, _ = turns[0]
+    traced = next((t.traced for t in rendering.turns if t.message == last), None) or rendering.traced
+    if traced:  # behind the last words a template may write more than the token that ends the turn
+        end = max((stop for _, stop in traced.spoken[last] if start <= stop <= end), default=end)
     kept = (*(t for t in outline.turns if t[0] != last), (message, start, end, end))
     note = f"messages[{last}] is left open: the end of its turn isn't trained"
     return replace(only(outline, kept, end, note), control=[c for c in outline.control if c[1] <= end])

@@ -66,9 +66,12 @@ def end_of_turn(tokens: Tokens, rendered: Renderings, i: int, after: int) -> End
 
 def _by_stops(tokens: Tokens, rendered: Renderings, i: int, after: int) -> End | None:
     """Rows 1 to 3."""
-    text, then = rendered.closed[i + 1], rendered.following[i]
-    common = rendered.renderer.common_prefix(text, then)
+    text = rendered.closed[i + 1]
     stops = [m for m in tokens.control(text, after) if m[0] in tokens.stops]
+    if len(stops) == 1 and tokens.declares_stops:  # rows 1 and 2 agree, whatever comes next
+        return End(stops[0].start(), stops[0][0])
+    then = rendered.following[i]
+    common = rendered.renderer.common_prefix(text, then)
     # Phi-3 writes `<|end|>` after a reply and, where the conversation ends, `<|endoftext|>` after that: only the
     # first is still there when it goes on. gpt-oss ends its last turn in a stop that history lacks (row 2).
     shared = [m for m in stops if m.end() <= common]
@@ -130,6 +133,22 @@ def stopping_once(tokens: Tokens, rendered: Renderings, turn: Turn) -> Turn:
                 why="a model can't produce in one turn what stands after it",
                 fix="split the message there in two, such as one with the content and one with the calls",
             )
+    return turn
+
+
+def ending_its_thought(rendered: Renderings, turn: Turn) -> Turn:
+    """The turn; raises RowError if its reply begins a thought right behind an empty one, and never closes it."""
+    opening, traced = rendered.tags.unclosed(rendered.inputs.messages[turn.message]), turn.traced
+    traced = traced or (rendered.traced[turn.message + 1] if opening else None)
+    first = min((start for start, _ in traced.spoken[turn.message]), default=0) if traced else 0
+    if opening and rendered.tags.closed.search(turn.text[:first]):
+        raise RowError(
+            f"the reply begins with {opening} and never closes it, behind an empty thought",
+            reason="no_thought",
+            field=f"messages[{turn.message}].content",
+            why="the model would learn to think again after its thought, and to stop while it does",
+            fix="close the thought in the row, or leave the row out",
+        )
     return turn
 
 
@@ -282,8 +301,6 @@ def _after_empty_thought(
     rendered: Renderings, i: int, pair: tuple[str, str], end: End, continues: bool, is_context: bool
 ) -> Turn | None:
     """The reply after the thought that the prompt opens, which is closed at once; as context, or as y."""
-    if rendered.tags.unclosed(rendered.inputs.messages[i]):
-        raise _unclosed(i, pair)
     # `\n` that ends P and `\n` that follows are one token together, which inference never sees: encoded apart.
     shown, text = rendered.prompts[i], rendered.closed[i + 1]
     begin = len(shown) if continues else rendered.begins_unthought[i]
@@ -299,16 +316,6 @@ def _after_empty_thought(
         what += ", as context: nothing of a thought is trained"
         return _put_together(rendered, i, what, parts, end, closing, is_apart=True)
     return _put_together(rendered, i, what, [closing, *parts], end, is_apart=True)
-
-
-def _unclosed(i: int, pair: tuple[str, str]) -> RowError:
-    return RowError(
-        f"the prompt opens a thought, and the reply begins with one that it never closes by {pair[1]}",
-        reason="no_thought",
-        field=f"messages[{i}].content",
-        why="trained after an empty thought, the model would learn to stop while it thinks",
-        fix="close the thought in the row, or leave the row out",
-    )
 
 
 def _behind(rendered: Renderings, i: int, end: End) -> list[str]:
