@@ -196,7 +196,7 @@ GUARDS = [
     Guard("the token that begins a reply's own header ends none", "encoder/turns.py",
           "return token in {m[0] for m in tokens.control(rendered.prompts[i], spoken)}", "return False", KINDS),
     Guard("an unfinished thought isn't trained after an empty one", "encoder/turns.py",
-          "if opening and rendered.tags.closed.search(turn.text[:first]):", "if False:", KINDS),
+          "if rendered.tags.unclosed(rendered.inputs.messages[i]):", "if False:", KINDS),
     Guard("names of fields are texts", "encoder/content.py", "            yield here, str(key)\n", "", ENCODER),
     Guard("one that a normaliser makes is refused", "encoder/tokenize.py", "if written.strip() != token:", "if False:", ENCODER),
     # Borders

@@ -89,10 +89,8 @@ REFUSED = {
         "{% else %}{{ '<|im_start|>' + m.role + '\n' }}{% endif %}{{ m.content }}"
         "{% if loop.last or m.role != messages[loop.index].role %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}",
         reply("yo"), "no_prompt"),
-    "a thought that never ends, behind an empty one that closes the prompt's": (
+    "a thought that never ends, where only an empty one before it would let it through": (
         template(HEADER + "{{ m.content }}" + CLOSE, THINKING + "\n"), reply("<think>hm"), "no_thought"),
-    "a thought that never ends, behind an empty one that the template writes": (
-        template(HEADER + "{{ '<think></think>' + m.content }}" + CLOSE), reply("<think>hm"), "no_thought"),
 }  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from .render import (
 from .repairs import Strategy, last_resorts, strategies
 from .segments import outline_of
 from .tokenize import Tokens, ids_fault
-from .turns import EMPTY_THOUGHTS, appended_end, end_of_turn, ending_its_thought, joined, stopping_once
+from .turns import EMPTY_THOUGHTS, appended_end, end_of_turn, joined, stopping_once
 
 # === candidates ==========================================================================================
 
@@ -220,7 +220,7 @@ def _turn(
         whole = text[: end.at] + end.lead + end.token if end.note else text
         notes, at = ((end.note,) if end.note else ()), end.at + len(end.lead)
         turn = Turn(i, whole, len(shown), at, at + len(end.token), notes=notes)
-    return stopping_once(tokens, rendered, ending_its_thought(rendered, turn))
+    return stopping_once(tokens, rendered, turn)
 
 
 def _prompt(rendered: Renderings, i: int) -> str:

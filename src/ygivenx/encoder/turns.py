@@ -136,22 +136,6 @@ def stopping_once(tokens: Tokens, rendered: Renderings, turn: Turn) -> Turn:
     return turn
 
 
-def ending_its_thought(rendered: Renderings, turn: Turn) -> Turn:
-    """The turn; raises RowError if its reply begins a thought right behind an empty one, and never closes it."""
-    opening, traced = rendered.tags.unclosed(rendered.inputs.messages[turn.message]), turn.traced
-    traced = traced or (rendered.traced[turn.message + 1] if opening else None)
-    first = min((start for start, _ in traced.spoken[turn.message]), default=0) if traced else 0
-    if opening and rendered.tags.closed.search(turn.text[:first]):
-        raise RowError(
-            f"the reply begins with {opening} and never closes it, behind an empty thought",
-            reason="no_thought",
-            field=f"messages[{turn.message}].content",
-            why="the model would learn to think again after its thought, and to stop while it does",
-            fix="close the thought in the row, or leave the row out",
-        )
-    return turn
-
-
 def appended_end(tokens: Tokens, rendered: Renderings, i: int, after: int, repairs: frozenset[str]) -> End:
     """The eos, put after message i, of which the template writes no more than white space; raises RowError."""
     eos, rest, field = tokens.tokenizer.eos_token, rendered.closed[i + 1][after:], f"messages[{i}]"
@@ -301,6 +285,8 @@ def _after_empty_thought(
     rendered: Renderings, i: int, pair: tuple[str, str], end: End, continues: bool, is_context: bool
 ) -> Turn | None:
     """The reply after the thought that the prompt opens, which is closed at once; as context, or as y."""
+    if rendered.tags.unclosed(rendered.inputs.messages[i]):
+        raise _unclosed(i, pair[1])
     # `\n` that ends P and `\n` that follows are one token together, which inference never sees: encoded apart.
     shown, text = rendered.prompts[i], rendered.closed[i + 1]
     begin = len(shown) if continues else rendered.begins_unthought[i]
@@ -316,6 +302,16 @@ def _after_empty_thought(
         what += ", as context: nothing of a thought is trained"
         return _put_together(rendered, i, what, parts, end, closing, is_apart=True)
     return _put_together(rendered, i, what, [closing, *parts], end, is_apart=True)
+
+
+def _unclosed(i: int, closing: str) -> RowError:
+    return RowError(
+        f"the prompt opens a thought, and the reply begins with one that it never closes by {closing}",
+        reason="no_thought",
+        field=f"messages[{i}].content",
+        why="trained after an empty thought, the model would learn to think again, and to stop while it does",
+        fix="close the thought in the row, or leave the row out",
+    )
 
 
 def _behind(rendered: Renderings, i: int, end: End) -> list[str]:
