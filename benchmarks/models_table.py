@@ -283,7 +283,11 @@ def replaced(page: str, marks: tuple[str, str], lines: Iterable[str]) -> str:
 
 def differing(page: str, lines: list[Line]) -> list[Line]:
     """Those that the page's table hasn't, or has with another route."""
-    rows = [row.split(" | ") for row in page.split(TABLE[0])[1].splitlines() if row.startswith("| ")]
+    rows = [
+        row.split(" | ")
+        for row in page.split(TABLE[0])[1].split(TABLE[1])[0].splitlines()
+        if row.startswith("| ")
+    ]
     known = {row[0][2:]: row[1] for row in rows}
     return [line for line in lines if known.get(line.name) != route(line)]
 
