@@ -29,7 +29,7 @@ CHAT = {"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", 
 ROWS: list[dict[str, Any]] = [
     CHAT, {"x": "2+2=", "y": "4"}, {"prompt": "a", "chosen": "b", "rejected": "c"}, {"input_ids": [1, 2], "labels": [-100, 2]},
     {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
-    {**CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "documents": [{"text": "x"}]},
+    {**CHAT, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}], "documents": [{"text": "x"}]},
     {"instruction": "a", "input": "", "output": "b"},
 ]  # fmt: skip
 WORDS = (
