@@ -171,7 +171,6 @@ COMMANDS = (
     "train",
     "ledger",
     "pack",
-    "explain",
     "probe",
     "generate",
     "merge",

@@ -503,7 +503,9 @@ class Executed:
         return print, ("executed",)
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"]
+)
 @pytest.mark.parametrize("content", ["pickle", "text", "nothing"])
 def test_a_sealed_file_of_another_kind_is_an_error_of_ours_and_is_not_run(tmp_path, capsys, name, content):
     settings = {"max_steps": 2, "save_steps": 1, "max_tokens": 48}

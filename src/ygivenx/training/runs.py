@@ -124,8 +124,13 @@ def recalled(directory: Path) -> dict[str, Any]:
 
 
 def steps_done(directory: Path) -> int:
-    """How many optimiser steps a checkpoint has behind it."""
-    return int(json.loads((directory / STATE).read_text())["global_step"])
+    """How many optimiser steps a checkpoint has behind it. Raises CheckpointError if it doesn't say."""
+    try:
+        return int(json.loads((directory / STATE).read_text())["global_step"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            "its step isn't known", where=str(directory / STATE), why=repr(error)
+        ) from error
 
 
 def refuse_another_run(before: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:

@@ -368,7 +368,9 @@ class Trainer(transformers.Trainer):
             return super().train(**kwargs)
         before = runs.recalled(path)
         runs.refuse_another_run(before, self._run, path)
-        done = transformers.TrainerState.load_from_json(str(path / runs.STATE))
+        with checkpoint.reading(path):
+            done = transformers.TrainerState.load_from_json(str(path / runs.STATE))
+            done.global_step = int(done.global_step)
         if done.global_step >= self.steps:  # transformers looks at its limit after a step
             return self._finished(path, done)
         runs.refuse_model_alone(before, path)
