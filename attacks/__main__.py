@@ -51,8 +51,8 @@ def with_others(outcome: dict[str, Any], path: Path) -> dict[str, Any]:
     cases = {k: before[k] | v for k, v in outcome.items() if isinstance(v, dict)}
     run_now = [name for v in outcome.values() if isinstance(v, dict) for name in v]
     others = [b for b in before["bad"] if not any(b.startswith(name) for name in run_now)]
-    seconds = before["seconds"] + outcome["seconds"]
-    return {**outcome, **cases, "bad": [*others, *outcome["bad"]], "seconds": seconds}
+    scale, seconds = min(before["scale"], outcome["scale"]), before["seconds"] + outcome["seconds"]
+    return {**outcome, **cases, "bad": [*others, *outcome["bad"]], "scale": scale, "seconds": seconds}
 
 
 if __name__ == "__main__":
