@@ -175,7 +175,9 @@ def test_weights_under_every_name(keys, weight):
 @pytest.mark.parametrize(
     ("columns", "weight"),
     [({"weight": 0.0}, 0.0), ({"loss_weight": "0.5"}, 0.5), ({"sample_weight": 2}, 2.0), ({"train": False}, 0.0),
-     ({"loss": 2.31}, 1.0), ({"masked": True}, 0.0), ({"weight": None, "train": "true"}, 1.0)],
+     ({"loss": 2.31}, 1.0), ({"loss": "2.31"}, 1.0), ({"masked": True}, 0.0), ({"weight": None, "train": "true"}, 1.0),
+     *(({key: no}, 0.0) for key in ("loss", "loss_mask", "trainable", "learnable") for no in (0, 0.0, "0", False)),
+     ({"loss_mask": 1}, 1.0), ({"loss_mask": "1.0"}, 1.0)],
 )  # fmt: skip
 def test_the_weight_of_a_row(columns, weight):
     """A logged loss of 2.31 is no weight."""
@@ -416,6 +418,11 @@ def call_fault(call, reason, field):
         ({"messages": [USER, REPLY], "weight": "heavy"}, "bad_weight", "weight"),
         ({"messages": [USER, REPLY], "weight": 1, "sample_weight": 2}, "conflict", "weight"),
         ({"messages": [USER, REPLY], "loss_mask": [0, 1]}, "bad_weight", "loss_mask"),
+        ({"messages": [USER, REPLY], "loss_mask": 0.5}, "bad_weight", "loss_mask"),
+        ({"messages": [USER, REPLY], "loss": "no"}, "bad_weight", "loss"),
+        ({"messages": [USER, REPLY], "mask": 1}, "bad_weight", "mask"),
+        ({"messages": [USER, REPLY], "masked": "1"}, "bad_weight", "masked"),
+        ({"messages": [USER, REPLY], "loss_mask": 0, "weight": 1}, "conflict", "weight"),
         ({"messages": [USER, REPLY], "label": True, "kto_tag": False}, "conflict", "label"),
         ({"prompt": "x", "chosen": "y", "rejected": "z", "label": True}, "judged_row", "label"),
         ({"prompt": "x", "completions": ["y"], "rewards": [1, 2]}, "wrong_length", "rewards"),

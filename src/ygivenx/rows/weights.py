@@ -69,18 +69,17 @@ def take_weight(keys: dict[str, Any], at: str) -> float | None:
 def row_weight(row: Mapping[str, Any]) -> float:
     """The weight of a whole row by its columns, 1 without any; cells of text, as CSV has them, are read as values.
 
-    A column of such a name that holds something else, such as a logged `loss` of 2.3, is no weight: flags count only
-    if they are flags. A number under a name that can only be a weight must be one.
+    A logged `loss`, a number other than 0 and 1, is no weight; anything else that isn't a value of its key is refused.
     """
     if _OF_ROWS.isdisjoint(row):
         return 1.0
     weights = {}
     for key in (k for k in ROW_KEYS if row.get(k) not in (None, "")):
         value = _cell(row[key])
-        if key in (*_SWITCHES, *_MASKS) and not isinstance(value, bool):
-            if isinstance(value, list):
-                why = "a mask of tokens belongs to a row of token ids"
-                raise RowError(f"a list in the column {key!r}", reason="bad_weight", field=key, why=why)
+        if isinstance(value, list):
+            why = "a mask of tokens belongs to a row of token ids"
+            raise RowError(f"a list in the column {key!r}", reason="bad_weight", field=key, why=why)
+        if key == "loss" and isinstance(value, int | float) and value not in (0, 1):
             continue
         weights[key] = _weight("weight" if key == "sample_weight" else key, value, key)
     if len(set(weights.values())) > 1:
@@ -109,7 +108,7 @@ def _weight(key: str, value: Any, field: str) -> float:
     else:
         fits, needs = is_flag, "true or false"
     if not fits:
-        fix = "a factor between is called weight" if key in _SWITCHES else ""
+        fix = "a factor between is called weight" if key in _SWITCHES else f"give {needs}"
         raise RowError(f"{value!a:.60} isn't {needs}", reason="bad_weight", field=field, fix=fix)
     return float(not value) if key in _MASKS else float(value)
 
