@@ -66,7 +66,7 @@ def test_a_run_goes_on_where_it_was_cut_off_and_then_says_that_it_is_done(settin
     constant = settings | {"lr_scheduler": "constant", "output_dir": str(tmp_path / "other")}
     train(constant, max_steps=1)
     longer, said = train(constant, max_steps=2, resume="auto")
-    assert f"resumed from {tmp_path / 'other' / 'checkpoint-1'} (step 1 of 2)" in said
+    assert f"going on from {tmp_path / 'other' / 'checkpoint-1'} (step 1 of 2)" in said
     assert "attention: one sequence plain, sequences that share nothing blocks, forest blocks" in said
     assert (longer["steps"], len(longer["losses"])) == (2, 2)
     again, said = train(constant, max_steps=2, resume="auto")

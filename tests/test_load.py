@@ -103,3 +103,11 @@ def test_a_gguf_file_is_parsed_once(monkeypatch):
     assert len(encoder.tokenizer) == 49_152
     assert len(parsed) == 1
     assert gguf.GGUFReader is Counting
+
+
+def test_a_directory_that_is_not_there_is_named_with_the_models_beside_it(tmp_path):
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    (tmp_path / "run" / "final" / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match="no such directory") as refused:
+        yx.load(tmp_path / "run" / "nosuch")
+    assert str(tmp_path / "run" / "final") in str(refused.value)

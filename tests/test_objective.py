@@ -126,3 +126,9 @@ def test_the_denominator_is_summed_in_float64():
     """2²⁵ + 3 ones: in float32 each 1 would be rounded away."""
     s = Sequence(np.arange(1, 6), np.array([0, 2**25, 1, 1, 1], np.float32))
     assert yx.loss(llama(), s).weight_sum == 2**25 + 3
+
+
+@pytest.mark.parametrize("batch", [{"messages": []}, "text", 5])
+def test_what_isnt_encoded_is_no_batch(batch):
+    with pytest.raises(LossError, match="is no batch"):
+        yx.loss(llama(), batch)

@@ -5,7 +5,7 @@ Equals `ygivenx.reference.loss`, value and gradients, up to the rounding of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,14 @@ def as_forest(batch: Batch) -> Forest:
     """A Forest as it is; a sequence, an example or an iterable of them as a new one."""
     if isinstance(batch, Forest):
         return batch
-    items = [batch] if isinstance(batch, Sequence | Example | RatedExample) else list(batch)
+    items = [batch] if isinstance(batch, Sequence | Example | RatedExample) else batch
+    if isinstance(items, Mapping | str) or not isinstance(items, Iterable):
+        raise LossError(
+            f"a {type(batch).__name__} is no batch", where="batch",
+            why="a Forest, an Example, a Sequence or several of them have a loss",
+            fix="Encoder(tokenizer)(row) encodes a row; yx.log_probs takes Targets",
+        )  # fmt: skip
+    items = list(items)
     if any(isinstance(item, RatedExample) for item in items):
         raise LossError(
             "rated replies in a loss that raises the probability of all of them",

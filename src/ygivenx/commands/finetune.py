@@ -290,7 +290,7 @@ def build(
 def run(trainer: Trainer, start: Path | None, console: Console) -> Any:
     """Train, from a checkpoint if there is one; an interrupted run says where it can be taken up, and exits."""
     if start is not None:
-        say(f"resumed from {start} (step {runs.steps_done(start)} of {trainer.steps})", console)
+        say(f"going on from {start} (step {runs.steps_done(start)} of {trainer.steps})", console)
     interrupts = Interrupts(lambda text: say(text, console))
     trainer.add_callback(interrupts)
     interrupts.begin()

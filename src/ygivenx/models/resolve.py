@@ -17,6 +17,13 @@ from ..errors import MissingExtra, ModelError
 def located(path: str | Path, gguf_file: str | None = None) -> tuple[str, str | None]:
     """(directory or name, GGUF file); `sample` becomes its place. Raises MissingExtra without `gguf`."""
     place = sample_model_path() if str(path) == "sample" else (str(path), gguf_file)
+    named, beside = Path(place[0]), Path(place[0]).parent
+    if not named.exists() and beside != Path() and beside.is_dir():
+        models = ", ".join(str(d) for d in sorted(beside.iterdir()) if (d / "config.json").is_file())
+        raise ModelError(
+            "there is no such directory", where=str(named),
+            fix=f"models beside it: {models}" if models else "give a model's directory, or its name on the hub",
+        )  # fmt: skip
     if place[1] is not None and find_spec("gguf") is None:
         raise MissingExtra("gguf", "quant", needed_for=f"reading {place[1]}")
     return place

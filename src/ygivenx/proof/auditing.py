@@ -219,19 +219,19 @@ def _report(
 
 
 def verdict(findings: Iterable[Finding]) -> str:
-    """The report in one line: what is worst, by name."""
+    """The report in one line: how many errors and warnings, and their names, the worst first."""
     by_severity: dict[str, list[str]] = {}
     for f in findings:
         by_severity.setdefault(f.severity, []).append(f.rule)
-    worst = next((s for s in SEVERITIES[:2] if s in by_severity), None)
-    if worst is None:
+    names = [name for s in SEVERITIES[:2] for name in by_severity.get(s, ())]
+    if not names:
         return "sound: nothing above info"
     counts = [
         f"{len(by_severity[s])} {s}{'s' * (len(by_severity[s]) > 1)}"
         for s in SEVERITIES[:2]
         if s in by_severity
     ]
-    return f"{' and '.join(counts)}: {', '.join(dict.fromkeys(by_severity[worst]))}"
+    return f"{' and '.join(counts)}: {', '.join(dict.fromkeys(names))}"
 
 
 def _prepared_summary(counts: Mapping[str, int], with_rows: bool) -> dict[str, Any]:

@@ -69,9 +69,9 @@ def history_reasoning(ev: Evidence) -> Iterator[Hit]:
 @rule(
     "prompt-header-trained",
     "warning",
-    why="The generation prompt supplies these tokens (role header, prefilled <think>, role markers): the "
-    "model never has to produce them, and their near-zero loss dilutes the mean.",
-    fix="Start the mask after the generation prompt.",
+    why="Only prompts hold these tokens (a role's header, a default system prompt, a prefilled <think>): the model "
+    "never has to write them, and their loss is counted in the mean.",
+    fix="Train from behind the generation prompt on; labels before it are -100.",
 )
 def prompt_header_trained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
@@ -85,7 +85,7 @@ def prompt_header_trained(ev: Evidence) -> Iterator[Hit]:
     "after-end-trained",
     "info",
     why="What follows the token that ends a turn (a newline, say) is never generated: decoding has stopped.",
-    fix="End the mask with the end-of-turn token.",
+    fix="Let the end-of-turn token be the last one that is trained.",
 )
 def after_end_trained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
@@ -99,7 +99,7 @@ def after_end_trained(ev: Evidence) -> Iterator[Hit]:
     "y-untrained",
     "error",
     why="Tokens that the model has to produce get no gradient: that part of y is not learned.",
-    fix="Extend the mask over the whole reply; check response templates and truncation.",
+    fix="Train the whole reply; check response templates and truncation.",
 )
 def y_untrained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
@@ -114,7 +114,7 @@ def y_untrained(ev: Evidence) -> Iterator[Hit]:
     "end-untrained",
     "error",
     why="The token that ends a turn gets no gradient, so the model isn't taught to stop.",
-    fix="Keep the end-of-turn token in the mask; never mask by `== pad_token_id` where pad equals it.",
+    fix="Train the end-of-turn token; never set labels to -100 by `== pad_token_id` where pad equals it.",
 )
 def end_untrained(ev: Evidence) -> Iterator[Hit]:
     yield from tokens(
