@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -63,6 +64,40 @@ def test_a_trainer_that_is_right_is_exact(smol_tokenizer):
     assert cell.outcome == "after-end-trained"
     weights[-1] = 0
     assert judge(Preprocessed("by hand", "", 0, np.array(ids), weights), row, encoder).outcome == "exact"
+
+
+def judged(encoder: Encoder, row, ids, weights):
+    return judge(Preprocessed("by hand", "", 0, np.array(ids), np.array(weights, float)), row, encoder)
+
+
+def test_one_bos_too_many_is_another_context(smol_tokenizer):
+    tokenizer = copy.deepcopy(smol_tokenizer)
+    tokenizer.bos_token = "<|endoftext|>"  # one that the template doesn't write
+    encoder = Encoder(tokenizer)
+    (row,) = numbered(ROWS[1:])
+    ours = encoder(ROWS[1]).only
+    assert judged(encoder, row, ours.ids, ours.weights).outcome == "exact"
+    cell = judged(encoder, row, [tokenizer.bos_token_id, *ours.ids], [0, *ours.weights])
+    assert cell.outcome == "context-differs"
+    (finding,) = [f for f in cell.findings if f.severity == "error"]
+    assert finding.message == "rows differ from what the chat template shows at inference"
+    assert finding.examples[0]["where"] == "by hand (), row 0, token 0"
+    assert finding.examples[0]["text"].startswith("⟦<|endoftext|>⟧<|im_start|>")
+
+
+def test_replies_that_take_a_sequence_of_their_own_are_missed_where_the_last_alone_is_trained(smol_tokenizer):
+    tokenizer = copy.deepcopy(smol_tokenizer)
+    tokenizer.chat_template = (  # a history without the thought that each last reply begins with
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    encoder = Encoder(tokenizer)
+    (row,) = numbered(ROWS[1:])
+    first, last = encoder(ROWS[1]).sequences
+    assert judged(encoder, row, last.ids, last.weights).outcome == "only-last-turn"
+    cell = judged(encoder, row, first.ids, first.weights)
+    assert cell.outcome == "y-untrained", "the last reply isn't there at all"
 
 
 def test_a_trainer_that_is_not_there_says_where_it_was_looked_for(smol_tokenizer, tmp_path):

@@ -15,11 +15,14 @@ from ..proof.auditing import align
 from ..proof.cures import cure
 from ..proof.evidence import Evidence, mark_padding
 from ..proof.modes import numbered
+from ..proof.rules import RULES
+from ..proof.rules.shared import around
 from ..proof.tally import HitCounts
 from ..report.parts import Finding, TokenStrip
 from ..rows.data import Row
 from ..rows.nouns import Conversation
 from ..sequence import Rejected
+from ..sequence import Sequence as Tokens
 from ..show import coloured
 from .running import Preprocessed, run
 from .trainers import trainer_of
@@ -39,8 +42,10 @@ LEFT_OUT = (
 class Cell:
     """What one trainer with one setting makes of one row, and what the audit says of it.
 
-    outcome: "exact" (what inference shows, and every token of y), "refused" (nothing was made of it), "refused here"
-    (our encoder has no proof, so that loss on x alone is judged), "another mode", or the rules that found something.
+    outcome: "exact" (the tokens that are trained are those of our sequences, each after the same ids),
+    "after-end-trained" (so but for white space behind the end of a turn), "refused" (nothing was made of it),
+    "refused here" (our encoder has no proof, so that loss on x alone is judged), "another-mode", or the rules that
+    found something.
     """
 
     result: Preprocessed
@@ -95,10 +100,44 @@ def judge(result: Preprocessed, row: Row, encoder: Encoder) -> Cell:
         mark_padding(seen, encoder.tokenizer.pad_token_id)
     tally = HitCounts()
     tally.add(ev, leave_out=LEFT_OUT)
-    refusals = {r.reason for r in rejected}
-    found = (f for f in tally.findings() if not _is_refusal(f, rejected))
+    found = [f for f in tally.findings() if not _is_refusal(f, rejected)]
+    if _outcome(found, bool(rejected)) in ("exact", "after-end-trained"):
+        found += _differing(result, examples[0].sequences, ev)
     findings = tuple(replace(f, fix=cure(result.trainer, f.rule, f.fix)) for f in found)
-    return Cell(result, _outcome(findings, bool(refusals)), findings)
+    return Cell(result, _outcome(findings, bool(rejected)), findings)
+
+
+def _differing(result: Preprocessed, sequences: Sequence[Tokens], ev: Evidence) -> Iterator[Finding]:
+    """What the rules let pass, as they align documents: a trained token after other ids than ours, or one too few.
+
+    White space behind the end of a turn may be trained.
+    """
+    ids, trained = result.ids, result.weights > 0
+    passed, apart, lost = np.zeros(len(ids), bool), 0, []
+    for s in sequences:
+        size = min(len(ids), len(s))
+        same = int(np.append(ids[:size] == s.ids[:size], False).argmin())
+        apart = max(apart, same)
+        passed[:same] |= s.weights[:same] > 0
+        behind = np.flatnonzero(s.of_kind("end_of_turn")[:same]) + 1
+        passed[[t for t in behind if t < len(ids) and ev.text(ids[t : t + 1]).isspace()]] = True
+        lost.append(bool((s.weights[:same] > 0)[~trained[:same]].any() or (s.weights[same:] > 0).any()))
+    wrong = np.flatnonzero(trained & ~passed)
+    if len(wrong):
+        at = min(int(wrong[0]), apart)
+        message = "rows differ from what the chat template shows at inference"
+        where = {"where": f"{ev.labels[0].where}, token {at}", "text": around(ev, ids, at)}
+        yield _finding("context-differs", message, len(wrong) / int(trained.sum()), where)
+    elif any(lost):
+        which = "y" if lost[-1] else "earlier replies"
+        rule = "y-untrained" if lost[-1] else "only-last-turn"
+        where = {"where": ev.labels[0].where, "text": ev.text(sequences[lost.index(True)].ids[-12:])}
+        yield _finding(rule, f"tokens of {which} are not trained", sum(lost) / len(lost), where)
+
+
+def _finding(name: str, message: str, share: float, example: Mapping[str, str]) -> Finding:
+    rule = RULES[name]
+    return Finding(name, rule.severity, message, 1, share, (example,), rule.why, rule.fix)
 
 
 def _is_refusal(finding: Finding, rejected: list[Rejected]) -> bool:
