@@ -357,10 +357,11 @@ What {trainers} trainers train of {rows} conversations under {tokenizers} tokeni
 the chat template shows at inference. Made by `python benchmarks/field.py FOLDER`; for one trainer,
 `python benchmarks/field.py FOLDER trl` makes a clean environment for it in FOLDER and fills in its cells.
 
-A cell counts as exact if every trained token is one that the model has to write, in the context in which inference asks
-for it, and every such token is trained; the newline behind an end of turn is let pass. Counts are exact cells of those
-in which the trainer made something and our encoder has a proof to judge it by. The first setting of a trainer is its
-default."""
+A cell counts as exact if the trained tokens are those that the model has to write, each after the same ids as at
+inference, and none is missed; the newline behind an end of turn is let pass. Where the template rewrites its history, a
+row takes a sequence for each turn, and who makes but the last one trains the last reply alone. Counts are exact cells
+of those in which the trainer made something and our encoder has a proof to judge it by. The first setting of a trainer
+is its default."""
 CONFIRMED = """A check that shares nothing with the audit sees the same in {again} of the {exact} exact cells of other
 trainers: the ids before each trained stretch are those of `apply_chat_template(..., add_generation_prompt=True)`. The
 rest are not yet explained, and may be faults of the audit: torchtitan's under gpt-oss, which begin with a BOS that the

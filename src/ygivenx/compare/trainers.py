@@ -47,8 +47,9 @@ TRAINERS: dict[str, OtherTrainer] = {
     ),
     "llamafactory": OtherTrainer(
         "llamafactory", "0.9.5",
-        {"default": {}, "mask_history": {"mask_history": True}},
-        "its own template by name: every reply and its end, history without thoughts",
+        {"default": {}, "mask_history": {"mask_history": True}, "formatting=sharegpt": {"formatting": "sharegpt"}},
+        "its own template by name: every reply and its end, history without thoughts; by default data of "
+        "formatting=openai, for which its converter writes the system prompt 'detailed thinking off'",
     ),
     "ms-swift": OtherTrainer(
         "ms-swift", "4.6.0",
