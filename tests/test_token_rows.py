@@ -9,12 +9,15 @@ import pytest
 from templates.conversations import reply, user
 from test_chats import CHATML, encoder, trained
 
-from ygivenx import Encoder
+from ygivenx import Encoder, PreferenceEncoder
 from ygivenx.errors import RowError
 from ygivenx.rows.data import TokenRow, normalise
 
 X, Y = [11, 12, 13], [14, 15]
 WHOLE = X + Y
+REPLY = {"prompt_ids": X, "completion_ids": Y}
+ONE = {"prompt_ids": [1, 2], "completion_ids": [3]}
+NAN, INF = float("nan"), float("inf")
 LOGGED = [-0.5, -0.25]
 RANKED = [
     {"7": {"logprob": -0.1}, "14": {"logprob": -0.5, "rank": 2}},
@@ -64,6 +67,28 @@ def test_advantages_of_any_sign_rewards_and_weights():
     assert (each.advantages.tolist(), each.reward) == ([0, 0, 0, -1, 2], 1.5)
 
 
+@pytest.mark.parametrize("encode", [encoder, lambda t: PreferenceEncoder(encoder(t))])
+def test_what_is_logged_twice_or_as_text_counts_and_nonsense_is_refused(encode):
+    def logged(further):
+        done = encode(CHATML)(REPLY | further)
+        return (done if encode is encoder else done.replies[0]).only.logged
+
+    for further in ({"reward": "1.0"}, {"reward": 1, "score": 1.0, "rewards": [0.5, 0.5]}, {"reward": True}):
+        assert logged(further).reward == 1
+    twice = logged({"reward": 1, "logprobs": LOGGED, "old_log_probs": [None] * 3 + LOGGED, "advantages": "2"})
+    np.testing.assert_array_equal(twice.log_probs, np.float32([NAN] * 3 + LOGGED))
+    assert twice.advantages.tolist() == [0, 0, 0, 2, 2]
+    for further in ({"reward": NAN}, {"advantages": INF}):
+        with pytest.raises(RowError) as caught:
+            encode(CHATML)(REPLY | further)
+        assert caught.value.reason == "not_a_number"
+
+
+def test_an_entry_of_one_token_is_no_batch_of_one():
+    for logged in ([[-0.5, 3, None]], [[-0.5, 3]], [-0.5], [[-0.5]], [[None, None, -0.5]], [1e-3 - 0.501]):
+        np.testing.assert_allclose(normalise(ONE | {"logprobs": logged}).log_probs, [NAN, NAN, -0.5])
+
+
 @pytest.mark.parametrize(
     ("row", "reason", "field"),
     [
@@ -82,6 +107,25 @@ def test_advantages_of_any_sign_rewards_and_weights():
         ({"input_ids": WHOLE, "labels": WHOLE, "seq_lengths": [3, 2]}, "packed_row", "seq_lengths"),
         ({"tokens": WHOLE, "response_length": 6}, "conflict", "response_length"),
         ({"prompt_ids": X, "completion_ids": Y, "logprobs": ["a", "b"]}, "wrong_type", "logprobs[0]"),
+        *((REPLY | {key: value}, "not_a_number", key) for key in ("reward", "score", "advantages")
+          for value in (NAN, INF, -INF)),
+        (REPLY | {"advantages": [1, NAN]}, "not_a_number", "advantages[1]"),
+        (REPLY | {"advantages": [1, None]}, "wrong_type", "advantages[1]"),
+        (REPLY | {"rewards": [1, INF]}, "not_a_number", "rewards[1]"),
+        (REPLY | {"reward": "good"}, "broken_json", "reward"),
+        (REPLY | {"reward": {"math": 1}}, "wrong_type", "reward"),
+        (REPLY | {"logprobs": [-0.5, 0.1]}, "bad_log_prob", "logprobs[1]"),
+        (REPLY | {"logprobs": [-INF, -0.1]}, "bad_log_prob", "logprobs[0]"),
+        (REPLY | {"logprobs": [[14, -0.5, None], [15, -0.25, None]]}, "conflict", "logprobs[0]"),
+        (REPLY | {"logprobs": [[-0.5, 14, None], [-0.25, 99, None]]}, "conflict", "logprobs[1]"),
+        (REPLY | {"logprobs": [{"14": {"logprob": -0.5}}, {"7": {"logprob": -0.25}}]}, "missing_field", "logprobs[1]"),
+        *((ONE | {"logprobs": [entry]}, "conflict", "logprobs[0]")
+          for entry in ([-0.5, 99, None], [-0.5, 99], [3, -0.5, "a"])),
+        (REPLY | {"logprobs": LOGGED, "old_log_probs": [-0.5, -0.5]}, "conflict", "old_log_probs"),
+        (REPLY | {"reward": 1, "score": -1}, "conflict", "score"),
+        (REPLY | {"advantages": 1, "advantage": 2}, "conflict", "advantage"),
+        (REPLY | {"response_ids": [14, 16]}, "conflict", "completion_ids"),
+        (REPLY | {"prompt_token_ids": [11]}, "conflict", "prompt_ids"),
     ],
 )  # fmt: skip
 def test_every_fault_names_its_field(row, reason, field):

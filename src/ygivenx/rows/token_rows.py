@@ -25,7 +25,7 @@ Padding that `attention_mask` marks at either end is left out. Several documents
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ import numpy.typing as npt
 from ..errors import RowError
 from .columns import Record, given
 from .nouns import Rated, TokenRow
-from .values import as_list, from_json
+from .values import agreed, as_list, finite, from_json
 from .weights import row_weight
 
 PROMPTS = ("prompt_token_ids", "prompt_ids")
@@ -55,6 +55,7 @@ _STRUCTURE = ("attention_mask", "position_ids", "seq_lengths", "response_length"
 OPTIONAL = ("labels", "weights", *MASKS, *LOG_PROBS, *ADVANTAGES, *REWARDS, *_STRUCTURE)
 
 _MAX_ID = 2**31 - 1
+_ROUNDING = 0.01  # a log-probability may be so far above 0
 _ALL_TRAINED = "the row has no mask: every token is trained"
 _FIRST = "the first token has no context to be predicted from: it isn't trained"
 
@@ -78,13 +79,15 @@ def token_columns(columns: Iterable[str]) -> tuple[str, ...] | None:
 def of_tokens(row: Record, required: tuple[str, ...], roles: Iterable[str] = ()) -> TokenRow:
     """A row of ids with the weights, log-probabilities and advantages that it has for them."""
     parts = [_ids(row[c], c) for c in required]
+    for names in (PROMPTS, REPLIES) if len(parts) == 2 else ():
+        agreed(row, names, read=lambda c: _ids(row[c], c), same=np.array_equal)
     ids = np.concatenate(parts)
     prompt_length = len(parts[0]) if len(parts) == 2 else _prompt_length(row, len(ids))
     rows = _PerToken(row, ids, prompt_length)
     weights, notes = _weights(rows, ids)
     # `loss_mask` is a list of tokens' weights here, and one weight of the row elsewhere.
     weights *= row_weight({k: v for k, v in row.items() if k not in MASKS})
-    log_probs, advantages = rows.first(LOG_PROBS, np.nan), _advantages(rows)
+    log_probs, advantages = rows.agreed(LOG_PROBS, rows.log_probs), rows.agreed(ADVANTAGES, rows.advantages)
     kept = _unpadded(rows)
     if not kept.stop:
         raise RowError("the row has no tokens", reason="empty_tokens", field=required[-1])
@@ -136,15 +139,36 @@ class _PerToken:
     def __init__(self, row: Record, ids: npt.NDArray[np.int64], prompt_length: int) -> None:
         self.row, self.ids, self.length, self.prompt_length = row, ids, len(ids), prompt_length
 
-    def first(self, names: Iterable[str], outside: float) -> npt.NDArray[np.float32] | None:
-        """float32 [T] of the first of these columns that the row has; `outside` the reply where it is shorter."""
-        column = next((c for c in names if given(self.row, c) is not None), None)
-        return None if column is None else self.column(column, outside)
+    def agreed(self, names: Iterable[str], read: Callable[[str], Any]) -> Any:
+        """float32 [T] of these columns, which must agree; None where the row has none of them."""
+        return agreed(self.row, names, read=read, same=lambda a, b: np.array_equal(a, b, equal_nan=True))
+
+    def log_probs(self, column: str) -> npt.NDArray[np.float32]:
+        """float32 [T]: log Pr of each token; NaN where there is none."""
+        values = self.column(column, np.nan, _log_prob)
+        for i in np.flatnonzero((values > _ROUNDING) | np.isinf(values)).tolist():
+            what, why = (
+                f"{values[i]:g} is no log-probability",
+                "the logarithm of a probability is finite and ≤ 0",
+            )
+            fix = "give natural logarithms; SGLang's entries are [log-probability, id, text]"
+            at = f"{column}[{i - self.length + len(self.items(column))}]"
+            raise RowError(what, reason="bad_log_prob", field=at, why=why, fix=fix)
+        return values
+
+    def advantages(self, column: str) -> npt.NDArray[np.float32]:
+        """float32 [T]: a number for each token, or one for all of the reply."""
+        value = from_json(self.row[column], column)
+        if isinstance(value, list | tuple):
+            return self.column(column, 0.0, lambda v, at, _: finite(v, at))
+        advantages = np.full(self.length, finite(value, column), np.float32)
+        advantages[: self.prompt_length] = 0
+        return advantages
 
     def items(self, column: str) -> list[Any]:
         """The values of a column, of all tokens or of the reply's."""
         items = as_list(from_json(self.row[column], column), column)
-        if len(items) == 1 and isinstance(items[0], list):
+        if len(items) == 1 and isinstance(items[0], list) and not self._is_entry(items[0]):
             items = items[0]
         missing = self.length - len(items)
         if missing not in (0, self.prompt_length):
@@ -153,30 +177,46 @@ class _PerToken:
             raise RowError(what, reason="wrong_length", field=column)
         return items
 
-    def column(self, column: str, outside: float) -> npt.NDArray[np.float32]:
-        """float32 [T] of a column; `outside` the reply where it is shorter."""
+    def _is_entry(self, item: list[Any]) -> bool:
+        """Whether a list is SGLang's entry of the only token, and not the values of a batch of one."""
+        if self.length - self.prompt_length != 1 or len(item) not in (2, 3):
+            return False
+        return isinstance(item[1], int) or isinstance(item[-1], str)
+
+    def column(self, column: str, outside: float, read: Callable[..., float]) -> npt.NDArray[np.float32]:
+        """float32 [T] of a column; `outside` the reply where it is shorter. read: of an item, its place and token."""
         items = self.items(column)
         missing = self.length - len(items)
         tokens = self.ids[missing:].tolist()
-        values = [_number(v, f"{column}[{i}]", t) for i, (v, t) in enumerate(zip(items, tokens, strict=True))]
+        values = [read(v, f"{column}[{i}]", t) for i, (v, t) in enumerate(zip(items, tokens, strict=True))]
         return np.array([outside] * missing + values, np.float32)
 
 
-def _number(item: Any, at: str, token: int = -1) -> float:
-    """A number; of vLLM's and SGLang's richer entries the token's own log-probability."""
-    if (
-        isinstance(item, Mapping) and "logprob" not in item
-    ):  # vLLM: {id: {"logprob": …, "rank": …}}, of several ids
-        item = item.get(str(token), item.get(token))
-    if isinstance(item, Mapping):
-        item = item.get("logprob")
-    elif isinstance(item, list | tuple) and item:  # SGLang: (log-probability, id, text)
-        item = item[0]
-    if item is None:  # there is none for a first token
+def _number(item: Any, at: str, token: int) -> float:
+    """A number; NaN for null."""
+    if item is None:
         return float("nan")
     if not isinstance(item, int | float):
         raise RowError(f"{item!a:.60} is no number", reason="wrong_type", field=at)
     return float(item)
+
+
+def _log_prob(item: Any, at: str, token: int) -> float:
+    """A token's log-probability, of vLLM's and SGLang's richer entries, too; NaN for null, as of a first token."""
+    if isinstance(item, Mapping) and "logprob" not in item:  # vLLM: {id: {"logprob": …, "rank": …}, …}
+        if (item := item.get(str(token), item.get(token))) is None:
+            what = f"there is no log-probability of the token {token} itself"
+            raise RowError(what, reason="missing_field", field=at, fix="log that of each sampled token")
+    elif isinstance(item, list | tuple) and item:  # SGLang: (log-probability, id, text)
+        item, said = item[0], item[1] if len(item) > 1 else None
+        if said not in (None, token):
+            what, why = (
+                f"the id {said!a:.60} beside the token {token}",
+                "it is another token's log-probability",
+            )
+            fix = "entries are [log-probability, id, text], in the order of the row's ids"
+            raise RowError(what, reason="conflict", field=at, why=why, fix=fix)
+    return _number(item.get("logprob") if isinstance(item, Mapping) else item, at, token)
 
 
 def _weights(rows: _PerToken, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float32], tuple[str, ...]]:
@@ -190,7 +230,7 @@ def _weights(rows: _PerToken, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[n
         if column == "labels":
             weights *= _of_labels(rows.items(column), ids)
             continue
-        values = rows.column(column, 0.0)
+        values = rows.column(column, 0.0, _number)
         if not np.isfinite(values).all() or (values < 0).any():
             raise RowError("a weight that isn't finite and ≥ 0", reason="bad_weight", field=column)
         if column != "weights" and not np.isin(values, (0, 1)).all():
@@ -212,33 +252,23 @@ def _of_labels(labels: list[Any], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.
     return trained
 
 
-def _advantages(rows: _PerToken) -> npt.NDArray[np.float32] | None:
-    column = next((c for c in ADVANTAGES if rows.row.get(c) is not None), None)
-    if column is None:
-        return None
-    if not isinstance(value := from_json(rows.row[column], column), int | float):
-        return rows.column(column, 0.0)
-    advantages = np.full(rows.length, value, np.float32)
-    advantages[: rows.prompt_length] = 0
-    return advantages
-
-
 def _reward(row: Record) -> float | None:
-    """A row's reward, where it is one number; rewards of single tokens add up to it."""
-    column = next((c for c in REWARDS if isinstance(row.get(c), int | float | list) and row[c] != []), None)
-    if column is None:
-        return None
-    value = row[column]
-    return float(
-        sum(_number(v, f"{column}[{i}]") for i, v in enumerate(value)) if isinstance(value, list) else value
-    )
+    """A row's reward; rewards of single tokens add up to it."""
+    found: float | None = agreed(row, REWARDS, read=lambda c: _total(from_json(row[c], c), c))
+    return found
+
+
+def _total(value: Any, column: str) -> float:
+    if isinstance(value, list | tuple):
+        return sum(finite(v, f"{column}[{i}]") for i, v in enumerate(value))
+    return finite(int(value) if isinstance(value, bool) else value, column)
 
 
 def _unpadded(rows: _PerToken) -> slice:
     """The tokens between the padding at both ends, by the attention mask."""
     if given(rows.row, "attention_mask") is None:
         return slice(0, rows.length)
-    shown = np.flatnonzero(rows.column("attention_mask", 1.0))
+    shown = np.flatnonzero(rows.column("attention_mask", 1.0, _number))
     if not len(shown):
         return slice(0, 0)
     kept = slice(int(shown[0]), int(shown[-1]) + 1)
@@ -253,7 +283,7 @@ def _refuse_several(rows: _PerToken, kept: slice) -> None:
     lengths = rows.row.get("seq_lengths")
     several = isinstance(lengths, list) and len(lengths) > 1
     if not several and given(rows.row, "position_ids") is not None:
-        positions = rows.column("position_ids", 0.0)[kept]
+        positions = rows.column("position_ids", 0.0, _number)[kept]
         several = bool((np.diff(positions) != 1).any())
     if several:
         column = "seq_lengths" if isinstance(lengths, list) else "position_ids"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ..errors import RowError
@@ -37,6 +38,27 @@ def finite(value: Any, at: str) -> float:
     if not math.isfinite(value):
         raise RowError(f"{value} is no finite number", reason="not_a_number", field=at)
     return float(value)
+
+
+def agreed(
+    row: Mapping[str, Any],
+    names: Iterable[str],
+    at: str = "",
+    read: Callable[[str], Any] | None = None,
+    same: Callable[[Any, Any], bool] = operator.eq,
+) -> Any:
+    """The one value of a field under its names; None where all are missing or empty.
+
+    read: the value of a name, by default the row's. Raises RowError `conflict` where two names hold different values.
+    """
+    found = {n: (read or row.get)(n) for n in names if n in row and row[n] not in (None, "", [], {})}
+    first = next(iter(found), "")
+    for name, value in found.items():
+        if not same(value, found[first]):
+            why, fix = "they name one field, and one of them would be ignored", "leave the right one of them"
+            what = f"{first} and {name} contradict each other"
+            raise RowError(what, reason="conflict", field=f"{at}.{name}" if at else name, why=why, fix=fix)
+    return found.get(first)
 
 
 def text(value: Any, at: str) -> str:
