@@ -285,3 +285,29 @@ def test_a_layer_is_given_states_by_whatever_name_it_has_for_its_cache(name):
         mixer.forward = BY_NAME[name](mixer.forward)
     assert yx.loss(model, uneven()).value.item() == pytest.approx(expected, rel=1e-5)
     assert not sharing_of(model).reason
+
+
+def mean_by_log_probs(model, data):
+    return -yx.log_probs(model, yx.Targets.of(data)).sums().sum() / 7
+
+
+@pytest.mark.parametrize("of", [lambda *a: yx.loss(*a).value, mean_by_log_probs], ids=["loss", "log_probs"])
+def test_weights_that_change_with_the_mode_are_those_of_training(of):
+    """RWKV divides weights in place when it is evaluated: what is measured of a model comes before its forward pass."""
+    config = transformers.RwkvConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        attention_hidden_size=32,
+        num_hidden_layers=3,
+        rescale_every=1,
+        context_length=64,
+    )
+    torch.manual_seed(0)
+    model = transformers.RwkvForCausalLM(config).train()
+    slow = copy.deepcopy(model)
+    data = [Sequence([5, 6, 7, 8], [0, 1, 1, 1]), Sequence([5, 6, 9, 10, 11], [0, 1, 1, 1, 1])]
+    of(model, data).backward()
+    expected = reference.loss(slow.train(), data)
+    expected.backward()
+    for (name, p), q in zip(model.named_parameters(), slow.parameters(), strict=True):
+        assert (p.grad - q.grad).norm() <= 1e-4 * q.grad.norm() + 1e-7, name

@@ -16,6 +16,7 @@ from .choices import Route
 from .errors import LossError, ModelError
 from .forest import Edges, Forest, Ints
 from .head.selective import selective_cross_entropy
+from .models.logits import softcap_and_scale
 from .models.model import head_of, loss_over
 from .models.streaming import ONE_PASS
 from .models.wrappers import inside_forward, sharded
@@ -117,6 +118,8 @@ def _loss(
         by_part[int(rows[0]) if len(rows) else 0] = these, log_p
         return share
 
+    # Measured in eval mode, for which some models (RWKV) change their weights: not between forward and backward.
+    softcap_and_scale(model)
     value = loss_over(model, forest, score, route=route, chunk=chunk, needed=np.unique(edges.rows))
     which, log_p = zip(*by_part.values(), strict=True)
     in_order = torch.from_numpy(np.argsort(np.concatenate(which)))

@@ -29,6 +29,7 @@ from .errors import ModelError, RowError
 from .forest import Edges, Forest, Ints
 from .head.distribution import most_probable
 from .head.selective import head_values
+from .models.logits import softcap_and_scale
 from .models.model import head_of, hidden_states
 from .models.wrappers import inside_forward, sharded
 from .sequence import Example, RatedExample, Sequence
@@ -209,6 +210,7 @@ def _log_probs(
     chunk: int | None,
 ) -> LogProbs:
     edges = targets.edges
+    softcap_and_scale(model)  # before the forward pass, as in `yx.loss`
     hidden = hidden_states(model, targets.forest, route=route, chunk=chunk, needed=np.unique(edges.rows))
     head = head_of(model)
     rows, ids, edge = (
