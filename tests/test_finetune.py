@@ -138,6 +138,11 @@ def test_rows_are_called_by_their_numbers_in_the_file(settings, tmp_path):
     page = (Path(settings["output_dir"]) / "report.html").read_text()
     assert '"title":"row 3"' in page
     assert '"title":"row 0"' not in page
+    (reason, count), *none = told["reasons"].items()
+    assert (count, none) == (3, [])
+    assert f'"rows":[["{reason}",3]]' in page
+    assert '"verdict":"loss: ' in page
+    assert "; 3 of 5 rows left out" in page
 
 
 def test_a_loss_that_is_not_finite_names_the_row_and_gives_the_cursor_back(settings, tmp_path):

@@ -50,6 +50,9 @@ FIGURES = {
     "eval_loss": "held-out loss: {}",
     "loss": "loss: {}",
 }
+QUARANTINE = (
+    "`ygx encode DATA --model MODEL -o FILE --quarantine REJECTED` writes each of them with its reason"
+)
 KEPT = "training"  # the lock of an output directory
 
 
@@ -351,7 +354,7 @@ def write_page(
     before: what evaluation gave before the first step, if there was one.
     """
     from ..forest import Forest
-    from ..report import TokenStrip, made_by, run_page
+    from ..report import Table, TokenStrip, made_by, run_page
     from ..scores.node_log_probs import node_log_probs
 
     sequences, names, columns = _shown(rows, trainer.processing_class)
@@ -361,6 +364,7 @@ def write_page(
         TokenStrip.of(s, log_p[path], title=title)
         for s, title, path in zip(sequences, names, forest.paths, strict=True)
     ]
+    left_out = list(account.get("reasons", {}).items())
     which = "held-out rows" if config.data.eval_path else "rows"
     history = [{**before, "step": 0}, *trainer.state.log_history]
     page = run_page(
@@ -374,6 +378,9 @@ def write_page(
             "rows read": account["read"],
             "quarantined": account["quarantined"],
         },
+        tables=[Table("Rows left out, by reason", ["reason", "rows"], left_out, (QUARANTINE,))]
+        if left_out
+        else [],
         rows=strips,
         columns=columns,
         about=made_by(**chosen(config)),
