@@ -102,6 +102,13 @@ def test_a_wrong_objective_is_refused_before_anything_is_loaded(flags, what):
     assert re.search(what, str(result.exception))
 
 
+@pytest.mark.parametrize("name", ["[]", "false", "{name: [1]}", "3"])
+def test_an_objective_of_another_type_is_refused(tmp_path, name):
+    (tmp_path / "run.yaml").write_text(f"objective: {name}")
+    with pytest.raises(ConfigError, match="is no objective's name"):
+        TrainConfig.of(tmp_path / "run.yaml", {"data": "d", "model": "m", "output_dir": "o"})
+
+
 def test_supervised_runs_quarantine_rated_rows(settings):
     with pytest.raises(ConfigError, match="no row was accepted"):
         train(settings)

@@ -449,6 +449,8 @@ def _checked_objective(values: dict[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(
             f"{', '.join(options)} of which objective?", where=where, fix="--objective dpo, or name: dpo"
         )
+    if not isinstance(name, str):
+        raise ConfigError(f"{name!r} is no objective's name", where=where, fix="a text, such as dpo")
     try:
         Objective(name, options)
     except ConfigError as error:
