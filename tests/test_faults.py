@@ -216,6 +216,14 @@ def test_a_row_sets_the_templates_switches_alone(tokenizer, name):
     assert any("enable_thinkng" in n for n in made(tokenizer, CHATML)(row).only.notes)
 
 
+@pytest.mark.parametrize("name", ["enable_thinkin", "thinking", "enable"])
+def test_a_part_of_a_switchs_name_is_noted_as_unread(tokenizer, name):
+    switch = "{% if enable_thinking is defined and enable_thinking %}{% set enable_thinking = 1 %}{% endif %}"
+    row = {"messages": [user(), reply()], "chat_template_kwargs": {name: False, "enable_thinking": False}}
+    (note,) = made(tokenizer, switch + CHATML)(row).only.notes
+    assert f"doesn't read {name!r}" in note
+
+
 def test_replies_that_do_not_fit_are_context(tokenizer):
     row = {"messages": [user(), reply("yo"), user("And?"), reply("no no no no no no")]}
     whole = made(tokenizer, CHATML)(row).only

@@ -242,6 +242,28 @@ def test_a_reply_that_is_left_open(row):
     assert noun == Conversation((USER, REPLY), continue_final_message=True)
 
 
+@pytest.mark.parametrize(
+    ("message", "as_if"),
+    [
+        ({"reasoning_content": "T", "thinking": "T"}, {"reasoning_content": "T", "thinking": "T"}),
+        ({"reasoning_content": "", "thinking": "T", "reasoning": None}, {"thinking": "T"}),
+        ({"from": "gpt", "value": "4"}, {"from": "gpt", "value": "4"}),
+        ({"from": "Ann", "value": ""}, {"from": "Ann", "value": ""}),
+        ({"content": "", "value": "4"}, {}),
+        ({"content": [{"type": "text", "text": "4", "value": ""}]}, {}),
+        ({"prefix": False, "partial": False}, {}),
+    ],
+)  # fmt: skip
+def test_two_names_of_one_field_may_agree_or_be_empty(message, as_if):
+    assert normalise({"messages": [USER, REPLY | message]}).messages[1] == REPLY | as_if
+
+
+def test_two_columns_of_one_meaning_may_agree():
+    row = {"messages": [USER, REPLY], "rejected_response": "5"}
+    assert normalise(row | {"rejected": "5", "rejected_messages": []}) == normalise(row)
+    assert normalise({"messages": [USER, REPLY], "continue_final_message": False}) == PLAIN
+
+
 def test_a_completion_continues_the_prompts_reply():
     begun, rest = REPLY | {"content": "It is "}, REPLY | {"content": "4."}
     whole = REPLY | {"content": "It is 4.", "spans": [{"start": 6, "stop": 8, "weight": 1.0}]}
@@ -410,6 +432,23 @@ def call_fault(call, reason, field):
         message_fault(REPLY | {"train_detail": [DETAIL]}, "bad_weight", ".train_detail[0].train"),
         message_fault({"role": "assistant", "tool_calls": [CALL], "spans": []}, "bad_span", ".spans"),
         message_fault(REPLY | {"content": [{"type": "reasoning", "value": "a", "loss": 0}]}, "bad_weight", ".content"),
+        message_fault(REPLY | {"reasoning_content": "T1", "thinking": "T2"}, "conflict", ".thinking"),
+        message_fault(REPLY | {"reasoning_content": "T1", "reasoning": "T2"}, "conflict", ".reasoning"),
+        message_fault(
+            {"role": "assistant", "content": [{"type": "thinking", "thinking": "a"}], "reasoning": "b"},
+            "conflict", ".reasoning",
+        ),
+        message_fault(REPLY | {"value": "5"}, "conflict", ".value"),
+        message_fault(REPLY | {"from": "human"}, "conflict", ".from"),
+        message_fault(
+            {**REPLY, "content": [{"type": "text", "text": "4", "value": "5"}]}, "conflict", ".content[0].text"
+        ),
+        message_fault(REPLY | {"prefix": True, "partial": False}, "conflict", ".prefix"),
+        ({"messages": [USER, REPLY | {"prefix": True}], "continue_final_message": False}, "conflict",
+         "continue_final_message"),
+        ({"prompt": "x", "chosen": "4", "rejected": "5", "rejected_response": "6"}, "conflict", "rejected_response"),
+        ({"messages": [USER, REPLY], "rejected_response": "5", "rejected": "6"}, "conflict", "rejected_response"),
+        ({"prompt": "x", "completions": ["y"], "rewards": [1], "scores": [2]}, "conflict", "scores"),
         message_fault(REPLY | {"prefix": "yes"}, "wrong_type", ".prefix"),
         message_fault(USER | {"prefix": True}, "conflict", ".prefix"),
         ({"messages": [REPLY | {"prefix": True}, USER, REPLY]}, "conflict", "messages[0].prefix"),

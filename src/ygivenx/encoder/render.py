@@ -382,7 +382,7 @@ def notes_on(chat: Chat) -> tuple[str, ...]:
         *(
             f"the template doesn't read {name!r} of chat_template_kwargs{nearest(name, read)}"
             for name in chat.inputs.kwargs
-            if name not in source
+            if name not in read
         ),
     )
 

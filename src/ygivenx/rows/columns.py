@@ -83,13 +83,13 @@ def rated_row(reason: str, what: str, column: str = "") -> RowError:
     return RowError(what, reason=reason, field=column, why=why, fix=fix)
 
 
-def is_continued(row: Record) -> bool:
-    """Whether a row's last reply is left open, by its column or its template's arguments."""
+def is_continued(row: Record) -> bool | None:
+    """Whether a row's last reply is left open, by its column; None where that says nothing."""
     value = row.get("continue_final_message")
     if value not in (None, "") and not isinstance(value, bool):
         what = f"{value!a:.60} isn't true or false"
         raise RowError(what, reason="wrong_type", field="continue_final_message")
-    return value is True
+    return value if isinstance(value, bool) else None
 
 
 def json_column(row: Record, column: str, empty: Any) -> Any:

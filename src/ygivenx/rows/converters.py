@@ -131,7 +131,11 @@ def conversation(messages: list[Message], row: Record) -> Conversation:
                 field=f"messages[{i}].prefix",
                 why=why,
             )
-    is_open = bool(messages[-1].pop("prefix", False)) or is_continued(row)
+    prefix, continued = bool(messages[-1].pop("prefix", False)), is_continued(row)
+    if prefix and continued is False:
+        what, fix = "false, and the last reply has prefix: true", "leave the right one of them"
+        raise RowError(what, reason="conflict", field="continue_final_message", fix=fix)
+    is_open = prefix or bool(continued)
     if is_open and messages[-1]["role"] != "assistant":
         what = f"there is no reply to be continued: the last message is the {messages[-1]['role']}'s"
         raise RowError(what, reason="conflict", field="continue_final_message")

@@ -135,7 +135,7 @@ _RATED = tuple(
     Format("rated", (prompt, replies, rewards), (*_CHAT, *ROW_KEYS), preferences.of_rated)
     for prompt in ("prompt", "instruction", "question", "messages")
     for replies in ("completions", "responses", "candidates", "answers")
-    for rewards in ("rewards", "scores", "ratings")
+    for rewards in preferences.RATINGS
 )
 # Known from elsewhere, and none of them is a prompt with a reply.
 _FOREIGN = {

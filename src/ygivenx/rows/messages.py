@@ -15,10 +15,11 @@ from typing import Any
 
 from ..errors import RowError, nearest
 from .nouns import Message
-from .values import as_list, as_object, encodable, from_json, json_value, text
+from .values import agreed, as_list, as_object, encodable, from_json, json_value, text
 from .weights import MESSAGE_KEYS, WEIGHT_KEYS, take_weight, weighted
 
-_TEXT_KEYS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # of one thought
+_TEXT_KEYS = ("name", "tool_call_id", *_THOUGHTS)
 # Encodable by other checks; of other keys all that is in them is looked at.
 _CHECKED = {"role", "content", *WEIGHT_KEYS, *_TEXT_KEYS}
 # What ygivenx itself reads of a message, or gives to the template under the name that it reads.
@@ -110,6 +111,8 @@ def one_message(value: Any, at: str, roles: Iterable[str] = ()) -> Message:
             text(m[key], f"{at}.{key}")
     if isinstance(m.get("content"), list):
         m = _join_parts(m, at)
+    if len(thoughts := [k for k in _THOUGHTS if k in m]) > 1 and agreed(m, thoughts, at):
+        m = {k: v for k, v in m.items() if v or k not in thoughts}  # an empty one would hide the other
     m = _with_prefix(weighted(_with_calls(m, at), at), at)
     _check_content(m, at)
     for key in m.keys() - _CHECKED:
@@ -137,12 +140,17 @@ def _with_role(m: Message, at: str, roles: Iterable[str]) -> Message:
     if role_key not in m:
         raise RowError("the message has no role", reason="missing_role", field=f"{at}.role")
     name = text(m.pop(role_key), f"{at}.{role_key}")
-    content_key = "value" if "value" in m and "content" not in m else "content"
+    content_key = (
+        "value" if "value" in m and (m["value"] or "content" not in m) and not m.get("content") else "content"
+    )
+    agreed(m, ("content", "value"), at)
     if role_key == "from" and m.get(content_key) is None:
         raise RowError("the value is null or missing", reason="null_content", field=f"{at}.{content_key}")
     if content_key == "value":
         m["content"] = text(m.pop("value"), f"{at}.value")
     m = {"role": _role(name, f"{at}.{role_key}", roles), **m}
+    if isinstance(said := m.get("from"), str) and said in _ROLES:  # else it names who spoke
+        agreed({"role": m["role"], "from": _ROLES[said]}, ("role", "from"), at)
     if name.lower() in _CALL_ROLES and "tool_calls" not in m:
         calls = from_json(m.get("content"), f"{at}.{content_key}")
         m |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
@@ -169,6 +177,11 @@ def _with_prefix(m: Message, at: str) -> Message:
     for key, value in given.items():
         if not isinstance(value, bool):
             raise RowError(f"{value!a:.60} isn't true or false", reason="wrong_type", field=f"{at}.{key}")
+    if len(set(given.values())) > 1:
+        what = f"{' and '.join(given)} contradict each other"
+        raise RowError(
+            what, reason="conflict", field=f"{at}.{next(iter(given))}", fix="leave the right one of them"
+        )
     if not any(given.values()):
         return m
     if m["role"] != "assistant":
@@ -212,7 +225,8 @@ def _part(part: dict[str, Any], at: str) -> tuple[str, Any]:
             raise not_text(f"a part of type {kind!r}", at, "unknown_part")
         fix = f"known: {', '.join(_FIELD_OF_PART)}"
         raise RowError(f"unknown part of type {kind!a:.60}", reason="unknown_part", field=at, fix=fix)
-    value = next((part[k] for k in ("value", "text", kind) if part.get(k) is not None), None)
+    keys = ("value", "text", kind)
+    value = agreed(part, keys, at) or next((part[k] for k in keys if part.get(k) is not None), None)
     name = _FIELD_OF_PART[kind]
     return name, from_json(value, at) if name == "tool_calls" else text(value, at)
 

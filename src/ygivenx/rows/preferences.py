@@ -21,9 +21,10 @@ from .columns import REJECTED, Record, refuse_other_meanings
 from .converters import alpaca_prompt, as_context, conversation, conversation_of, joined, reply, weighing_one
 from .messages import message_list
 from .nouns import Conversation, Message, Pair, Preference, Rated
-from .values import as_list, as_object, finite, from_json, text
+from .values import agreed, as_list, as_object, finite, from_json, text
 from .weights import row_weight
 
+RATINGS = ("rewards", "scores", "ratings")
 # How hh-rlhf marks a reply inside one text.
 _TURN = "\n\nAssistant:"
 
@@ -98,6 +99,7 @@ def of_rated(row: Record, required: tuple[str, ...], roles: Iterable[str] = ()) 
     """Best of n: a prompt, a list of replies (texts, messages or lists of them), and a number for each."""
     refuse_other_meanings(row)
     prompt, column, ratings = required
+    agreed(row, RATINGS, read=lambda c: from_json(row[c], c))
     replies, rewards = (as_list(from_json(row[c], c), c) for c in (column, ratings))
     if not replies or len(replies) != len(rewards):
         raise RowError(
@@ -122,6 +124,7 @@ def _to_rate(row: Record, prompt: str, value: Any, at: str, roles: Iterable[str]
 
 def _preference(chosen: Conversation | Pair, rejected: Conversation | Pair, row: Record) -> Preference:
     refuse_other_meanings(row, REJECTED)
+    agreed(row, REJECTED)
     return Preference(weighing_one(chosen), weighing_one(rejected), row_weight(row))
 
 
