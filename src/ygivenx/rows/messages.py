@@ -149,8 +149,8 @@ def _with_role(m: Message, at: str, roles: Iterable[str]) -> Message:
     if content_key == "value":
         m["content"] = text(m.pop("value"), f"{at}.value")
     m = {"role": _role(name, f"{at}.{role_key}", roles), **m}
-    if isinstance(said := m.get("from"), str) and said in _ROLES:  # else it names who spoke
-        agreed({"role": m["role"], "from": _ROLES[said]}, ("role", "from"), at)
+    if isinstance(sender := m.get("from"), str) and sender in _ROLES:  # else it names who spoke
+        agreed({"role": m["role"], "from": _ROLES[sender]}, ("role", "from"), at)
     if name.lower() in _CALL_ROLES and "tool_calls" not in m:
         calls = from_json(m.get("content"), f"{at}.{content_key}")
         m |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}

@@ -208,10 +208,10 @@ def _log_prob(item: Any, at: str, token: int) -> float:
             what = f"there is no log-probability of the token {token} itself"
             raise RowError(what, reason="missing_field", field=at, fix="log that of each sampled token")
     elif isinstance(item, list | tuple) and item:  # SGLang: (log-probability, id, text)
-        item, said = item[0], item[1] if len(item) > 1 else None
-        if said not in (None, token):
+        item, own = item[0], item[1] if len(item) > 1 else None
+        if own not in (None, token):
             what, why = (
-                f"the id {said!a:.60} beside the token {token}",
+                f"the id {own!a:.60} beside the token {token}",
                 "it is another token's log-probability",
             )
             fix = "entries are [log-probability, id, text], in the order of the row's ids"
