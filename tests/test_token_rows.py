@@ -78,6 +78,10 @@ def test_what_is_logged_twice_or_as_text_counts_and_nonsense_is_refused(encode):
     twice = logged({"reward": 1, "logprobs": LOGGED, "old_log_probs": [None] * 3 + LOGGED, "advantages": "2"})
     np.testing.assert_array_equal(twice.log_probs, np.float32([NAN] * 3 + LOGGED))
     assert twice.advantages.tolist() == [0, 0, 0, 2, 2]
+    both = logged(
+        {"rollout_log_probs": LOGGED, "old_log_probs": [-0.25, -0.125]}
+    )  # verl logs both, and they differ
+    np.testing.assert_array_equal(both.log_probs, np.float32([NAN] * 3 + [-0.25, -0.125]))
     for further in ({"reward": NAN}, {"advantages": INF}):
         with pytest.raises(RowError) as caught:
             encode(CHATML)(REPLY | further)
@@ -121,7 +125,7 @@ def test_an_entry_of_one_token_is_no_batch_of_one():
         (REPLY | {"logprobs": [{"14": {"logprob": -0.5}}, {"7": {"logprob": -0.25}}]}, "missing_field", "logprobs[1]"),
         *((ONE | {"logprobs": [entry]}, "conflict", "logprobs[0]")
           for entry in ([-0.5, 99, None], [-0.5, 99], [3, -0.5, "a"])),
-        (REPLY | {"logprobs": LOGGED, "old_log_probs": [-0.5, -0.5]}, "conflict", "old_log_probs"),
+        (REPLY | {"logprobs": LOGGED, "rollout_log_probs": [-0.5, -0.5]}, "conflict", "rollout_log_probs"),
         (REPLY | {"reward": 1, "score": -1}, "conflict", "score"),
         (REPLY | {"advantages": 1, "advantage": 2}, "conflict", "advantage"),
         (REPLY | {"response_ids": [14, 16]}, "conflict", "completion_ids"),

@@ -45,10 +45,14 @@ WHOLE = ("input_ids", "tokens")
 MASKS = (
     "loss_mask", "loss_masks", "response_mask", "completion_mask", "assistant_masks", "assistant_mask", "tool_mask",
 )  # fmt: skip
-LOG_PROBS = (
+# Those of the policy before its update, as the trainer computed them, are another quantity than the sampler's, and what
+# a ratio of policies divides by: where a row has both, they are taken.
+OLD_LOG_PROBS = ("old_log_probs", "old_per_token_logps")
+SAMPLED_LOG_PROBS = (
     "logprobs", "log_probs", "response_logprobs", "completion_logprobs", "rollout_logprobs", "rollout_log_probs",
-    "old_log_probs", "old_per_token_logps", "sampling_per_token_logps", "output_token_logprobs", "token_logprobs",
+    "sampling_per_token_logps", "output_token_logprobs", "token_logprobs",
 )  # fmt: skip
+LOG_PROBS = (*OLD_LOG_PROBS, *SAMPLED_LOG_PROBS)
 ADVANTAGES = ("advantages", "advantage")
 REWARDS = ("reward", "rewards", "score", "reward_score")
 _STRUCTURE = ("attention_mask", "position_ids", "seq_lengths", "response_length", "prompt_mask")
@@ -87,7 +91,8 @@ def of_tokens(row: Record, required: tuple[str, ...], roles: Iterable[str] = ())
     weights, notes = _weights(rows, ids)
     # `loss_mask` is a list of tokens' weights here, and one weight of the row elsewhere.
     weights *= row_weight({k: v for k, v in row.items() if k not in MASKS})
-    log_probs, advantages = rows.agreed(LOG_PROBS, rows.log_probs), rows.agreed(ADVANTAGES, rows.advantages)
+    sampled, old = (rows.agreed(names, rows.log_probs) for names in (SAMPLED_LOG_PROBS, OLD_LOG_PROBS))
+    log_probs, advantages = sampled if old is None else old, rows.agreed(ADVANTAGES, rows.advantages)
     kept = _unpadded(rows)
     if not kept.stop:
         raise RowError("the row has no tokens", reason="empty_tokens", field=required[-1])
