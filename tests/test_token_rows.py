@@ -78,9 +78,8 @@ def test_what_is_logged_twice_or_as_text_counts_and_nonsense_is_refused(encode):
     twice = logged({"reward": 1, "logprobs": LOGGED, "old_log_probs": [None] * 3 + LOGGED, "advantages": "2"})
     np.testing.assert_array_equal(twice.log_probs, np.float32([NAN] * 3 + LOGGED))
     assert twice.advantages.tolist() == [0, 0, 0, 2, 2]
-    both = logged(
-        {"rollout_log_probs": LOGGED, "old_log_probs": [-0.25, -0.125]}
-    )  # verl logs both, and they differ
+    # verl logs both, and they differ.
+    both = logged({"reward": 1, "rollout_log_probs": LOGGED, "old_log_probs": [-0.25, -0.125]})
     np.testing.assert_array_equal(both.log_probs, np.float32([NAN] * 3 + [-0.25, -0.125]))
     for further in ({"reward": NAN}, {"advantages": INF}):
         with pytest.raises(RowError) as caught:
