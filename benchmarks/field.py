@@ -364,8 +364,8 @@ of those in which the trainer made something and our encoder has a proof to judg
 is its default."""
 CONFIRMED = """A check that shares nothing with the audit confirms {again} of the {exact} exact cells of other trainers:
 the ids before each trained stretch are those of `apply_chat_template(..., add_generation_prompt=True)`. Ours are
-checked by the tests' checker, which shares nothing with the encoder. TRL stands there under SmolLM2
-alone, and Unsloth not yet: a trainer of theirs is built for each row, which takes long on two shared cores."""
+checked by the tests' checker, which shares nothing with the encoder. Unsloth
+isn't there yet: it builds a trainer for each row, which takes long on two shared cores."""
 LEGEND = """Numbers are the rows above. ✓ exact (✓2: as two sequences), – refused, ? not judged beyond loss on x, as our
 encoder refuses the row, m right in another mode of the template alone. Wrong: X loss on x, T tool results, H headers,
 R earlier reasoning, E end of turn untrained, Y parts of replies untrained, K cut at the end, D cut at the start, L the
