@@ -70,6 +70,16 @@ EXACT = {
         [user(), reply("yo"), user("And?"), reply("no")],
         ["yo\n<|im_end|>no\n<|im_end|>"],
     ),
+    "an empty thought before a content, where it has one of its own": (
+        template(HEADER + "<think>{{ m.reasoning_content or '' }}</think>{{ m.content }}" + CLOSE),
+        [user(), reply("<think>hm</think>yo"), user(), reply("no")],
+        ["<think>hm</think>yo<|im_end|><think></think>no<|im_end|>"],
+    ),
+    "the same where the prompt opens it": (
+        template(HEADER + "<think>{{ m.reasoning_content or '' }}</think>{{ m.content }}" + CLOSE, THINKING),
+        [user(), reply("<think>hm</think>yo")],
+        ["hm</think>yo<|im_end|>"],
+    ),
     "JSON of other scripts": (
         template(HEADER + "{{ m.content | tojson }}" + CLOSE),
         [user(), reply("你好")],
@@ -80,6 +90,34 @@ EXACT = {
 REFUSED = {
     "a reply in lower case": (
         template(HEADER + "{{ m.content | lower }}" + CLOSE), reply("It is Y"), "changed_text"),
+    "a thought of which the template splits off all": (
+        template(HEADER + "{{ m.content.split('</think>', 1)[-1] }}" + CLOSE),
+        reply("<think>plan A</think>Write <think> and </think> around it."), "dropped_field"),
+    "a word less after a thought": (
+        template(HEADER + "{{ m.content | replace('secret', '') }}" + CLOSE),
+        reply("<think>\nhm\n</think>\n\nthe secret is out."), "changed_text"),
+    "a longer word after a thought": (
+        template(HEADER + "{{ m.content | replace('4', 'four') }}" + CLOSE),
+        reply("<think>hm</think>It is 4."), "changed_text"),
+    "a thought without its tags": (
+        template(HEADER + "{{ m.content | replace('<think>', '') | replace('</think>', '') }}" + CLOSE),
+        reply("<think>hm</think>yo"), "changed_text"),
+    "a thought between tags that nothing knows": (
+        template(HEADER + "{{ m.content | replace('think>', 'thought>') }}" + CLOSE),
+        reply("<think>hm</think>yo"), "changed_text"),
+    "a reply without its indentation": (
+        template(HEADER + "{{ m.content.split('\n') | map('trim') | join('\n') }}" + CLOSE),
+        reply("def f():\n    return 1"), "changed_text"),
+    "a reply of single spaces": (
+        template(HEADER + "{{ m.content.split() | join(' ') }}" + CLOSE), reply("a\nb  c"), "changed_text"),
+    "a blank reply that is printed as a list of parts": (
+        template(HEADER + "{% if m.content is string %}{{ raise_exception('no') }}{% else %}{{ m.content | tojson }}"
+                 "{% endif %}{% if false %}{{ m.content[0].type }}{% endif %}" + CLOSE),
+        reply(" \n"), "template_error"),
+    "a thought that is closed twice": (
+        template(HEADER + "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think></think>{% endif %}"
+                 "{{ m.content }}" + CLOSE),
+        reply("", reasoning_content="Hmm hmm."), "changed_text"),
     "turns that end in words, and in the header of any message": (
         template(HEADER + "{{ m.content + '\n### End\n' }}"), reply("yo"), "no_end_of_turn"),
     "a prompt that is never written": (
@@ -113,6 +151,13 @@ def test_refused(smol_tokenizer, name):
     with pytest.raises(RowError) as e:
         encoder(smol_tokenizer, source)({"messages": [user(), said]})
     assert e.value.reason == reason
+
+
+def test_a_proof_for_a_shape_sees_the_words_of_each_row(smol_tokenizer):
+    rows = [{"messages": [user(), reply(said)]} for said in ("a", "b", "c", "a  b", "d")]
+    source = template(HEADER + "{{ m.content.replace('  ', ' ') }}" + CLOSE)
+    done = encoder(smol_tokenizer, source).each(rows)
+    assert [isinstance(d, RowError) for d in done] == [False, False, False, True, False]
 
 
 def test_tags_in_a_question_are_words(smol_tokenizer):

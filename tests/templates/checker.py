@@ -135,6 +135,11 @@ def _of_reply(
     if any(t in ends for t in ids[start : stop - 1]):
         yield "generation stops before its end"
     said = tokenizer.decode(ids[start : stop - 1])
+    content, closes = render.row["messages"][i].get("content"), len(re.findall("</think>", said))
+    if isinstance(content, str) and "</think>" in content and closes > content.count("</think>"):
+        thought = any(render.row["messages"][i].get(k) for k in REASONING)
+        if not thought:
+            yield "it closes more thoughts than the row has"
     for text in missing(render.row["messages"][i], said):
         if _bare(render.seen(text)) not in _bare(said):
             yield f"it lacks {text!r}"

@@ -19,6 +19,7 @@ from ..errors import RowError
 from ..templating.inputs import REASONING_FIELDS, ROLES
 from ..templating.placeholders import FIRST, MARK, PathConditions, Undecided
 from ..templating.symbolic import SymbolicTemplate
+from .content import misspoken
 from .prove import candidate, candidates
 from .render import Candidate, Chat, Outline
 from .repairs import last_resorts, strategies
@@ -106,7 +107,7 @@ class Proofs:
         tokens = chat.options.tokens
         for proof in self.by_shape.get(shape, ()):
             if (filled_in := proof.filled(texts, tokens)) is not None:
-                return filled_in
+                return _saying(chat, filled_in)
         if shape not in self.tries and len(self.tries) >= _MOST_SHAPES:
             return None
         tries = self.tries[shape] = self.tries.get(shape, 0) + 1
@@ -121,7 +122,15 @@ class Proofs:
         if learnt is None:
             return None
         self.by_shape.setdefault(shape, []).append(learnt)
-        return learnt.filled(texts, tokens)
+        return _saying(chat, learnt.filled(texts, tokens))
+
+
+def _saying(chat: Chat, found: list[Candidate] | None) -> list[Candidate] | None:
+    """The candidates; None where a reply is said otherwise than its row does, which notes or refusals have to tell."""
+    turns = ((o.text, *turn) for c in found or () for o in c.outlines for turn in o.turns)
+    messages = chat.inputs.messages
+    wrong = any(any(misspoken(text[a:b], messages[i], chat.tags)) for text, i, a, b, _ in turns)
+    return None if wrong else found
 
 
 def _proof(chat: Chat, texts: list[str]) -> Proof | None:

@@ -464,6 +464,17 @@ class Tags:
         """Any of the tags: a template reads them as marks, and writes them anew."""
         return _any_of(re.escape(tag) for pair in self.pairs for tag in pair)
 
+    @cached_property
+    def closings(self) -> re.Pattern[str]:
+        """What closes a thought, by tags that are known."""
+        return _any_of(dict.fromkeys(re.escape(b) for _, b in self.pairs[self.is_guessed :]))
+
+    @cached_property
+    def begun(self) -> re.Pattern[str]:
+        """A text that begins with a thought, its opening tag or not: (thought, answer)."""
+        openings, closings = ("|".join(re.escape(tags[n]) for tags in self.pairs) for n in (0, 1))
+        return re.compile(rf"\s*(?:{openings})?(.*?)(?:{closings})(.*)", re.DOTALL)
+
     def pair_of(self, prompt: str) -> tuple[str, str]:
         """The tags of the thought that a prompt opens."""
         return max(self.pairs, key=lambda pair: prompt.rfind(pair[0]))

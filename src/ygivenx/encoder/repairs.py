@@ -111,13 +111,18 @@ def strategies(chat: Chat) -> Iterator[Strategy]:
 
 
 def last_resorts(chat: Chat) -> Iterator[Strategy]:
-    """What is tried when no other strategy is proven: replies without a thought where no switch turns thinking off."""
+    """What is tried when no other strategy is proven: replies without a thought where no switch turns thinking off, and
+    thoughts in their field where the template knows the tags of a content, but not in this place."""
     repairs = allowed(chat)
-    if "empty_think" not in repairs or all(chat.as_given.thinks[i] for i in chat.to_train):
-        return
-    others = list(_said_otherwise(chat.template, chat.inputs, repairs))
-    for base, notes in [(chat.inputs, ()), *others]:
-        yield Strategy(base, notes, repairs & IN_TURNS, forced=True, is_symbolic=not others)
+    if "empty_think" in repairs and not all(chat.as_given.thinks[i] for i in chat.to_train):
+        others = list(_said_otherwise(chat.template, chat.inputs, repairs))
+        for base, notes in [(chat.inputs, ()), *others]:
+            yield Strategy(base, notes, repairs & IN_TURNS, forced=True, is_symbolic=not others)
+    messages = _thought_in_field(chat.inputs.messages)
+    if "thought_in_field" in repairs and messages != chat.inputs.messages:
+        moved = replace(chat, inputs=replace(chat.inputs, messages=messages))
+        note = next(note for name, _, note in _CHANGES if name == "thought_in_field")
+        yield from (replace(s, notes=(note, *s.notes), is_symbolic=False) for s in strategies(moved))
 
 
 def allowed(chat: Chat) -> frozenset[str]:
