@@ -93,14 +93,14 @@ def _complete(chat: Chat, rendering: Rendering, rendered: Renderings) -> Renderi
 
 def _with_its_words(chat: Chat, rendering: Rendering, turn: Turn, message: Mapping[str, Any]) -> Rendering:
     """The rendering with notes of what a reply says otherwise than the row; raises RowError if that is trained."""
-    said, path = turn.text[turn.start : turn.end], f"messages[{turn.message}].content"
+    output, path = turn.text[turn.start : turn.end], f"messages[{turn.message}].content"
     own = chat.inputs.messages[turn.message]
     texts = "".join(_texts(own))
-    if not isinstance(message.get("content"), str) and len(_PART.findall(said)) > len(_PART.findall(texts)):
+    if not isinstance(message.get("content"), str) and len(_PART.findall(output)) > len(_PART.findall(texts)):
         raise refused(
             "changed_text", path, why="it is printed as a list of parts, which no model should write"
         )
-    for reason, kind, why in misspoken(said, own, chat.tags):
+    for reason, kind, why in misspoken(output, own, chat.tags):
         if chat.options.dropped == "refuse" and (turn.message, kind) in chat.trained:
             raise refused(reason, path, why=why)
         if not any(n.startswith(f"messages[{turn.message}].") for n in rendering.notes):
@@ -112,7 +112,7 @@ def _with_its_words(chat: Chat, rendering: Rendering, turn: Turn, message: Mappi
 _PART = re.compile(r"""\{\s*['"]type['"]: ['"](?:text|thinking)['"]""")
 
 
-def misspoken(said: str, message: Mapping[str, Any], tags: Tags) -> Iterator[tuple[str, str, str]]:
+def misspoken(output: str, message: Mapping[str, Any], tags: Tags) -> Iterator[tuple[str, str, str]]:
     """(reason, kind, why) of what an output says otherwise than its reply, white space at the ends apart.
 
     The thought that a content begins with may stand between other tags; all other words stand as they are written,
@@ -121,32 +121,32 @@ def misspoken(said: str, message: Mapping[str, Any], tags: Tags) -> Iterator[tup
     thought = next((t for n in REASONING_FIELDS if isinstance(t := message.get(n), str) and t.strip()), "")
     texts = _texts(message)
     closed = sum(len(tags.closings.findall(t)) for t in (thought, *texts))
-    if len(tags.closings.findall(said)) > closed + bool(thought or not closed):
+    if len(tags.closings.findall(output)) > closed + bool(thought or not closed):
         yield "changed_text", "reasoning", "the template closes a thought of its own beside that of the reply"
     for text in texts:
-        if _stands(text, said):
+        if _stands(text, output):
             continue
         begun = tags.begun.fullmatch(text)
         inner, answer = (begun[1], begun[2]) if begun else ("", text)
-        if not _stands(answer, said):
+        if not _stands(answer, output):
             yield (
                 "changed_text",
                 "answer",
                 f"its words {quoted(answer.strip())} don't stand in what would be trained",
             )
-        elif not _stands(inner, said):
+        elif not _stands(inner, output):
             yield (
                 "dropped_field",
                 "reasoning",
                 f"its thought {quoted(inner.strip())} isn't in what would be trained",
             )
-        elif inner.strip() and not tags.marks.search(said):
+        elif inner.strip() and not tags.marks.search(output):
             yield (
                 "changed_text",
                 "reasoning",
                 "nothing that is known as a tag stands between its thought and its answer",
             )
-    if thought and not _stands(thought, said) and len(_bare(thought, tags)) <= len(_bare(said, tags)):
+    if thought and not _stands(thought, output) and len(_bare(thought, tags)) <= len(_bare(output, tags)):
         yield "changed_text", "reasoning", "its thought doesn't stand as it is in what would be trained"
 
 
@@ -159,10 +159,10 @@ def _texts(message: Mapping[str, Any]) -> list[str]:
     return [p["text"] for p in parts if p.get("type") == "text" and isinstance(p.get("text"), str)]
 
 
-def _stands(text: str, said: str) -> bool:
+def _stands(text: str, output: str) -> bool:
     """Whether a text stands in an output, bare or as JSON."""
     text = text.strip()
-    return text in said or any(json.dumps(text, ensure_ascii=a)[1:-1] in said for a in (False, True))
+    return text in output or any(json.dumps(text, ensure_ascii=a)[1:-1] in output for a in (False, True))
 
 
 def _with_lost_context(chat: Chat, rendering: Rendering, to_train: set[int]) -> Rendering:
