@@ -126,7 +126,7 @@ class Proofs:
 
 
 def _saying(chat: Chat, found: list[Candidate] | None) -> list[Candidate] | None:
-    """The candidates; None where a reply is written otherwise than its row has it, which notes or refusals have to tell."""
+    """The candidates; None where a reply is written otherwise than its row has it."""
     turns = ((o.text, *turn) for c in found or () for o in c.outlines for turn in o.turns)
     messages = chat.inputs.messages
     wrong = any(any(misspoken(text[a:b], messages[i], chat.tags)) for text, i, a, b, _ in turns)
